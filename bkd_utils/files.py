@@ -1,0 +1,80 @@
+"""Where things live, and how they are written: completely or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+FIGURES = ROOT / "figures"
+NOTEBOOKS = ROOT / "notebooks"
+ADAPTERS = DATA / "adapters"
+# Fetched and computed things are ignored by git; both folders can be shared between clones.
+ASSETS = Path(os.environ.get("BKD_ASSETS", DATA / "assets"))
+WORK = Path(os.environ.get("BKD_WORK", ROOT / "work"))
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target` to write a file or folder to.
+
+    On success it replaces `target`; on any error, Ctrl-C included, it is removed and `target` stays as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    _remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            # os.replace cannot replace a folder that has content; the gap between the two calls loses no data.
+            _remove(target)
+        os.replace(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no spaces, NaN refused. The basis of every content key."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, atomically. Raises ValueError for NaN and infinities."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises ValueError that names the file when it does not parse."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path, pattern: str = "*") -> str:
+    """Hash of the names and contents of the files in `folder` that match `pattern`, whatever their order on disk."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    return sha256_text("\n".join(f"{path.relative_to(folder)} {sha256_file(path)}" for path in files))
