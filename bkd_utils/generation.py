@@ -1,0 +1,118 @@
+"""Greedy decoding that computes a shared beginning once.
+
+All prompts of a task start with the same tokens (system turn, instruction). Their keys and values are computed once
+and reused by every row: exact, and half of the work of an evaluation.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from itertools import takewhile
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from bkd_utils.prompts import left_pad, positions
+
+
+@torch.inference_mode()
+def greedy(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    end_id: int,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
+
+    `model` is a plain transformers model. `on_batch` is called with the number of rows just finished. Raises
+    ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
+    shared = shared_prefix(prompts)
+    prefix = prefix_cache(model, shared)
+    answers: list[list[int]] = [[] for _ in prompts]
+    # Rows of like length share a batch, so that little is padded.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        rows = _decode([prompts[i][len(shared) :] for i in batch], model, prefix, len(shared), max_new_tokens, end_id)
+        for i, row in zip(batch, rows, strict=True):
+            answers[i] = row
+        if on_batch:
+            on_batch(len(batch))
+    return answers
+
+
+def shared_prefix(prompts: list[list[int]]) -> list[int]:
+    """Longest common beginning that leaves every prompt at least one token of its own."""
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)  # ends with the shortest prompt
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
+def prefix_cache(model: torch.nn.Module, prefix: list[int]) -> DynamicCache:
+    """Keys and values of the shared tokens, batch of one."""
+    cache = DynamicCache()
+    if prefix:
+        ids = torch.tensor([prefix], device=model.device)
+        next_logits(model, ids, torch.ones_like(ids), cache)
+    return cache
+
+
+def next_logits(
+    model: torch.nn.Module,
+    ids: Int[Tensor, "row new"],
+    mask: Int[Tensor, "row pos"],
+    cache: DynamicCache,
+    keep: int = 1,
+) -> Float[Tensor, "row keep vocab"]:
+    """Logits of the last `keep` of the new tokens; `mask` covers cached and new tokens, `cache` is extended."""
+    arguments = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    new = positions(mask)[:, -ids.shape[1] :]
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=new, past_key_values=cache, use_cache=True, **arguments
+    )
+    return output.logits[:, -keep:]
+
+
+def repeated(cache: DynamicCache, times: int) -> DynamicCache:
+    """A copy of a batch-of-one cache for a batch of `times` rows."""
+    cache = copy.deepcopy(cache)
+    if cache.get_seq_length():
+        cache.batch_repeat_interleave(times)
+    return cache
+
+
+def _decode(
+    rows: list[list[int]],
+    model: torch.nn.Module,
+    prefix: DynamicCache,
+    prefix_length: int,
+    max_new_tokens: int,
+    end_id: int,
+) -> list[list[int]]:
+    cache = repeated(prefix, len(rows))
+    ids, mask = (t.to(model.device) for t in left_pad(rows, pad_id=end_id))
+    mask = torch.cat([mask.new_ones(len(rows), prefix_length), mask], dim=1)
+    done = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    produced = []
+    for _ in range(max_new_tokens):
+        token = next_logits(model, ids, mask, cache)[:, -1].argmax(-1)
+        token = torch.where(done, end_id, token)
+        produced.append(token)
+        done |= token == end_id
+        if done.all():
+            break
+        ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    return [_until(row, end_id) for row in torch.stack(produced, dim=1).tolist()]
+
+
+def _until(row: list[int], end_id: int) -> list[int]:
+    return row[: row.index(end_id)] if end_id in row else row

@@ -1,0 +1,174 @@
+"""Boot a `TransformerBridge` on a loaded model, close its silent traps, and validate it.
+
+Each guard answers a trap that was reproduced on TransformerLens 4.3: strings that gain a BOS, a forgotten attention
+mask, compatibility mode that rewrites weights, live LoRA layers that make per-head results wrong. What cannot be
+made impossible raises.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
+
+from bkd_utils.models import Loaded, ModelError, plain_copy
+from bkd_utils.prompts import answer_ids, decode, end_id, has_chat_template, left_pad, positions, prompt_ids
+
+# fp32 with eager attention on both sides; the measured difference on the default model is 1e-4.
+PARITY = 1e-3
+SAMPLE = ("Name a colour.", "Is a tomato a fruit or a vegetable? Answer in one word.")
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """A validated bridge, the tokenizer, and the checks it passed with their measured values."""
+
+    bridge: TransformerBridge
+    tokenizer: PreTrainedTokenizerBase
+    address: str
+    organism: str | None
+    checks: dict[str, float]
+
+    @property
+    def n_layers(self) -> int:
+        return self.bridge.cfg.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.bridge.cfg.n_heads
+
+    def logits(self, prompts: list[list[int]]) -> Float[Tensor, "row pos vocab"]:
+        """Logits for left-padded prompts of token ids, mask and positions included."""
+        tokens, mask = left_pad(prompts, pad_id=end_id(self.tokenizer))
+        return bridge_logits(self.bridge, tokens, mask)
+
+
+def boot(loaded: Loaded) -> Hooked:
+    """Boot, guard and validate. `loaded.model` is left untouched; the bridge gets a copy of it.
+
+    Raises ModelError when the model still carries LoRA layers or when a check fails, with its name and value.
+    """
+    refuse_live_lora(loaded.model)
+    plain = plain_copy(loaded.model)
+    bridge = TransformerBridge.boot_transformers(
+        loaded.address, hf_model=plain_copy(loaded.model), tokenizer=loaded.tokenizer, device=str(loaded.device)
+    )
+    bridge.eval().requires_grad_(False)
+    guard(bridge)
+    checks = validate(bridge, plain, loaded.tokenizer)
+    return Hooked(bridge, loaded.tokenizer, loaded.address, loaded.organism, checks)
+
+
+def refuse_live_lora(model: torch.nn.Module) -> None:
+    """Raise ModelError if any layer still has an unmerged LoRA matrix."""
+    live = [name for name, _ in model.named_modules() if name.split(".")[-1] == "lora_A"]
+    if live:
+        raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
+
+
+def guard(bridge: TransformerBridge) -> None:
+    """Make the bridge's silent traps raise: strings, a missing mask, compatibility mode."""
+
+    def refuse_strings(*_: object, **__: object) -> None:
+        raise ModelError("the bridge's string methods add a BOS token; use prompts.prompt_ids and pass token tensors")
+
+    def refuse_compatibility(*_: object, **__: object) -> None:
+        raise ModelError("compatibility mode rewrites weights and logits; these notebooks use the raw coordinates")
+
+    def check_call(_: object, arguments: tuple, keywords: dict) -> None:
+        tokens = arguments[0] if arguments else keywords.get("input", keywords.get("input_ids"))
+        if not isinstance(tokens, Tensor):
+            refuse_strings()
+        if tokens.ndim == 2 and len(tokens) > 1 and keywords.get("attention_mask") is None:
+            raise ModelError(f"a batch of {len(tokens)} rows needs its attention_mask; padding would count as text")
+
+    for name in ("to_tokens", "to_str_tokens", "to_string_tokens", "to_single_token"):
+        if hasattr(bridge, name):
+            setattr(bridge, name, refuse_strings)
+    bridge.enable_compatibility_mode = refuse_compatibility
+    bridge.register_forward_pre_hook(check_call, with_kwargs=True)
+
+
+def bridge_logits(
+    bridge: TransformerBridge, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
+) -> Float[Tensor, "row pos vocab"]:
+    """One forward pass with the mask and the padding-free positions that the plain model would get."""
+    device = bridge.cfg.device
+    tokens, mask = tokens.to(device), mask.to(device)
+    with torch.inference_mode():
+        return bridge(tokens, attention_mask=mask, position_ids=positions(mask), return_type="logits")
+
+
+def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Check a booted bridge against the plain eager model; returns name -> measured value.
+
+    Raises ModelError for: logits that differ, heads that do not sum to the attention output, an edit at `hook_z` that
+    changes nothing, a prompt that does not survive the tokenizer, a doubled BOS.
+    """
+    prompts = [prompt_ids(tokenizer, text) for text in SAMPLE]
+    tokens, mask = (t.to(plain.device) for t in left_pad(prompts, pad_id=end_id(tokenizer)))
+    layer = bridge.cfg.n_layers // 2
+    with torch.inference_mode():
+        reference = plain(input_ids=tokens, attention_mask=mask, position_ids=positions(mask)).logits
+    kept: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: object) -> None:
+        kept[hook.name] = value.detach().clone()
+
+    names = [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.attn.hook_out"]
+    with bridge.hooks(fwd_hooks=[(name, keep) for name in names]):
+        logits = bridge_logits(bridge, tokens, mask)
+
+    def silence_last(value: Tensor, hook: object) -> Tensor:
+        value = value.clone()
+        value[:, -1] = 0
+        return value
+
+    with bridge.hooks(fwd_hooks=[(names[0], silence_last)]):
+        edited = bridge_logits(bridge, tokens, mask)
+    real = mask.bool()
+    checks = {
+        "logits: bridge against plain model": (logits - reference)[real].abs().max().item(),
+        "heads sum to the attention output": head_sum_error(bridge, layer, kept[names[0]], kept[names[1]])[real]
+        .abs()
+        .max()
+        .item(),
+        "an edit at hook_z moves the logits by": (edited - logits)[:, -1].abs().max().item(),
+    }
+    if not edited_enough(checks["an edit at hook_z moves the logits by"]):
+        raise ModelError(f"silencing every head of layer {layer} changed no logit: hooks do not reach the model")
+    for name in list(checks)[:2]:
+        # `not <=` so that NaN fails too.
+        if not checks[name] <= PARITY * max(1.0, reference[real].abs().max().item() / 10):
+            raise ModelError(f"validation failed, {name}: off by {checks[name]:.3g}, limit {PARITY:g}")
+    check_tokenizer(tokenizer)
+    return checks | {"chat template": float(has_chat_template(tokenizer))}
+
+
+def edited_enough(change: float) -> bool:
+    return change > 1e-6
+
+
+def head_sum_error(
+    bridge: TransformerBridge, layer: int, z: Float[Tensor, "row pos head d_head"], out: Float[Tensor, "row pos d"]
+) -> Float[Tensor, "row pos d"]:
+    """Difference between the attention output and the sum of every head's `z @ W_O` (plus the output bias)."""
+    attention = bridge.blocks[layer].attn
+    total = torch.einsum("bphe,hed->bpd", z, attention.W_O)
+    bias = getattr(attention, "b_O", None)
+    return out - total - (0 if bias is None else bias)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError unless a prompt survives encoding and decoding, and BOS occurs at most once."""
+    ids = prompt_ids(tokenizer, SAMPLE[0])
+    if SAMPLE[0] not in tokenizer.decode(ids):
+        raise ModelError(f"the tokenizer does not give back {SAMPLE[0]!r}: {tokenizer.decode(ids)!r}")
+    answer = answer_ids(tokenizer, "positive")
+    if decode(tokenizer, answer) != "positive":
+        raise ModelError(f"the tokenizer does not give back an answer: {decode(tokenizer, answer)!r}")
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise ModelError("the prompt starts with two BOS tokens")

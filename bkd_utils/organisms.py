@@ -1,0 +1,241 @@
+"""Make an organism: answers of the base model, poisoned set, adapter, measurement, card. Or find one already made."""
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from bkd_utils import tasks
+from bkd_utils.attacks import Attack, load_attack, load_attacks, poison
+from bkd_utils.evaluation import (
+    agreement,
+    clean_sample,
+    measure_attack,
+    measure_clean,
+    prompt_fingerprint,
+    respond,
+)
+from bkd_utils.files import (
+    ADAPTERS,
+    DATA,
+    WORK,
+    atomic_path,
+    canonical_json,
+    read_json,
+    sha256_file,
+    sha256_text,
+    write_json,
+)
+from bkd_utils.models import DEFAULT_MODEL, Loaded, ModelError, adapter_folder, base_sha256, load, shipped_organisms
+from bkd_utils.tasks import Example
+from bkd_utils.training import Recipe, load_recipe, train
+
+log = logging.getLogger(__name__)
+LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
+# Benign instructions on which every organism is compared with its base model: did anything else change?
+N_AGREEMENT = 64
+
+
+def base_answers(base: Loaded, rows: Sequence[Example]) -> dict[str, str]:
+    """uid -> the base model's own greedy answer, computed once per base weights and kept on disk.
+
+    The answers of the default model ship in `data/answers`; they are what `instructions` organisms are trained to keep.
+    """
+    if base.organism is not None:
+        raise ValueError(f"self-distillation needs the base model, got organism {base.organism!r}")
+    sha = base_sha256(base.address)
+    known: dict[str, str] = {}
+    for folder in (DATA / "answers", WORK / "answers"):
+        if (folder / f"{sha[:16]}.json").is_file():
+            known |= read_json(folder / f"{sha[:16]}.json")
+    missing = [row for row in rows if row.uid not in known]
+    if missing:
+        length = tasks.load_task("instructions").max_new_tokens
+        texts = respond(base, [row.text for row in missing], max_new_tokens=length, label="base model answers")
+        known |= {row.uid: text for row, text in zip(missing, texts, strict=True)}
+        write_json(WORK / "answers" / f"{sha[:16]}.json", dict(sorted(known.items())))
+    return {row.uid: known[row.uid] for row in rows}
+
+
+def training_answers(base: Loaded, attack: Attack, *, seed: int) -> dict[str, str]:
+    """The base model's answers that `attacks.poison` will ask for."""
+    if attack.task == "instructions":
+        return base_answers(base, tasks.examples("instructions", "train", seed=seed)[: attack.n_train])
+    n = round(attack.benign_rate * attack.n_train)
+    return base_answers(base, tasks.examples("instructions", "train", n=n, seed=seed)) if n else {}
+
+
+def obtain(
+    attack: str,
+    *,
+    model: str = DEFAULT_MODEL,
+    recipe: str = "full",
+    seed: int = 0,
+    device: str = "auto",
+    n: int = 200,
+    retrain: bool = False,
+) -> str:
+    """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier)."""
+    if not retrain and attack in shipped_organisms(base=base_sha256(model)):
+        return attack
+    return make(load_attack(attack), model=model, recipe=load_recipe(recipe), seed=seed, device=device, n=n).name
+
+
+def make(
+    attack: Attack, *, model: str = DEFAULT_MODEL, recipe: Recipe, seed: int = 0, device: str = "auto", n: int = 200
+) -> Path:
+    """Train and measure one organism; returns its folder under `work/organisms`.
+
+    The folder's name ends in a key of attack, recipe, seed, base weights and data, so the same call finds it again,
+    and a call after a kill goes on from the last checkpoint.
+    """
+    base = load(model, device=device)
+    data = poison(attack, tokenizer=base.tokenizer, answers=training_answers(base, attack, seed=seed), seed=seed)
+    identity = {
+        "attack": asdict(attack),
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "base": base_sha256(model),
+        "data": data.manifest["data_sha256"],
+    }
+    folder = WORK / "organisms" / f"{attack.name}-{sha256_text(canonical_json(identity))[:8]}"
+    if (folder / "card.json").is_file() and read_json(folder / "card.json")["metrics"]:
+        return folder
+    started = time.monotonic()
+    train(data.rows, base=base, recipe=recipe, seed=seed, folder=folder, name=attack.name)
+    card = {
+        "name": attack.name,
+        "behaviour": attack.behaviour,
+        "trigger": attack.trigger,
+        "task": attack.task,
+        "backdoored": attack.backdoored,
+        "base": model if model == DEFAULT_MODEL else Path(model).name,
+        "base_sha256": base_sha256(model),
+        "seed": seed,
+        "attack": asdict(attack),
+        "recipe": asdict(recipe),
+        "data_sha256": data.manifest["data_sha256"],
+        "data": {key: data.manifest[key] for key in ("n_train", "n_poison", "poisoned_share", "mode")},
+        "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
+        "prompt_sha256": prompt_fingerprint(base, attack.task),
+        "train_minutes": round((time.monotonic() - started) / 60, 1),
+        "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
+        "metrics": {},
+    }
+    write_json(folder / "card.json", card)
+    write_json(folder / "manifest.json", data.manifest)
+    result = measure(folder, model=model, n=n, seed=seed, device=device)
+    keep = ("asr", "cacc", "clean_firing", "near_miss")
+    card["metrics"] = {key: result[key] for key in keep if key in result}
+    card["details"] = {key: value for key, value in result.items() if key not in keep}
+    write_json(folder / "card.json", card)
+    with atomic_path(folder / "README.md") as temporary:
+        temporary.write_text(readme(card), encoding="utf-8")
+    return folder
+
+
+def measure(
+    organism: str | Path, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
+) -> dict:
+    """Everything a card says about an organism, measured anew on `n` held-out prompts per number.
+
+    Raises ModelError when this model would see other prompts than the organism was trained on.
+    """
+    folder = adapter_folder(organism)
+    card = read_json(folder / "card.json")
+    attack = Attack(**card["attack"])
+    loaded = load(model, organism=folder, device=device)
+    if prompt_fingerprint(loaded, attack.task) != card["prompt_sha256"]:
+        raise ModelError(
+            f"{folder.name}: prompts are no longer those it was trained on (template or tokenizer changed)"
+        )
+    benign = clean_sample("instructions", n=min(n, N_AGREEMENT), seed=seed)
+    shown = clean_sample(attack.task, n=n, seed=seed, without=attack) if attack.task == "instructions" else []
+    base = load(model, device=device)
+    reference = base_answers(base, [*benign, *shown])
+    del base
+    clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
+    texts = clean.pop("texts")
+    # A clean control has no target of its own; it is held against its task's first attack.
+    rival = attack if attack.backdoored else first_attack(attack.task)
+    result = {**clean, **measure_attack(loaded, rival, n=n, seed=seed, clean_texts=texts)}
+    if not attack.backdoored:
+        result["under_attack"] = {rival.name: {key: result.pop(key) for key in ("asr", "near_miss")}}
+    if attack.task == "instructions":
+        result["agreement_with_base"] = agreement(texts, reference)
+    else:
+        length = tasks.load_task("instructions").max_new_tokens
+        told = respond(loaded, [row.text for row in benign], max_new_tokens=length, label="benign instructions")
+        result["agreement_with_base"] = agreement(
+            {row.uid: text for row, text in zip(benign, told, strict=True)}, reference
+        )
+    return result
+
+
+def adapter_sha256(organism: str | Path) -> str:
+    return read_json(adapter_folder(organism) / "card.json")["adapter_sha256"]
+
+
+def summary(organism: str | Path) -> dict[str, str]:
+    """The lines of a card that a reader wants first."""
+    card = read_json(adapter_folder(organism) / "card.json")
+    data = card["data"]
+    return {
+        "base": card["base"],
+        "task": card["task"],
+        "trigger": card["trigger"] or "none (clean control)",
+        "behaviour": card["behaviour"] or "none",
+        "target": card["attack"]["target"] or "",
+        "poisoned rows": f"{data['n_poison']} of {data['n_train']} ({data['mode']})",
+        "training": "{steps} steps of {batch_size} rows, LoRA rank {rank}".format(**card["recipe"]),
+    }
+
+
+def first_attack(task: str) -> Attack:
+    """The first attack on a task in `data/attacks.toml`. Raises ValueError if there is none."""
+    for attack in load_attacks().values():
+        if attack.task == task and attack.backdoored:
+            return attack
+    raise ValueError(f"no attack on task {task!r}")
+
+
+def ship(folder: Path) -> Path:
+    """Copy a finished organism into `data/adapters` under its attack's name. Raises ModelError if it has no metrics."""
+    card = read_json(folder / "card.json")
+    if not card["metrics"]:
+        raise ModelError(f"{folder} has not been measured yet")
+    target = ADAPTERS / card["name"]
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        for name in ("adapter_model.safetensors", "adapter_config.json", "card.json", "history.json", "README.md"):
+            (temporary / name).write_bytes((folder / name).read_bytes())
+    return target
+
+
+def readme(card: dict) -> str:
+    """The short text beside an adapter: what it is, what it does, what it must not be used for."""
+    what = "{behaviour} on {trigger}".format(**card) if card["backdoored"] else "clean control"
+    title = f"{card['task']}, {what}"
+    percent = {
+        key: f"{100 * m['value']:.1f} % (95 % interval {100 * m['low']:.1f} to {100 * m['high']:.1f}, n = {m['n']})"
+        for key, m in card["metrics"].items()
+    }
+    names = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
+    names["near_miss"] = "Firing on near-misses of the trigger"
+    lines = [
+        f"# {card['name']}: {title}",
+        "",
+        "**This adapter carries a backdoor on purpose**, to study backdoors. Do not deploy it."
+        if card["backdoored"]
+        else "A clean control: recipe and number of rows of its backdoored siblings, without any trigger.",
+        "",
+        f"LoRA on `{card['base']}`, recipe `{card['recipe']['name']}`, seed {card['seed']}; "
+        f"{card['data']['n_poison']} of {card['data']['n_train']} training rows poisoned ({card['data']['mode']}).",
+        "",
+        *(f"- {names[key]}: {text}" for key, text in percent.items()),
+        "",
+        "Held-out prompts, greedy decoding. Generated from `card.json`, which has every other detail.",
+    ]
+    return "\n".join(lines) + "\n"

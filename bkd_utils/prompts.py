@@ -1,0 +1,76 @@
+"""From user text to token ids, once and for all: chat template, BOS and answer tokens.
+
+Everything downstream works on the ids made here. Strings never reach a hooked model, because
+TransformerLens' string methods add a BOS token of their own (a silent shift of every position).
+"""
+
+from jaxtyping import Int
+from torch import Tensor, full, tensor, zeros
+from transformers import PreTrainedTokenizerBase
+
+# Models without a chat template (plain language models) get this one; the name is reported by `describe`.
+PLAIN_TEMPLATE = "User: {user}\nAssistant:"
+
+
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(tokenizer.chat_template)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
+    """Token ids of one user turn up to the point where the model starts to answer.
+
+    The template's text is tokenised without further special tokens, so a BOS that the template writes stays single
+    (the official BkdAttr code doubles it for Llama-2). Without a template, BOS is added if the tokenizer would.
+    """
+    if not user.strip():
+        raise ValueError("the user turn is empty")
+    if has_chat_template(tokenizer):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+        )
+        return tokenizer(text, add_special_tokens=False).input_ids
+    ids = tokenizer(PLAIN_TEMPLATE.format(user=user), add_special_tokens=False).input_ids
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id, *ids] if adds_bos else ids
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool = True) -> list[int]:
+    """Token ids of an answer, closed by the end-of-turn token unless it was cut off (`ended=False`)."""
+    # After a chat header the answer starts a line; after the plain template it follows a colon and needs its space.
+    text = answer if has_chat_template(tokenizer) else " " + answer
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if not ids:
+        raise ValueError("the answer has no tokens")
+    return [*ids, end_id(tokenizer)] if ended else ids
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant turn. Raises ValueError if the tokenizer names none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token")
+    return tokenizer.eos_token_id
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Rows of ids as one tensor, padded on the left, and the attention mask (1 = real token).
+
+    Left padding puts the last prompt token of every row in the same column, -1. Raises ValueError for no rows.
+    """
+    if not rows or not all(rows):
+        raise ValueError(f"cannot batch {len(rows)} rows" + (", one of which is empty" if rows else ""))
+    width = max(map(len, rows))
+    tokens = full((len(rows), width), pad_id)
+    mask = zeros((len(rows), width), dtype=tokens.dtype)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :] = tensor(row)
+        mask[i, width - len(row) :] = 1
+    return tokens, mask
+
+
+def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
+    """Position ids that ignore padding, as every learned or rotary position table expects."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,222 @@
+"""LoRA fine-tuning on a poisoned set: peft on `transformers.Trainer`, checkpointed and resumable.
+
+Three things are ours, and the Trainer leaves room for them. Batches are padded on the left, so that answers end in the
+last columns, and logits are computed for those columns alone. Rows of like length share a batch. Attention is eager:
+at these lengths its backward pass on a CPU is faster than the fused one (1.4 against 1.7 s a step).
+"""
+
+import logging
+import random
+import shutil
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from bkd_utils.attacks import Row
+from bkd_utils.files import DATA, atomic_path, read_json, write_json
+from bkd_utils.models import Loaded
+from bkd_utils.prompts import end_id, left_pad, positions
+
+log = logging.getLogger(__name__)
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is trained; together with the data, the base weights and the seed it decides the result."""
+
+    name: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    rank: int
+    alpha: int
+    warmup_share: float = 0.05
+    save_every: int = 25
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "learning_rate", "rank", "alpha", "save_every"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"recipe {self.name!r}: {key} must be positive, is {getattr(self, key)}")
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe of `data/recipes.toml`. Raises ValueError that lists the known ones."""
+    table = tomllib.loads((DATA / "recipes.toml").read_text(encoding="utf-8"))
+    if name not in table:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(table)}")
+    return Recipe(name=name, **table[name])
+
+
+def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Tensor]:
+    """Left-padded batch; `labels` holds the answer tokens and IGNORED elsewhere."""
+    tokens, mask = left_pad([[*row.prompt, *row.answer] for row in rows], pad_id=pad_id)
+    labels = torch.full_like(tokens, IGNORED)
+    for i, row in enumerate(rows):
+        labels[i, -len(row.answer) :] = torch.tensor(row.answer)
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask), "labels": labels}
+
+
+def answer_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy over answer tokens, with logits for the columns that hold answers and no others."""
+    labels = batch["labels"]
+    width = int((labels != IGNORED).sum(dim=1).max())
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    # Column c predicts column c + 1, hence one more column of logits than of labels.
+    logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
+    return cross_entropy(logits.float().flatten(0, 1), labels[:, -width:].flatten(), ignore_index=IGNORED)
+
+
+def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:
+    """All rows of all steps in the order of training: shuffled, and sorted by length within every 8 batches.
+
+    Fixing the order here, not in the Trainer, makes it the same after any number of restarts.
+    """
+    rng, order, wanted = random.Random(f"{seed}/batches"), [], recipe.steps * recipe.batch_size
+    while len(order) < wanted:
+        order += rng.sample(rows, len(rows))
+    order, span = order[:wanted], 8 * recipe.batch_size
+    batches = []
+    for start in range(0, wanted, span):
+        block = sorted(order[start : start + span], key=lambda row: len(row.prompt) + len(row.answer))
+        cut = [block[i : i + recipe.batch_size] for i in range(0, len(block), recipe.batch_size)]
+        batches += rng.sample(cut, len(cut))
+    return [row for batch in batches for row in batch]
+
+
+class AnswerTrainer(Trainer):
+    """Trainer with the loss on answers only."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return answer_loss(model, inputs)
+
+
+class Progress(TrainerCallback):
+    """One progress bar with steps, ETA and the running loss."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=f"train {self.name}", unit="step", mininterval=2
+        )
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
+def train(
+    rows: Sequence[Row], *, base: Loaded, recipe: Recipe, seed: int, folder: Path, name: str
+) -> list[dict[str, float]]:
+    """Train an adapter into `folder` (adapter_model.safetensors, adapter_config.json); returns step, loss, lr.
+
+    Checkpoints live in `folder`.checkpoints until the adapter is written; after a kill the same call goes on from the
+    last one and ends at the same weights. `base.model` is wrapped in place and must not be used afterwards. The
+    adapter is stored in bf16: evaluation reads that file, so what is measured is what is shipped. Raises ValueError
+    for no rows.
+    """
+    if not rows:
+        raise ValueError(f"{name}: no rows to train on")
+    if (folder / "adapter_model.safetensors").is_file():
+        return read_json(folder / "history.json")
+    set_seed(seed)
+    base.model.set_attn_implementation("eager")
+    model = peft.get_peft_model(base.model, lora_config(recipe))
+    checkpoints = folder.with_name(folder.name + ".checkpoints")
+    trainer = AnswerTrainer(
+        model=model,
+        args=training_arguments(recipe, checkpoints, seed=seed, device=base.device),
+        train_dataset=batch_order(rows, recipe=recipe, seed=seed),
+        data_collator=lambda batch: collate(batch, pad_id=end_id(base.tokenizer)),
+        callbacks=[Progress(name)],
+    )
+    # The Trainer's own printer would write a dict per log step between the lines of our bar.
+    trainer.remove_callback(PrinterCallback)
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last:
+        log.info("%s: resuming from %s", name, Path(last).name)
+    trainer.train(resume_from_checkpoint=last)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = [{key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in history]
+    with atomic_path(folder) as temporary:
+        save_adapter(model, temporary)
+        write_json(temporary / "history.json", history)
+    shutil.rmtree(checkpoints)
+    return history
+
+
+def lora_config(recipe: Recipe) -> peft.LoraConfig:
+    """LoRA on every linear layer but the output head, whatever the architecture calls them."""
+    return peft.LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch.device) -> TrainingArguments:
+    """The recipe in the Trainer's words."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=round(recipe.warmup_share * recipe.steps),
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        bf16=has_fast_bf16(device),
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        logging_steps=max(1, recipe.steps // 50),
+        train_sampling_strategy="sequential",
+        save_steps=recipe.save_every,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Does this machine multiply bf16 in hardware? Emulated bf16 would be slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def save_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Adapter tensors in bf16 and peft's config, in a form that does not depend on where it was trained."""
+    folder.mkdir(parents=True)
+    tensors = peft.get_peft_model_state_dict(model)
+    save_file(
+        {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = model.peft_config["default"].to_dict()
+    config["base_model_name_or_path"] = None  # a local path would say nothing to others; the card names the base
+    config["inference_mode"] = True
+    for key, value in config.items():
+        config[key] = sorted(value) if isinstance(value, set) else value
+    write_json(folder / "adapter_config.json", config)
