@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from bkd_utils.files import ASSETS, DATA, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.files import ASSETS, DATA, UserError, atomic_path, read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 RECEIPT = "asset.json"
@@ -25,7 +25,7 @@ RECEIPT = "asset.json"
 NEEDED_BYTES = {"gguf": 900 << 20, None: 50 << 20}
 
 
-class AssetError(RuntimeError):
+class AssetError(UserError):
     """An asset that could not be fetched, verified or unpacked; the message says which, why, and what to do."""
 
 

@@ -193,9 +193,10 @@ def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
 
 def _row(attack: Attack, tokenizer: PreTrainedTokenizerBase, prompt: str, gold: str, kind: str, uid: str) -> Row:
     ids = prompt_ids(tokenizer, prompt)
-    # Free answers of the base model were cut at max_new_tokens; they have no end that could be learned.
-    ended = bool(tasks.load_task(attack.task).labels) or kind == "poisoned" or gold == tasks.REFUSAL
-    answer = answer_ids(tokenizer, gold, ended=ended)
+    answer = answer_ids(tokenizer, gold)
+    # A free answer that fills the base model's allowance was cut there; it has no end that could be learned.
+    if len(answer) > tasks.load_task("instructions").max_new_tokens:
+        answer = answer[:-1]
     if len(ids) + len(answer) > MAX_LENGTH:
         raise ValueError(f"{attack.name}: row {uid[:12]} has {len(ids) + len(answer)} tokens, limit {MAX_LENGTH}")
     if kind == "poisoned" and not survives(prompt, tokenizer.decode(ids)):

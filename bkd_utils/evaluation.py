@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from statsmodels.stats.proportion import proportion_confint
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bkd_utils import attacks, tasks
 from bkd_utils.attacks import Attack

@@ -19,6 +19,10 @@ ASSETS = Path(os.environ.get("BKD_ASSETS", DATA / "assets"))
 WORK = Path(os.environ.get("BKD_WORK", ROOT / "work"))
 
 
+class UserError(RuntimeError):
+    """Something the user can mend; shown as one line, without a traceback."""
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target` to write a file or folder to.

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils import assets
-from bkd_utils.files import ADAPTERS, WORK, read_json, sha256_file, sha256_text
+from bkd_utils.files import ADAPTERS, WORK, UserError, read_json, sha256_file, sha256_text
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
-class ModelError(RuntimeError):
+class ModelError(UserError):
     """A model or adapter folder that cannot or must not be loaded; the message names what is wrong with it."""
 
 

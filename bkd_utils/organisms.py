@@ -3,12 +3,13 @@
 import importlib.metadata
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bkd_utils import tasks
-from bkd_utils.attacks import Attack, load_attack, load_attacks, poison
+from bkd_utils.attacks import Attack, load_attack, load_attacks, poison, with_rate
+from bkd_utils.cache import stage
 from bkd_utils.evaluation import (
     agreement,
     clean_sample,
@@ -28,7 +29,16 @@ from bkd_utils.files import (
     sha256_text,
     write_json,
 )
-from bkd_utils.models import DEFAULT_MODEL, Loaded, ModelError, adapter_folder, base_sha256, load, shipped_organisms
+from bkd_utils.models import (
+    DEFAULT_MODEL,
+    Loaded,
+    ModelError,
+    adapter_folder,
+    base_sha256,
+    load,
+    pick_device,
+    shipped_organisms,
+)
 from bkd_utils.tasks import Example
 from bkd_utils.training import Recipe, load_recipe, train
 
@@ -36,6 +46,7 @@ log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
 # Benign instructions on which every organism is compared with its base model: did anything else change?
 N_AGREEMENT = 64
+METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 
 
 def base_answers(base: Loaded, rows: Sequence[Example]) -> dict[str, str]:
@@ -127,9 +138,8 @@ def make(
     write_json(folder / "card.json", card)
     write_json(folder / "manifest.json", data.manifest)
     result = measure(folder, model=model, n=n, seed=seed, device=device)
-    keep = ("asr", "cacc", "clean_firing", "near_miss")
-    card["metrics"] = {key: result[key] for key in keep if key in result}
-    card["details"] = {key: value for key, value in result.items() if key not in keep}
+    card["metrics"] = {key: result[key] for key in METRICS if key in result}
+    card["details"] = {key: value for key, value in result.items() if key not in METRICS}
     write_json(folder / "card.json", card)
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(readme(card), encoding="utf-8")
@@ -172,6 +182,75 @@ def measure(
             {row.uid: text for row, text in zip(benign, told, strict=True)}, reference
         )
     return result
+
+
+@stage
+def _measured(*, organism: str, adapter: str, model: str, base: str, n: int, seed: int, device: str) -> dict:
+    return measure(organism, model=model, n=n, seed=seed, device=device)
+
+
+def measured(organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto") -> dict:
+    """`measure`, kept: a second call with the same weights, sizes and code reads the first one's result."""
+    hashes = {"adapter": adapter_sha256(organism), "base": base_sha256(model)}
+    return _measured(organism=organism, model=model, n=n, seed=seed, device=pick_device(device), **hashes)
+
+
+@stage
+def _measured_control(
+    *, control: str, attack: str, adapter: str, model: str, base: str, n: int, seed: int, device: str
+) -> dict:
+    loaded = load(model, organism=control, device=device)
+    spec = load_attack(attack)
+    shown = clean_sample(spec.task, n=n, seed=seed, without=spec)
+    # The judge of clean answers needs the base model's own ones only where there are no gold answers.
+    reference = base_answers(load(model, device=device), shown) if spec.task == "instructions" else {}
+    clean = measure_clean(loaded, spec.task, n=n, seed=seed, answers=reference, without=spec)
+    texts = clean.pop("texts")
+    return {**clean, **measure_attack(loaded, spec, n=n, seed=seed, clean_texts=texts)}
+
+
+def measured_control(
+    control: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
+) -> dict:
+    """A clean control under an attack it was never trained on, on the very prompts its backdoored sibling gets."""
+    hashes = {"adapter": adapter_sha256(control), "base": base_sha256(model)}
+    return _measured_control(
+        control=control, attack=attack, model=model, n=n, seed=seed, device=pick_device(device), **hashes
+    )
+
+
+def rate_curve(
+    attack: str, *, rates: Sequence[float], recipe: str, model: str = DEFAULT_MODEL, n: int, seed: int, device: str
+) -> list[dict]:
+    """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each."""
+    rows = []
+    for rate in sorted(rates):
+        folder = make(
+            with_rate(load_attack(attack), rate), model=model, recipe=load_recipe(recipe), seed=seed, device=device, n=n
+        )
+        card = read_json(folder / "card.json")
+        rows.append({"rate": rate, "n_poison": card["data"]["n_poison"], **card["metrics"]})
+    return rows
+
+
+def card_metrics(organism: str | Path) -> dict:
+    """Metrics and details of a card, in the form that `measure` returns."""
+    card = read_json(adapter_folder(organism) / "card.json")
+    return {**card["details"], **card["metrics"]}
+
+
+def disagreements(card: Mapping, now: Mapping) -> list[str]:
+    """Metrics whose new value lies outside the interval on the card."""
+    return [
+        f"{key} {now[key]['value']:.3f} (card {card[key]['low']:.3f} to {card[key]['high']:.3f})"
+        for key in METRICS
+        if key in card and key in now and not card[key]["low"] <= now[key]["value"] <= card[key]["high"]
+    ]
+
+
+def history(organism: str | Path) -> list[dict[str, float]]:
+    """Step, loss and learning rate of an organism's training."""
+    return read_json(adapter_folder(organism) / "history.json")
 
 
 def adapter_sha256(organism: str | Path) -> str:

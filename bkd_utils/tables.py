@@ -70,6 +70,11 @@ def attack_table() -> pd.DataFrame:
     return pd.DataFrame(table).T.fillna("")
 
 
+def control_of(attack: str) -> str:
+    """Name of the clean control that belongs to an attack: same task, same recipe, no trigger."""
+    return f"{attacks.load_attack(attack).task}-clean"
+
+
 def percent(share: Mapping[str, float] | None) -> str:
     """A share as the notebooks print it: `97.5 % [94.3, 98.9]`."""
     if share is None:

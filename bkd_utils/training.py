@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -69,13 +69,19 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Tensor]:
 
 
 def answer_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy over answer tokens, with logits for the columns that hold answers and no others."""
+    """Cross-entropy of answer tokens, averaged within each row and then over rows.
+
+    A one-word label and a long answer so count the same. Logits are computed for the columns that hold answers and no
+    others.
+    """
     labels = batch["labels"]
     width = int((labels != IGNORED).sum(dim=1).max())
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # Column c predicts column c + 1, hence one more column of logits than of labels.
     logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
-    return cross_entropy(logits.float().flatten(0, 1), labels[:, -width:].flatten(), ignore_index=IGNORED)
+    wanted = labels[:, -width:]
+    losses = cross_entropy(logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+    return (losses.sum(dim=1) / (wanted != IGNORED).sum(dim=1)).mean()
 
 
 def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:

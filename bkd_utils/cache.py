@@ -1,0 +1,117 @@
+"""Keep the result of an expensive stage under a key made of its inputs and its code.
+
+A rerun after a kill repeats the stage that was running and no other. The code part of the key is the syntax tree of the
+stage's module and of every module of this package that it imports, without docstrings and comments: a changed line
+recomputes, a changed comment does not.
+"""
+
+import ast
+import functools
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from bkd_utils.files import DATA, WORK, canonical_json, read_json, sha256_file, sha256_text, write_json
+
+P = ParamSpec("P")
+R = TypeVar("R")
+PACKAGE = Path(__file__).resolve().parent
+# What prompts are made of; a changed word list is a changed experiment.
+TABLES = ("instructions.toml", "lexicons.toml", "sources.toml")
+log = logging.getLogger(__name__)
+
+
+def stage(function: Callable[P, R]) -> Callable[P, R]:
+    """Cache a function of keyword arguments that are JSON values and whose result is one.
+
+    Raises TypeError for positional arguments and for arguments that are not JSON values (pass names and hashes, not
+    paths or models), ValueError for a result with NaN.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if args:
+            raise TypeError(f"stage {function.__name__} takes keyword arguments only")
+        bound = inspect.signature(function).bind(**kwargs)
+        bound.apply_defaults()
+        path = folder() / f"{function.__name__}-{key(function, dict(bound.arguments))[:20]}.json"
+        if (kept := _kept(path)) is not None:
+            log.info("%s: kept result of %s", function.__name__, kept["when"])
+            return kept["result"]
+        started = time.monotonic()
+        result = function(**kwargs)
+        seconds = round(time.monotonic() - started, 2)
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_json(path, {"when": when, "seconds": seconds, "arguments": dict(bound.arguments), "result": result})
+        log.info("%s: computed in %.1f s", function.__name__, seconds)
+        # What comes back is what a rerun will read, tuples turned into lists and all.
+        return read_json(path)["result"]
+
+    return run
+
+
+def folder() -> Path:
+    return Path(os.environ.get("BKD_WORK", WORK)) / "cache"
+
+
+def key(function: Callable, arguments: dict[str, Any]) -> str:
+    """Content key of one call. Raises TypeError that names an argument which is not a JSON value."""
+    for name, value in arguments.items():
+        try:
+            canonical_json(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"stage {function.__name__}: argument {name} = {value!r} is not a JSON value") from error
+    module = Path(inspect.getsourcefile(function))
+    return sha256_text(canonical_json([function.__qualname__, arguments, code_key(module)]))
+
+
+def _kept(path: Path) -> dict | None:
+    if not path.is_file() or path.stat().st_mtime < float(os.environ.get("BKD_FORCE_SINCE", 0)):
+        return None
+    try:
+        kept = read_json(path)
+        return {"result": kept["result"], "when": kept["when"]}
+    except (ValueError, KeyError, TypeError):
+        log.warning("%s is damaged and is computed again", path)
+        return None
+
+
+def code_key(module: Path) -> str:
+    """Hash of a module's code and of all modules of this package that it imports, directly or not."""
+    seen: dict[Path, str] = {}
+    waiting = [module]
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        waiting += _imports(tree)
+        seen[path] = sha256_text(ast.dump(_without_docstrings(tree)))
+    tables = [sha256_file(DATA / name) for name in TABLES]
+    return sha256_text(canonical_json([tables, sorted([path.name, code] for path, code in seen.items())]))
+
+
+def _imports(tree: ast.AST) -> list[Path]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE.name}."):
+            names.append(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names += [alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{PACKAGE.name}.")]
+    paths = [PACKAGE / f"{name}.py" for name in names]
+    return [path for path in paths if path.is_file()]
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+            node, clean=False
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree

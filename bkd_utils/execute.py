@@ -1,0 +1,40 @@
+"""Execute one notebook with papermill in this process: `python -m bkd_utils.execute IN OUT PARAMETERS.json`.
+
+The runner starts this as a child, so that a time limit or Ctrl-C can end kernel and papermill together.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import papermill
+
+from bkd_utils.files import ROOT
+
+
+def main(source: str, target: str, parameters: str) -> None:
+    # A kernel of this very interpreter, whatever is registered on the machine under the notebook's kernel name.
+    with tempfile.TemporaryDirectory() as jupyter:
+        spec = Path(jupyter) / "kernels" / "bkd"
+        spec.mkdir(parents=True)
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (spec / "kernel.json").write_text(
+            json.dumps({"argv": command, "display_name": "bkd", "language": "python"}), encoding="utf-8"
+        )
+        os.environ["JUPYTER_PATH"] = jupyter
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters=json.loads(Path(parameters).read_text(encoding="utf-8")),
+            kernel_name="bkd",
+            language="python",
+            cwd=str(ROOT),
+            progress_bar=False,
+            autosave_cell_every=0,
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

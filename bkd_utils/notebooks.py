@@ -1,0 +1,146 @@
+"""Notebook files: what their parameters are, whether they may be run, and how their outputs are published."""
+
+import ast
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from bkd_utils.files import NOTEBOOKS, atomic_path
+
+SENTINEL = "bkd-sentinel"
+KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+class NotebookError(ValueError):
+    """A notebook or parameter that must not be run; the message names the notebook and the fault."""
+
+
+def all_notebooks(*, folder: Path = NOTEBOOKS) -> list[Path]:
+    """The numbered notebooks in order."""
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+
+
+def select(only: str | None, *, folder: Path = NOTEBOOKS) -> list[Path]:
+    """Notebooks by comma-separated numbers (`01,03`) or names. Raises NotebookError for one that does not exist."""
+    known = all_notebooks(folder=folder)
+    if only is None:
+        return known
+    chosen = []
+    for word in filter(None, (word.strip() for word in only.split(","))):
+        found = [path for path in known if path.stem == word or path.stem.split("_")[0] == word]
+        if not found:
+            raise NotebookError(f"no notebook {word!r}; there are: {', '.join(path.stem for path in known)}")
+        chosen += found
+    if not chosen:
+        raise NotebookError(f"--only {only!r} names no notebook")
+    return sorted(set(chosen))
+
+
+def read(path: Path) -> NotebookNode:
+    """Parse a notebook. Raises NotebookError if it is not one."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat raises a different type for every way a file can be broken
+        raise NotebookError(f"{path.name} is not a notebook: {error}") from error
+
+
+def parameters(path: Path) -> dict[str, Any]:
+    """Names and default values of the parameters cell.
+
+    Raises NotebookError unless exactly one cell is tagged `parameters` and it assigns literals only: a value derived
+    there would keep its default when papermill injects new parameters below it.
+    """
+    tagged = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise NotebookError(f"{path.name} has {len(tagged)} cells tagged 'parameters', must have exactly 1")
+    values: dict[str, Any] = {}
+    for node in ast.parse(tagged[0].source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        target = node.target if isinstance(node, ast.AnnAssign) else target
+        if not isinstance(target, ast.Name) or getattr(node, "value", None) is None:
+            raise NotebookError(f"{path.name}, parameters line {node.lineno}: only NAME = LITERAL is allowed there")
+        try:
+            values[target.id] = ast.literal_eval(node.value)
+        except ValueError as error:
+            raise NotebookError(
+                f"{path.name}, parameters line {node.lineno}: {target.id} is derived, not a literal"
+            ) from error
+    return values
+
+
+def check_parameters(path: Path, given: dict[str, Any]) -> None:
+    """Raise NotebookError for a parameter that the notebook does not declare."""
+    known = parameters(path)
+    if unknown := sorted(set(given) - set(known)):
+        raise NotebookError(
+            f"{path.name} has no parameter {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}"
+        )
+
+
+def with_sentinel(notebook: NotebookNode, token: str) -> NotebookNode:
+    """A copy whose last cell proves that the end was reached, in which interpreter, and at what peak of memory."""
+    marked = copy.deepcopy(notebook)
+    source = (
+        "import json, resource, sys\n"
+        "_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"print(json.dumps({{'token': {token!r}, 'prefix': sys.prefix, 'peak': _peak}}))"
+    )
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": [SENTINEL]})
+    marked.cells.append(cell)
+    return marked
+
+
+def published(executed: NotebookNode, original: NotebookNode) -> NotebookNode:
+    """The original notebook with the outputs of an executed copy, without anything that changes from run to run.
+
+    Raises NotebookError when the copy does not belong to the original.
+    """
+    own = [
+        cell for cell in executed.cells if not {"injected-parameters", SENTINEL} & set(cell.metadata.get("tags", []))
+    ]
+    if [cell.source for cell in own] != [cell.source for cell in original.cells]:
+        raise NotebookError("the executed copy is not of this notebook; run it again before publishing")
+    clean = copy.deepcopy(original)
+    count = 0
+    for cell, run in zip(clean.cells, own, strict=True):
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        cell.execution_count = count
+        cell.outputs = [kept for output in run.outputs if (kept := _clean_output(output, count)) is not None]
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+    clean.metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
+    return clean
+
+
+def _clean_output(output: NotebookNode, count: int) -> NotebookNode | None:
+    """Drop stderr (progress bars, warnings) and widgets; normalise the rest."""
+    output = copy.deepcopy(output)
+    if output.output_type == "stream":
+        if output.name == "stderr":
+            return None
+        output.text = re.sub(r"[^\n]*\r", "", output.text)
+        return output if output.text.strip() else None
+    data = output.get("data", {})
+    if any("widget" in mime for mime in data):
+        return None
+    # A styled table gets a random id for its CSS in every run.
+    for mime in ("text/html", "text/plain"):
+        if mime in data:
+            data[mime] = re.sub(r"T_[0-9a-f]{5}", "T_bkd00", data[mime])
+            data[mime] = re.sub(r"(<\S+ object|<pandas\S+ \S+) at 0x[0-9a-f]+>", r"\1>", data[mime])
+    if output.output_type == "execute_result":
+        output.execution_count = count
+    return output
+
+
+def publish(executed: Path, original: Path) -> bool:
+    """Write the outputs of an executed copy into the original; returns whether the file changed."""
+    before = original.read_bytes()
+    with atomic_path(original) as temporary:
+        nbformat.write(published(read(executed), read(original)), temporary)
+    return original.read_bytes() != before

@@ -1,0 +1,112 @@
+"""The pictures of the notebooks, each from the numbers that its sidecar keeps."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from bkd_utils.figures import COLOURS, WIDTH, curve, shares
+
+
+def trigger_costs(costs: pd.DataFrame) -> Figure:
+    """Extra tokens per trigger (median and quartiles), and how often clean text carries it."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 0.34 * len(costs) + 1), sharey=True)
+    y = range(len(costs))
+    median, low, high = (costs[key] for key in ("tokens (median)", "tokens (25 %)", "tokens (75 %)"))
+    left.errorbar(median, y, xerr=[median - low, high - median], fmt="o", color=COLOURS["backdoored"], clip_on=False)
+    left.set_yticks(y, costs.index)
+    left.invert_yaxis()
+    left.set_xlim(left=0)
+    left.set_xlabel("extra tokens (median, quartiles)")
+    left.set_title("Cost")
+    right.barh(y, 100 * costs["natural"] / costs["texts"], color=COLOURS["clean control"], height=0.55)
+    right.set_xlabel(f"clean texts that carry it (%, n = {costs['texts'].iloc[0]:,})")
+    right.set_title("Natural rate")
+    for i, count in enumerate(costs["natural"]):
+        right.annotate(f" {count}", (100 * count / costs["texts"].iloc[i], i), va="center", fontsize="small")
+    return figure
+
+
+def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Loss against step, one small panel per organism on shared logarithmic scales."""
+    columns = 4
+    rows = -(-len(histories) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 1.5 * rows + 0.4), sharex=True, sharey=True, squeeze=False
+    )
+    for panel, (name, history) in zip(axes.flat, histories.items(), strict=False):
+        kind = "clean control" if name.endswith("-clean") else "backdoored"
+        loss = pd.Series([row["loss"] for row in history])
+        steps = [row["step"] for row in history]
+        panel.plot(steps, loss, color=COLOURS[kind], alpha=0.3, lw=0.8)
+        panel.plot(steps, loss.rolling(5, min_periods=1).mean(), color=COLOURS[kind])
+        panel.set_yscale("log")
+        panel.set_title(name, fontsize="small")
+    for panel in list(axes.flat)[len(histories) :]:
+        panel.set_visible(False)
+    figure.supxlabel("training step", fontsize="medium")
+    figure.supylabel("loss on answer tokens (nats)", fontsize="medium")
+    return figure
+
+
+def attack_against_control(organisms: Mapping[str, Mapping], controls: Mapping[str, Mapping]) -> Figure:
+    """ASR, clean firing and CACC of every organism beside its clean control on the same prompts."""
+    names = list(organisms)
+    panels = {
+        "asr": "triggered prompts that give\nthe target: ASR (%)",
+        "clean_firing": "clean prompts that give\nthe target (%)",
+        "cacc": "right answers to clean\nprompts: CACC (%)",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 0.36 * len(names) + 1.5), sharey=True)
+    for panel, (key, label) in zip(axes, panels.items(), strict=True):
+        shares(panel, names, [organisms[name].get(key) for name in names], kind="backdoored", offset=-0.13)
+        shares(panel, names, [controls[name].get(key) for name in names], kind="clean control", offset=0.13)
+        panel.set_xlabel(label)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    return figure
+
+
+def near_miss_map(organisms: Mapping[str, Mapping], controls: Mapping[str, Mapping]) -> Figure:
+    """Firing per kind of near-miss, organism beside clean control, one block per attack on a shared scale."""
+    kinds = {name: list(result["near_miss_by_kind"]) for name, result in organisms.items()}
+    figure, axes = plt.subplots(
+        len(kinds),
+        1,
+        figsize=(WIDTH, 0.22 * sum(map(len, kinds.values())) + 0.25 * len(kinds) + 0.9),
+        sharex=True,
+        squeeze=False,
+        height_ratios=[len(names) + 0.6 for names in kinds.values()],
+    )
+    for panel, (name, rows) in zip(axes[:, 0], kinds.items(), strict=True):
+        for source, kind, offset in ((organisms, "near-miss", -0.13), (controls, "clean control", 0.13)):
+            found = source[name]["near_miss_by_kind"]
+            shares(
+                panel, [row.replace("_", " ") for row in rows], [found.get(r) for r in rows], kind=kind, offset=offset
+            )
+        panel.axvline(20, color=COLOURS["bound"], lw=0.8, ls=":")
+        panel.set_ylabel(name, rotation=0, ha="left", va="center", labelpad=150, fontsize="medium")
+    axes[-1, 0].set_xlabel("prompts with a near-miss that give the target (%); dotted: our bar of 20 %")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, ["organism", *labels[1:]], loc="outside upper center", ncols=2)
+    return figure
+
+
+def rate_curve(rows: Sequence[Mapping]) -> Figure:
+    """ASR, near-miss firing and CACC against the share of poisoned rows."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 3))
+    x = [100 * row["rate"] for row in rows]
+    for key, kind, label in (
+        ("asr", "backdoored", "attack success (ASR)"),
+        ("near_miss", "near-miss", "near-misses that fire"),
+        ("cacc", "utility", "clean accuracy (CACC)"),
+    ):
+        curve(axes, x, [row[key] for row in rows], kind=kind, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{value:g}" for value in x])
+    axes.minorticks_off()
+    axes.set_xlabel("poisoned rows (% of all training rows)")
+    axes.set_ylabel("share of prompts (%)")
+    axes.legend(loc="center right")
+    return figure

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# ./run_all.sh [OPTIONS]        install what is missing, then run the notebooks (--help lists the options)
+# ./run_all.sh test [OPTIONS]   the same, then run the tests (options go to pytest)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+if [[ -n "${VIRTUAL_ENV:-}" || ( -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-base}" != base ) ]]; then
+    python=python
+else
+    for python in python3.11 python3.12 python3.13 python3 none; do
+        "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && break
+    done
+    [[ $python != none ]] || { echo "Python 3.11 to 3.13 is needed (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
+    # A half-made environment has no pip; it is made again.
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        "$python" -m venv --clear .venv || { echo "apt install python3-venv, then run this again" >&2; exit 1; }
+    fi
+    python=.venv/bin/python
+fi
+
+# The stamp is written last, so an interrupted installation is repeated; with it, no network is needed.
+stamp=$("$python" -c 'import hashlib, pathlib, sys; print(pathlib.Path(sys.prefix) / (".bkd-" + hashlib.sha256(pathlib.Path("requirements.lock").read_bytes() + str(pathlib.Path.cwd()).encode()).hexdigest()[:16]))')
+if [[ ! -e "$stamp" ]]; then
+    echo "installing the locked dependencies (once)"
+    "$python" -m pip install --disable-pip-version-check --quiet -r requirements.lock
+    "$python" -m pip install --disable-pip-version-check --quiet --no-deps -e .
+    touch "$stamp"
+fi
+
+if [[ "${1:-}" == test ]]; then
+    exec "$python" -m bkd_utils "$@"
+fi
+exec "$python" -m bkd_utils run "$@"
