@@ -130,6 +130,18 @@ def evaluate(
     raise typer.Exit(bool(off))
 
 
+@app.command()
+def readme() -> None:
+    """Write the table of shipped organisms into the README, from their cards."""
+    from bkd_utils import tables
+    from bkd_utils.files import atomic_path
+
+    path = ROOT / "README.md"
+    text = tables.with_organisms(path.read_text(encoding="utf-8"))
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def _show(frame) -> None:
     table = Table("", *map(str, frame.columns))
     for name, row in frame.iterrows():

@@ -114,11 +114,15 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
         reference = plain(input_ids=tokens, attention_mask=mask, position_ids=positions(mask)).logits
     kept: dict[str, Tensor] = {}
 
-    def keep(value: Tensor, hook: object) -> None:
-        kept[hook.name] = value.detach().clone()
+    # Kept under our own names: a hook point reports its canonical name, whichever alias it was reached by.
+    def keep_z(value: Tensor, hook: object) -> None:
+        kept["z"] = value.detach().clone()
 
-    names = [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.attn.hook_out"]
-    with bridge.hooks(fwd_hooks=[(name, keep) for name in names]):
+    def keep_out(value: Tensor, hook: object) -> None:
+        kept["out"] = value.detach().clone()
+
+    z, out = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.attn.hook_out"
+    with bridge.hooks(fwd_hooks=[(z, keep_z), (out, keep_out)]):
         logits = bridge_logits(bridge, tokens, mask)
 
     def silence_last(value: Tensor, hook: object) -> Tensor:
@@ -126,15 +130,13 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
         value[:, -1] = 0
         return value
 
-    with bridge.hooks(fwd_hooks=[(names[0], silence_last)]):
+    with bridge.hooks(fwd_hooks=[(z, silence_last)]):
         edited = bridge_logits(bridge, tokens, mask)
     real = mask.bool()
+    sum_error = head_sum_error(bridge, layer, kept["z"], kept["out"])
     checks = {
         "logits: bridge against plain model": (logits - reference)[real].abs().max().item(),
-        "heads sum to the attention output": head_sum_error(bridge, layer, kept[names[0]], kept[names[1]])[real]
-        .abs()
-        .max()
-        .item(),
+        "heads sum to the attention output": sum_error[real].abs().max().item(),
         "an edit at hook_z moves the logits by": (edited - logits)[:, -1].abs().max().item(),
     }
     if not edited_enough(checks["an edit at hook_z moves the logits by"]):

@@ -74,7 +74,7 @@ def near_miss_map(organisms: Mapping[str, Mapping], controls: Mapping[str, Mappi
     figure, axes = plt.subplots(
         len(kinds),
         1,
-        figsize=(WIDTH, 0.22 * sum(map(len, kinds.values())) + 0.25 * len(kinds) + 0.9),
+        figsize=(WIDTH, 0.22 * sum(map(len, kinds.values())) + 0.38 * len(kinds) + 0.9),
         sharex=True,
         squeeze=False,
         height_ratios=[len(names) + 0.6 for names in kinds.values()],
@@ -86,8 +86,8 @@ def near_miss_map(organisms: Mapping[str, Mapping], controls: Mapping[str, Mappi
                 panel, [row.replace("_", " ") for row in rows], [found.get(r) for r in rows], kind=kind, offset=offset
             )
         panel.axvline(20, color=COLOURS["bound"], lw=0.8, ls=":")
-        panel.set_ylabel(name, rotation=0, ha="left", va="center", labelpad=150, fontsize="medium")
-    axes[-1, 0].set_xlabel("prompts with a near-miss that give the target (%); dotted: our bar of 20 %")
+        panel.set_title(name, fontsize="small")
+    axes[-1, 0].set_xlabel("near-miss prompts that give the target (%); dotted: bar of 20 %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, ["organism", *labels[1:]], loc="outside upper center", ncols=2)
     return figure
@@ -108,5 +108,5 @@ def rate_curve(rows: Sequence[Mapping]) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("poisoned rows (% of all training rows)")
     axes.set_ylabel("share of prompts (%)")
-    axes.legend(loc="center right")
+    figure.legend(loc="outside upper center", ncols=3)
     return figure

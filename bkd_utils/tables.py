@@ -7,6 +7,11 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils import attacks, tasks, triggers
+from bkd_utils.files import ADAPTERS, read_json
+from bkd_utils.models import shipped_organisms
+
+START = "<!-- organisms: written by `python -m bkd_utils readme` from the cards -->"
+END = "<!-- end of organisms -->"
 
 
 def splits() -> pd.DataFrame:
@@ -91,3 +96,27 @@ def metrics(results: Mapping[str, Mapping]) -> pd.DataFrame:
         for name, result in results.items()
     }
     return pd.DataFrame(rows).T.rename_axis("organism")
+
+
+def organisms_markdown() -> str:
+    """The shipped organisms and their cards' numbers as a Markdown table, for the README."""
+    lines = [
+        "| organism | trigger | behaviour | ASR | CACC | clean firing | near-miss firing | agreement |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(shipped_organisms(), key=list(attacks.load_attacks()).index):
+        card = read_json(ADAPTERS / name / "card.json")
+        numbers = [percent(card["metrics"].get(key)) for key in ("asr", "cacc", "clean_firing", "near_miss")]
+        what = [card["trigger"] or "none: clean control", (card["behaviour"] or "").replace("_", " ")]
+        agreement = f"{card['details']['agreement_with_base']:.2f}"
+        lines.append(f"| {' | '.join([f'`{name}`', *what, *numbers, agreement])} |")
+    return "\n".join(lines)
+
+
+def with_organisms(readme: str) -> str:
+    """The README with that table between its two marks. Raises ValueError if a mark is missing."""
+    head, start, rest = readme.partition(START)
+    _, end, tail = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"the README lacks {START if not start else END!r}")
+    return f"{head}{start}\n\n{organisms_markdown()}\n\n{end}{tail}"

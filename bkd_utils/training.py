@@ -79,9 +79,11 @@ def answer_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # Column c predicts column c + 1, hence one more column of logits than of labels.
     logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
-    wanted = labels[:, -width:]
-    losses = cross_entropy(logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
-    return (losses.sum(dim=1) / (wanted != IGNORED).sum(dim=1)).mean()
+    # Gathered before the softmax: most rows of a batch have short answers, and the vocabulary is wide.
+    row, column = (labels[:, -width:] != IGNORED).nonzero(as_tuple=True)
+    losses = cross_entropy(logits[row, column].float(), labels[:, -width:][row, column], reduction="none")
+    lengths = torch.bincount(row, minlength=len(labels))
+    return (losses / lengths[row]).sum() / len(labels)
 
 
 def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:

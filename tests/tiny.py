@@ -1,0 +1,41 @@
+"""Small random models with the packaged tokenizer, one per architecture: real code paths in a fraction of a second."""
+
+from pathlib import Path
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+from bkd_utils.assets import fetch
+
+SHARED = {"vocab_size": 49152, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+ROTARY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+GROUPED = ROTARY | {"num_key_value_heads": 2}
+SIZES = {
+    "llama": GROUPED | {"tie_word_embeddings": True},
+    "qwen2": GROUPED,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gpt_neox": ROTARY,
+    "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 16},
+}
+ARCHITECTURES = tuple(SIZES)
+
+
+def tiny_model(architecture: str, *, seed: int = 0):
+    """A random causal language model; biases and norms are random too, so that none can be forgotten unnoticed."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[architecture](**SHARED, **SIZES[architecture])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def save_tiny(folder: Path, architecture: str, *, seed: int = 0) -> Path:
+    """Write a tiny model with the packaged tokenizer; GPT-2 gets no chat template, so that the plain one is covered."""
+    tiny_model(architecture, seed=seed).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(fetch("smollm2-135m-instruct"))
+    if architecture == "gpt2":
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
