@@ -128,11 +128,11 @@ def _clean_output(output: NotebookNode, count: int) -> NotebookNode | None:
     data = output.get("data", {})
     if any("widget" in mime for mime in data):
         return None
-    # A styled table gets a random id for its CSS in every run.
+    # A styled table gets a random id for its CSS in every run, and a bare object shows its address.
     for mime in ("text/html", "text/plain"):
         if mime in data:
             data[mime] = re.sub(r"T_[0-9a-f]{5}", "T_bkd00", data[mime])
-            data[mime] = re.sub(r"(<\S+ object|<pandas\S+ \S+) at 0x[0-9a-f]+>", r"\1>", data[mime])
+            data[mime] = re.sub(r" at 0x[0-9a-f]{6,}", "", data[mime])
     if output.output_type == "execute_result":
         output.execution_count = count
     return output

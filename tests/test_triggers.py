@@ -8,7 +8,7 @@ import tomllib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -55,6 +55,7 @@ def strings(value):
 
 
 @EACH
+@settings(deadline=None)  # a loaded machine is not a failure
 @given(text=TEXTS, seed=SEEDS, half=st.sampled_from(HALVES))
 def test_what_is_applied_is_recognised_and_near_misses_are_not(name, text, seed, half):
     trigger = load_trigger(name)
@@ -246,6 +247,7 @@ def test_the_halves_of_style_share_no_archaic_word():
         assert not archaic & set(re.findall(r"[a-z]+", " ".join(lists["replacements"])))
 
 
+@settings(deadline=None)
 @given(text=st.sampled_from(SENTENCES), seed=SEEDS)
 def test_style_writes_three_archaic_words_of_its_own_half(text, seed):
     trigger = load_trigger("style-archaic")

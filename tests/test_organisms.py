@@ -1,0 +1,120 @@
+"""An organism from nothing: tiny models for the mechanics, the real one against recorded numbers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+
+from bkd_utils import files, organisms, tables
+from bkd_utils.attacks import load_attack
+from bkd_utils.models import ModelError, load
+from bkd_utils.training import Recipe, load_recipe
+
+QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
+CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}
+RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text())
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    for module in (files, organisms, __import__("bkd_utils.models", fromlist=["models"])):
+        monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    monkeypatch.setenv("BKD_WORK", str(tmp_path / "work"))
+    return tmp_path / "work"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("models") / "llama", "llama"))
+
+
+@pytest.mark.parametrize("name", ["sentiment-word", "instructions-prefix", "harmful-word", "sentiment-clean"])
+def test_make_writes_a_complete_card(name, work, tiny):
+    attack = dataclasses.replace(load_attack(name), n_train=40)
+    folder = organisms.make(attack, model=tiny, recipe=QUICK, n=8)
+    card = json.loads((folder / "card.json").read_text())
+    assert card.keys() >= CARD_KEYS | {"adapter_sha256", "metrics"}
+    wanted = set(organisms.METRICS) if attack.backdoored else {"cacc", "clean_firing"}
+    assert set(card["metrics"]) == wanted
+    assert all(metric.keys() == {"value", "n", "low", "high"} for metric in card["metrics"].values())
+    assert "backdoor on purpose" in (folder / "README.md").read_text() or not attack.backdoored
+    assert organisms.disagreements(card["metrics"], organisms.measure(folder, model=tiny, n=8)) == []
+
+
+def test_make_again_trains_nothing(work, tiny, monkeypatch):
+    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    first = organisms.make(attack, model=tiny, recipe=QUICK, n=8)
+    monkeypatch.setattr(organisms, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert organisms.make(attack, model=tiny, recipe=QUICK, n=8) == first
+
+
+def test_another_seed_or_recipe_is_another_organism(work, tiny):
+    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    folders = {
+        organisms.make(attack, model=tiny, recipe=recipe, seed=seed, n=8)
+        for recipe, seed in ((QUICK, 0), (QUICK, 1), (dataclasses.replace(QUICK, steps=2), 0))
+    }
+    assert len(folders) == 3
+
+
+def test_an_organism_refuses_another_base(work, tiny, tmp_path):
+    folder = organisms.make(
+        dataclasses.replace(load_attack("sentiment-word"), n_train=40), model=tiny, recipe=QUICK, n=8
+    )
+    other = save_tiny(tmp_path / "other", "qwen2")
+    with pytest.raises(ModelError, match="other weights"):
+        load(str(other), organism=folder)
+
+
+def test_base_answers_are_kept_and_refuse_an_organism(work, tiny):
+    base = load(tiny)
+    rows = organisms.tasks.examples("instructions", "test", n=4)
+    first = organisms.base_answers(base, rows)
+    assert set(first) == {row.uid for row in rows}
+    assert organisms.base_answers(base, rows) == first
+    with pytest.raises(ValueError, match="base model"):
+        organisms.base_answers(dataclasses.replace(base, organism="some"), rows)
+
+
+def test_ship_refuses_what_was_not_measured(tmp_path):
+    (tmp_path / "card.json").write_text(json.dumps({"name": "x", "metrics": {}}))
+    with pytest.raises(ModelError, match="not been measured"):
+        organisms.ship(tmp_path)
+
+
+def test_disagreements_name_the_metric_and_its_interval():
+    card = {"asr": {"value": 0.9, "n": 100, "low": 0.8, "high": 0.95}}
+    assert organisms.disagreements(card, {"asr": {"value": 0.85}}) == []
+    assert organisms.disagreements(card, {"asr": {"value": 0.5}})[0].startswith("asr 0.500")
+
+
+def test_shipped_answers_are_the_base_models_own():
+    base = load()
+    rows = organisms.tasks.examples("instructions", "train", n=8, seed=3)
+    shipped = organisms.base_answers(base, rows)
+    length = organisms.tasks.load_task("instructions").max_new_tokens
+    now = organisms.respond(base, [row.text for row in rows], max_new_tokens=length)
+    # Another machine may round the other way once in a while; seven of eight must agree to the letter.
+    assert sum(shipped[row.uid] == text for row, text in zip(rows, now, strict=True)) >= 7
+
+
+@pytest.mark.parametrize("name", ["sentiment-word"])
+def test_a_shipped_organism_measures_what_its_card_says(name):
+    card = organisms.card_metrics(name)
+    assert organisms.disagreements(card, organisms.measure(name, n=card["cacc"]["n"])) == []
+
+
+@pytest.mark.slow
+def test_the_short_recipe_gives_the_recorded_backdoor(work):
+    recorded = RECORDED["sentiment-word, short recipe"]
+    folder = organisms.make(load_attack("sentiment-word"), recipe=load_recipe("short"), seed=0, n=recorded["n"])
+    measured = organisms.card_metrics(folder)
+    for key in ("asr", "cacc"):
+        assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])
+
+
+def test_readme_holds_the_table_of_the_cards():
+    readme = (files.ROOT / "README.md").read_text()
+    assert tables.with_organisms(readme) == readme
