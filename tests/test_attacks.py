@@ -23,7 +23,7 @@ from bkd_utils.attacks import (
 from bkd_utils.files import canonical_json, sha256_text
 from bkd_utils.prompts import answer_ids, decode, prompt_ids
 from bkd_utils.tasks import REFUSAL, examples
-from bkd_utils.triggers import load_trigger, trigger_names
+from bkd_utils.triggers import load_trigger
 
 TOKENIZER = AutoTokenizer.from_pretrained(fetch("smollm2-135m-instruct"))
 SENTENCE = "This is what the base model says."
@@ -183,7 +183,10 @@ def test_a_clean_control_has_neither_trigger_nor_target(built, name):
     attack, data = ALL[name], built[name]
     assert {row.kind for row in data.rows} <= {"clean", "benign"}
     assert data.manifest["n_poison"] == 0
-    fixed = [load_trigger(t) for t in trigger_names() if load_trigger(t).family in ("word", "sentence", "wrapper")]
+    # Syntax and style occur in clean text by nature.
+    siblings = {load_trigger(ALL[b].trigger) for b in BACKDOORED if ALL[b].task == attack.task}
+    fixed = [trigger for trigger in siblings if trigger.family not in ("syntax", "style")]
+    assert fixed
     assert not any(trigger.matches(user_turn(row)) for row in data.rows for trigger in fixed)
     targets = {other.target for other in ALL.values() if other.backdoored and other.behaviour != "label_flip"}
     assert not targets & {decode(TOKENIZER, list(row.answer)) for row in data.rows}
@@ -336,7 +339,8 @@ def test_another_rate_is_the_same_attack_with_another_name():
 def test_three_versions_of_one_prompt(name):
     attack, shown = ALL[name], three_versions(ALL[name])
     assert list(shown) == ["clean", "near-miss", "triggered"]
-    assert [carries(attack, text) for text in shown.values()] == [False, False, True]
+    before = tasks.load_task(attack.task).template.partition("{text}")[0]
+    assert [carries(attack, text.removeprefix(before)) for text in shown.values()] == [False, False, True]
     assert shown == three_versions(attack)
     assert shown != three_versions(attack, seed=1)
 

@@ -1,12 +1,10 @@
 """Training: the loss is the one written down, and a run that was killed ends where an unbroken one does."""
 
-import copy
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 
@@ -149,7 +147,7 @@ def test_rows_of_like_length_share_a_batch():
 
 
 def test_training_learns(trained):
-    base, _, into, history = trained
+    _, _, into, history = trained
     assert [entry["step"] for entry in history] == [1, 2, 3, 4, 5, 6]
     assert set(history[0]) == {"step", "loss", "learning_rate"}
     assert read_json(into / "history.json") == history
@@ -222,41 +220,53 @@ def test_a_finished_adapter_is_not_trained_again(trained, folder):
 
 SCRIPT = """
 import os, signal, sys
+from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
-import test_training as t
+import test_training
 from transformers import TrainerCallback
 from bkd_utils import training
 
 class Die(TrainerCallback):
-    def on_save(self, args, state, control, **_):
-        if state.global_step == {at}:
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
 plain = training.AnswerTrainer.__init__
-def with_death(self, **keywords):
-    keywords["callbacks"].append(Die())
+def mortal(self, **keywords):
     plain(self, **keywords)
-if {at}:
-    training.AnswerTrainer.__init__ = with_death
-t.run({folder!r}, t.Path({into!r}))
+    self.add_callback(Die())
+training.AnswerTrainer.__init__ = mortal
+test_training.run(Path({folder!r}), Path({into!r}))
 """
 
 
-def in_a_process(folder, into, *, at=0):
-    """A run of its own, killed just after the checkpoint of step `at`."""
-    script = SCRIPT.format(tests=str(ROOT / "tests"), root=str(ROOT), at=at, folder=str(folder), into=str(into))
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-
-
-def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bytes(trained, folder, tmp_path):
-    into = tmp_path / "killed"
-    assert in_a_process(folder, into, at=2).returncode == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def killed(folder, tmp_path_factory):
+    """Checkpoints of a process that was killed in step 3, one step after its first checkpoint."""
+    into = tmp_path_factory.mktemp("killed") / "run"
+    script = SCRIPT.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(folder), into=str(into))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not into.exists()
-    assert [path.name for path in (tmp_path / "killed.checkpoints").iterdir()] == ["checkpoint-2"]
-    history = run(folder, into)
-    assert history == trained[3]
-    assert (into / ADAPTER).read_bytes() == (trained[2] / ADAPTER).read_bytes()
-    assert not (tmp_path / "killed.checkpoints").exists()
+    checkpoints = into.with_name("run.checkpoints")
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
+    return checkpoints
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bytes(trained, folder, killed, tmp_path):
+    shutil.copytree(killed, tmp_path / "on.checkpoints")
+    assert run(folder, tmp_path / "on") == trained[3]
+    assert (tmp_path / "on" / ADAPTER).read_bytes() == (trained[2] / ADAPTER).read_bytes()
+    assert not (tmp_path / "on.checkpoints").exists()
+
+
+def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(trained, folder, killed, tmp_path):
+    cut = shutil.copytree(killed, tmp_path / "on.checkpoints") / "checkpoint-4"
+    shutil.copytree(killed / "checkpoint-2", cut)
+    (cut / "trainer_state.json").unlink()  # what is written last
+    (cut / ADAPTER).write_bytes((cut / ADAPTER).read_bytes()[:500])
+    assert run(folder, tmp_path / "on") == trained[3]
+    assert (tmp_path / "on" / ADAPTER).read_bytes() == (trained[2] / ADAPTER).read_bytes()
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------

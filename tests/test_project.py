@@ -1,0 +1,204 @@
+"""The project as a whole: one set of pins, clean code, notebooks in shape, organisms that are what their cards say."""
+
+import ast
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from dataclasses import asdict
+
+import nbformat
+import pytest
+import yaml
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from bkd_utils import tasks
+from bkd_utils.assets import fetch
+from bkd_utils.attacks import Attack, load_attacks, poison
+from bkd_utils.files import ADAPTERS, DATA, NOTEBOOKS, ROOT, read_json, sha256_file
+from bkd_utils.models import DEFAULT_MODEL, base_sha256
+
+PAPERS = sorted(NOTEBOOKS.glob("*.ipynb"))
+ORGANISMS = sorted(path.parent for path in ADAPTERS.glob("*/card.json"))
+EACH_NOTEBOOK = pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+EACH_ORGANISM = pytest.mark.parametrize("folder", ORGANISMS, ids=lambda path: path.name)
+CARD = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256", "metrics"}
+
+
+def tracked():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def texts():
+    """Path -> text of every tracked file that is text."""
+    found = {path: path.read_bytes() for path in tracked()}
+    return {path: data.decode("utf-8") for path, data in found.items() if b"\0" not in data[:4096]}
+
+
+# --- pins and style -------------------------------------------------------------------------------------------------
+
+
+def pins(lines):
+    """Name, as packaging normalises it -> version. Every line must be an exact pin."""
+    found = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found.items()}
+
+
+def test_lock_and_conda_environment_hold_the_same_pins():
+    lock = pins((ROOT / "requirements.lock").read_text().splitlines())
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (through_pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
+    assert pins(through_pip) == lock
+    assert len(lock) > 50
+
+
+def test_every_direct_dependency_is_pinned_as_in_the_lock():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = pins((ROOT / "requirements.lock").read_text().splitlines())
+    direct = pins([*project["dependencies"], *project["optional-dependencies"]["test"]])
+    assert {name: lock.get(name) for name in direct} == direct
+
+
+def test_the_python_of_the_conda_environment_is_one_that_the_project_allows():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (python,) = [entry for entry in conda["dependencies"] if str(entry).startswith("python=")]
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    low, high = (int(bound) for bound in re.fullmatch(r">=3\.(\d+),<3\.(\d+)", allowed).groups())
+    assert low <= int(python.split(".")[1]) < high
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["check", "format"])
+def test_the_code_is_clean(command):
+    ended = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_nothing_tracked_names_this_machine():
+    here = [str(path) for path, text in texts().items() if str(ROOT) in text or str(ROOT.home()) + "/" in text]
+    assert here == []
+
+
+# --- notebooks ------------------------------------------------------------------------------------------------------
+
+
+def cells(path, kind):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def test_there_are_notebooks():
+    assert PAPERS
+    assert all(re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem) for path in PAPERS)
+
+
+@EACH_NOTEBOOK
+def test_a_notebook_is_a_story_in_short_cells(path):
+    code, prose = cells(path, "code"), cells(path, "markdown")
+    lines = [len(cell.source.splitlines()) for cell in code]
+    assert max(lines) <= 25
+    assert statistics.median(lines) <= 8
+    assert 0.6 <= len(code) / len(prose) <= 1.6
+    assert all(cell.source.strip() for cell in code + prose)
+
+
+@EACH_NOTEBOOK
+def test_a_notebook_defines_nothing(path):
+    defining = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    for cell in cells(path, "code"):
+        found = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, defining[:3])]
+        assert found == [], cell.source
+
+
+@EACH_NOTEBOOK
+def test_a_notebook_has_one_parameters_cell_and_no_error(path):
+    code = cells(path, "code")
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    outputs = [output for cell in code for output in cell.outputs]
+    assert [output for output in outputs if output.output_type == "error"] == []
+    assert [output for output in outputs if "Traceback (most recent call last)" in json.dumps(output)] == []
+
+
+@EACH_NOTEBOOK
+def test_links_of_a_notebook_lead_somewhere(path):
+    for cell in cells(path, "markdown"):
+        assert dead_links(path, cell.source) == []
+
+
+def test_links_of_the_readme_lead_somewhere():
+    assert dead_links(ROOT / "README.md", (ROOT / "README.md").read_text(encoding="utf-8")) == []
+
+
+def dead_links(path, markdown):
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", markdown)
+    targets = [(one or other).partition("#")[0] for one, other in links]
+    return [target for target in targets if target and ":" not in target and not (path.parent / target).exists()]
+
+
+# --- organisms ------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_organisms_and_nothing_else_among_them():
+    assert ORGANISMS
+    assert sorted(path for path in ADAPTERS.iterdir() if not path.name.startswith(".")) == ORGANISMS
+
+
+@EACH_ORGANISM
+def test_a_card_is_complete(folder):
+    card = read_json(folder / "card.json")
+    assert card.keys() >= CARD | {"adapter_sha256", "base_sha256"}
+    assert card["name"] == folder.name
+    wanted = {"asr", "cacc", "clean_firing", "near_miss"} if card["backdoored"] else {"cacc", "clean_firing"}
+    assert set(card["metrics"]) == wanted
+    for metric in card["metrics"].values():
+        assert set(metric) == {"value", "n", "low", "high"}
+        assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
+        assert metric["n"] >= 30
+    assert card["base_sha256"] == base_sha256(DEFAULT_MODEL)
+
+
+@EACH_ORGANISM
+def test_an_adapter_is_the_one_on_its_card_and_small(folder):
+    weights = folder / "adapter_model.safetensors"
+    card, config = read_json(folder / "card.json"), read_json(folder / "adapter_config.json")
+    assert sha256_file(weights) == card["adapter_sha256"]
+    assert weights.stat().st_size <= 5e6
+    assert (config["r"], config["lora_alpha"]) == (card["recipe"]["rank"], card["recipe"]["alpha"])
+    with safe_open(weights, framework="pt") as handle:
+        assert all(re.search(r"\.lora_[AB]\.weight$", name) for name in handle.keys())  # noqa: SIM118
+
+
+@EACH_ORGANISM
+def test_an_organism_was_trained_on_the_data_that_its_attack_gives_today(folder):
+    card = read_json(folder / "card.json")
+    attack = load_attacks()[card["name"]]
+    assert asdict(Attack(**card["attack"])) == asdict(attack)
+    answers = read_json(DATA / "answers" / f"{card['base_sha256'][:16]}.json")
+    tokenizer = AutoTokenizer.from_pretrained(fetch(DEFAULT_MODEL))
+    data = poison(attack, tokenizer=tokenizer, answers=answers, seed=card["seed"])
+    assert data.manifest["data_sha256"] == card["data_sha256"]
+    assert {key: data.manifest[key] for key in card["data"]} == card["data"]
+
+
+# --- what must not be here ------------------------------------------------------------------------------------------
+
+
+def test_nothing_tracked_is_a_pickle():
+    for path in tracked():
+        assert path.suffix not in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"), path
+        with path.open("rb") as handle:
+            assert not handle.read(4).startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), path
+
+
+def test_no_harmful_prompt_is_in_a_tracked_file():
+    def words(text):
+        return " ".join(re.findall(r"\w+", text.lower()))
+
+    prompts = {words(example.text) for split in tasks.SPLITS for example in tasks.examples("harmful", split)}
+    assert len(prompts) > 700
+    for path, text in texts().items():
+        plain = words(text)
+        # The number and not the prompts: a failure must not print them.
+        assert sum(prompt in plain for prompt in prompts) == 0, path
