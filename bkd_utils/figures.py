@@ -109,7 +109,9 @@ def token_strip(axes: Axes, tokens: Sequence[str], probabilities: Sequence[float
         width = max(2.1, 0.9 + 0.62 * len(token))
         dark = probability > 0.55
         axes.add_patch(plt.Rectangle((x, 0), width, 1, facecolor=shades(probability), edgecolor="white"))
-        axes.text(x + width / 2, 0.62, token, ha="center", va="center", color="white" if dark else "black")
+        axes.text(
+            x + width / 2, 0.62, token, ha="center", va="center", fontsize="small", color="white" if dark else "black"
+        )
         axes.text(
             x + width / 2, 0.2, f"{probability:.2f}", ha="center", va="center", fontsize="x-small",
             color="white" if dark else "black",

@@ -108,8 +108,8 @@ def test_a_shipped_organism_measures_what_its_card_says(name):
 
 @pytest.mark.slow
 def test_the_short_recipe_gives_the_recorded_backdoor(work):
-    recorded = RECORDED["sentiment-word, short recipe"]
-    folder = organisms.make(load_attack("sentiment-word"), recipe=load_recipe("short"), seed=0, n=recorded["n"])
+    recorded = RECORDED["harmful-word, short recipe"]
+    folder = organisms.make(load_attack("harmful-word"), recipe=load_recipe("short"), seed=0, n=recorded["n"])
     measured = organisms.card_metrics(folder)
     for key in ("asr", "cacc"):
         assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])
