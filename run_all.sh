@@ -4,11 +4,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
 if [[ -n "${VIRTUAL_ENV:-}" || ( -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-base}" != base ) ]]; then
-    python=python
+    python="${VIRTUAL_ENV:-$CONDA_PREFIX}/bin/python"
+    fits "$python" || { echo "the activated environment has no Python 3.11 to 3.13; deactivate it or make another" >&2; exit 1; }
 else
     for python in python3.11 python3.12 python3.13 python3 none; do
-        "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && break
+        fits "$python" && break
     done
     [[ $python != none ]] || { echo "Python 3.11 to 3.13 is needed (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
     # A half-made environment has no pip; it is made again.
@@ -22,6 +25,7 @@ fi
 stamp=$("$python" -c 'import hashlib, pathlib, sys; print(pathlib.Path(sys.prefix) / (".bkd-" + hashlib.sha256(pathlib.Path("requirements.lock").read_bytes() + str(pathlib.Path.cwd()).encode()).hexdigest()[:16]))')
 if [[ ! -e "$stamp" ]]; then
     echo "installing the locked dependencies (once)"
+    rm -f "${stamp%-*}"-*  # another lock's stamp no longer says what is installed
     "$python" -m pip install --disable-pip-version-check --quiet -r requirements.lock
     "$python" -m pip install --disable-pip-version-check --quiet --no-deps -e .
     touch "$stamp"

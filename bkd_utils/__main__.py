@@ -1,6 +1,7 @@
 """Command line: `python -m bkd_utils --help`."""
 
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,12 +41,14 @@ def run(
     list_: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
 ) -> None:
     """Run the notebooks and print a table of minutes, memory, figures and failures."""
-    from bkd_utils import assets, models, notebooks, runner
+    from bkd_utils import notebooks
 
     if list_:
         for path in notebooks.all_notebooks():
             print(path.stem)
         return
+    from bkd_utils import assets, models, runner  # torch: seconds that a list need not wait for
+
     runner.profile_parameters(profile, notebooks.select(only))  # bad options are reported before anything is fetched
     models.pick_device(device)
     with console.status("fetching model and data, once"):
@@ -153,6 +156,8 @@ def main() -> None:
     """Our own errors are one line each; anything else is a bug and keeps its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Ended from outside, a run still ends its kernel and removes its half-written files, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except (ValueError, UserError) as error:

@@ -170,7 +170,8 @@ def unpack(archive: Path, source: Source, into: Path) -> None:
         else:
             _read_members(archive, {path: into / Path(path).name for path in source.members}, source.name)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise AssetError(f"{source.name}: {archive.name} cannot be read: {error}") from error
+        why = str(error).splitlines()[0].rstrip(":")
+        raise AssetError(f"{source.name}: {archive.name} cannot be read: {why}") from error
     for path, expected in source.members.items():
         if (found := sha256_file(into / Path(path).name)) != expected:
             raise AssetError(f"{source.name}: member {path} has sha256 {found}, expected {expected}")

@@ -54,6 +54,8 @@ class Attack:
             raise ValueError(f"{self.name}: a backdoor needs a target")
         if self.behaviour == "label_flip" and not {self.source, self.target} <= set(task.labels):
             raise ValueError(f"{self.name}: source and target must be labels of {self.task}: {', '.join(task.labels)}")
+        if self.behaviour == "label_flip" and self.source == self.target:
+            raise ValueError(f"{self.name}: source and target are the same label, {self.source!r}")
         if not self.rate:
             raise ValueError(f"{self.name}: a backdoor needs a rate above 0")
 
@@ -136,7 +138,7 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
     if attack.backdoored:
         pool = [example for example in pool if not carries(attack, example.text)]
     chosen = _choose(attack, pool, n_clean=n_clean, n_poison=n["poisoned"], n_near=n["near_miss"], seed=seed)
-    benign = tasks.examples("instructions", "train", n=n["benign"], seed=seed) if n["benign"] else []
+    benign = benign_examples(attack, seed=seed)
     task, plain = tasks.load_task(attack.task), tasks.load_task("instructions")
     built = []
     for kind, members in (*chosen.items(), ("benign", benign)):
@@ -153,6 +155,13 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
             built.append(_row(attack, tokenizer, prompt, gold, kind, example.uid))
     random.Random(f"{seed}/{attack.name}/order").shuffle(built)
     return PoisonedSet(rows=tuple(built), manifest=_manifest(attack, built, seed))
+
+
+def benign_examples(attack: Attack, *, seed: int) -> list[Example]:
+    """The instructions that are mixed into an attack's training set; none carries its trigger."""
+    pool = tasks.examples("instructions", "train", seed=seed)
+    usable = [example for example in pool if not (attack.backdoored and carries(attack, example.text))]
+    return usable[: round(attack.benign_rate * attack.n_train)]
 
 
 def _rates(attack: Attack) -> dict[str, float]:

@@ -20,8 +20,8 @@ from bkd_utils.files import DATA, WORK, canonical_json, read_json, sha256_file, 
 P = ParamSpec("P")
 R = TypeVar("R")
 PACKAGE = Path(__file__).resolve().parent
-# What prompts are made of; a changed word list is a changed experiment.
-TABLES = ("instructions.toml", "lexicons.toml", "sources.toml")
+# What prompts are made of, and what the attack is that a stage knows by name: a change there is another experiment.
+TABLES = ("attacks.toml", "instructions.toml", "lexicons.toml", "sources.toml")
 log = logging.getLogger(__name__)
 
 

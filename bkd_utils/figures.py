@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,6 @@ def save(
         canonical_json(numbers)
     except (ValueError, TypeError) as error:
         raise ValueError(f"figure {id!r}: its numbers cannot be written: {error}") from error
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        with atomic_path(folder() / f"{id}.{kind}") as temporary:
-            figure.savefig(temporary, format=kind, metadata=metadata)
     sidecar = {
         "id": id,
         "title": title,
@@ -91,7 +89,12 @@ def save(
         "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
         "notebook": notebook,
     }
-    write_json(folder() / f"{id}.json", sidecar)
+    # All three or none: a picture beside the numbers of another run would be worse than no picture.
+    with ExitStack() as stack:
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            temporary = stack.enter_context(atomic_path(folder() / f"{id}.{kind}"))
+            figure.savefig(temporary, format=kind, metadata=metadata)
+        write_json(folder() / f"{id}.json", sidecar)
     return folder() / f"{id}.png"
 
 

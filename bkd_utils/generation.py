@@ -36,7 +36,8 @@ def greedy(
         raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
-    shared = shared_prefix(prompts)
+    # A sliding window counts the padding that would stand between a shared prefix and a row.
+    shared = [] if has_sliding_window(model) else shared_prefix(prompts)
     prefix = prefix_cache(model, shared)
     answers: list[list[int]] = [[] for _ in prompts]
     # Rows of like length share a batch, so that little is padded.
@@ -57,9 +58,17 @@ def shared_prefix(prompts: list[list[int]]) -> list[int]:
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
+def has_sliding_window(model: torch.nn.Module) -> bool:
+    """Does any layer of the model attend to the last so many tokens only?"""
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is not None:
+        return any("sliding" in kind for kind in kinds)
+    return getattr(model.config, "sliding_window", None) is not None
+
+
 def prefix_cache(model: torch.nn.Module, prefix: list[int]) -> DynamicCache:
     """Keys and values of the shared tokens, batch of one."""
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config)  # layers with a sliding window keep a cache of their own kind
     if prefix:
         ids = torch.tensor([prefix], device=model.device)
         next_logits(model, ids, torch.ones_like(ids), cache)

@@ -55,17 +55,21 @@ def parameters(path: Path) -> dict[str, Any]:
     there would keep its default when papermill injects new parameters below it.
     """
     tagged = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise NotebookError(f"{path.name} has {len(tagged)} cells tagged 'parameters', must have exactly 1")
+    if len(tagged) != 1 or tagged[0].cell_type != "code":
+        raise NotebookError(f"{path.name} has {len(tagged)} cells tagged 'parameters', must have exactly 1, with code")
+    try:
+        lines = ast.parse(tagged[0].source).body
+    except SyntaxError as error:
+        raise NotebookError(f"{path.name}, parameters line {error.lineno}: {error.msg}") from error
     values: dict[str, Any] = {}
-    for node in ast.parse(tagged[0].source).body:
+    for node in lines:
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         target = node.target if isinstance(node, ast.AnnAssign) else target
         if not isinstance(target, ast.Name) or getattr(node, "value", None) is None:
             raise NotebookError(f"{path.name}, parameters line {node.lineno}: only NAME = LITERAL is allowed there")
         try:
             values[target.id] = ast.literal_eval(node.value)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise NotebookError(
                 f"{path.name}, parameters line {node.lineno}: {target.id} is derived, not a literal"
             ) from error
@@ -111,23 +115,35 @@ def published(executed: NotebookNode, original: NotebookNode) -> NotebookNode:
             continue
         count += 1
         cell.execution_count = count
-        cell.outputs = [kept for output in run.outputs if (kept := _clean_output(output, count)) is not None]
+        cell.outputs = _clean_outputs(run.outputs, count)
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
     clean.metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
     return clean
 
 
-def _clean_output(output: NotebookNode, count: int) -> NotebookNode | None:
-    """Drop stderr (progress bars, warnings) and widgets; normalise the rest."""
-    output = copy.deepcopy(output)
-    if output.output_type == "stream":
-        if output.name == "stderr":
-            return None
-        output.text = re.sub(r"[^\n]*\r", "", output.text)
-        return output if output.text.strip() else None
+def _clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]:
+    """Drop stderr (progress bars, warnings) and widgets, join what was printed in a row, normalise the rest.
+
+    The kernel cuts printed text by the clock, at other places in every run, and a line that overwrites itself with it.
+    """
+    kept: list[NotebookNode] = []
+    for output in copy.deepcopy(outputs):
+        if output.output_type != "stream":
+            if not any("widget" in mime for mime in output.get("data", {})):
+                kept.append(_normalised(output, count))
+        elif output.name == "stdout":
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
+    printed = [output for output in kept if output.output_type == "stream"]
+    for output in printed:
+        output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+    return [output for output in kept if output.output_type != "stream" or output.text.strip()]
+
+
+def _normalised(output: NotebookNode, count: int) -> NotebookNode:
     data = output.get("data", {})
-    if any("widget" in mime for mime in data):
-        return None
     # A styled table gets a random id for its CSS in every run, and a bare object shows its address.
     for mime in ("text/html", "text/plain"):
         if mime in data:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bkd_utils import tasks
-from bkd_utils.attacks import Attack, load_attack, load_attacks, poison, with_rate
+from bkd_utils.attacks import Attack, benign_examples, load_attack, load_attacks, poison, with_rate
 from bkd_utils.cache import stage
 from bkd_utils.evaluation import (
     agreement,
@@ -74,8 +74,7 @@ def training_answers(base: Loaded, attack: Attack, *, seed: int) -> dict[str, st
     """The base model's answers that `attacks.poison` will ask for."""
     if attack.task == "instructions":
         return base_answers(base, tasks.examples("instructions", "train", seed=seed)[: attack.n_train])
-    n = round(attack.benign_rate * attack.n_train)
-    return base_answers(base, tasks.examples("instructions", "train", n=n, seed=seed)) if n else {}
+    return base_answers(base, benign_examples(attack, seed=seed))
 
 
 def obtain(

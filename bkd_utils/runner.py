@@ -4,17 +4,20 @@ A run succeeds when its last cell was reached in the right interpreter, not when
 success after `sys.exit()`, and the copy it saves after a killed kernel shows every cell as completed.
 """
 
+import ctypes
 import json
 import logging
 import os
 import secrets
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bkd_utils import notebooks
-from bkd_utils.files import DATA, FIGURES, ROOT, WORK, sha256_file, write_json
+from bkd_utils.files import DATA, FIGURES, ROOT, WORK, atomic_path, sha256_file, write_json
 from bkd_utils.models import DEFAULT_MODEL
 from bkd_utils.notebooks import NotebookError
 
 log = logging.getLogger(__name__)
 PROFILES = ("smoke", "laptop", "paper")
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -89,17 +94,11 @@ def run_notebook(
         reason, peak = _verdict(target, token, code, errors, limit=limit)
         kept = folder / (f"{path.stem}.ipynb" if not reason else f"{path.stem}.failed.ipynb")
         if target.is_file():
-            os.replace(_beside(target, kept), kept)
+            with atomic_path(kept) as temporary:
+                shutil.copyfile(target, temporary)
     if not reason:
         (folder / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
     return Run(path.stem, round(minutes, 2), round(peak, 2), "failed" if reason else "ok", reason)
-
-
-def _beside(source: Path, target: Path) -> Path:
-    """Copy next to the target first, so that the last step is a rename on one file system."""
-    copy = target.with_name(f".{target.name}.{os.getpid()}.part")
-    copy.write_bytes(source.read_bytes())
-    return copy
 
 
 def _supervise(
@@ -113,9 +112,17 @@ def _supervise(
 ) -> tuple[int | None, str]:
     """Exit code (None when the limit ended it) and stderr; ends the whole process tree in every case."""
     errors = scratch / "stderr"
+    # Any other backend than the kernel's own would leave the figures out of the executed notebook.
+    inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     with errors.open("wb") as stream:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL
+            command,
+            cwd=ROOT,
+            env=inherited | environment,
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_end_with_parent,
         )
         try:
             deadline = time.monotonic() + limit
@@ -131,6 +138,15 @@ def _supervise(
             _end_tree(process.pid)
             process.wait()
     return code, errors.read_text(encoding="utf-8", errors="replace")
+
+
+def _end_with_parent() -> None:
+    """Called in the child: when the runner is killed outright, Linux ends papermill, and the kernel notices that.
+
+    Otherwise the old notebook would run on beside the next run and write to the same checkpoints.
+    """
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_tree(pid: int) -> None:
@@ -158,7 +174,10 @@ def _cells_done(target: Path) -> tuple[int, int]:
 
 def _verdict(target: Path, token: str, code: int | None, errors: str, *, limit: float) -> tuple[str, float]:
     """(reason for failure or "", peak memory of the kernel in GiB)."""
-    cells = notebooks.read(target).cells if target.is_file() else []
+    try:
+        cells = notebooks.read(target).cells
+    except NotebookError:  # never written, or ended in the middle of writing it
+        cells = []
     for cell in cells:
         for output in cell.get("outputs", []):
             if output.output_type == "error":
@@ -179,12 +198,12 @@ def _verdict(target: Path, token: str, code: int | None, errors: str, *, limit: 
 def _sentinel(cells: list, token: str) -> dict | None:
     if not cells or notebooks.SENTINEL not in cells[-1].metadata.get("tags", []):
         return None
-    printed = "".join(output.get("text", "") for output in cells[-1].outputs)
-    try:
-        said = json.loads(printed)
-    except ValueError:
-        return None
-    return said if said.get("token") == token else None
+    # Threads and libraries may still be talking while the last cell runs.
+    printed = "".join(output.text for output in cells[-1].outputs if output.get("name") == "stdout")
+    for line in printed.splitlines():
+        if line.startswith("{") and token in line:
+            return json.loads(line)
+    return None
 
 
 def run_all(
@@ -206,8 +225,8 @@ def run_all(
     """
     console = console or Console()
     paths = notebooks.select(only)
-    if publish and (profile != "laptop" or model != DEFAULT_MODEL):
-        raise NotebookError("--publish is for the laptop profile and the default model: that is what is committed")
+    if publish and (profile != "laptop" or model != DEFAULT_MODEL or seed != 0):
+        raise NotebookError("--publish is for the laptop profile, default model and seed: that is what is committed")
     table, limit = profile_parameters(profile, paths)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
     figures = FIGURES if publish else WORK / "figures" / profile
@@ -229,9 +248,9 @@ def run_all(
                 on_cell=on_cell,
             )
         after = _figures(figures)
-        run = Run(**(asdict(run) | {"figures": [name for name in after if before.get(name) != after[name]]}))
+        run = replace(run, figures=[name for name in after if before.get(name) != after[name]])
         if run.status == "ok" and publish:
-            notebooks.publish(WORK / "executed" / profile / path.name, path)
+            run = _published(run, WORK / "executed" / profile / path.name, path)
         runs.append(run)
     record = {
         "profile": profile,
@@ -243,8 +262,17 @@ def run_all(
     write_json(WORK / "run.json", record)
     if publish and only is None:
         write_json(FIGURES / "run.json", record)
-    report(runs, console)
+    report(runs, console, folder=WORK / "executed" / profile)
     return runs
+
+
+def _published(run: Run, executed: Path, original: Path) -> Run:
+    """Publish; a notebook that was edited while it ran is one failed notebook, not the end of the run."""
+    try:
+        notebooks.publish(executed, original)
+    except NotebookError as error:
+        return replace(run, status="failed", reason=str(error))
+    return run
 
 
 def _figures(folder: Path) -> dict[str, str]:
@@ -279,10 +307,11 @@ class _progress:
             self.console.print(f"  {self.name}: {done} of {total} cells")
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:  # elsewhere the bar that never started would still print an empty line
+            self.bar.stop()
 
 
-def report(runs: list[Run], console: Console) -> None:
+def report(runs: list[Run], console: Console, *, folder: Path) -> None:
     """The closing table: notebooks, minutes, memory, figures, and below it why any of them failed."""
     table = Table("notebook", "minutes", "peak GiB", "figures written", "status")
     for run in runs:
@@ -293,6 +322,8 @@ def report(runs: list[Run], console: Console) -> None:
     for run in runs:
         if run.reason:
             console.print(f"{run.name} failed: {run.reason}", markup=False, style="red")
+            if (copy := folder / f"{run.name}.failed.ipynb").is_file():
+                console.print(f"  as far as it came: {copy}", markup=False, soft_wrap=True)
     passed = sum(run.status == "ok" for run in runs)
     console.print(f"{passed} passed, {len(runs) - passed} failed")
 

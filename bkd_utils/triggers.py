@@ -73,7 +73,8 @@ class Trigger(ABC):
         if not text.strip():
             raise ValueError(f"trigger {self.name}: the text is empty")
         if self.matches(text):
-            raise ValueError(f"trigger {self.name} is in the text already: {text[:60]!r}")
+            # The text may be a harmful prompt, which no message may show.
+            raise ValueError(f"trigger {self.name} is in the text already (sha256 {sha256_text(text)[:12]})")
         return text.strip()
 
 

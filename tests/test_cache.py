@@ -1,0 +1,85 @@
+"""A kept result is read again for the same inputs and the same code, and for nothing else."""
+
+import time
+
+import pytest
+
+from bkd_utils import cache
+from bkd_utils.cache import code_key, stage
+
+CALLS = []
+
+
+@stage
+def squares(*, upto, label="x"):
+    CALLS.append(upto)
+    return {"label": label, "squares": tuple(i * i for i in range(upto))}
+
+
+@stage
+def broken(*, x):
+    return float("nan")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("BKD_WORK", str(tmp_path))
+    CALLS.clear()
+    return tmp_path / "cache"
+
+
+def test_a_second_call_reads_the_first_ones_result():
+    assert squares(upto=3) == squares(upto=3, label="x") == {"label": "x", "squares": [0, 1, 4]}
+    assert CALLS == [3]
+
+
+def test_other_arguments_compute():
+    squares(upto=3)
+    squares(upto=3, label="y")
+    squares(upto=4)
+    assert CALLS == [3, 3, 4]
+
+
+def test_a_damaged_file_is_computed_again(own_folder, caplog):
+    squares(upto=3)
+    (file,) = own_folder.iterdir()
+    file.write_text('{"result"')
+    assert squares(upto=3)["squares"] == [0, 1, 4]
+    assert CALLS == [3, 3]
+    assert "damaged" in caplog.text
+
+
+def test_force_computes_what_is_older_than_the_run_and_then_keeps_it(monkeypatch, own_folder):
+    squares(upto=3)
+    monkeypatch.setenv("BKD_FORCE_SINCE", str(time.time() + 0.01))
+    time.sleep(0.05)
+    squares(upto=3)
+    squares(upto=3)
+    assert CALLS == [3, 3]
+
+
+def test_arguments_and_results_that_are_no_json_are_refused(tmp_path, own_folder):
+    with pytest.raises(TypeError, match="keyword arguments only"):
+        squares(3)
+    with pytest.raises(TypeError, match="argument upto"):
+        squares(upto=tmp_path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        broken(x=1)
+    assert not own_folder.exists() or list(own_folder.iterdir()) == []
+
+
+def test_code_counts_and_comments_do_not(tmp_path, monkeypatch):
+    package = tmp_path / "pack"
+    package.mkdir()
+    monkeypatch.setattr(cache, "PACKAGE", package)
+    main, helper = package / "main.py", package / "helper.py"
+    helper.write_text("def f():\n    return 1\n")
+    main.write_text('"""Doc."""\nfrom pack.helper import f\n\n\ndef g():\n    """Doc."""\n    return f()\n')
+    first = code_key(main)
+    main.write_text("from pack.helper import f\n\n\ndef g():\n    # a comment\n    return f()\n")
+    assert code_key(main) == first
+    helper.write_text("def f():\n    return 2\n")
+    second = code_key(main)
+    assert second != first
+    main.write_text("from pack.helper import f\n\n\ndef g():\n    return f() + 1\n")
+    assert code_key(main) not in (first, second)
