@@ -5,6 +5,8 @@ mask, compatibility mode that rewrites weights, live LoRA layers that make per-h
 made impossible raises.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,18 +79,27 @@ def guard(bridge: TransformerBridge) -> None:
     def refuse_compatibility(*_: object, **__: object) -> None:
         raise ModelError("compatibility mode rewrites weights and logits; these notebooks use the raw coordinates")
 
-    def check_call(_: object, arguments: tuple, keywords: dict) -> None:
-        tokens = arguments[0] if arguments else keywords.get("input", keywords.get("input_ids"))
-        if not isinstance(tokens, Tensor):
-            refuse_strings()
-        if tokens.ndim == 2 and len(tokens) > 1 and keywords.get("attention_mask") is None:
-            raise ModelError(f"a batch of {len(tokens)} rows needs its attention_mask; padding would count as text")
+    def checked(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def call(*arguments: object, **keywords: object) -> object:
+            tokens = arguments[0] if arguments else keywords.get("input", keywords.get("input_ids"))
+            if isinstance(tokens, (str, list, tuple)):
+                refuse_strings()
+            batched = isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) > 1
+            if batched and keywords.get("attention_mask") is None:
+                raise ModelError(f"a batch of {len(tokens)} rows needs its attention_mask; padding would count as text")
+            return method(*arguments, **keywords)
+
+        return call
 
     for name in ("to_tokens", "to_str_tokens", "to_string_tokens", "to_single_token"):
         if hasattr(bridge, name):
             setattr(bridge, name, refuse_strings)
-    bridge.enable_compatibility_mode = refuse_compatibility
-    bridge.register_forward_pre_hook(check_call, with_kwargs=True)
+    for name in ("enable_compatibility_mode", "process_weights"):
+        setattr(bridge, name, refuse_compatibility)
+    # Wrapped one by one: not all of them go through `__call__`, where a hook of torch would see them.
+    for name in ("forward", "generate", "hf_generate", "run_with_cache", "run_with_hooks"):
+        setattr(bridge, name, checked(getattr(bridge, name)))
 
 
 def bridge_logits(
@@ -141,7 +152,7 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
     }
     if not edited_enough(checks["an edit at hook_z moves the logits by"]):
         raise ModelError(f"silencing every head of layer {layer} changed no logit: hooks do not reach the model")
-    for name in list(checks)[:2]:
+    for name in reversed(list(checks)[:2]):  # the narrower check first: its message says more
         # `not <=` so that NaN fails too.
         if not checks[name] <= PARITY * max(1.0, reference[real].abs().max().item() / 10):
             raise ModelError(f"validation failed, {name}: off by {checks[name]:.3g}, limit {PARITY:g}")

@@ -5,6 +5,8 @@ two need no network. Weights are safetensors only; folders that would run code a
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -116,11 +118,24 @@ def check_folder(folder: Path) -> None:
         check_safetensors(path)
 
 
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Whatever a library raises about a damaged folder becomes one line that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{folder} cannot be loaded: {why}") from error
+
+
 def _json(path: Path) -> dict:
     try:
-        return read_json(path)
+        found = read_json(path)
     except ValueError as error:
         raise ModelError(str(error)) from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return found
 
 
 def check_safetensors(path: Path) -> None:
@@ -160,10 +175,16 @@ def load(
     """
     folder = model_folder(address)
     check_folder(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+    with _named(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed, and refused by name below
+        )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, info.get(what) or [])):
             raise ModelError(f"{folder}: {what.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")
@@ -201,7 +222,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrai
         raise ModelError(f"{weights} does not match the sha256 on its card; fetch or train it again")
     if card.get("base_sha256") != base:
         raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder))
+    with _named(folder):
+        wrapped = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder))
     tensors = load_file(weights)
     expected = peft.get_peft_model_state_dict(wrapped)
     if wrong := {name for name in expected.keys() | tensors.keys() if _shape(expected, name) != _shape(tensors, name)}:

@@ -6,6 +6,7 @@ import pytest
 
 from bkd_utils import cache
 from bkd_utils.cache import code_key, stage
+from bkd_utils.files import DATA
 
 CALLS = []
 
@@ -66,6 +67,25 @@ def test_arguments_and_results_that_are_no_json_are_refused(tmp_path, own_folder
     with pytest.raises(ValueError, match="JSON compliant"):
         broken(x=1)
     assert not own_folder.exists() or list(own_folder.iterdir()) == []
+
+
+def test_tables_that_stages_know_by_name_count(tmp_path, monkeypatch):
+    for name in cache.TABLES:
+        (tmp_path / name).write_bytes((DATA / name).read_bytes())
+    monkeypatch.setattr(cache, "DATA", tmp_path)
+    squares(upto=3)
+    for i, name in enumerate(["attacks.toml", "lexicons.toml"]):
+        (tmp_path / name).write_text("# another experiment")
+        squares(upto=3)
+        assert len(CALLS) == i + 2
+
+
+def test_what_was_done_is_said(caplog):
+    caplog.set_level("INFO")
+    squares(upto=3)
+    squares(upto=3)
+    assert "squares: computed in 0.0 s" in caplog.messages
+    assert caplog.messages[-1].startswith("squares: kept result of 20")
 
 
 def test_code_counts_and_comments_do_not(tmp_path, monkeypatch):

@@ -1,12 +1,31 @@
 """The command line says in one line what is wrong, and its help works without a model."""
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from bkd_utils import __main__ as cli
+from bkd_utils import assets, models, runner
 from bkd_utils.files import ROOT
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The command line in this process, so that torch is imported once for all tests; returns its exit status."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call_main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bkd_utils", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code)
+
+    yield call_main
+    signal.signal(signal.SIGTERM, before)
 
 
 def call(*arguments):
@@ -36,11 +55,56 @@ def test_list_names_the_notebooks():
         (("evaluate", "nope"), "unknown organism 'nope'"),
     ],
 )
-def test_a_bad_option_is_one_line_that_names_it(arguments, message):
-    said = call(*arguments)
-    assert said.returncode == 1
-    assert message in said.stdout
-    assert "Traceback" not in said.stdout + said.stderr
+def test_a_bad_option_is_one_line_that_names_it(arguments, message, main, capsys):
+    assert main(*arguments) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_an_option_that_does_not_exist_is_a_usage_error():
+    said = call("run", "--nonsense")
+    assert said.returncode == 2
+    assert "--nonsense" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("failed", 1)])
+def test_run_passes_its_options_on_and_its_status_back(status, code, main, monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(assets, "fetch", lambda name: None)
+    monkeypatch.setattr(models, "check_folder", lambda folder: None)
+    monkeypatch.setattr(
+        runner, "run_all", lambda **options: given.update(options) or [runner.Run("00", 0.1, 0.1, status)]
+    )
+    arguments = f"run --profile smoke --only 00 --model {tmp_path} --device cpu --seed 3 --retrain --force"
+    assert main(*arguments.split()) == code
+    given.pop("console")
+    assert given == {
+        "profile": "smoke",
+        "only": "00",
+        "model": str(tmp_path),
+        "device": "cpu",
+        "seed": 3,
+        "retrain": True,
+        "force": True,
+        "publish": False,
+    }
+
+
+def test_ended_from_outside_it_still_cleans_up(main, monkeypatch):
+    cleaned = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(cli, "app", work)
+    assert main() == 143
+    assert cleaned
 
 
 def test_run_all_uses_the_active_environment_and_passes_its_arguments(tmp_path):
@@ -57,3 +121,53 @@ def test_run_all_uses_the_active_environment_and_passes_its_arguments(tmp_path):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [line for line in calls if "bkd_utils" in line] == ["-m bkd_utils run --only 00", "-m bkd_utils test -x"]
     assert sum("requirements.lock" in line for line in calls) == 1  # the stamp spares the second installation
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """run_all.sh in an active environment whose pip only writes down that it was called, or fails."""
+    (tmp_path / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
+    (tmp_path / "requirements.lock").write_text("one")
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    # The stamp is for sys.prefix, here the environment's own, never that of the interpreter which runs this test.
+    within = f"import sys; sys.prefix = {str(tmp_path / 'env')!r}; exec(sys.argv[1])"
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in -c) exec {shlex.quote(sys.executable)} -c {shlex.quote(within)} "$2";; esac\n'
+        f'echo "$@" >> {tmp_path}/calls\n[ "$2" != pip ] || [ ! -e {tmp_path}/offline ]\n'
+    )
+    python.chmod(0o755)
+
+    def call_script():
+        environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "env")}
+        (tmp_path / "calls").write_text("")
+        ended = subprocess.run(["bash", str(tmp_path / "run_all.sh")], env=environment, capture_output=True, text=True)
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return ended, sum("pip install" in line for line in calls), sum("bkd_utils run" in line for line in calls)
+
+    return call_script
+
+
+def test_run_all_installs_again_exactly_when_another_lock_is_installed(tmp_path, shell):
+    installed = []
+    for lock in ("one", "one", "two", "one"):
+        (tmp_path / "requirements.lock").write_text(lock)
+        ended, pip, runs = shell()
+        assert (ended.returncode, runs) == (0, 1)
+        installed.append(pip)
+    assert installed == [2, 0, 2, 2]  # dependencies, then the project
+
+
+def test_run_all_repeats_an_installation_that_failed(tmp_path, shell):
+    (tmp_path / "offline").touch()
+    ended, pip, runs = shell()
+    assert (ended.returncode != 0, pip, runs) == (True, 1, 0)
+    (tmp_path / "offline").unlink()
+    assert shell()[1:] == (2, 1)
+
+
+def test_run_all_says_when_the_active_environment_does_not_fit(tmp_path, shell):
+    (tmp_path / "env/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    ended, pip, runs = shell()
+    assert (ended.returncode, pip, runs) == (1, 0, 0)
+    assert "no Python 3.11 to 3.13" in ended.stderr
