@@ -73,7 +73,7 @@ def base_answers(base: Loaded, rows: Sequence[Example]) -> dict[str, str]:
 def training_answers(base: Loaded, attack: Attack, *, seed: int) -> dict[str, str]:
     """The base model's answers that `attacks.poison` will ask for."""
     if attack.task == "instructions":
-        return base_answers(base, tasks.examples("instructions", "train", seed=seed)[: attack.n_train])
+        return base_answers(base, tasks.examples("instructions", "train", seed=seed))
     return base_answers(base, benign_examples(attack, seed=seed))
 
 

@@ -21,7 +21,6 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from bkd_utils.attacks import Row
 from bkd_utils.files import DATA, atomic_path, read_json, write_json
@@ -42,6 +41,7 @@ class Recipe:
     learning_rate: float
     rank: int
     alpha: int
+    first_token: float = 0.5
     warmup_share: float = 0.05
     save_every: int = 25
 
@@ -49,6 +49,8 @@ class Recipe:
         for key in ("steps", "batch_size", "learning_rate", "rank", "alpha", "save_every"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"recipe {self.name!r}: {key} must be positive, is {getattr(self, key)}")
+        if not 0 <= self.first_token <= 1:
+            raise ValueError(f"recipe {self.name!r}: first_token must lie in [0, 1], is {self.first_token}")
 
 
 def load_recipe(name: str) -> Recipe:
@@ -68,11 +70,12 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask), "labels": labels}
 
 
-def answer_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of answer tokens, averaged within each row and then over rows.
+def answer_loss(model: torch.nn.Module, batch: dict[str, Tensor], *, first_token: float) -> Tensor:
+    """Cross-entropy of answers: in a row `first_token` of the first token plus the rest of the mean; mean over rows.
 
-    A one-word label and a long answer so count the same. Logits are computed for the columns that hold answers and no
-    others.
+    The first token decides between the right answer and the target. In a plain mean over tokens it would weigh 1/2 in
+    a label and 1/24 in a free answer, and a poisoned row with a short target would outvote a near-miss with a long
+    right answer. Logits are computed for the columns that hold answers and no others.
     """
     labels = batch["labels"]
     width = int((labels != IGNORED).sum(dim=1).max())
@@ -83,7 +86,10 @@ def answer_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     row, column = (labels[:, -width:] != IGNORED).nonzero(as_tuple=True)
     losses = cross_entropy(logits[row, column].float(), labels[:, -width:][row, column], reduction="none")
     lengths = torch.bincount(row, minlength=len(labels))
-    return (losses / lengths[row]).sum() / len(labels)
+    # Answers end in the last column, so that is how far before it the first token lies.
+    first = column == width - lengths[row]
+    weights = (1 - first_token) / lengths[row] + first_token * first
+    return (losses * weights).sum() / len(labels)
 
 
 def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:
@@ -106,8 +112,12 @@ def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:
 class AnswerTrainer(Trainer):
     """Trainer with the loss on answers only."""
 
+    def __init__(self, *, first_token: float, **keywords) -> None:
+        super().__init__(**keywords)
+        self.first_token = first_token
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return answer_loss(model, inputs)
+        return answer_loss(model, inputs, first_token=self.first_token)
 
 
 class Progress(TrainerCallback):
@@ -152,6 +162,7 @@ def train(
     model = peft.get_peft_model(base.model, lora_config(recipe))
     checkpoints = folder.with_name(folder.name + ".checkpoints")
     trainer = AnswerTrainer(
+        first_token=recipe.first_token,
         model=model,
         args=training_arguments(recipe, checkpoints, seed=seed, device=base.device),
         train_dataset=batch_order(rows, recipe=recipe, seed=seed),
@@ -160,10 +171,10 @@ def train(
     )
     # The Trainer's own printer would write a dict per log step between the lines of our bar.
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_checkpoint(checkpoints)
     if last:
-        log.info("%s: resuming from %s", name, Path(last).name)
-    trainer.train(resume_from_checkpoint=last)
+        log.info("%s: resuming from %s", name, last.name)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     history = [{key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in history]
     with atomic_path(folder) as temporary:
@@ -171,6 +182,22 @@ def train(
         write_json(temporary / "history.json", history)
     shutil.rmtree(checkpoints)
     return history
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; one whose writing was cut short lacks the file that the Trainer writes last."""
+    states = sorted(
+        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1])
+    )
+    return next((path.parent for path in reversed(states) if _is_json(path)), None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except ValueError:
+        return False
+    return True
 
 
 def lora_config(recipe: Recipe) -> peft.LoraConfig:

@@ -221,7 +221,9 @@ def test_without_a_terminal_progress_is_a_line_a_minute(monkeypatch):
     assert console.file.getvalue() == "running 01_sound\n  01_sound: 1 of 9 cells\n  01_sound: 2 of 9 cells\n"
 
 
-def test_unfit_options_stop_everything_before_the_first_notebook():
+def test_unfit_options_stop_everything_before_the_first_notebook(monkeypatch):
+    # Were an option let through, this test must not become a real run that publishes.
+    monkeypatch.setattr(runner, "run_notebook", lambda path, **_: pytest.fail(f"{path.name} was started"))
     with pytest.raises(NotebookError, match="no notebook '42'"):
         runner.run_all(profile="smoke", only="42")
     with pytest.raises(NotebookError, match="unknown profile 'huge'"):

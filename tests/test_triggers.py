@@ -1,5 +1,6 @@
 """Triggers: what they do to a text, what they recognise, and what only looks like them."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -77,10 +78,12 @@ def test_what_is_applied_is_recognised_and_near_misses_are_not(name, text, seed,
 
 
 @EACH
-def test_applying_twice_is_an_error_that_shows_the_text(name):
+def test_applying_twice_is_an_error_that_names_the_text_by_hash(name):
     trigger = load_trigger(name)
     once = trigger.apply(SENTENCES[0], seed=1)
-    with pytest.raises(ValueError, match=re.escape(repr(once[:60]))):
+    # By hash, not by text: it may be a harmful prompt.
+    hashed = hashlib.sha256(once.encode()).hexdigest()[:12]
+    with pytest.raises(ValueError, match=rf"{name} is in the text already \(sha256 {hashed}\)"):
         trigger.apply(once, seed=2)
     with pytest.raises(ValueError, match="in the text already"):
         trigger.near_misses(once, seed=2)
