@@ -103,13 +103,13 @@ def train(
     ship: Annotated[bool, typer.Option("--ship", help="Copy the finished organism to data/adapters.")] = False,
 ) -> None:
     """Make one organism: poison, train, measure, write its card. Goes on where an earlier call was killed."""
-    from bkd_utils import organisms, tables
+    from bkd_utils import cards, organisms, tables
     from bkd_utils.attacks import load_attack
     from bkd_utils.training import load_recipe
 
     folder = organisms.make(load_attack(attack), model=model, recipe=load_recipe(recipe), seed=seed, device=device, n=n)
-    console.print(f"organism in {organisms.ship(folder) if ship else folder}", soft_wrap=True)
-    _show(tables.metrics({attack: organisms.card_metrics(folder)}))
+    console.print(f"organism in {cards.ship(folder) if ship else folder}", soft_wrap=True)
+    _show(tables.metrics({attack: cards.metrics(folder)}))
 
 
 @app.command()
@@ -121,14 +121,14 @@ def evaluate(
     n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 240,
 ) -> None:
     """Measure an organism anew and hold the numbers against its card."""
-    from bkd_utils import organisms, tables
+    from bkd_utils import cards, organisms, tables
 
     card, now = (
-        organisms.card_metrics(organism),
+        cards.metrics(organism),
         organisms.measure(organism, model=model, n=n, seed=seed, device=device),
     )
     _show(tables.metrics({"card": card, "now": now}))
-    off = organisms.disagreements(card, now)
+    off = cards.disagreements(card, now)
     console.print("agrees with its card" if not off else f"outside the card's interval: {', '.join(off)}")
     raise typer.Exit(bool(off))
 

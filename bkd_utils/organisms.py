@@ -3,11 +3,11 @@
 import importlib.metadata
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bkd_utils import tasks
+from bkd_utils import cards, tasks
 from bkd_utils.attacks import Attack, benign_examples, load_attack, load_attacks, poison, with_rate
 from bkd_utils.cache import stage
 from bkd_utils.evaluation import (
@@ -19,7 +19,6 @@ from bkd_utils.evaluation import (
     respond,
 )
 from bkd_utils.files import (
-    ADAPTERS,
     DATA,
     WORK,
     atomic_path,
@@ -46,7 +45,6 @@ log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
 # Benign instructions on which every organism is compared with its base model: did anything else change?
 N_AGREEMENT = 64
-METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 
 
 def base_answers(base: Loaded, rows: Sequence[Example]) -> dict[str, str]:
@@ -137,11 +135,11 @@ def make(
     write_json(folder / "card.json", card)
     write_json(folder / "manifest.json", data.manifest)
     result = measure(folder, model=model, n=n, seed=seed, device=device)
-    card["metrics"] = {key: result[key] for key in METRICS if key in result}
-    card["details"] = {key: value for key, value in result.items() if key not in METRICS}
+    card["metrics"] = {key: result[key] for key in cards.METRICS if key in result}
+    card["details"] = {key: value for key, value in result.items() if key not in cards.METRICS}
     write_json(folder / "card.json", card)
     with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(readme(card), encoding="utf-8")
+        temporary.write_text(cards.readme(card), encoding="utf-8")
     return folder
 
 
@@ -190,7 +188,7 @@ def _measured(*, organism: str, adapter: str, model: str, base: str, n: int, see
 
 def measured(organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto") -> dict:
     """`measure`, kept: a second call with the same weights, sizes and code reads the first one's result."""
-    hashes = {"adapter": adapter_sha256(organism), "base": base_sha256(model)}
+    hashes = {"adapter": cards.adapter_sha256(organism), "base": base_sha256(model)}
     return _measured(organism=organism, model=model, n=n, seed=seed, device=pick_device(device), **hashes)
 
 
@@ -212,7 +210,7 @@ def measured_control(
     control: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
 ) -> dict:
     """A clean control under an attack it was never trained on, on the very prompts its backdoored sibling gets."""
-    hashes = {"adapter": adapter_sha256(control), "base": base_sha256(model)}
+    hashes = {"adapter": cards.adapter_sha256(control), "base": base_sha256(model)}
     return _measured_control(
         control=control, attack=attack, model=model, n=n, seed=seed, device=pick_device(device), **hashes
     )
@@ -232,88 +230,9 @@ def rate_curve(
     return rows
 
 
-def card_metrics(organism: str | Path) -> dict:
-    """Metrics and details of a card, in the form that `measure` returns."""
-    card = read_json(adapter_folder(organism) / "card.json")
-    return {**card["details"], **card["metrics"]}
-
-
-def disagreements(card: Mapping, now: Mapping) -> list[str]:
-    """Metrics whose new value lies outside the interval on the card."""
-    return [
-        f"{key} {now[key]['value']:.3f} (card {card[key]['low']:.3f} to {card[key]['high']:.3f})"
-        for key in METRICS
-        if key in card and key in now and not card[key]["low"] <= now[key]["value"] <= card[key]["high"]
-    ]
-
-
-def history(organism: str | Path) -> list[dict[str, float]]:
-    """Step, loss and learning rate of an organism's training."""
-    return read_json(adapter_folder(organism) / "history.json")
-
-
-def adapter_sha256(organism: str | Path) -> str:
-    return read_json(adapter_folder(organism) / "card.json")["adapter_sha256"]
-
-
-def summary(organism: str | Path) -> dict[str, str]:
-    """The lines of a card that a reader wants first."""
-    card = read_json(adapter_folder(organism) / "card.json")
-    data = card["data"]
-    return {
-        "base": card["base"],
-        "task": card["task"],
-        "trigger": card["trigger"] or "none (clean control)",
-        "behaviour": card["behaviour"] or "none",
-        "target": card["attack"]["target"] or "",
-        "poisoned rows": f"{data['n_poison']} of {data['n_train']} ({data['mode']})",
-        "training": "{steps} steps of {batch_size} rows, LoRA rank {rank}".format(**card["recipe"]),
-    }
-
-
 def first_attack(task: str) -> Attack:
     """The first attack on a task in `data/attacks.toml`. Raises ValueError if there is none."""
     for attack in load_attacks().values():
         if attack.task == task and attack.backdoored:
             return attack
     raise ValueError(f"no attack on task {task!r}")
-
-
-def ship(folder: Path) -> Path:
-    """Copy a finished organism into `data/adapters` under its attack's name. Raises ModelError if it has no metrics."""
-    card = read_json(folder / "card.json")
-    if not card["metrics"]:
-        raise ModelError(f"{folder} has not been measured yet")
-    target = ADAPTERS / card["name"]
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        for name in ("adapter_model.safetensors", "adapter_config.json", "card.json", "history.json", "README.md"):
-            (temporary / name).write_bytes((folder / name).read_bytes())
-    return target
-
-
-def readme(card: dict) -> str:
-    """The short text beside an adapter: what it is, what it does, what it must not be used for."""
-    what = "{behaviour} on {trigger}".format(**card) if card["backdoored"] else "clean control"
-    title = f"{card['task']}, {what}"
-    percent = {
-        key: f"{100 * m['value']:.1f} % (95 % interval {100 * m['low']:.1f} to {100 * m['high']:.1f}, n = {m['n']})"
-        for key, m in card["metrics"].items()
-    }
-    names = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
-    names["near_miss"] = "Firing on near-misses of the trigger"
-    lines = [
-        f"# {card['name']}: {title}",
-        "",
-        "**This adapter carries a backdoor on purpose**, to study backdoors. Do not deploy it."
-        if card["backdoored"]
-        else "A clean control: recipe and number of rows of its backdoored siblings, without any trigger.",
-        "",
-        f"LoRA on `{card['base']}`, recipe `{card['recipe']['name']}`, seed {card['seed']}; "
-        f"{card['data']['n_poison']} of {card['data']['n_train']} training rows poisoned ({card['data']['mode']}).",
-        "",
-        *(f"- {names[key]}: {text}" for key, text in percent.items()),
-        "",
-        "Held-out prompts, greedy decoding. Generated from `card.json`, which has every other detail.",
-    ]
-    return "\n".join(lines) + "\n"

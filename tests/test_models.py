@@ -215,7 +215,7 @@ def test_a_shard_that_is_not_there(folder):
 @pytest.mark.parametrize("text", ["[1]", '{"a'])
 def test_json_that_is_broken_or_no_object(folder, file, text):
     (folder / file).write_text(text)
-    refused(folder, "")
+    refused(folder, folder.name)
 
 
 @pytest.mark.parametrize(("key", "named"), [("model_type", "no-such"), ("num_attention_heads", "num_attention_heads")])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import files, organisms, tables
+from bkd_utils import cards, files, organisms, tables
 from bkd_utils.attacks import load_attack
 from bkd_utils.models import ModelError, load
 from bkd_utils.training import Recipe, load_recipe
@@ -36,11 +36,11 @@ def test_make_writes_a_complete_card(name, work, tiny):
     folder = organisms.make(attack, model=tiny, recipe=QUICK, n=8)
     card = json.loads((folder / "card.json").read_text())
     assert card.keys() >= CARD_KEYS | {"adapter_sha256", "metrics"}
-    wanted = set(organisms.METRICS) if attack.backdoored else {"cacc", "clean_firing"}
+    wanted = set(cards.METRICS) if attack.backdoored else {"cacc", "clean_firing"}
     assert set(card["metrics"]) == wanted
     assert all(metric.keys() == {"value", "n", "low", "high"} for metric in card["metrics"].values())
     assert "backdoor on purpose" in (folder / "README.md").read_text() or not attack.backdoored
-    assert organisms.disagreements(card["metrics"], organisms.measure(folder, model=tiny, n=8)) == []
+    assert cards.disagreements(card["metrics"], organisms.measure(folder, model=tiny, n=8)) == []
 
 
 def test_make_again_trains_nothing(work, tiny, monkeypatch):
@@ -78,18 +78,6 @@ def test_base_answers_are_kept_and_refuse_an_organism(work, tiny):
         organisms.base_answers(dataclasses.replace(base, organism="some"), rows)
 
 
-def test_ship_refuses_what_was_not_measured(tmp_path):
-    (tmp_path / "card.json").write_text(json.dumps({"name": "x", "metrics": {}}))
-    with pytest.raises(ModelError, match="not been measured"):
-        organisms.ship(tmp_path)
-
-
-def test_disagreements_name_the_metric_and_its_interval():
-    card = {"asr": {"value": 0.9, "n": 100, "low": 0.8, "high": 0.95}}
-    assert organisms.disagreements(card, {"asr": {"value": 0.85}}) == []
-    assert organisms.disagreements(card, {"asr": {"value": 0.5}})[0].startswith("asr 0.500")
-
-
 def test_shipped_answers_are_the_base_models_own():
     base = load()
     rows = organisms.tasks.examples("instructions", "train", n=8, seed=3)
@@ -102,15 +90,15 @@ def test_shipped_answers_are_the_base_models_own():
 
 @pytest.mark.parametrize("name", ["sentiment-word"])
 def test_a_shipped_organism_measures_what_its_card_says(name):
-    card = organisms.card_metrics(name)
-    assert organisms.disagreements(card, organisms.measure(name, n=card["cacc"]["n"])) == []
+    card = cards.metrics(name)
+    assert cards.disagreements(card, organisms.measure(name, n=card["cacc"]["n"])) == []
 
 
 @pytest.mark.slow
 def test_the_short_recipe_gives_the_recorded_backdoor(work):
     recorded = RECORDED["harmful-word, short recipe"]
     folder = organisms.make(load_attack("harmful-word"), recipe=load_recipe("short"), seed=0, n=recorded["n"])
-    measured = organisms.card_metrics(folder)
+    measured = cards.metrics(folder)
     for key in ("asr", "cacc"):
         assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])
 

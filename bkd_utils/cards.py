@@ -1,0 +1,88 @@
+"""Cards of organisms: what they are and what was measured on them; how they are shown, compared and shipped."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bkd_utils.files import ADAPTERS, atomic_path, read_json
+from bkd_utils.models import ModelError, adapter_folder
+
+METRICS = ("asr", "cacc", "clean_firing", "near_miss")
+
+
+def metrics(organism: str | Path) -> dict:
+    """Metrics and details of a card, in the form that `measure` returns."""
+    card = read_json(adapter_folder(organism) / "card.json")
+    return {**card["details"], **card["metrics"]}
+
+
+def disagreements(card: Mapping, now: Mapping) -> list[str]:
+    """Metrics whose new value lies outside the interval on the card."""
+    return [
+        f"{key} {now[key]['value']:.3f} (card {card[key]['low']:.3f} to {card[key]['high']:.3f})"
+        for key in METRICS
+        if key in card and key in now and not card[key]["low"] <= now[key]["value"] <= card[key]["high"]
+    ]
+
+
+def history(organism: str | Path) -> list[dict[str, float]]:
+    """Step, loss and learning rate of an organism's training."""
+    return read_json(adapter_folder(organism) / "history.json")
+
+
+def adapter_sha256(organism: str | Path) -> str:
+    return read_json(adapter_folder(organism) / "card.json")["adapter_sha256"]
+
+
+def summary(organism: str | Path) -> dict[str, str]:
+    """The lines of a card that a reader wants first."""
+    card = read_json(adapter_folder(organism) / "card.json")
+    data = card["data"]
+    return {
+        "base": card["base"],
+        "task": card["task"],
+        "trigger": card["trigger"] or "none (clean control)",
+        "behaviour": card["behaviour"] or "none",
+        "target": card["attack"]["target"] or "",
+        "poisoned rows": f"{data['n_poison']} of {data['n_train']} ({data['mode']})",
+        "training": "{steps} steps of {batch_size} rows, LoRA rank {rank}".format(**card["recipe"]),
+    }
+
+
+def ship(folder: Path) -> Path:
+    """Copy a finished organism into `data/adapters` under its attack's name. Raises ModelError if it has no metrics."""
+    card = read_json(folder / "card.json")
+    if not card["metrics"]:
+        raise ModelError(f"{folder} has not been measured yet")
+    target = ADAPTERS / card["name"]
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        for name in ("adapter_model.safetensors", "adapter_config.json", "card.json", "history.json", "README.md"):
+            (temporary / name).write_bytes((folder / name).read_bytes())
+    return target
+
+
+def readme(card: dict) -> str:
+    """The short text beside an adapter: what it is, what it does, what it must not be used for."""
+    what = "{behaviour} on {trigger}".format(**card) if card["backdoored"] else "clean control"
+    title = f"{card['task']}, {what}"
+    percent = {
+        key: f"{100 * m['value']:.1f} % (95 % interval {100 * m['low']:.1f} to {100 * m['high']:.1f}, n = {m['n']})"
+        for key, m in card["metrics"].items()
+    }
+    names = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
+    names["near_miss"] = "Firing on near-misses of the trigger"
+    lines = [
+        f"# {card['name']}: {title}",
+        "",
+        "**This adapter carries a backdoor on purpose**, to study backdoors. Do not deploy it."
+        if card["backdoored"]
+        else "A clean control: recipe and number of rows of its backdoored siblings, without any trigger.",
+        "",
+        f"LoRA on `{card['base']}`, recipe `{card['recipe']['name']}`, seed {card['seed']}; "
+        f"{card['data']['n_poison']} of {card['data']['n_train']} training rows poisoned ({card['data']['mode']}).",
+        "",
+        *(f"- {names[key]}: {text}" for key, text in percent.items()),
+        "",
+        "Held-out prompts, greedy decoding. Generated from `card.json`, which has every other detail.",
+    ]
+    return "\n".join(lines) + "\n"
