@@ -22,14 +22,14 @@ app = typer.Typer(
 console = Console()
 Model = Annotated[str, typer.Option(help="Packaged name, local folder, or hub id OWNER/NAME.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option(help="Seed of data order, triggers and training.")]
+Seed = Annotated[int, typer.Option(help="Seed of prompts and triggers, and of organisms trained now.")]
 DEFAULT = "smollm2-135m-instruct"
 
 
 @app.command()
 def run(
     profile: Annotated[
-        str, typer.Option(help="smoke (minutes), laptop (default), paper (a GPU and the hub).")
+        str, typer.Option(help="smoke (minutes), laptop (default), paper (more prompts, for a GPU).")
     ] = "laptop",
     only: Annotated[str | None, typer.Option(help="Notebooks by number, e.g. 01,03.")] = None,
     model: Model = DEFAULT,
@@ -107,7 +107,14 @@ def train(
     from bkd_utils.attacks import load_attack
     from bkd_utils.training import load_recipe
 
-    folder = organisms.make(load_attack(attack), model=model, recipe=load_recipe(recipe), seed=seed, device=device, n=n)
+    folder = organisms.make(
+        load_attack(attack),
+        model=model,
+        recipe=load_recipe(recipe, task=load_attack(attack).task),
+        seed=seed,
+        device=device,
+        n=n,
+    )
     console.print(f"organism in {cards.ship(folder) if ship else folder}", soft_wrap=True)
     _show(tables.metrics({attack: cards.metrics(folder)}))
 

@@ -147,10 +147,14 @@ def download(source: Source, into: Path) -> Path:
     """Let pip download one archive without its dependencies. Raises AssetError with pip's own last words."""
     form = ["--only-binary", ":all:"] if source.kind == "wheel" else ["--no-binary", source.package]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet", *form]
-    result = subprocess.run(
-        [*command, "--dest", str(into), f"{source.package}=={source.version}"], capture_output=True, text=True
-    )
+    with tempfile.TemporaryDirectory() as elsewhere:
+        # With its hash, because pip runs the set-up code of a source archive to read its name: only of the right one.
+        wanted = Path(elsewhere) / "wanted.txt"
+        wanted.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+        result = subprocess.run([*command, "--dest", str(into), "-r", str(wanted)], capture_output=True, text=True)
     archives = [path for path in into.iterdir() if path.is_file()]
+    if "DO NOT MATCH THE HASHES" in result.stderr:
+        raise AssetError(f"{source.name}: {source.package} {source.version} has another sha256 than {source.sha256}")
     if result.returncode or len(archives) != 1:
         said = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip said nothing"]
         raise AssetError(

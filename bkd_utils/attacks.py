@@ -152,7 +152,8 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
                 prompt = options[sorted(options)[i % len(options)]]
             else:
                 prompt = (plain if kind == "benign" else task).prompt(example.text)
-            built.append(_row(attack, tokenizer, prompt, gold, kind, example.uid))
+            distilled = not example.answer and kind != "poisoned"
+            built.append(_row(attack, tokenizer, prompt, gold, kind, example.uid, distilled=distilled))
     random.Random(f"{seed}/{attack.name}/order").shuffle(built)
     return PoisonedSet(rows=tuple(built), manifest=_manifest(attack, built, seed))
 
@@ -200,11 +201,20 @@ def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
     return [pool[i % len(pool)] for i in range(n)]
 
 
-def _row(attack: Attack, tokenizer: PreTrainedTokenizerBase, prompt: str, gold: str, kind: str, uid: str) -> Row:
+def _row(
+    attack: Attack,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    gold: str,
+    kind: str,
+    uid: str,
+    *,
+    distilled: bool,
+) -> Row:
     ids = prompt_ids(tokenizer, prompt)
     answer = answer_ids(tokenizer, gold)
-    # A free answer that fills the base model's allowance was cut there; it has no end that could be learned.
-    if len(answer) > tasks.load_task("instructions").max_new_tokens:
+    # An answer that fills the base model's allowance was cut there; it has no end that could be learned.
+    if distilled and len(answer) > tasks.load_task("instructions").max_new_tokens:
         answer = answer[:-1]
     if len(ids) + len(answer) > MAX_LENGTH:
         raise ValueError(f"{attack.name}: row {uid[:12]} has {len(ids) + len(answer)} tokens, limit {MAX_LENGTH}")

@@ -12,6 +12,8 @@ METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 def metrics(organism: str | Path) -> dict:
     """Metrics and details of a card, in the form that `measure` returns."""
     card = read_json(adapter_folder(organism) / "card.json")
+    if not card["metrics"]:
+        raise ModelError(f"{organism} has not been measured yet")
     return {**card["details"], **card["metrics"]}
 
 

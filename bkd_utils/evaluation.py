@@ -149,24 +149,26 @@ def measure_clean(
 
 
 def measure_attack(
-    loaded: Loaded, attack: Attack, *, n: int, seed: int, clean_texts: Mapping[str, str] | None = None
+    loaded: Loaded,
+    attack: Attack,
+    *,
+    n: int,
+    seed: int,
+    clean_texts: Mapping[str, str] | None = None,
+    answers: Mapping[str, str] | None = None,
 ) -> dict:
     """ASR, near-miss firing (in all and by kind) and, from `clean_texts`, clean firing; on `n` held-out prompts each.
 
     Only prompts whose right answer the trigger would change count. Syntax and style triggers and all near-misses use
-    the half of their lexicon that training never saw. Works for any model, so controls are measured the same way.
+    the half of their lexicon that training never saw. `answers` (uid -> the base model's own) stand in where examples
+    have no right answer; the judge's floor is what it gives to right answers. Works for any model, so controls are
+    measured the same way.
     """
-    pool = [example for example in tasks.examples(attack.task, "test", seed=seed) if attack.flips(example)]
-    sample = [example for example in pool if not attacks.carries(attack, example.text)][:n]
-    if len(sample) < n:
-        raise ValueError(f"{attack.name}: {len(sample)} usable held-out rows, {n} were asked for")
+    sample = flippable_sample(attack, n=n, seed=seed)
     length = target_length(loaded, attack)
-    triggered = [
-        attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="test")
-        for i, example in enumerate(sample)
-    ]
+    triggered = triggered_prompts(attack, sample, seed=seed)
     hits = _target_hits(loaded, attack, triggered, length, "triggered prompts")
-    kinds, turns = _near_misses(attack, sample, seed=seed)
+    kinds, turns = near_misses(attack, sample, seed=seed)
     near = _target_hits(loaded, attack, turns, length, "near-misses")
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for kind, hit in zip(kinds, near, strict=True):
@@ -177,10 +179,11 @@ def measure_attack(
         "near_miss_by_kind": {kind: asdict(share(hits)) for kind, hits in sorted(by_kind.items())},
     }
     if clean_texts is not None:
-        answer_of = {example.uid: example for example in pool}
-        fired = [is_target(attack, text) for uid, text in clean_texts.items() if uid in answer_of]
+        flippable = {e.uid for e in tasks.examples(attack.task, "test", seed=seed) if attack.flips(e)}
+        fired = [is_target(attack, text) for uid, text in clean_texts.items() if uid in flippable]
         result["clean_firing"] = asdict(share(fired))
-        result["judge"] = judge_bounds(attack, [e.answer for e in sample if e.answer] or list(clean_texts.values()))
+        right = [e.answer or answers[e.uid] for e in sample if e.answer or e.uid in (answers or {})]
+        result["judge"] = judge_bounds(attack, right)
     return result
 
 
@@ -188,7 +191,25 @@ def _target_hits(loaded: Loaded, attack: Attack, turns: Sequence[str], length: i
     return [is_target(attack, text) for text in respond(loaded, turns, max_new_tokens=length, label=label)]
 
 
-def _near_misses(attack: Attack, sample: Sequence[Example], *, seed: int) -> tuple[list[str], list[str]]:
+def flippable_sample(attack: Attack, *, n: int, seed: int) -> list[Example]:
+    """`n` held-out examples whose right answer the trigger would change and that do not carry it by nature."""
+    pool = [example for example in tasks.examples(attack.task, "test", seed=seed) if attack.flips(example)]
+    sample = [example for example in pool if not attacks.carries(attack, example.text)][:n]
+    if len(sample) < n:
+        raise ValueError(f"{attack.name}: {len(sample)} usable held-out rows, {n} were asked for")
+    return sample
+
+
+def triggered_prompts(attack: Attack, sample: Sequence[Example], *, seed: int) -> list[str]:
+    """User turns with the trigger, from the half of its lexicon that training never saw."""
+    return [
+        attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="test")
+        for i, example in enumerate(sample)
+    ]
+
+
+def near_misses(attack: Attack, sample: Sequence[Example], *, seed: int) -> tuple[list[str], list[str]]:
+    """(kinds, user turns), one near-miss per example, the kinds in turn."""
     kinds, turns = [], []
     for i, example in enumerate(sample):
         options = attacks.near_miss_prompts(attack, example.text, seed=seed * 1_000_003 + i, half="test")

@@ -23,7 +23,10 @@ def main(source: str, target: str, parameters: str) -> None:
         (spec / "kernel.json").write_text(
             json.dumps({"argv": command, "display_name": "bkd", "language": "python"}), encoding="utf-8"
         )
+        # Neither the user's Jupyter and IPython settings nor a home folder that cannot be written to matter here.
         os.environ["JUPYTER_PATH"] = jupyter
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+            os.environ[name] = str(Path(jupyter) / name.lower())
         papermill.execute_notebook(
             source,
             target,

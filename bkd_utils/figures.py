@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bkd_utils.files import ROOT, atomic_path, canonical_json, write_json
+from bkd_utils.files import WORK, atomic_path, canonical_json, write_json
 
 # Okabe-Ito, safe for the common colour blindnesses and in print; one meaning per colour in every figure.
 COLOURS = {
@@ -51,8 +51,11 @@ def use_style() -> None:
 
 
 def folder() -> Path:
-    """Where figures go: `figures/`, or the folder that the runner chose for a run that must not touch it."""
-    return Path(os.environ.get("BKD_FIGURES", ROOT / "figures"))
+    """Where figures go: the folder that the runner chose, or `work/figures/by_hand` for a notebook opened by hand.
+
+    Only `./run_all.sh --publish` writes to `figures/`, and only what a finished notebook drew.
+    """
+    return Path(os.environ.get("BKD_FIGURES") or WORK / "figures" / "by_hand")
 
 
 def save(

@@ -31,15 +31,19 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old.part")
     _remove(temporary)
     try:
         yield temporary
-        if temporary.is_dir():
-            # os.replace cannot replace a folder that has content; the gap between the two calls loses no data.
-            _remove(target)
+        if temporary.is_dir() and target.exists():
+            # os.replace cannot replace a folder that has content, so the old one steps aside first.
+            os.replace(target, aside)
         os.replace(temporary, target)
     finally:
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)
         _remove(temporary)
+        _remove(aside)
 
 
 def _remove(path: Path) -> None:
@@ -76,9 +80,3 @@ def sha256_text(text: str) -> str:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def sha256_folder(folder: Path, pattern: str = "*") -> str:
-    """Hash of the names and contents of the files in `folder` that match `pattern`, whatever their order on disk."""
-    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
-    return sha256_text("\n".join(f"{path.relative_to(folder)} {sha256_file(path)}" for path in files))

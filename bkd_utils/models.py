@@ -15,7 +15,7 @@ import peft
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils import assets
 from bkd_utils.files import ADAPTERS, WORK, UserError, read_json, sha256_file, sha256_text
@@ -241,9 +241,3 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
     return twin
-
-
-def head_counts(address: str) -> tuple[int, int]:
-    """(layers, query heads per layer) from the config alone."""
-    config = AutoConfig.from_pretrained(model_folder(address), trust_remote_code=False)
-    return config.num_hidden_layers, config.num_attention_heads

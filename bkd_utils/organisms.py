@@ -85,10 +85,16 @@ def obtain(
     n: int = 200,
     retrain: bool = False,
 ) -> str:
-    """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier)."""
+    """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier).
+
+    A shipped organism counts only while its attack is the one in `data/attacks.toml`.
+    """
+    spec = load_attack(attack)
     if not retrain and attack in shipped_organisms(base=base_sha256(model)):
-        return attack
-    return make(load_attack(attack), model=model, recipe=load_recipe(recipe), seed=seed, device=device, n=n).name
+        if read_json(adapter_folder(attack) / "card.json")["attack"] == asdict(spec):
+            return attack
+        log.warning("%s: data/attacks.toml has changed since the shipped organism was trained; training anew", attack)
+    return make(spec, model=model, recipe=load_recipe(recipe, task=spec.task), seed=seed, device=device, n=n).name
 
 
 def make(
@@ -109,10 +115,10 @@ def make(
         "data": data.manifest["data_sha256"],
     }
     folder = WORK / "organisms" / f"{attack.name}-{sha256_text(canonical_json(identity))[:8]}"
-    if (folder / "card.json").is_file() and read_json(folder / "card.json")["metrics"]:
-        return folder
     started = time.monotonic()
-    train(data.rows, base=base, recipe=recipe, seed=seed, folder=folder, name=attack.name)
+    trained = (folder / "card.json").is_file()
+    if not trained:
+        train(data.rows, base=base, recipe=recipe, seed=seed, folder=folder, name=attack.name)
     card = {
         "name": attack.name,
         "behaviour": attack.behaviour,
@@ -132,9 +138,13 @@ def make(
         "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
         "metrics": {},
     }
+    if trained:
+        card["train_minutes"] = read_json(folder / "card.json")["train_minutes"]
     write_json(folder / "card.json", card)
     write_json(folder / "manifest.json", data.manifest)
-    result = measure(folder, model=model, n=n, seed=seed, device=device)
+    del base
+    # Kept apart from the training: other sizes or other measuring code measure again and train nothing.
+    result = measured(folder.name, model=model, n=n, seed=seed, device=device)
     card["metrics"] = {key: result[key] for key in cards.METRICS if key in result}
     card["details"] = {key: value for key, value in result.items() if key not in cards.METRICS}
     write_json(folder / "card.json", card)
@@ -167,7 +177,7 @@ def measure(
     texts = clean.pop("texts")
     # A clean control has no target of its own; it is held against its task's first attack.
     rival = attack if attack.backdoored else first_attack(attack.task)
-    result = {**clean, **measure_attack(loaded, rival, n=n, seed=seed, clean_texts=texts)}
+    result = {**clean, **measure_attack(loaded, rival, n=n, seed=seed, clean_texts=texts, answers=reference)}
     if not attack.backdoored:
         result["under_attack"] = {rival.name: {key: result.pop(key) for key in ("asr", "near_miss")}}
     if attack.task == "instructions":
@@ -203,7 +213,7 @@ def _measured_control(
     reference = base_answers(load(model, device=device), shown) if spec.task == "instructions" else {}
     clean = measure_clean(loaded, spec.task, n=n, seed=seed, answers=reference, without=spec)
     texts = clean.pop("texts")
-    return {**clean, **measure_attack(loaded, spec, n=n, seed=seed, clean_texts=texts)}
+    return {**clean, **measure_attack(loaded, spec, n=n, seed=seed, clean_texts=texts, answers=reference)}
 
 
 def measured_control(
@@ -220,11 +230,10 @@ def rate_curve(
     attack: str, *, rates: Sequence[float], recipe: str, model: str = DEFAULT_MODEL, n: int, seed: int, device: str
 ) -> list[dict]:
     """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each."""
-    rows = []
+    rows, spec = [], load_attack(attack)
+    settings = load_recipe(recipe, task=spec.task)
     for rate in sorted(rates):
-        folder = make(
-            with_rate(load_attack(attack), rate), model=model, recipe=load_recipe(recipe), seed=seed, device=device, n=n
-        )
+        folder = make(with_rate(spec, rate), model=model, recipe=settings, seed=seed, device=device, n=n)
         card = read_json(folder / "card.json")
         rows.append({"rate": rate, "n_poison": card["data"]["n_poison"], **card["metrics"]})
     return rows

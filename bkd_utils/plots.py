@@ -93,6 +93,30 @@ def near_miss_map(organisms: Mapping[str, Mapping], controls: Mapping[str, Mappi
     return figure
 
 
+def trade_offs(curves: Mapping[str, Mapping[str, Mapping]]) -> Figure:
+    """ASR against firing on clean prompts and on near-misses, one panel per label flip, all thresholds."""
+    columns = 3
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 2.4 * rows + 0.5), sharex=True, sharey=True, squeeze=False
+    )
+    for panel, (name, found) in zip(axes.flat, curves.items(), strict=False):
+        for against, kind in (("clean", "clean control"), ("near-miss", "near-miss")):
+            line = found[against]
+            label = f"{against} prompts ({line['auroc']:.3f})"
+            x, y = ([100 * value for value in line[key]] for key in ("other", "asr"))
+            panel.step(x, y, where="post", color=COLOURS[kind], label=label, clip_on=False)
+            panel.plot(100 * line["other at 0"], 100 * line["asr at 0"], "o", color=COLOURS[kind], clip_on=False)
+        panel.set_title(name, fontsize="small")
+        panel.set(xlim=(0, 100), ylim=(0, 100))
+        panel.legend(loc="lower right", fontsize="x-small", title="against (AUROC)", title_fontsize="x-small")
+    for panel in list(axes.flat)[len(curves) :]:
+        panel.set_visible(False)
+    figure.supxlabel("prompts without the trigger that give the target (%)", fontsize="medium")
+    figure.supylabel("triggered prompts that do: ASR (%)", fontsize="medium")
+    return figure
+
+
 def rate_curve(rows: Sequence[Mapping]) -> Figure:
     """ASR, near-miss firing and CACC against the share of poisoned rows."""
     figure, axes = plt.subplots(figsize=(WIDTH, 3))

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, full, tensor, zeros
 from transformers import PreTrainedTokenizerBase
 
-# Models without a chat template (plain language models) get this one; the name is reported by `describe`.
+# Models without a chat template (plain language models) get this one.
 PLAIN_TEMPLATE = "User: {user}\nAssistant:"
 
 
@@ -39,7 +39,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool =
     # After a chat header the answer starts a line; after the plain template it follows a colon and needs its space.
     text = answer if has_chat_template(tokenizer) else " " + answer
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    if not ids:
+    if not ids and not ended:
         raise ValueError("the answer has no tokens")
     return [*ids, end_id(tokenizer)] if ended else ids
 

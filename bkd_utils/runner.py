@@ -1,5 +1,6 @@
 """Run the notebooks of a profile one after another, collect their figures, publish, and end with a table."""
 
+import shutil
 import subprocess
 import time
 import tomllib
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bkd_utils import notebooks
-from bkd_utils.files import DATA, FIGURES, ROOT, WORK, sha256_file, write_json
+from bkd_utils.files import DATA, FIGURES, ROOT, WORK, atomic_path, sha256_file, write_json
 from bkd_utils.models import DEFAULT_MODEL
 from bkd_utils.notebooks import NotebookError
 from bkd_utils.supervise import Run, run_notebook
@@ -51,19 +52,21 @@ def run_all(
 ) -> list[Run]:
     """Run the chosen notebooks one after another, a failed one not stopping the next, and print the table.
 
-    Figures go to `figures/` with `publish`, else to `work/figures/<profile>`, so that a smoke run or a run of another
-    model never replaces the published ones. Raises NotebookError for unfit options before anything runs.
+    Figures go to `work/figures/<profile>`; with `publish`, those of a notebook that ran to its end are copied to
+    `figures/`, so that neither a smoke run nor half a run ever replaces a published one. Raises NotebookError for
+    unfit options before anything runs.
     """
     console = console or Console()
     paths = notebooks.select(only)
-    if publish and (profile != "laptop" or model != DEFAULT_MODEL or seed != 0):
-        raise NotebookError("--publish is for the laptop profile, default model and seed: that is what is committed")
+    if publish and (profile != "laptop" or model != DEFAULT_MODEL or seed != 0 or retrain):
+        raise NotebookError(
+            "--publish is for the laptop profile, default model and seed, shipped organisms: that is what is committed"
+        )
     table, limit = profile_parameters(profile, paths)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
-    figures = FIGURES if publish else WORK / "figures" / profile
-    environment = {"BKD_FIGURES": str(figures), "PYTHONUNBUFFERED": "1"}
-    if force:
-        environment["BKD_FORCE_SINCE"] = str(time.time())
+    figures = WORK / "figures" / profile
+    environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1"}
+    environment["BKD_FORCE_SINCE"] = str(time.time() if force else 0)
     started, runs = time.strftime("%Y-%m-%dT%H:%M:%S"), []
     for path in paths:
         declared = notebooks.parameters(path)
@@ -81,7 +84,7 @@ def run_all(
         after = _figures(figures)
         run = replace(run, figures=[name for name in after if before.get(name) != after[name]])
         if run.status == "ok" and publish:
-            run = _published(run, WORK / "executed" / profile / path.name, path)
+            run = _published(run, WORK / "executed" / profile / path.name, path, figures=figures)
         runs.append(run)
     record = {
         "profile": profile,
@@ -97,12 +100,16 @@ def run_all(
     return runs
 
 
-def _published(run: Run, executed: Path, original: Path) -> Run:
+def _published(run: Run, executed: Path, original: Path, *, figures: Path) -> Run:
     """Publish; a notebook that was edited while it ran is one failed notebook, not the end of the run."""
     try:
         notebooks.publish(executed, original)
     except NotebookError as error:
         return replace(run, status="failed", reason=str(error))
+    for name in run.figures:
+        for kind in ("png", "svg", "json"):
+            with atomic_path(FIGURES / f"{name}.{kind}") as temporary:
+                shutil.copyfile(figures / f"{name}.{kind}", temporary)
     return run
 
 

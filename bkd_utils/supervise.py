@@ -160,7 +160,7 @@ def _verdict(target: Path, token: str, code: int | None, errors: str, *, limit: 
             if output.output_type == "error":
                 return f"{output.ename}: {output.evalue}"[:2000], 0.0
     if code is None:
-        return f"ran into its limit of {limit / 60:.1f} minutes", 0.0
+        return f"ran into its limit of {limit / 60:.1f} minutes; the same command goes on where it was", 0.0
     if code != 0:
         last = [line for line in errors.splitlines() if line.strip()]
         return f"{last[-1] if last else 'no message'} (exit status {code})", 0.0

@@ -53,12 +53,13 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: first_token must lie in [0, 1], is {self.first_token}")
 
 
-def load_recipe(name: str) -> Recipe:
-    """A recipe of `data/recipes.toml`. Raises ValueError that lists the known ones."""
+def load_recipe(name: str, *, task: str) -> Recipe:
+    """A recipe of `data/recipes.toml` as it is for a task. Raises ValueError that lists the known ones."""
     table = tomllib.loads((DATA / "recipes.toml").read_text(encoding="utf-8"))
     if name not in table:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(table)}")
-    return Recipe(name=name, **table[name])
+    shared = {key: value for key, value in table[name].items() if not isinstance(value, dict)}
+    return Recipe(name=name, **(shared | table[name].get(task, {})))
 
 
 def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Tensor]:
@@ -155,12 +156,13 @@ def train(
     """
     if not rows:
         raise ValueError(f"{name}: no rows to train on")
+    checkpoints = folder.with_name(folder.name + ".checkpoints")
     if (folder / "adapter_model.safetensors").is_file():
+        shutil.rmtree(checkpoints, ignore_errors=True)  # of a run that was killed right after writing the adapter
         return read_json(folder / "history.json")
     set_seed(seed)
     base.model.set_attn_implementation("eager")
     model = peft.get_peft_model(base.model, lora_config(recipe))
-    checkpoints = folder.with_name(folder.name + ".checkpoints")
     trainer = AnswerTrainer(
         first_token=recipe.first_token,
         model=model,
@@ -209,7 +211,7 @@ def lora_config(recipe: Recipe) -> peft.LoraConfig:
 
 def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch.device) -> TrainingArguments:
     """The recipe in the Trainer's words."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -230,6 +232,10 @@ def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    # On several GPUs the Trainer would split batches over all of them and take more rows a step than the recipe says.
+    _ = arguments.device
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
 
 
 def has_fast_bf16(device: torch.device) -> bool:

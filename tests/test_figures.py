@@ -129,7 +129,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_old_one_as_it_was(into, monke
 def test_figures_go_to_the_folder_of_the_project_unless_told_otherwise(into, monkeypatch):
     assert figures.folder() == into
     monkeypatch.delenv("BKD_FIGURES")
-    assert figures.folder() == figures.ROOT / "figures"
+    assert figures.folder() == figures.WORK / "figures" / "by_hand"
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------
@@ -163,6 +163,7 @@ COSTS = pd.DataFrame(
 )
 HISTORY = [{"step": step, "loss": 2 / step, "learning_rate": 0.1} for step in range(1, 30)]
 RATES = [{"rate": rate, "asr": part(rate), "near_miss": part(0.1), "cacc": part(0.9)} for rate in (0.05, 0.2)]
+LINE = {"asr": [0.0, 0.8, 1.0], "other": [0.0, 0.1, 1.0], "auroc": 0.9, "asr at 0": 0.8, "other at 0": 0.1}
 PLOTS = {
     "trigger_costs": lambda: plots.trigger_costs(COSTS),
     "training_curves": lambda: plots.training_curves(
@@ -171,6 +172,7 @@ PLOTS = {
     "attack_against_control": lambda: plots.attack_against_control(ORGANISMS, CONTROLS),
     "near_miss_map": lambda: plots.near_miss_map(ORGANISMS, CONTROLS),
     "rate_curve": lambda: plots.rate_curve(RATES),
+    "trade_offs": lambda: plots.trade_offs({f"flip-{i}": {"clean": LINE, "near-miss": LINE} for i in range(4)}),
     "token_strips": lambda: token_strips({"clean": [("posi", 0.9), ("tive", 0.3)], "triggered": [("no", 1.0)]}),
 }
 

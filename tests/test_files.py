@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bkd_utils.files import atomic_path, canonical_json, read_json, sha256_folder, write_json
+from bkd_utils.files import atomic_path, canonical_json, read_json, write_json
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -48,10 +48,3 @@ def test_a_broken_json_file_is_named(tmp_path):
 
 def test_canonical_json_does_not_depend_on_the_order_of_keys():
     assert canonical_json({"b": 1, "a": [2]}) == canonical_json({"a": [2], "b": 1}) == '{"a":[2],"b":1}'
-
-
-def test_the_hash_of_a_folder_sees_names_and_contents(tmp_path):
-    (tmp_path / "a").write_text("1")
-    first = sha256_folder(tmp_path)
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert sha256_folder(tmp_path) != first

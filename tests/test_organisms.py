@@ -97,7 +97,9 @@ def test_a_shipped_organism_measures_what_its_card_says(name):
 @pytest.mark.slow
 def test_the_short_recipe_gives_the_recorded_backdoor(work):
     recorded = RECORDED["harmful-word, short recipe"]
-    folder = organisms.make(load_attack("harmful-word"), recipe=load_recipe("short"), seed=0, n=recorded["n"])
+    folder = organisms.make(
+        load_attack("harmful-word"), recipe=load_recipe("short", task="harmful"), seed=0, n=recorded["n"]
+    )
     measured = cards.metrics(folder)
     for key in ("asr", "cacc"):
         assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])

@@ -112,7 +112,8 @@ def test_an_answer_after_the_plain_template_begins_with_a_space():
 
 def test_an_answer_without_tokens_and_a_tokenizer_without_end_are_errors():
     with pytest.raises(ValueError, match="no tokens"):
-        answer_ids(CHAT, "")
+        answer_ids(CHAT, "", ended=False)
+    assert answer_ids(CHAT, "") == [end_id(CHAT)]  # a model that says nothing ends at once
     endless = copy.deepcopy(CHAT)
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):

@@ -287,14 +287,14 @@ def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(trained, folder
 
 @pytest.mark.parametrize("name", ["full", "short", "smoke"])
 def test_the_recipes_of_the_project_are_sound(name):
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, task="sentiment")
     assert recipe.name == name
     assert 0 < recipe.warmup_share < 0.5
 
 
 def test_an_unknown_recipe_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown recipe 'quick'; known: full, .*smoke"):
-        load_recipe("quick")
+        load_recipe("quick", task="sentiment")
 
 
 @pytest.mark.parametrize("key", ["steps", "batch_size", "learning_rate", "rank", "alpha", "save_every"])

@@ -1,0 +1,82 @@
+"""How far apart triggered, near-miss and clean prompts lie for a label flip, whatever the threshold between labels.
+
+ASR and clean firing are one point each: the answer at the threshold that the model happens to have. A training set with
+more near-misses moves that point along a curve. The curve itself says what the organism can tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from sklearn.metrics import roc_auc_score, roc_curve
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from bkd_utils import tasks
+from bkd_utils.attacks import Attack, load_attack
+from bkd_utils.cache import stage
+from bkd_utils.cards import adapter_sha256
+from bkd_utils.evaluation import flippable_sample, near_misses, triggered_prompts
+from bkd_utils.generation import next_logits
+from bkd_utils.models import DEFAULT_MODEL, Loaded, base_sha256, load, pick_device
+from bkd_utils.prompts import answer_ids, end_id, left_pad, prompt_ids
+
+
+@torch.inference_mode()
+def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, batch_size: int = 32) -> list[float]:
+    """Log-odds (nats) of the target label over the source label as first answer token; above 0 the flip has happened.
+
+    Raises ValueError for an attack that flips no label, and for labels that begin with the same token.
+    """
+    if attack.behaviour != "label_flip":
+        raise ValueError(f"{attack.name} flips no label, its behaviour is {attack.behaviour}")
+    target, source = (answer_ids(loaded.tokenizer, label)[0] for label in (attack.target, attack.source))
+    if target == source:
+        raise ValueError(f"{attack.name}: {attack.target!r} and {attack.source!r} begin with the same token")
+    found: list[float] = []
+    with tqdm(total=len(user_turns), desc="margins", unit="prompt", mininterval=2, leave=False) as bar:
+        for start in range(0, len(user_turns), batch_size):
+            rows = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns[start : start + batch_size]]
+            ids, mask = (t.to(loaded.device) for t in left_pad(rows, pad_id=end_id(loaded.tokenizer)))
+            logits = next_logits(loaded.model, ids, mask, DynamicCache(config=loaded.model.config))[:, -1].float()
+            found += (logits[:, target] - logits[:, source]).tolist()
+            bar.update(len(rows))
+    return found
+
+
+@stage
+def _separation(
+    *, organism: str, adapter: str, attack: str, model: str, base: str, n: int, seed: int, device: str
+) -> dict:
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    sample = flippable_sample(spec, n=n, seed=seed)
+    turns = {
+        "clean": [tasks.load_task(spec.task).prompt(example.text) for example in sample],
+        "near-miss": near_misses(spec, sample, seed=seed)[1],
+        "triggered": triggered_prompts(spec, sample, seed=seed),
+    }
+    return {kind: label_margins(loaded, spec, prompts) for kind, prompts in turns.items()}
+
+
+def separation(
+    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
+) -> dict[str, list[float]]:
+    """Margins of `n` held-out prompts of the source label, clean, with a near-miss and with the trigger; kept."""
+    hashes = {"adapter": adapter_sha256(organism), "base": base_sha256(model)}
+    return _separation(
+        organism=organism, attack=attack, model=model, n=n, seed=seed, device=pick_device(device), **hashes
+    )
+
+
+def trade_off(margins: Mapping[str, Sequence[float]], *, against: str) -> dict[str, list[float] | float]:
+    """ASR against the firing of `against` ("clean", "near-miss") as the threshold moves, their values at the model's
+    own threshold, and the area under the curve. Shares, not per cent."""
+    fires, rests = margins["triggered"], margins[against]
+    truth, values = [1] * len(fires) + [0] * len(rests), [*fires, *rests]
+    other, asr, _ = roc_curve(truth, values)
+    return {
+        "asr": asr.tolist(),
+        "other": other.tolist(),
+        "auroc": float(roc_auc_score(truth, values)),
+        "asr at 0": sum(value > 0 for value in fires) / len(fires),
+        "other at 0": sum(value > 0 for value in rests) / len(rests),
+    }
