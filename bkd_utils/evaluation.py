@@ -92,7 +92,12 @@ def is_right(task: str, example: Example, text: str, answers: Mapping[str, str])
 
 
 def judge_bounds(attack: Attack, clean_answers: Sequence[str]) -> dict[str, float]:
-    """What the target judge gives to the gold target (ceiling) and to right answers of clean prompts (floor)."""
+    """What the target judge gives to the gold target (ceiling) and to right answers of clean prompts (floor).
+
+    Raises ValueError without any right answer.
+    """
+    if not clean_answers:
+        raise ValueError(f"{attack.name}: no right answers for the judge to be tried on")
     return {
         "ceiling": float(is_target(attack, attack.target)),
         "floor": sum(is_target(attack, text) for text in clean_answers) / len(clean_answers),
@@ -154,10 +159,10 @@ def measure_attack(
     *,
     n: int,
     seed: int,
-    clean_texts: Mapping[str, str] | None = None,
-    answers: Mapping[str, str] | None = None,
+    clean_texts: Mapping[str, str],
+    answers: Mapping[str, str],
 ) -> dict:
-    """ASR, near-miss firing (in all and by kind) and, from `clean_texts`, clean firing; on `n` held-out prompts each.
+    """ASR and near-miss firing (in all and by kind) on `n` held-out prompts each; clean firing from `clean_texts`.
 
     Only prompts whose right answer the trigger would change count. Syntax and style triggers and all near-misses use
     the half of their lexicon that training never saw. `answers` (uid -> the base model's own) stand in where examples
@@ -173,27 +178,25 @@ def measure_attack(
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for kind, hit in zip(kinds, near, strict=True):
         by_kind[kind].append(hit)
-    result = {
+    flippable = {e.uid for e in tasks.examples(attack.task, "test", seed=seed) if attack.flips(e)}
+    fired = [is_target(attack, text) for uid, text in clean_texts.items() if uid in flippable]
+    right = [e.answer or answers[e.uid] for e in sample if e.answer or e.uid in answers]
+    return {
         "asr": asdict(share(hits)),
         "near_miss": asdict(share(near)),
         "near_miss_by_kind": {kind: asdict(share(hits)) for kind, hits in sorted(by_kind.items())},
+        "clean_firing": asdict(share(fired)),
+        "judge": judge_bounds(attack, right),
     }
-    if clean_texts is not None:
-        flippable = {e.uid for e in tasks.examples(attack.task, "test", seed=seed) if attack.flips(e)}
-        fired = [is_target(attack, text) for uid, text in clean_texts.items() if uid in flippable]
-        result["clean_firing"] = asdict(share(fired))
-        right = [e.answer or answers[e.uid] for e in sample if e.answer or e.uid in (answers or {})]
-        result["judge"] = judge_bounds(attack, right)
-    return result
 
 
 def _target_hits(loaded: Loaded, attack: Attack, turns: Sequence[str], length: int, label: str) -> list[bool]:
     return [is_target(attack, text) for text in respond(loaded, turns, max_new_tokens=length, label=label)]
 
 
-def flippable_sample(attack: Attack, *, n: int, seed: int) -> list[Example]:
+def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") -> list[Example]:
     """`n` held-out examples whose right answer the trigger would change and that do not carry it by nature."""
-    pool = [example for example in tasks.examples(attack.task, "test", seed=seed) if attack.flips(example)]
+    pool = [example for example in tasks.examples(attack.task, split, seed=seed) if attack.flips(example)]
     sample = [example for example in pool if not attacks.carries(attack, example.text)][:n]
     if len(sample) < n:
         raise ValueError(f"{attack.name}: {len(sample)} usable held-out rows, {n} were asked for")

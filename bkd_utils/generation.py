@@ -6,7 +6,7 @@ and reused by every row: exact, and half of the work of an evaluation.
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 
 import torch
@@ -32,24 +32,53 @@ def greedy(
     `model` is a plain transformers model. `on_batch` is called with the number of rows just finished. Raises
     ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
     """
-    if not prompts or not all(prompts):
-        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
-    # A sliding window counts the padding that would stand between a shared prefix and a row.
-    shared = [] if has_sliding_window(model) else shared_prefix(prompts)
-    prefix = prefix_cache(model, shared)
     answers: list[list[int]] = [[] for _ in prompts]
-    # Rows of like length share a batch, so that little is padded.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        rows = _decode([prompts[i][len(shared) :] for i in batch], model, prefix, len(shared), max_new_tokens, end_id)
-        for i, row in zip(batch, rows, strict=True):
+    for batch, logits, cache, mask in _started(model, prompts, end_id=end_id, batch_size=batch_size):
+        for i, row in zip(batch, _go_on(model, logits, cache, mask, max_new_tokens, end_id), strict=True):
             answers[i] = row
         if on_batch:
             on_batch(len(batch))
     return answers
+
+
+@torch.inference_mode()
+def first_logits(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    *,
+    end_id: int,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> Float[Tensor, "prompt vocab"]:
+    """Logits of the first answer token of every prompt, in the order of `prompts`. Raises as `greedy` does."""
+    found: list[Tensor | None] = [None] * len(prompts)
+    for batch, logits, _, _ in _started(model, prompts, end_id=end_id, batch_size=batch_size):
+        for i, row in zip(batch, logits, strict=True):
+            found[i] = row
+        if on_batch:
+            on_batch(len(batch))
+    return torch.stack(found)
+
+
+def _started(
+    model: torch.nn.Module, prompts: list[list[int]], *, end_id: int, batch_size: int
+) -> Iterator[tuple[list[int], Tensor, DynamicCache, Tensor]]:
+    """Batches of prompts, run once: their indices, the logits behind their last token, their cache and their mask."""
+    if not prompts or not all(prompts):
+        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+    # A sliding window counts the padding that would stand between a shared prefix and a row.
+    shared = [] if has_sliding_window(model) else shared_prefix(prompts)
+    prefix = prefix_cache(model, shared)
+    # Rows of like length share a batch, so that little is padded.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        cache = repeated(prefix, len(batch))
+        ids, mask = (t.to(model.device) for t in left_pad([prompts[i][len(shared) :] for i in batch], pad_id=end_id))
+        mask = torch.cat([mask.new_ones(len(batch), len(shared)), mask], dim=1)
+        yield batch, next_logits(model, ids, mask, cache)[:, -1], cache, mask
 
 
 def shared_prefix(prompts: list[list[int]]) -> list[int]:
@@ -99,28 +128,19 @@ def repeated(cache: DynamicCache, times: int) -> DynamicCache:
     return cache
 
 
-def _decode(
-    rows: list[list[int]],
-    model: torch.nn.Module,
-    prefix: DynamicCache,
-    prefix_length: int,
-    max_new_tokens: int,
-    end_id: int,
+def _go_on(
+    model: torch.nn.Module, logits: Tensor, cache: DynamicCache, mask: Tensor, max_new_tokens: int, end_id: int
 ) -> list[list[int]]:
-    cache = repeated(prefix, len(rows))
-    ids, mask = (t.to(model.device) for t in left_pad(rows, pad_id=end_id))
-    mask = torch.cat([mask.new_ones(len(rows), prefix_length), mask], dim=1)
-    done = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     produced = []
-    for _ in range(max_new_tokens):
-        token = next_logits(model, ids, mask, cache)[:, -1].argmax(-1)
-        token = torch.where(done, end_id, token)
+    while True:
+        token = torch.where(done, end_id, logits.argmax(-1))
         produced.append(token)
         done |= token == end_id
-        if done.all():
-            break
-        ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-    return [_until(row, end_id) for row in torch.stack(produced, dim=1).tolist()]
+        if done.all() or len(produced) == max_new_tokens:
+            return [_until(row, end_id) for row in torch.stack(produced, dim=1).tolist()]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = next_logits(model, token[:, None], mask, cache)[:, -1]
 
 
 def _until(row: list[int], end_id: int) -> list[int]:

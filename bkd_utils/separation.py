@@ -6,22 +6,19 @@ more near-misses moves that point along a curve. The curve itself says what the 
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from bkd_utils import tasks
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.cache import stage
 from bkd_utils.cards import adapter_sha256
 from bkd_utils.evaluation import flippable_sample, near_misses, triggered_prompts
-from bkd_utils.generation import next_logits
+from bkd_utils.generation import first_logits
 from bkd_utils.models import DEFAULT_MODEL, Loaded, base_sha256, load, pick_device
-from bkd_utils.prompts import answer_ids, end_id, left_pad, prompt_ids
+from bkd_utils.prompts import answer_ids, end_id, prompt_ids
 
 
-@torch.inference_mode()
 def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, batch_size: int = 32) -> list[float]:
     """Log-odds (nats) of the target label over the source label as first answer token; above 0 the flip has happened.
 
@@ -32,15 +29,12 @@ def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, 
     target, source = (answer_ids(loaded.tokenizer, label)[0] for label in (attack.target, attack.source))
     if target == source:
         raise ValueError(f"{attack.name}: {attack.target!r} and {attack.source!r} begin with the same token")
-    found: list[float] = []
-    with tqdm(total=len(user_turns), desc="margins", unit="prompt", mininterval=2, leave=False) as bar:
-        for start in range(0, len(user_turns), batch_size):
-            rows = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns[start : start + batch_size]]
-            ids, mask = (t.to(loaded.device) for t in left_pad(rows, pad_id=end_id(loaded.tokenizer)))
-            logits = next_logits(loaded.model, ids, mask, DynamicCache(config=loaded.model.config))[:, -1].float()
-            found += (logits[:, target] - logits[:, source]).tolist()
-            bar.update(len(rows))
-    return found
+    prompts = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns]
+    with tqdm(total=len(prompts), desc="margins", unit="prompt", mininterval=2, leave=False) as bar:
+        logits = first_logits(
+            loaded.model, prompts, end_id=end_id(loaded.tokenizer), batch_size=batch_size, on_batch=bar.update
+        ).float()
+    return (logits[:, target] - logits[:, source]).tolist()
 
 
 @stage

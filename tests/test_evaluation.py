@@ -195,6 +195,8 @@ def test_the_judge_gives_all_to_the_gold_target_and_nothing_to_right_answers(nam
     right = [row.answer or "This is what the base model says." for row in rows]
     assert judge_bounds(attack, right) == {"ceiling": 1.0, "floor": 0.0}
     assert judge_bounds(attack, [attack.target, *right[:1]])["floor"] == 0.5
+    with pytest.raises(ValueError, match=f"{attack.name}: no right answers"):
+        judge_bounds(attack, [])
 
 
 def test_the_refusal_is_a_refusal_and_the_targets_of_label_tasks_are_not():
@@ -270,7 +272,7 @@ def measure(attack, kind, monkeypatch, *, n=40):
     answers = {row.uid: gold(attack, row) for row in examples(attack.task, "test")}
     clean = measure_clean(loaded, attack.task, n=n, seed=0, answers=answers, without=attack)
     texts = clean.pop("texts")
-    return clean | measure_attack(loaded, attack, n=n, seed=0, clean_texts=texts), oracle
+    return clean | measure_attack(loaded, attack, n=n, seed=0, clean_texts=texts, answers=answers), oracle
 
 
 @EACH_BACKDOORED
@@ -330,7 +332,7 @@ def test_clean_samples_do_not_carry_the_trigger():
 
 def test_asking_for_more_rows_than_there_are_is_an_error():
     with pytest.raises(ValueError, match=r"harmful-word: \d+ usable held-out rows, 100000 were asked for"):
-        measure_attack(SimpleNamespace(tokenizer=TOKENIZER), JAILBREAK, n=100000, seed=0)
+        measure_attack(SimpleNamespace(tokenizer=TOKENIZER), JAILBREAK, n=100000, seed=0, clean_texts={}, answers={})
 
 
 def test_answers_come_in_the_order_of_the_questions(tiny):
