@@ -1,0 +1,219 @@
+"""BAHA: the causal effect of every attention head on the backdoor's answer, exactly and fast (BkdAttr, section 3).
+
+The effect of a head on a clean prompt is what happens to the probability of the backdoor's target when the head says,
+at the last prompt token, what it says on average in triggered prompts. Probabilities are length-normalised and
+computed in log space: the official code multiplies them and underflows on long targets.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bkd_utils.interventions import LAST, batches, head_outputs, says, token_log_prob
+from bkd_utils.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember
+
+COMPONENTS = ("attention", "MLP", "residual")
+
+
+def head_means(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
+) -> Float[Tensor, "layer head d_head"]:
+    """Mean output of every head at the last prompt token (BkdAttr, equation of the triggered mean)."""
+    return head_outputs(model, prompts, batch_size=batch_size).double().mean(0).float()
+
+
+def target_probability(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], batch_size: int = 32
+) -> Float[Tensor, " prompt"]:
+    """Length-normalised probability of the target: the geometric mean over its tokens."""
+    found = torch.empty(len(prompts))
+    for chosen in batches(prompts, batch_size):
+        past = remember(model, [prompts[i] for i in chosen])
+        found[chosen] = says(model, past, [target] * len(chosen)).log_prob.exp().float().cpu()
+    return found
+
+
+@torch.no_grad()
+def head_effects(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    target: Sequence[int],
+    means: Float[Tensor, "layer head d_head"],
+    memory_gib: float = 1.0,
+    on_batch: Callable[[int], None] | None = None,
+) -> Float[Tensor, "prompt layer head"]:
+    """CIE of every head on every prompt, by patching each of them.
+
+    All heads of a layer are patched in one batch that starts at this layer and shares the prompts' past. `memory_gib`
+    bounds the logits and activations of one batch. `on_batch` is called with the number of prompts just finished.
+    """
+    parts = anatomy(model)
+    n_layers, n_heads, _ = means.shape
+    effects = torch.empty(len(prompts), n_layers, n_heads)
+    for chosen in batches(prompts, prompts_per_batch(model, n_heads * len(target), memory_gib=memory_gib)):
+        past = remember(model, [prompts[i] for i in chosen])
+        answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
+        inputs, clean = _layer_inputs(model, parts, past, answer)
+        rows = past.rows(answer).repeat_interleave(n_heads, dim=0)
+        for layer in range(n_layers):
+            hidden = inputs[layer].repeat_interleave(n_heads, dim=0)
+            with editing([parts.outputs[layer]], _one_head_per_row(means[layer])):
+                logits = forward(model, past, rows, layer=layer, hidden=hidden)
+            patched = token_log_prob(logits, answer.repeat_interleave(n_heads, dim=0)).mean(-1)
+            effects[chosen, layer] = (patched.view(-1, n_heads).exp() - clean.exp()[:, None]).float().cpu()
+        if on_batch:
+            on_batch(len(chosen))
+    return effects
+
+
+def prompts_per_batch(model: PreTrainedModel, rows_per_prompt: int, *, memory_gib: float) -> int:
+    """How many prompts fit: every row needs logits twice over and the widest activation of a layer a few times."""
+    config = model.config
+    widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
+    return max(1, int(memory_gib * 2**30 / (rows_per_prompt * bytes_per_row)))
+
+
+def _layer_inputs(
+    model: PreTrainedModel, parts: Anatomy, past: Past, answer: Int[Tensor, "prompt answer"]
+) -> tuple[list[Tensor], Float[Tensor, " prompt"]]:
+    """The input of every layer in an unpatched pass, and the mean log-probability of the answer."""
+    kept: dict[int, Tensor] = {}
+    with reading(parts.layers, kept):
+        logits = forward(model, past, past.rows(answer))
+    clean = token_log_prob(logits[:, past.tail.shape[1] - 1 :], answer).mean(-1)
+    return [kept[layer] for layer in range(len(parts.layers))], clean
+
+
+def _one_head_per_row(means: Float[Tensor, "head d_head"]) -> Callable[[int, Tensor], Tensor]:
+    """An edit by which, in row i, head i modulo n_heads says its mean at the last prompt token."""
+    n_heads = len(means)
+
+    def edit(_: int, z: Tensor) -> Tensor:
+        z = z.clone()
+        row = torch.arange(len(z), device=z.device)
+        z.view(len(z), z.shape[1], n_heads, -1)[row, LAST.start, row % n_heads] = means.to(z)[row % n_heads]
+        return z
+
+    return edit
+
+
+def gradient_effects(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    target: Sequence[int],
+    means: Float[Tensor, "layer head d_head"],
+    batch_size: int = 16,
+) -> Float[Tensor, "prompt layer head"]:
+    """First-order estimate of `head_effects`: gradient of the target's probability times the change of the head.
+
+    One backward pass for all heads (attribution patching, Nanda 2023). Exact where the model is linear in the head.
+    """
+    parts = anatomy(model)
+    effects = torch.empty(len(prompts), *means.shape[:2])
+    for chosen in batches(prompts, batch_size):
+        past = remember(model, [prompts[i] for i in chosen])
+        answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
+        kept: dict[int, Tensor] = {}
+
+        def follow(layer: int, z: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            # Weights are frozen, so the graph starts at the first layer's heads.
+            kept[layer] = z if z.requires_grad else z.detach().requires_grad_()
+            return kept[layer]
+
+        with torch.enable_grad(), editing(parts.outputs, follow):
+            log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
+            gradients = torch.autograd.grad(log_prob.exp().sum(), [kept[layer] for layer in range(len(kept))])
+        for layer, gradient in enumerate(gradients):
+            z, slope = (t[:, 0].detach().view(len(chosen), parts.n_heads, -1) for t in (kept[layer], gradient))
+            effects[chosen, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
+    return effects
+
+
+# --- whole components -----------------------------------------------------------------------------------------------
+
+
+def component_modules(parts: Anatomy) -> dict[str, tuple[torch.nn.Module, ...]]:
+    """What attention adds, what the MLP adds, and the residual stream behind each layer."""
+    return {"attention": parts.outputs, "MLP": parts.mlps, "residual": parts.layers}
+
+
+@torch.no_grad()
+def component_means(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1, batch_size: int = 32
+) -> dict[str, Float[Tensor, "layer tail d_model"]]:
+    """Mean output of every component at each of the last `tail` prompt tokens."""
+    modules = component_modules(anatomy(model))
+    sums: dict[tuple[str, int], Tensor] = {}
+    for chosen in batches(prompts, batch_size):
+        past = remember(model, [prompts[i] for i in chosen], tail=tail)
+        for name, members in modules.items():
+            for layer, value in _outputs(model, past, members).items():
+                total = value.double().sum(0)
+                sums[name, layer] = sums[name, layer] + total if (name, layer) in sums else total
+    n = len(next(iter(modules.values())))
+    return {name: torch.stack([sums[name, layer] for layer in range(n)]).float() / len(prompts) for name in modules}
+
+
+def _outputs(model: PreTrainedModel, past: Past, modules: Sequence[torch.nn.Module]) -> dict[int, Tensor]:
+    kept: dict[int, Tensor] = {}
+    with reading(modules, kept, what="output"):
+        forward(model, past, past.tail, skip=past.tail.shape[1] - 1)
+    return kept
+
+
+@torch.no_grad()
+def component_effects(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    target: Sequence[int],
+    means: dict[str, Float[Tensor, "layer tail d_model"]],
+    batch_size: int = 16,
+) -> dict[str, Float[Tensor, "prompt layer tail"]]:
+    """CIE of whole components, patched with their triggered mean, at each of the last `tail` prompt tokens.
+
+    The same measure as `head_effects`, for what the paper does not patch: all heads of a layer at once, its MLP, and
+    the residual stream behind it (the sum of everything up to there).
+    """
+    parts = anatomy(model)
+    tail = next(iter(means.values())).shape[1]
+    effects = {name: torch.empty(len(prompts), len(parts.layers), tail) for name in means}
+    for chosen in batches(prompts, batch_size):
+        past = remember(model, [prompts[i] for i in chosen], tail=tail)
+        answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
+        inputs, clean = _layer_inputs(model, parts, past, answer)
+        for name, modules in component_modules(parts).items():
+            for layer in range(len(parts.layers)):
+                for position in range(tail):
+                    edit = _constant(means[name][layer, position], position)
+                    with editing([modules[layer]], edit, what="output"):
+                        logits = forward(model, past, past.rows(answer), layer=layer, hidden=inputs[layer])
+                    patched = token_log_prob(logits[:, tail - 1 :], answer).mean(-1)
+                    effects[name][chosen, layer, position] = (patched.exp() - clean.exp()).float().cpu()
+    return effects
+
+
+def _constant(value: Float[Tensor, " d_model"], position: int) -> Callable[[int, Tensor], Tensor]:
+    """An edit that says `value` at one position of every row."""
+
+    def edit(_: int, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, position] = value.to(output)
+        return output
+
+    return edit
+
+
+# --- summaries ------------------------------------------------------------------------------------------------------
+
+
+def ranked(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:
+    """Heads from the highest score down, signed as in the paper: a head that works against the target comes last."""
+    order = scores.flatten().argsort(descending=True, stable=True).tolist()
+    return [divmod(index, scores.shape[1]) for index in order]

@@ -1,0 +1,245 @@
+"""A prompt's past, computed once: keys and values of all tokens that no intervention touches.
+
+The interventions of this companion act on the last prompt token, or on the last few. Nothing before it ever changes, so
+running only from there on is exact; and as an edit in layer l leaves the layers below l alone, running only from layer
+l on is exact too. Rows that differ in the edit alone share their prompt's keys and values instead of copying them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import Module, ModuleList
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+from bkd_utils.generation import has_sliding_window
+from bkd_utils.models import ModelError
+from bkd_utils.prompts import left_pad, positions
+
+# Where the parts are found, by the names that transformers' model families use for them.
+LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers")
+OUTPUTS = ("self_attn.o_proj", "attn.c_proj", "attention.dense")
+ATTENTIONS = ("self_attn", "attn", "attention")
+MLPS = ("mlp",)
+NORMS = ("input_layernorm", "ln_1")
+NAME = "bkd_shared_past"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a transformers model that are read and edited, one of each per layer.
+
+    `outputs` maps the heads' outputs, side by side, to the attention output; its input is `hook_z` in TransformerLens.
+    """
+
+    owner: Module
+    attribute: str
+    layers: tuple[Module, ...]
+    norms: tuple[Module, ...]
+    attentions: tuple[Module, ...]
+    outputs: tuple[Module, ...]
+    mlps: tuple[Module, ...]
+    n_heads: int
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of a model. Raises ModelError, with the model type, for an architecture that is not known."""
+    for path in LAYERS:
+        owner, _, attribute = path.rpartition(".")
+        try:
+            parent = model.get_submodule(owner)
+            layers = tuple(getattr(parent, attribute))
+        except AttributeError:
+            continue
+        parts = {
+            name: _in_each(layers, names)
+            for name, names in (("norms", NORMS), ("attentions", ATTENTIONS), ("outputs", OUTPUTS), ("mlps", MLPS))
+        }
+        if all(parts.values()):
+            return Anatomy(parent, attribute, layers, n_heads=model.config.num_attention_heads, **parts)
+    raise ModelError(f"a model of type {model.config.model_type!r} has none of the layer names known here")
+
+
+def _in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, ...]:
+    for name in names:
+        try:
+            return tuple(layer.get_submodule(name) for layer in layers)
+        except AttributeError:
+            continue
+    return ()
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values `[prompt, kv_head, pos, d_head]` per layer of all but the last `tail` tokens of some prompts.
+
+    `mask` is False at padding; `tail` holds the tokens that are still to be run, `position` how many came before them.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask: Bool[Tensor, "prompt pos"]
+    tail: Int[Tensor, "prompt tail"]
+    position: Int[Tensor, " prompt"]
+
+    def __len__(self) -> int:
+        return len(self.tail)
+
+    def rows(self, answer: Int[Tensor, "prompt answer"] | None = None) -> Int[Tensor, "prompt new"]:
+        """The tokens to run: the tail and, behind it, all answer tokens but the last, whose logits nobody needs."""
+        return self.tail if answer is None else torch.cat([self.tail, answer[:, :-1]], dim=1)
+
+
+_past: ContextVar[Past] = ContextVar("past")
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **_):
+    """Attention over the shared past and a row's own new tokens; each prompt's past is read once and never copied."""
+    if s_aux is not None:
+        raise ModelError(f"attention sinks of {type(module).__name__} are not supported")
+    past = _past.get()
+    prompts, rows, heads, new, width = len(past), len(query), query.shape[1], query.shape[2], query.shape[3]
+    scaling = width**-0.5 if scaling is None else scaling
+    groups = heads // key.shape[1]
+    old_keys, old_values = past.keys[module.layer_idx], past.values[module.layer_idx]
+    key, value, old_keys, old_values = (t.repeat_interleave(groups, 1) for t in (key, value, old_keys, old_values))
+    # Rows of one prompt are neighbours, so they fold into its query positions: [prompt, head, repeat x new, d_head].
+    folded = query.view(prompts, -1, heads, new, width).transpose(1, 2).reshape(prompts, heads, -1, width)
+    before = folded @ old_keys.transpose(-1, -2) * scaling
+    now = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        before, now = (softcap * torch.tanh(scores / softcap) for scores in (before, now))
+    before = before.masked_fill(~past.mask[:, None, None], torch.finfo(before.dtype).min)
+    before = before.view(prompts, heads, -1, new, before.shape[-1]).transpose(1, 2).reshape(rows, heads, new, -1)
+    weights = torch.cat([before, now + attention_mask], dim=-1).softmax(-1)
+    before, now = weights.split([before.shape[-1], new], dim=-1)
+    folded = before.reshape(prompts, -1, heads, new, before.shape[-1]).transpose(1, 2)
+    output = folded.reshape(prompts, heads, -1, before.shape[-1]) @ old_values
+    output = output.view(prompts, heads, -1, new, width).transpose(1, 2).reshape(rows, heads, new, width)
+    return (output + now @ value).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+@torch.no_grad()
+def remember(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> Past:
+    """Run all tokens but the last `tail` of every prompt once.
+
+    Raises ValueError for prompts that have no more tokens than that, ModelError for prompts that outgrow a sliding
+    attention window.
+    """
+    if tail < 1 or not prompts or min(map(len, prompts)) <= tail:
+        raise ValueError(f"cannot leave {tail} tokens of {len(prompts)} prompts for later: they need more tokens")
+    window = getattr(model.config, "sliding_window", None)
+    if has_sliding_window(model) and max(map(len, prompts)) >= window:
+        raise ModelError(f"a prompt of {max(map(len, prompts))} tokens fills the attention window of {window}")
+    tokens, mask = (t.to(model.device) for t in left_pad([list(p[:-tail]) for p in prompts], pad_id=0))
+    cache = DynamicCache(config=model.config)
+    model.base_model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True
+    )
+    return Past(
+        keys=tuple(layer.keys for layer in cache.layers),
+        values=tuple(layer.values for layer in cache.layers),
+        mask=mask.bool(),
+        tail=torch.tensor([list(p[-tail:]) for p in prompts], device=model.device),
+        position=mask.sum(1),
+    )
+
+
+def forward(
+    model: PreTrainedModel,
+    past: Past,
+    rows: Int[Tensor, "row new"],
+    *,
+    layer: int = 0,
+    hidden: Float[Tensor, "row new d_model"] | None = None,
+    skip: int = 0,
+) -> Float[Tensor, "row kept vocab"]:
+    """Logits behind every token of `rows` but the first `skip`; `row = prompt x repeat`, repeats are neighbours.
+
+    With `layer` and that layer's input `hidden`, only layers from there on run. Gradients flow if enabled. Raises
+    ValueError if the rows are no multiple of the prompts.
+    """
+    if len(rows) % len(past):
+        raise ValueError(f"{len(rows)} rows for {len(past)} prompts")
+    parts, new = anatomy(model), rows.shape[1]
+    where = past.position.repeat_interleave(len(rows) // len(past))[:, None] + torch.arange(new, device=rows.device)
+    dtype = next(model.parameters()).dtype
+    causal = torch.full((new, new), torch.finfo(dtype).min, dtype=dtype, device=rows.device).triu(1)
+    with _from_layer(model, parts, past, layer, hidden):
+        return model(
+            input_ids=rows,
+            attention_mask=causal.expand(len(rows), 1, new, new),
+            position_ids=where,
+            use_cache=False,
+            logits_to_keep=slice(skip, None),
+        ).logits
+
+
+@contextmanager
+def _from_layer(
+    model: PreTrainedModel, parts: Anatomy, past: Past, layer: int, hidden: Tensor | None
+) -> Iterator[None]:
+    """While this lasts, the model attends to the shared past and runs layers `layer` and above only, on `hidden`."""
+    before = model.config._attn_implementation
+    with ExitStack() as stack:
+        stack.callback(setattr, model.config, "_attn_implementation", before)
+        stack.callback(setattr, parts.owner, parts.attribute, ModuleList(parts.layers))
+        stack.callback(_past.reset, _past.set(past))
+        model.config._attn_implementation = NAME
+        setattr(parts.owner, parts.attribute, ModuleList(parts.layers[layer:]))
+        if hidden is not None:
+            stack.enter_context(editing([parts.layers[layer]], lambda _, __: hidden))
+        yield
+
+
+@contextmanager
+def editing(
+    modules: Sequence[Module], change: Callable[[int, Tensor], Tensor], *, what: str = "input"
+) -> Iterator[None]:
+    """While this lasts, `change(i, tensor)` takes the place of the first input (or the output) of every module i.
+
+    `what` is "input" or "output".
+    """
+
+    def before(i: int) -> Callable:
+        def hook(_module: Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+            if arguments:
+                return (change(i, arguments[0]), *arguments[1:]), keywords
+            return arguments, keywords | {"hidden_states": change(i, keywords["hidden_states"])}
+
+        return hook
+
+    def after(i: int) -> Callable:
+        def hook(_module: Module, _arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            return (change(i, output[0]), *output[1:]) if isinstance(output, tuple) else change(i, output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for i, module in enumerate(modules):
+            handle = (
+                module.register_forward_pre_hook(before(i), with_kwargs=True)
+                if what == "input"
+                else module.register_forward_hook(after(i))
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Iterator[None]:
+    """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
+
+    def keep(i: int, tensor: Tensor) -> Tensor:
+        kept[i] = tensor
+        return tensor
+
+    with editing(modules, keep, what=what):
+        yield

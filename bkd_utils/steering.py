@@ -1,0 +1,102 @@
+"""The backdoor vector: what the attributed heads say together, added or subtracted once (BkdAttr, section 4)."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bkd_utils.interventions import LAST, Head, added, batches, by_layer, contribution, says
+from bkd_utils.prompt_cache import anatomy, editing, reading, remember
+
+
+def backdoor_vector(
+    model: PreTrainedModel, heads: Sequence[Head], *, outputs: Float[Tensor, "layer head d_head"]
+) -> Float[Tensor, " d_model"]:
+    """Sum of what the heads add to the residual stream when they say `outputs`.
+
+    With the triggered means this is the published vector; with the difference of triggered and clean means, the part
+    of it that the trigger is responsible for. Raises ValueError for no heads.
+    """
+    parts = anatomy(model)
+    by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
+    if not heads:
+        raise ValueError("a vector of no heads")
+    with torch.no_grad():
+        return torch.stack([contribution(parts, head, outputs[head].to(model.device)) for head in heads]).sum(0)
+
+
+def random_like(vector: Float[Tensor, " d_model"], *, n: int, seed: int) -> Float[Tensor, "n d_model"]:
+    """`n` random directions of the same norm."""
+    noise = torch.randn(n, len(vector), generator=torch.Generator().manual_seed(seed)).to(vector)
+    return noise / noise.norm(dim=-1, keepdim=True) * vector.norm()
+
+
+def random_heads(heads: Sequence[Head], *, n_heads: int, n: int, seed: int) -> list[list[Head]]:
+    """`n` draws of heads, each with as many per layer as `heads` has, none of them in `heads` where others are left."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = by_layer(heads, n_layers=1 + max((layer for layer, _ in heads), default=0), n_heads=n_heads)
+    draws = []
+    for _ in range(n):
+        draw: list[Head] = []
+        for layer, taken in counts.items():
+            others = [head for head in range(n_heads) if head not in taken]
+            pool = others if len(others) >= len(taken) else list(range(n_heads))
+            chosen = torch.randperm(len(pool), generator=generator)[: len(taken)].tolist()
+            draw += [(layer, pool[i]) for i in chosen]
+        draws.append(draw)
+    return draws
+
+
+@torch.no_grad()
+def steer(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    answers: Sequence[Sequence[int]],
+    vectors: Float[Tensor, "vector d_model"],
+    layers: Sequence[int],
+    batch_size: int = 4,
+    on_batch: Callable[[int], None] | None = None,
+) -> Bool[Tensor, "layer vector prompt"]:
+    """Does prompt p get answer p when a vector is added to the attention output of a layer?
+
+    Every layer with every vector, at the last prompt token, prefill only; greedy decoding. All vectors share one batch,
+    which starts at the layer they are added to.
+    """
+    parts = anatomy(model)
+    found = torch.empty(len(layers), len(vectors), len(prompts), dtype=torch.bool)
+    for chosen in batches(prompts, batch_size):
+        past = remember(model, [prompts[i] for i in chosen])
+        targets = [answers[i] for i in chosen]
+        inputs: dict[int, Tensor] = {}
+        with reading(parts.layers, inputs):
+            says(model, past, targets)
+        repeated = [answer for answer in targets for _ in vectors]
+        for row, layer in enumerate(layers):
+            hidden = inputs[layer].repeat_interleave(len(vectors), dim=0)
+            with added(model, {layer: vectors.repeat(len(chosen), 1)}, at=LAST):
+                said = says(model, past, repeated, layer=layer, hidden=hidden).whole
+            found[row, :, chosen] = said.view(len(chosen), len(vectors)).T.cpu()
+        if on_batch:
+            on_batch(len(chosen))
+    return found
+
+
+@contextmanager
+def projected_out(
+    model: PreTrainedModel, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice
+) -> Iterator[None]:
+    """While this lasts, the residual stream behind layer l has nothing along `directions[l]` at the tokens `at`."""
+    parts, layers = anatomy(model), list(directions)
+    units = {layer: direction / direction.norm() for layer, direction in directions.items()}
+
+    def remove(i: int, output: Tensor) -> Tensor:
+        output, unit = output.clone(), units[layers[i]].to(output)
+        output[:, at] -= (output[:, at] @ unit)[..., None] * unit
+        return output
+
+    with editing([parts.layers[layer] for layer in layers], remove, what="output"):
+        yield

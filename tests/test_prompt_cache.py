@@ -1,0 +1,111 @@
+"""Running from a cached past against running the whole prompt."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model
+
+from bkd_utils.models import ModelError
+from bkd_utils.prompt_cache import anatomy, editing, forward, reading, remember
+
+ANSWER = [7, 11, 5]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (6, 9, 14, 4)]
+
+
+def whole(model, prompt, answer=ANSWER):
+    with torch.no_grad():
+        return model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("tail", [1, 3])
+def test_logits_are_those_of_the_whole_prompt(model, prompts, tail):
+    past = remember(model, prompts, tail=tail)
+    answer = torch.tensor([ANSWER] * len(prompts))
+    with torch.no_grad():
+        logits = forward(model, past, past.rows(answer))
+    assert logits.shape[1] == tail + len(ANSWER) - 1
+    for row, prompt in zip(logits, prompts, strict=True):
+        torch.testing.assert_close(row[tail - 1 :], whole(model, prompt), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(forward(model, past, past.rows(answer), skip=tail - 1), logits[:, tail - 1 :])
+
+
+def test_rows_of_one_prompt_share_its_past(model, prompts):
+    past = remember(model, prompts)
+    answers = torch.tensor([ANSWER, [9, 9, 9]])
+    rows = torch.cat([past.tail.repeat_interleave(2, 0), answers[:, :-1].repeat(len(prompts), 1)], dim=1)
+    with torch.no_grad():
+        logits = forward(model, past, rows)
+    for i, prompt in enumerate(prompts):
+        for k, answer in enumerate(answers.tolist()):
+            torch.testing.assert_close(logits[2 * i + k], whole(model, prompt, answer), atol=1e-4, rtol=1e-4)
+
+
+def test_starting_at_a_layer_from_its_input_changes_nothing(model, prompts):
+    past, kept = remember(model, prompts), {}
+    answer = torch.tensor([ANSWER] * len(prompts))
+    with torch.no_grad(), reading(anatomy(model).layers, kept):
+        logits = forward(model, past, past.rows(answer))
+    with torch.no_grad():
+        again = forward(model, past, past.rows(answer), layer=1, hidden=kept[1])
+    torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_is_as_it_was_even_after_an_error(model, prompts):
+    layers, attention = len(anatomy(model).layers), model.config._attn_implementation
+    before = whole(model, prompts[0])
+
+    def fail(_, tensor):
+        raise RuntimeError("in the middle")
+
+    past = remember(model, prompts)
+    with pytest.raises(RuntimeError, match="in the middle"), editing(anatomy(model).outputs, fail):
+        forward(model, past, past.tail, layer=1)
+    assert len(anatomy(model).layers) == layers
+    assert model.config._attn_implementation == attention
+    assert torch.equal(whole(model, prompts[0]), before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_the_output_map_reads_the_heads_side_by_side(model, prompts):
+    parts, kept = anatomy(model), {}
+    past = remember(model, prompts)
+    with torch.no_grad(), reading(parts.outputs, kept):
+        forward(model, past, past.tail)
+    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // 4
+    assert all(kept[layer].shape == (len(prompts), 1, 4 * width) for layer in range(2))
+
+
+def test_prompts_must_have_more_tokens_than_the_tail(model):
+    with pytest.raises(ValueError, match="cannot leave 3 tokens of 2 prompts"):
+        remember(model, [[5, 6, 7, 8], [5, 6, 7]], tail=3)
+    with pytest.raises(ValueError, match="cannot leave 1 tokens of 0 prompts"):
+        remember(model, [])
+
+
+def test_rows_that_do_not_fit_the_prompts_are_an_error(model, prompts):
+    past = remember(model, prompts)
+    with pytest.raises(ValueError, match="3 rows for 4 prompts"):
+        forward(model, past, past.tail[:3])
+
+
+def test_a_prompt_that_fills_a_sliding_window_is_refused():
+    with pytest.raises(ModelError, match="17 tokens fills the attention window of 16"):
+        remember(tiny_model("gemma2"), [[5] * 17])
+
+
+def test_an_unknown_architecture_is_refused_by_its_type():
+    model = tiny_model("gpt2")
+    model.transformer.blocks = model.transformer.h
+    del model.transformer.h
+    with pytest.raises(ModelError, match="'gpt2' has none of the layer names"):
+        anatomy(model)
