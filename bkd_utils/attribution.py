@@ -188,7 +188,8 @@ def component_effects(
         past = remember(model, [prompts[i] for i in chosen], tail=tail)
         answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
         inputs, clean = _layer_inputs(model, parts, past, answer)
-        for name, modules in component_modules(parts).items():
+        for name in means:
+            modules = component_modules(parts)[name]
             for layer in range(len(parts.layers)):
                 for position in range(tail):
                     edit = _constant(means[name][layer, position], position)

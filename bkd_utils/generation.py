@@ -7,6 +7,7 @@ and reused by every row: exact, and half of the work of an evaluation.
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
 
 import torch
@@ -26,16 +27,20 @@ def greedy(
     end_id: int,
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
+    during_prompt: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[list[int]]:
     """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
-    `model` is a plain transformers model. `on_batch` is called with the number of rows just finished. Raises
+    `model` is a plain transformers model. `on_batch` is called with the number of rows just finished. `during_prompt`
+    is entered while the prompts' own tokens run, the last of them in column -1, and left before answers do. Raises
     ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: list[list[int]] = [[] for _ in prompts]
-    for batch, logits, cache, mask in _started(model, prompts, end_id=end_id, batch_size=batch_size):
+    for batch, logits, cache, mask in _started(
+        model, prompts, end_id=end_id, batch_size=batch_size, during_prompt=during_prompt
+    ):
         for i, row in zip(batch, _go_on(model, logits, cache, mask, max_new_tokens, end_id), strict=True):
             answers[i] = row
         if on_batch:
@@ -63,7 +68,12 @@ def first_logits(
 
 
 def _started(
-    model: torch.nn.Module, prompts: list[list[int]], *, end_id: int, batch_size: int
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    *,
+    end_id: int,
+    batch_size: int,
+    during_prompt: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[tuple[list[int], Tensor, DynamicCache, Tensor]]:
     """Batches of prompts, run once: their indices, the logits behind their last token, their cache and their mask."""
     if not prompts or not all(prompts):
@@ -78,7 +88,9 @@ def _started(
         cache = repeated(prefix, len(batch))
         ids, mask = (t.to(model.device) for t in left_pad([prompts[i][len(shared) :] for i in batch], pad_id=end_id))
         mask = torch.cat([mask.new_ones(len(batch), len(shared)), mask], dim=1)
-        yield batch, next_logits(model, ids, mask, cache)[:, -1], cache, mask
+        with during_prompt():
+            logits = next_logits(model, ids, mask, cache)[:, -1]
+        yield batch, logits, cache, mask
 
 
 def shared_prefix(prompts: list[list[int]]) -> list[int]:
