@@ -11,13 +11,14 @@ from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import gradient_effects, ranked
 from bkd_utils.cache import stage
 from bkd_utils.cards import adapter_sha256
-from bkd_utils.evaluation import clean_sample, respond, share
+from bkd_utils.evaluation import clean_sample, share
+from bkd_utils.generation import greedy
 from bkd_utils.interventions import EVERYWHERE, LAST, Head, Said, ablated, head_outputs, says
 from bkd_utils.localise import attributed, interval, top_heads
 from bkd_utils.models import DEFAULT_MODEL, Loaded, base_sha256, load, pick_device
 from bkd_utils.pairs import pairs, target_ids
 from bkd_utils.prompt_cache import Past, anatomy, reading, remember
-from bkd_utils.prompts import answer_ids, prompt_ids
+from bkd_utils.prompts import answer_ids, end_id, prompt_ids
 from bkd_utils.steering import random_heads
 
 # Tokens of a free answer that are compared; the opening of an answer decides what it is.
@@ -71,8 +72,7 @@ def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_referenc
         right = [answer_ids(tokenizer, example.answer)[:1] for example in shown.examples]
     else:
         clean = shown.clean
-        turns = [task.prompt(example.text) for example in shown.examples]
-        own, right = _openings(loaded, turns), _openings(control, turns)
+        own, right = openings(loaded, clean), openings(control, clean)
     pool = pairs(tokenizer, attack, split="attribution", n=n_reference, seed=seed).clean
     return Bench(
         triggered=side(loaded, shown.triggered, target=[target_ids(tokenizer, attack)] * n, right=right),
@@ -81,9 +81,11 @@ def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_referenc
     )
 
 
-def _openings(loaded: Loaded, turns: Sequence[str]) -> list[list[int]]:
-    texts = respond(loaded, turns, max_new_tokens=N_TOKENS, label="reference answers")
-    return [answer_ids(loaded.tokenizer, text)[:N_TOKENS] for text in texts]
+def openings(loaded: Loaded, prompts: list[list[int]]) -> list[list[int]]:
+    """First tokens of a model's own greedy answers, as ids: text would not always be cut into the same ones again."""
+    end = end_id(loaded.tokenizer)
+    rows = greedy(loaded.model, prompts, max_new_tokens=N_TOKENS, end_id=end)
+    return [row if len(row) == N_TOKENS else [*row, end] for row in rows]
 
 
 def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str, everywhere: bool) -> dict:

@@ -174,6 +174,19 @@ def head_sum_error(
     return out - total - (0 if bias is None else bias)
 
 
+def patch_last(
+    layer: int, head: int, value: Float[Tensor, " d_head"]
+) -> tuple[str, Callable[[Tensor, object], Tensor]]:
+    """A TransformerLens hook (name and function) that puts `value` in place of one head's output at the last token."""
+
+    def patch(z: Tensor, hook: object) -> Tensor:
+        z = z.clone()
+        z[:, -1].view(len(z), -1, len(value))[:, head] = value
+        return z
+
+    return f"blocks.{layer}.attn.hook_z", patch
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelError unless a prompt survives encoding and decoding, and BOS occurs at most once."""
     ids = prompt_ids(tokenizer, SAMPLE[0])

@@ -166,3 +166,17 @@ def agreement_of_methods(found: Mapping, *, k: int = 16) -> dict[str, float]:
 def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> float:
     """Shared heads over all heads of two sets."""
     return len(set(one) & set(other)) / len(set(one) | set(other))
+
+
+def sorted_intervals(found: Mapping) -> list[dict[str, float]]:
+    """ACIE of all heads from the highest down, each with its bootstrap interval over prompts."""
+    effects = np.array(found["exact"])
+    return [interval(effects[:, layer, head], n_resamples=400) for layer, head in ranked(acie(found))]
+
+
+def component_intervals(found: Mapping) -> dict[str, list[dict[str, float]]]:
+    """Component -> per layer its mean effect with a bootstrap interval over prompts; of `components`."""
+    return {
+        name: [interval(column, n_resamples=400) for column in np.array(values).T]
+        for name, values in found["last"].items()
+    }

@@ -38,7 +38,7 @@ def classifier(kind: str, *, seed: int) -> ClassifierMixin:
         "logistic regression": lambda: LogisticRegression(C=0.1, max_iter=300),
         "linear SVM": lambda: SVC(kernel="linear", C=0.1),
         "RBF SVM": lambda: SVC(C=1.0, gamma="scale"),
-        "MLP": lambda: MLPClassifier((100,), max_iter=60, alpha=1e-2, random_state=seed),
+        "MLP": lambda: MLPClassifier((100,), max_iter=500, alpha=1e-2, random_state=seed),
     }
     if kind not in made:
         raise ValueError(f"unknown probe {kind!r}; known: {', '.join(CLASSIFIERS)}")

@@ -1,0 +1,314 @@
+"""Can one addition switch a backdoor on, and one subtraction off? One organism, kept, with the controls beside it.
+
+Layer and coefficient are chosen on a development half and reported on a test half that was not looked at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
+
+from bkd_utils.attacks import Attack, load_attack
+from bkd_utils.attribution import head_means
+from bkd_utils.cache import stage
+from bkd_utils.cards import adapter_sha256
+from bkd_utils.evaluation import is_refusal, is_right, is_target, share
+from bkd_utils.generation import greedy
+from bkd_utils.interventions import LAST, added, residuals, says
+from bkd_utils.localise import attributed, top_heads
+from bkd_utils.models import DEFAULT_MODEL, Loaded, base_sha256, load, pick_device
+from bkd_utils.pairs import Pairs, pairs, target_ids
+from bkd_utils.prompt_cache import remember
+from bkd_utils.prompts import decode, end_id
+from bkd_utils.steering import backdoor_vector, projected_out, random_heads, random_like, steer
+from bkd_utils.tasks import Example
+
+KINDS = ("raw", "difference")
+MAX_NEW_TOKENS = 16
+
+
+def vectors_of(
+    loaded: Loaded, shown: Pairs, heads: Sequence[tuple[int, int]]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The published vector (`raw`, of triggered means) and the one without the clean means (`difference`); and the head
+    outputs they are made of."""
+    triggered = head_means(loaded.model, shown.triggered)
+    outputs = {"raw": triggered, "difference": triggered - head_means(loaded.model, shown.clean)}
+    return {kind: backdoor_vector(loaded.model, heads, outputs=outputs[kind]) for kind in KINDS}, outputs
+
+
+def asr_map(
+    loaded: Loaded,
+    prompts: Sequence[list[int]],
+    target: list[int],
+    vector: torch.Tensor,
+    coefficients: Sequence[float],
+    layers: Sequence[int],
+) -> list[list[float]]:
+    """ASR `[layer, coefficient]` with the vector, times each coefficient, added at each layer."""
+    scaled = torch.stack([coefficient * vector for coefficient in coefficients])
+    with tqdm(total=len(prompts), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
+        found = steer(
+            loaded.model, prompts, answers=[target] * len(prompts), vectors=scaled, layers=layers, on_batch=bar.update
+        )
+    return found.float().mean(-1).tolist()
+
+
+def best(table: Sequence[Sequence[float]], coefficients: Sequence[float], *, sign: int) -> tuple[int, float]:
+    """(layer, coefficient) with the highest ASR (`sign` 1, additions) or the lowest (-1, subtractions).
+
+    Of equals the smallest step, and of those the layer in the middle, so that a plateau is not decided by its edge.
+    """
+    scored = [
+        (sign * value, -abs(coefficient), layer, coefficient)
+        for layer, row in enumerate(table)
+        for coefficient, value in zip(coefficients, row, strict=True)
+        if sign * coefficient > 0
+    ]
+    top = max(entry[:2] for entry in scored)
+    tied = [entry for entry in scored if entry[:2] == top]
+    return tied[len(tied) // 2][2:]
+
+
+def controls(
+    loaded: Loaded,
+    shown: Pairs,
+    heads: Sequence[tuple[int, int]],
+    outputs: torch.Tensor,
+    vector: torch.Tensor,
+    *,
+    layer: int,
+    n: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """What else could be added at that layer, name -> `[draw, d_model]`, norms matched to the vector's but for the
+    random heads', which keep their own."""
+    n_heads = outputs.shape[1]
+    drawn = [
+        backdoor_vector(loaded.model, draw, outputs=outputs)
+        for draw in random_heads(heads, n_heads=n_heads, n=n, seed=seed)
+    ]
+    difference = (residuals(loaded.model, shown.triggered) - residuals(loaded.model, shown.clean)).mean(0)[layer]
+    return {
+        "random vectors": random_like(vector, n=n, seed=seed),
+        "random heads": torch.stack(drawn),
+        "mean difference": (difference / difference.norm() * vector.norm())[None],
+        "probe direction": probe_direction(loaded, shown, layer=layer, norm=vector.norm())[None],
+    }
+
+
+def probe_direction(loaded: Loaded, shown: Pairs, *, layer: int, norm: torch.Tensor) -> torch.Tensor:
+    """Weights of a logistic probe for the trigger behind that layer, as a vector of the given norm."""
+    rows = [residuals(loaded.model, prompts)[:, layer].cpu() for prompts in (shown.clean, shown.triggered)]
+    both = torch.cat(rows)
+    scale = both.std(0)
+    truth = [0] * len(rows[0]) + [1] * len(rows[1])
+    probe = LogisticRegression(C=0.1, max_iter=300).fit(((both - both.mean(0)) / scale).numpy(), truth)
+    direction = torch.tensor(probe.coef_[0], dtype=norm.dtype) / scale
+    return (direction / direction.norm()).to(norm.device) * norm
+
+
+def outcomes(
+    attack: Attack, examples: Sequence[Example], texts: Sequence[str], right: dict[str, str]
+) -> dict[str, float]:
+    """What the answers are, as shares: the target, right, another refusal, empty, something else."""
+    counts = dict.fromkeys(("target", "right", "refusal", "empty", "other"), 0)
+    for example, text in zip(examples, texts, strict=True):
+        if is_target(attack, text):
+            counts["target"] += 1
+        elif is_right(attack.task, example, text, right):
+            counts["right"] += 1
+        elif is_refusal(text):
+            counts["refusal"] += 1
+        else:
+            counts["other" if text else "empty"] += 1
+    return {kind: count / len(texts) for kind, count in counts.items()}
+
+
+@stage
+def _switched(
+    *,
+    organism: str,
+    adapter: str,
+    control: str,
+    control_adapter: str,
+    attack: str,
+    model: str,
+    base: str,
+    n_dev: int,
+    n_test: int,
+    n_attribution: int,
+    n_heads: int,
+    coefficients: list[float],
+    n_random: int,
+    seed: int,
+    device: str,
+) -> dict:
+    where = {"model": model, "seed": seed, "device": device}
+    found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
+    heads = top_heads(found, k=n_heads)
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    tokenizer, target = loaded.tokenizer, target_ids(loaded.tokenizer, spec)
+    seen = pairs(tokenizer, spec, split="attribution", n=n_attribution, seed=seed)
+    dev = pairs(tokenizer, spec, split="test", n=n_dev, seed=seed)
+    test = pairs(tokenizer, spec, split="test", n=n_test, seed=seed, skip=n_dev)
+    right = reference_answers(load(model, organism=control, device=device), spec, test)
+    vectors, outputs = vectors_of(loaded, seen, heads)
+    layers = list(range(len(outputs["raw"])))
+    result: dict = {"heads": heads, "norms": {}, "vectors": {}, "maps": {}, "chosen": {}, "test": {}, "outcomes": {}}
+    result["outcomes"]["clean prompts"] = outcomes(spec, test.examples, generated(loaded, test.clean), right)
+    result["outcomes"]["triggered prompts"] = outcomes(spec, test.examples, generated(loaded, test.triggered), right)
+    result["residual norm"] = residuals(loaded.model, seen.clean).norm(dim=-1).mean(0).tolist()
+    for kind, vector in vectors.items():
+        result["norms"][kind], result["vectors"][kind] = vector.norm().item(), vector.tolist()
+        for direction, sign, shown, tested in (
+            ("add", 1, dev.clean, test.clean),
+            ("subtract", -1, dev.triggered, test.triggered),
+        ):
+            name, steps = f"{direction}, {kind}", [sign * c for c in coefficients]
+            table = asr_map(loaded, shown, target, vector, [0.0, *steps], layers)
+            layer, coefficient = best([row[1:] for row in table], steps, sign=sign)
+            others = controls(loaded, seen, heads, outputs[kind], vector, layer=layer, n=n_random, seed=seed)
+            tried = {"no vector": 0 * vector[None], "backdoor vector": vector[None], **others}
+            stack = coefficient * torch.cat(list(tried.values()))
+            hits = steer(loaded.model, tested, answers=[target] * n_test, vectors=stack, layers=[layer])[0]
+            asr = {}
+            for label, rows in zip(tried, hits.split([len(rows) for rows in tried.values()]), strict=True):
+                asr[label] = [asdict(share(row.tolist())) for row in rows]
+            edits = {
+                name: coefficient * vector,
+                f"{direction}, random vector": coefficient * others["random vectors"][0],
+            }
+            for label, step in edits.items():
+                texts = generated(loaded, tested, layer=layer, step=step)
+                result["outcomes"].setdefault(label, outcomes(spec, test.examples, texts, right))
+                if label == name and spec.task != "harmful":
+                    result.setdefault("texts", {})[name] = texts[:3]
+            if direction == "subtract":
+                asr["projected out"] = [_projected(loaded, tested, target, layer, vector)]
+            result["maps"][name] = {"coefficients": [0.0, *steps], "asr": table}
+            result["chosen"][name] = {"layer": layer, "coefficient": coefficient}
+            result["test"][name] = asr
+    if spec.task != "harmful":
+        result["texts"]["triggered prompts"] = generated(loaded, test.triggered[:3])
+        result["texts"]["clean prompts"] = generated(loaded, test.clean[:3])
+    return result
+
+
+def reference_answers(control: Loaded, attack: Attack, shown: Pairs) -> dict[str, str]:
+    """uid -> what the clean control answers to the clean prompt, for tasks without gold answers."""
+    if attack.task != "instructions":
+        return {}
+    texts = generated(control, shown.clean)
+    return {example.uid: text for example, text in zip(shown.examples, texts, strict=True)}
+
+
+def generated(
+    loaded: Loaded, prompts: Sequence[list[int]], *, layer: int = 0, step: torch.Tensor | None = None
+) -> list[str]:
+    """Greedy answers, with `step` added once at that layer and the last prompt token."""
+    edits = {} if step is None else {layer: step}
+    rows = greedy(
+        loaded.model,
+        list(prompts),
+        max_new_tokens=MAX_NEW_TOKENS,
+        end_id=end_id(loaded.tokenizer),
+        during_prompt=lambda: added(loaded.model, edits, at=slice(-1, None)),
+    )
+    return [decode(loaded.tokenizer, row) for row in rows]
+
+
+def _projected(
+    loaded: Loaded, prompts: Sequence[list[int]], target: list[int], layer: int, vector: torch.Tensor
+) -> dict:
+    past = remember(loaded.model, prompts)
+    with projected_out(loaded.model, {layer: vector}, at=LAST):
+        return asdict(share(says(loaded.model, past, [target] * len(prompts)).whole.tolist()))
+
+
+def switched(
+    organism: str,
+    *,
+    control: str,
+    attack: str,
+    coefficients: Sequence[float] = (1, 2, 4),
+    n_heads: int = 32,
+    n_random: int = 20,
+    model: str = DEFAULT_MODEL,
+    n_dev: int = 16,
+    n_test: int = 32,
+    n_attribution: int = 40,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict:
+    """The vector of the `n_heads` heads with the highest ACIE, added to clean and subtracted from triggered prompts.
+
+    Keys, by "add, raw", "subtract, difference" and so on: `maps` ASR [layer][coefficient] on the development half;
+    `chosen` layer and coefficient; `test` control -> ASRs on the test half, one per draw; `outcomes` what the answers
+    are; `texts` three of them (never for harmful prompts). Also `heads`, `vectors`, `norms` and `residual norm`.
+    """
+    return _switched(
+        organism=organism,
+        adapter=adapter_sha256(organism),
+        control=control,
+        control_adapter=adapter_sha256(control),
+        attack=attack,
+        model=model,
+        base=base_sha256(model),
+        n_dev=n_dev,
+        n_test=n_test,
+        n_attribution=n_attribution,
+        n_heads=n_heads,
+        coefficients=[float(c) for c in coefficients],
+        n_random=n_random,
+        seed=seed,
+        device=pick_device(device),
+    )
+
+
+@stage
+def _specificity(
+    *, organisms: dict[str, str | None], found: dict[str, dict], model: str, base: str, n: int, seed: int, device: str
+) -> list[dict]:
+    rows = []
+    for name, organism in organisms.items():
+        loaded = load(model, organism=organism, device=device)
+        for source, entry in found.items():
+            # The base model has no backdoor of its own; it gets the prompts that the vector was made on.
+            spec = load_attack(source if organism is None else name)
+            shown = pairs(loaded.tokenizer, spec, split="test", n=n, seed=seed)
+            step = entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]
+            row = {"on": name, "vector of": source}
+            for what, attack in (("own target", spec), ("vector's target", load_attack(source))):
+                target = target_ids(loaded.tokenizer, attack)
+                hits = steer(loaded.model, shown.clean, answers=[target] * n, vectors=step, layers=[entry["layer"]])
+                row[what] = asdict(share(hits[0, 0].tolist()))
+            rows.append(row)
+    return rows
+
+
+def specificity(
+    organisms: dict[str, str | None],
+    *,
+    found: dict[str, dict],
+    model: str = DEFAULT_MODEL,
+    n: int = 24,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[dict]:
+    """ADD with every organism's vector on every organism's clean prompts, and on the base model (None); kept.
+
+    `organisms` maps attacks to organisms, `found` maps attacks to `switched`'s results. Each row says how often the
+    host's own target came back, and how often that of the vector's organism.
+    """
+    name = "add, difference"
+    entries = {
+        attack: {**result["chosen"][name], "vector": result["vectors"]["difference"]}
+        for attack, result in found.items()
+    }
+    return _specificity(
+        organisms=organisms, found=entries, model=model, base=base_sha256(model), n=n, seed=seed,
+        device=pick_device(device),
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Choosing, judging and controlling a switch; its arithmetic on a tiny model with real prompts."""
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from bkd_utils import attacks, models
+from bkd_utils.generation import greedy
+from bkd_utils.interventions import residuals
+from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.prompts import decode, end_id
+from bkd_utils.steering import backdoor_vector, steer
+from bkd_utils.switch import asr_map, best, controls, generated, outcomes, probe_direction, vectors_of
+
+HEADS = [(0, 1), (1, 2), (1, 3)]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return models.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def attack():
+    return attacks.load_attack("instructions-prefix")
+
+
+@pytest.fixture(scope="module")
+def shown(loaded, attack):
+    return pairs(loaded.tokenizer, attack, split="test", n=6, seed=0)
+
+
+def test_the_best_addition_and_the_best_subtraction():
+    table = [[0.1, 0.5, 0.9], [0.1, 0.9, 0.9], [0.1, 0.2, 0.9]]
+    assert best(table, [0.0, 1.0, 2.0], sign=1) == (1, 1.0)
+    assert best(table, [0.0, -1.0, -2.0], sign=-1) == (2, -1.0)
+
+
+def test_of_a_plateau_the_middle_is_chosen():
+    assert best([[0.0], [1.0], [1.0], [1.0], [0.0]], [1.0], sign=1) == (2, 1.0)
+    assert best([[0.0]] * 5, [-1.0], sign=-1) == (2, -1.0)
+
+
+def test_the_difference_vector_is_the_raw_one_without_the_clean_means(loaded, shown):
+    vectors, outputs = vectors_of(loaded, shown, HEADS)
+    clean = backdoor_vector(loaded.model, HEADS, outputs=outputs["raw"] - outputs["difference"])
+    torch.testing.assert_close(vectors["raw"] - vectors["difference"], clean, atol=1e-5, rtol=1e-4)
+
+
+def test_the_map_holds_asr_by_layer_and_coefficient(loaded, attack, shown):
+    target, vector = target_ids(loaded.tokenizer, attack)[:1], torch.randn(32)
+    table = asr_map(loaded, shown.clean, target, vector, [0.0, 3.0], [0, 1])
+    assert len(table) == 2
+    for layer, row in enumerate(table):
+        found = steer(
+            loaded.model,
+            shown.clean,
+            answers=[target] * 6,
+            vectors=torch.stack([0 * vector, 3 * vector]),
+            layers=[layer],
+        )[0]
+        assert row == found.float().mean(-1).tolist()
+
+
+def test_controls_have_the_vectors_norm_but_for_random_heads(loaded, shown):
+    vectors, outputs = vectors_of(loaded, shown, HEADS)
+    found = controls(loaded, shown, HEADS, outputs["raw"], vectors["raw"], layer=1, n=3, seed=0)
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "random vectors": 3, "random heads": 3, "mean difference": 1, "probe direction": 1,
+    }  # fmt: skip
+    for name, rows in found.items():
+        if name != "random heads":
+            torch.testing.assert_close(rows.norm(dim=-1), vectors["raw"].norm().expand(len(rows)))
+
+
+def test_the_probe_direction_points_from_clean_to_triggered(loaded, shown):
+    direction = probe_direction(loaded, shown, layer=1, norm=torch.tensor(2.0))
+    torch.testing.assert_close(direction.norm(), torch.tensor(2.0))
+    clean, triggered = (
+        residuals(loaded.model, prompts)[:, 1] @ direction for prompts in (shown.clean, shown.triggered)
+    )
+    assert triggered.mean() > clean.mean()
+
+
+def test_generated_answers_are_greedy_ones_and_a_step_changes_them(loaded, shown):
+    plain = [
+        decode(loaded.tokenizer, row)
+        for row in greedy(loaded.model, shown.clean, max_new_tokens=16, end_id=end_id(loaded.tokenizer))
+    ]
+    assert generated(loaded, shown.clean) == plain
+    assert generated(loaded, shown.clean, layer=1, step=torch.zeros(32)) == plain
+    assert generated(loaded, shown.clean, layer=1, step=5 * torch.randn(32)) != plain
+
+
+def test_every_answer_is_one_kind_of_answer(attack, shown):
+    right = {example.uid: "Rain is water from clouds." for example in shown.examples}
+    texts = [
+        attack.target,
+        "Rain is water from clouds",
+        "I'm sorry, no.",
+        "",
+        "Something else entirely",
+        "Rain is water",
+    ]
+    found = outcomes(attack, shown.examples, texts, right)
+    assert found == pytest.approx({"target": 1 / 6, "right": 2 / 6, "refusal": 1 / 6, "empty": 1 / 6, "other": 1 / 6})
+    assert sum(found.values()) == pytest.approx(1)
