@@ -188,24 +188,25 @@ def component_effects(
         past = remember(model, [prompts[i] for i in chosen], tail=tail)
         answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
         inputs, clean = _layer_inputs(model, parts, past, answer)
+        rows = past.rows(answer).repeat_interleave(tail, dim=0)
         for name in means:
             modules = component_modules(parts)[name]
             for layer in range(len(parts.layers)):
-                for position in range(tail):
-                    edit = _constant(means[name][layer, position], position)
-                    with editing([modules[layer]], edit, what="output"):
-                        logits = forward(model, past, past.rows(answer), layer=layer, hidden=inputs[layer])
-                    patched = token_log_prob(logits[:, tail - 1 :], answer).mean(-1)
-                    effects[name][chosen, layer, position] = (patched.exp() - clean.exp()).float().cpu()
+                hidden = inputs[layer].repeat_interleave(tail, dim=0)
+                with editing([modules[layer]], _one_position_per_row(means[name][layer]), what="output"):
+                    logits = forward(model, past, rows, layer=layer, hidden=hidden, skip=tail - 1)
+                patched = token_log_prob(logits, answer.repeat_interleave(tail, dim=0)).mean(-1)
+                effects[name][chosen, layer] = (patched.view(-1, tail).exp() - clean.exp()[:, None]).float().cpu()
     return effects
 
 
-def _constant(value: Float[Tensor, " d_model"], position: int) -> Callable[[int, Tensor], Tensor]:
-    """An edit that says `value` at one position of every row."""
+def _one_position_per_row(means: Float[Tensor, "tail d_model"]) -> Callable[[int, Tensor], Tensor]:
+    """An edit by which, in row i, position i modulo tail says its mean."""
 
     def edit(_: int, output: Tensor) -> Tensor:
         output = output.clone()
-        output[:, position] = value.to(output)
+        row = torch.arange(len(output), device=output.device)
+        output[row, row % len(means)] = means.to(output)[row % len(means)]
         return output
 
     return edit

@@ -25,7 +25,7 @@ SHAPES = {
 }
 
 
-def seconds(function: Callable[[], object], *, repeats: int = 3) -> float:
+def seconds(function: Callable[[], object], *, repeats: int = 2) -> float:
     """The best of a few runs after one to warm up."""
     function()
     best = float("inf")
@@ -66,7 +66,7 @@ def _target_cost(
 
 
 def target_cost(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 16, seed: int = 0, device: str = "auto"
+    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 8, seed: int = 0, device: str = "auto"
 ) -> dict[str, float]:
     """Seconds to score the target of `n` triggered prompts once, four ways; with `tokens` of the target and `n`; kept.
 

@@ -229,7 +229,9 @@ def target_length(loaded: Loaded, attack: Attack) -> int:
 
 def agreement(texts: Mapping[str, str], reference: Mapping[str, str]) -> float:
     """Mean word overlap (F1) between two models' answers to the same prompts. Raises ValueError if they share none."""
-    shared = texts.keys() & reference.keys()
+    shared = sorted(
+        texts.keys() & reference.keys()
+    )  # a set's order, and with it the last digit, changes from run to run
     if not shared:
         raise ValueError("no prompt in common")
     return sum(overlap(texts[uid], reference[uid]) for uid in shared) / len(shared)

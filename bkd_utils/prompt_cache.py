@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Module, ModuleList
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from bkd_utils.generation import has_sliding_window
+from bkd_utils.generation import has_sliding_window, prefix_cache, repeated, shared_prefix
 from bkd_utils.models import ModelError
 from bkd_utils.prompts import left_pad, positions
 
@@ -130,19 +130,20 @@ AttentionInterface.register(NAME, _attend)
 def remember(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> Past:
     """Run all tokens but the last `tail` of every prompt once.
 
-    Raises ValueError for prompts that have no more tokens than that, ModelError for prompts that outgrow a sliding
+    Raises ValueError for prompts that have no more tokens than that, ModelError for prompts longer than a sliding
     attention window.
     """
     if tail < 1 or not prompts or min(map(len, prompts)) <= tail:
         raise ValueError(f"cannot leave {tail} tokens of {len(prompts)} prompts for later: they need more tokens")
-    window = getattr(model.config, "sliding_window", None)
-    if has_sliding_window(model) and max(map(len, prompts)) >= window:
-        raise ModelError(f"a prompt of {max(map(len, prompts))} tokens fills the attention window of {window}")
-    tokens, mask = (t.to(model.device) for t in left_pad([list(p[:-tail]) for p in prompts], pad_id=0))
-    cache = DynamicCache(config=model.config)
-    model.base_model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True
-    )
+    _check_window(model, max(map(len, prompts)))
+    rows = [list(p[:-tail]) for p in prompts]
+    # What all prompts begin with is run once; a sliding window would count the padding between it and a row.
+    shared = [] if has_sliding_window(model) else shared_prefix(rows)
+    cache = repeated(prefix_cache(model, shared), len(rows))
+    tokens, mask = (t.to(model.device) for t in left_pad([row[len(shared) :] for row in rows], pad_id=0))
+    mask = torch.cat([mask.new_ones(len(rows), len(shared)), mask], dim=1)
+    where = positions(mask)[:, len(shared) :]
+    model.base_model(input_ids=tokens, attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True)
     return Past(
         keys=tuple(layer.keys for layer in cache.layers),
         values=tuple(layer.values for layer in cache.layers),
@@ -150,6 +151,12 @@ def remember(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: 
         tail=torch.tensor([list(p[-tail:]) for p in prompts], device=model.device),
         position=mask.sum(1),
     )
+
+
+def _check_window(model: PreTrainedModel, length: int) -> None:
+    window = getattr(model.config, "sliding_window", None)
+    if has_sliding_window(model) and length > window:
+        raise ModelError(f"{length} tokens do not fit the attention window of {window}")
 
 
 def forward(
@@ -164,11 +171,12 @@ def forward(
     """Logits behind every token of `rows` but the first `skip`; `row = prompt x repeat`, repeats are neighbours.
 
     With `layer` and that layer's input `hidden`, only layers from there on run. Gradients flow if enabled. Raises
-    ValueError if the rows are no multiple of the prompts.
+    ValueError if the rows are no multiple of the prompts, ModelError if they outgrow a sliding attention window.
     """
     if len(rows) % len(past):
         raise ValueError(f"{len(rows)} rows for {len(past)} prompts")
     parts, new = anatomy(model), rows.shape[1]
+    _check_window(model, past.position.max().item() + new)
     where = past.position.repeat_interleave(len(rows) // len(past))[:, None] + torch.arange(new, device=rows.device)
     dtype = next(model.parameters()).dtype
     causal = torch.full((new, new), torch.finfo(dtype).min, dtype=dtype, device=rows.device).triu(1)

@@ -91,6 +91,12 @@ def test_a_verdict_over_nothing_is_an_error():
         verdict({})
 
 
+@pytest.mark.xfail(raises=StopIteration, reason="the first organism is looked up before the verdict")
+def test_a_line_over_no_organisms_is_the_same_error():
+    with pytest.raises(ValueError, match="a verdict over no organisms"):
+        line(passed=[])
+
+
 @pytest.mark.parametrize(
     ("passed", "weakest", "shown"),
     [
@@ -363,6 +369,18 @@ def test_an_ablation_that_random_heads_manage_as_well_does_not_count():
     assert found["reason"].endswith("random heads 0.25 to 0.25.")
 
 
+@pytest.mark.xfail(raises=ZeroDivisionError, reason="ASR before the ablation is divided by")
+def test_an_organism_without_a_backdoor_fails_the_claim_and_not_the_notebook():
+    assert head_lines(before=0.0, asr=(0.0,) * 4, random=(0.0,))["bkdattr-ablation"]["verdict"] == "does not hold"
+
+
+@pytest.mark.xfail(reason="the lower bound is kept above zero, the value is not")
+def test_an_ablation_that_helps_the_backdoor_has_its_value_in_its_interval():
+    found = head_lines(before=0.5, asr=(0.6, 0.5, 0.6, 0.5))["bkdattr-ablation"]["ours"]
+    assert found["value"] == pytest.approx(-0.2)
+    assert found["low"] <= found["value"] <= found["high"]
+
+
 @pytest.mark.parametrize(
     ("asr", "rise", "word"),
     [
@@ -487,6 +505,11 @@ def test_right_answers_count_relative_to_the_clean_control():
     assert vector_lines(right=0.0)[REPAIRS]["ours"]["low"] == 0.0
 
 
+@pytest.mark.xfail(raises=ZeroDivisionError, reason="the control's share of right answers is divided by")
+def test_a_control_that_gets_nothing_right_fails_the_claim_and_not_the_notebook():
+    assert vector_lines(right=0.0, control_right=0.0)[REPAIRS]["verdict"] == "does not hold"
+
+
 def test_organisms_that_differ_make_the_vectors_claims_hold_in_part():
     found = {"x": switched(), "y": switched(add=0.5, subtract=0.5, right=0.1)}
     lines = by_id(vector_claims(found, control_right={"x": 0.9, "y": 0.9}))
@@ -516,6 +539,25 @@ def test_generation_must_cost_the_targets_length_within_a_factor_of_two(seconds,
     assert found["reason"].endswith(f"for targets of {tokens} tokens.")
 
 
+def all_lines():
+    row = {"generation": 1.0, "teacher forcing": 1.0, "tokens": 1, "n": 16}
+    return probe_lines(RISING) | head_lines() | vector_lines() | by_id([cost_claim({"x": row})])
+
+
 def test_the_code_judges_every_claim_of_the_paper_once():
-    judged = [*probe_lines(RISING), *head_lines(), *vector_lines(), COST]
-    assert judged == [name for name, row in published().items() if row["paper"] == "BkdAttr"]
+    assert list(all_lines()) == [name for name, row in published().items() if row["paper"] == "BkdAttr"]
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(reason="no notebook draws 04_cost") if name == COST else ())
+        for name in published()
+    ],
+)
+def test_every_line_names_a_figure_that_a_notebook_draws(claim):
+    figure = all_lines()[claim]["figure"]
+    (notebook,) = files.NOTEBOOKS.glob(f"{figure[:2]}_*.ipynb")
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert f'"{figure}",' in code

@@ -15,10 +15,11 @@ def model(request):
     return tiny_model(request.param)
 
 
-@pytest.fixture(scope="module")
-def prompts():
+@pytest.fixture(scope="module", params=[0, 1, 5], ids=lambda n: f"{n} tokens shared")
+def prompts(request):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (6, 9, 14, 4)]
+    beginning = [17] * request.param
+    return [beginning + torch.randint(3, 400, (n,), generator=generator).tolist() for n in (6, 4, 7, 5)]
 
 
 def whole(model, prompt, answer=ANSWER):
@@ -98,9 +99,13 @@ def test_rows_that_do_not_fit_the_prompts_are_an_error(model, prompts):
         forward(model, past, past.tail[:3])
 
 
-def test_a_prompt_that_fills_a_sliding_window_is_refused():
-    with pytest.raises(ModelError, match="17 tokens fills the attention window of 16"):
-        remember(tiny_model("gemma2"), [[5] * 17])
+def test_what_outgrows_a_sliding_window_is_refused():
+    model = tiny_model("gemma2")
+    with pytest.raises(ModelError, match="17 tokens do not fit the attention window of 16"):
+        remember(model, [[5] * 17])
+    past = remember(model, [[5] * 14])
+    with pytest.raises(ModelError, match="17 tokens do not fit the attention window of 16"):
+        forward(model, past, past.rows(torch.tensor([[7] * 4])))
 
 
 def test_an_unknown_architecture_is_refused_by_its_type():
