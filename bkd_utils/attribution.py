@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 from bkd_utils.interventions import LAST, batches, head_outputs, says, token_log_prob
 from bkd_utils.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember
 
-COMPONENTS = ("attention", "MLP", "residual")
-
 
 def head_means(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32

@@ -178,24 +178,14 @@ def by_position(maps: Mapping[str, np.ndarray], tokens: Sequence[str]) -> Figure
     return figure
 
 
-def matrix(
-    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, label: str, vmax: float, percent: bool = False
-) -> Figure:
-    """A small labelled matrix with its numbers."""
-    figure, axes = plt.subplots(figsize=(WIDTH * 0.75, 0.42 * len(rows) + 1.7))
+def matrix(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, label: str, vmax: float) -> Figure:
+    """A small labelled matrix with its numbers: shares if `vmax` is 1, per cent if it is 100."""
+    figure, axes = plt.subplots(figsize=(WIDTH * 0.75, 0.4 * len(rows) + 2.1))
     image = axes.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=vmax, aspect="auto")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            text = f"{value:.0f}" if percent else f"{value:.2f}"
-            axes.text(
-                j,
-                i,
-                text,
-                ha="center",
-                va="center",
-                fontsize="small",
-                color="white" if value < vmax * 0.55 else "black",
-            )
+            text, colour = f"{value:.{0 if vmax > 1 else 2}f}", "white" if value < vmax * 0.55 else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize="small", color=colour)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(False)

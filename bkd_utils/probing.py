@@ -137,7 +137,8 @@ def best_random_direction(negative: np.ndarray, positive: np.ndarray, *, n: int,
 def versions(tokenizer: PreTrainedTokenizerBase, attack: Attack, *, n: int, seed: int) -> dict[str, list[list[int]]]:
     """Held-out prompts: clean, triggered, with a near-miss, and with the trigger of another family."""
     shown = pairs(tokenizer, attack, split="test", n=n, seed=seed)
-    other = "sentence-movie" if load_trigger(attack.trigger).family == "word" else "word-cf"
+    # Neither of the two occurs in a text by nature.
+    other = "word-sudo" if load_trigger(attack.trigger).family == "prefix" else "prefix-year"
     stranger = triggered_prompts(replace(attack, trigger=other), shown.examples, seed=seed)
     return {
         "clean": shown.clean,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bkd_utils import notebooks
-from bkd_utils.files import DATA, FIGURES, ROOT, WORK, atomic_path, sha256_file, write_json
+from bkd_utils.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
 from bkd_utils.models import DEFAULT_MODEL
 from bkd_utils.notebooks import NotebookError
 from bkd_utils.supervise import Run, run_notebook
@@ -94,10 +94,21 @@ def run_all(
         "commit": commit(),
     }
     write_json(WORK / "run.json", record)
-    if publish and only is None:
-        write_json(FIGURES / "run.json", record)
+    if publish:
+        write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
+        if (figures / "scorecard.json").is_file():
+            with atomic_path(FIGURES / "scorecard.json") as temporary:
+                shutil.copyfile(figures / "scorecard.json", temporary)
     report(runs, console, folder=WORK / "executed" / profile)
     return runs
+
+
+def merged(record: dict[str, Any], published: Path) -> dict[str, Any]:
+    """The record of this run, with the published entries of notebooks that it did not run."""
+    ran = {entry["name"]: entry for entry in record["notebooks"]}
+    kept = read_json(published)["notebooks"] if published.is_file() else []
+    entries = {entry["name"]: entry for entry in kept} | ran
+    return record | {"notebooks": [entries[name] for name in sorted(entries)]}
 
 
 def _published(run: Run, executed: Path, original: Path, *, figures: Path) -> Run:

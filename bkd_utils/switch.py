@@ -26,7 +26,8 @@ from bkd_utils.steering import backdoor_vector, projected_out, random_heads, ran
 from bkd_utils.tasks import Example
 
 KINDS = ("raw", "difference")
-MAX_NEW_TOKENS = 16
+# A fixed sentence of eleven tokens and its end; longer answers only repeat what their opening says.
+MAX_NEW_TOKENS = 12
 
 
 def vectors_of(

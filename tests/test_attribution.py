@@ -6,8 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, tiny_model
 
-from bkd_utils import attribution
-from bkd_utils.attribution import component_effects, component_means, gradient_effects, head_effects, head_means, ranked
+from bkd_utils.attribution import (
+    component_effects,
+    component_means,
+    component_modules,
+    gradient_effects,
+    head_effects,
+    head_means,
+    ranked,
+)
 from bkd_utils.prompt_cache import anatomy
 
 TARGETS = ([7], [7, 11, 5])
@@ -142,11 +149,11 @@ def test_earlier_positions_are_patched_where_they_are(case):
     """The last of two positions is what one position gives."""
     _, model, prompts, _ = case
     one, two = (component_means(model, prompts, tail=tail) for tail in (1, 2))
-    for name in attribution.COMPONENTS:
+    for name in component_modules(anatomy(model)):
         torch.testing.assert_close(two[name][:, -1:], one[name], atol=1e-5, rtol=1e-4)
     a = component_effects(model, prompts, target=[7, 5], means=one)
     b = component_effects(model, prompts, target=[7, 5], means=two)
-    for name in attribution.COMPONENTS:
+    for name in component_modules(anatomy(model)):
         torch.testing.assert_close(b[name][..., -1:], a[name], atol=1e-6, rtol=1e-3)
         assert b[name][:, 0, 0].abs().max() > 0
 

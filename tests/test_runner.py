@@ -7,7 +7,7 @@ from rich.console import Console
 from test_notebooks import write
 
 from bkd_utils import notebooks, runner
-from bkd_utils.files import read_json
+from bkd_utils.files import read_json, write_json
 from bkd_utils.notebooks import NotebookError
 
 
@@ -45,6 +45,14 @@ def test_a_run_goes_on_after_a_failure_and_ends_with_the_table(two_notebooks):
     assert "00_broken failed: ZeroDivisionError: division by zero" in printed
     assert str(two_notebooks / "executed/smoke/00_broken.failed.ipynb") in printed
     assert "1 passed, 1 failed" in printed
+
+
+def test_what_was_not_run_keeps_its_published_entry(tmp_path):
+    published = tmp_path / "run.json"
+    one, two, again = ({"name": name, "minutes": m} for name, m in (("00_a", 1), ("01_b", 2), ("01_b", 3)))
+    assert runner.merged({"commit": "x", "notebooks": [two]}, published) == {"commit": "x", "notebooks": [two]}
+    write_json(published, {"commit": "x", "notebooks": [one, two]})
+    assert runner.merged({"commit": "y", "notebooks": [again]}, published) == {"commit": "y", "notebooks": [one, again]}
 
 
 def test_without_a_terminal_progress_is_a_line_a_minute(monkeypatch):

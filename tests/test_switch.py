@@ -85,7 +85,7 @@ def test_the_probe_direction_points_from_clean_to_triggered(loaded, shown):
 def test_generated_answers_are_greedy_ones_and_a_step_changes_them(loaded, shown):
     plain = [
         decode(loaded.tokenizer, row)
-        for row in greedy(loaded.model, shown.clean, max_new_tokens=16, end_id=end_id(loaded.tokenizer))
+        for row in greedy(loaded.model, shown.clean, max_new_tokens=12, end_id=end_id(loaded.tokenizer))
     ]
     assert generated(loaded, shown.clean) == plain
     assert generated(loaded, shown.clean, layer=1, step=torch.zeros(32)) == plain
