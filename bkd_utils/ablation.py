@@ -9,13 +9,12 @@ from tqdm import tqdm
 from bkd_utils import tasks
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import gradient_effects, ranked
-from bkd_utils.cache import stage
-from bkd_utils.cards import adapter_sha256
+from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import clean_sample, share
 from bkd_utils.generation import greedy
 from bkd_utils.interventions import EVERYWHERE, LAST, Head, Said, ablated, head_outputs, says
 from bkd_utils.localise import attributed, interval, top_heads
-from bkd_utils.models import DEFAULT_MODEL, Loaded, base_sha256, load, pick_device
+from bkd_utils.models import DEFAULT_MODEL, Loaded, load
 from bkd_utils.pairs import pairs, target_ids
 from bkd_utils.prompt_cache import Past, anatomy, reading, remember
 from bkd_utils.prompts import answer_ids, end_id, prompt_ids
@@ -140,26 +139,28 @@ def necessary_heads(
     return chosen
 
 
-@stage
-def _curves(
-    *,
+@organism_stage
+def curves(
     organism: str,
-    adapter: str,
+    *,
     control: str,
-    control_adapter: str,
     attack: str,
-    model: str,
-    base: str,
-    n: int,
-    n_attribution: int,
-    counts: list[int],
-    kinds: list[str],
-    random_counts: list[int],
-    draws: int,
-    seed: int,
-    device: str,
+    counts: Sequence[int],
+    kinds: Sequence[str] = ("published", "zero", "mean", "resample"),
+    random_counts: Sequence[int],
+    draws: int = 20,
+    model: str = DEFAULT_MODEL,
+    n: int = 64,
+    n_attribution: int = 40,
+    seed: int = 0,
+    device: str = "auto",
 ) -> list[dict]:
-    where = {"model": model, "seed": seed, "device": device}
+    """One row per ranking, kind, scope, number of heads and draw, with `measure_ablation`'s values; kept.
+
+    At each of `random_counts` there are `draws` random draws, layer-matched to the ACIE heads and mean-ablated. At
+    "all positions" every token gets the mean of last prompt tokens, a cruder reference there than at the last one.
+    """
+    counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
     found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     made = bench(loaded, load(model, organism=control, device=device), spec, n=n, n_reference=n_attribution, seed=seed)
@@ -192,42 +193,3 @@ def _curves(
         scope = "all positions" if everywhere else "last position"
         rows.append({"ranking": ranking, "kind": kind, "scope": scope, "k": len(heads), "draw": draw, **values})
     return rows
-
-
-def curves(
-    organism: str,
-    *,
-    control: str,
-    attack: str,
-    counts: Sequence[int],
-    kinds: Sequence[str] = ("published", "zero", "mean", "resample"),
-    random_counts: Sequence[int],
-    draws: int = 20,
-    model: str = DEFAULT_MODEL,
-    n: int = 64,
-    n_attribution: int = 40,
-    seed: int = 0,
-    device: str = "auto",
-) -> list[dict]:
-    """One row per ranking, kind, scope, number of heads and draw, with `measure_ablation`'s values; kept.
-
-    At each of `random_counts` there are `draws` random draws, layer-matched to the ACIE heads and mean-ablated. At
-    "all positions" every token gets the mean of last prompt tokens, a cruder reference there than at the last one.
-    """
-    return _curves(
-        organism=organism,
-        adapter=adapter_sha256(organism),
-        control=control,
-        control_adapter=adapter_sha256(control),
-        attack=attack,
-        model=model,
-        base=base_sha256(model),
-        n=n,
-        n_attribution=n_attribution,
-        counts=sorted(set(counts)),
-        kinds=list(kinds),
-        random_counts=sorted(set(random_counts)),
-        draws=draws,
-        seed=seed,
-        device=pick_device(device),
-    )

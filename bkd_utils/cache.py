@@ -25,25 +25,24 @@ TABLES = ("attacks.toml", "instructions.toml", "lexicons.toml", "sources.toml")
 log = logging.getLogger(__name__)
 
 
-def stage(function: Callable[P, R]) -> Callable[P, R]:
-    """Cache a function of keyword arguments that are JSON values and whose result is one.
+def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Callable[P, R]:
+    """Cache a function whose arguments and result are JSON values.
 
-    Raises TypeError for positional arguments and for arguments that are not JSON values (pass names and hashes, not
-    paths or models), ValueError for a result with NaN.
+    `resolved` turns the arguments into what the key is made of: where an argument is a name, what the name stands for
+    must be in it. Raises TypeError for arguments that are not JSON values (pass names, not paths or models), ValueError
+    for a result with NaN.
     """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if args:
-            raise TypeError(f"stage {function.__name__} takes keyword arguments only")
-        bound = inspect.signature(function).bind(**kwargs)
+        bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
-        path = folder() / f"{function.__name__}-{key(function, dict(bound.arguments))[:20]}.json"
+        path = folder() / f"{function.__name__}-{key(function, resolved(dict(bound.arguments)))[:20]}.json"
         if (kept := _kept(path)) is not None:
             log.info("%s: kept result of %s", function.__name__, kept["when"])
             return kept["result"]
         started = time.monotonic()
-        result = function(**kwargs)
+        result = function(*args, **kwargs)
         seconds = round(time.monotonic() - started, 2)
         when = time.strftime("%Y-%m-%d %H:%M:%S")
         write_json(path, {"when": when, "seconds": seconds, "arguments": dict(bound.arguments), "result": result})

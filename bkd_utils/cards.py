@@ -1,10 +1,13 @@
 """Cards of organisms: what they are and what was measured on them; how they are shown, compared and shipped."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from bkd_utils.cache import stage
 from bkd_utils.files import ADAPTERS, atomic_path, read_json
-from bkd_utils.models import ModelError, adapter_folder
+from bkd_utils.models import ModelError, adapter_folder, base_sha256, pick_device
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 
@@ -33,6 +36,22 @@ def history(organism: str | Path) -> list[dict[str, float]]:
 
 def adapter_sha256(organism: str | Path) -> str:
     return read_json(adapter_folder(organism) / "card.json")["adapter_sha256"]
+
+
+def _resolved(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a stage with what stands behind its names: adapters, base weights, device."""
+    found = dict(arguments)
+    names = [found.get("organism"), found.get("control"), *found.get("organisms", {}).values()]
+    found["adapters"] = [adapter_sha256(name) for name in names if name]
+    if "model" in found:
+        found["base"] = base_sha256(found["model"])
+    if "device" in found:
+        found["device"] = pick_device(found["device"])
+    return found
+
+
+# For functions with arguments `organism`, `control`, `organisms`, `model`, `device`: other weights, another result.
+organism_stage = functools.partial(stage, resolved=_resolved)
 
 
 def summary(organism: str | Path) -> dict[str, str]:

@@ -51,6 +51,7 @@ def entry(
     known = published()
     if claim not in known:
         raise ValueError(f"unknown claim {claim!r}; known: {', '.join(known)}")
+    outcome = verdict(passed)
     shown = weakest or next((name for name, ok in passed.items() if not ok), next(iter(passed)))
     return {
         "id": claim,
@@ -61,7 +62,7 @@ def entry(
         "organism": shown,
         "by_organism": {name: {**number, "passed": bool(passed[name])} for name, number in numbers.items()},
         "criterion": known[claim]["criterion"],
-        "verdict": verdict(passed),
+        "verdict": outcome,
         "reason": reason,
         "figure": figure,
     }
@@ -197,12 +198,14 @@ def head_claims(
         few = min((k for k, _ in line), key=lambda k: abs(k - 0.03 * n_heads))
         after = dict(line)[few]
         drop[attack] = {
-            "value": 1 - after["value"] / before["value"], "n": after["n"],
-            "low": 1 - min(1.0, after["high"] / before["value"]), "high": 1 - after["low"] / before["value"],
-        }  # fmt: skip
+            "value": _drop(before["value"], after["value"]),
+            "n": after["n"],
+            "low": _drop(before["value"], after["high"]),
+            "high": _drop(before["value"], after["low"]),
+        }
         at = min((r["k"] for r in rows if r["ranking"] == "random"), key=lambda k: abs(k - few))
         left = np.mean([r["asr"]["value"] for r in rows if r["ranking"] == "random" and r["k"] == at])
-        random_drop[attack] = 1 - left / before["value"]
+        random_drop[attack] = _drop(before["value"], left)
         steps = [before, *(asr for _, asr in line)]
         rises[attack] = max((b["value"] - a["value"]) * b["n"] for a, b in itertools.pairwise(steps))
     big = {attack: number["value"] >= 0.9 and random_drop[attack] < 0.1 for attack, number in drop.items()}
@@ -231,6 +234,11 @@ def head_claims(
     ]  # fmt: skip
 
 
+def _drop(before: float, after: float) -> float:
+    """What part of a share is gone; of nothing, nothing."""
+    return 1 - after / before if before else 0.0
+
+
 # --- notebook 04 ----------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +258,7 @@ def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, f
         removed[attack] = off["backdoor vector"][0]
         median = float(np.median([draw["value"] for draw in off["random vectors"]]))
         passed["subtract"][attack] = removed[attack]["value"] <= 0.05 and median >= 0.9
-        right = result["outcomes"][name]["right"] / control_right[attack]
+        right = result["outcomes"][name]["right"] / control_right[attack] if control_right[attack] else 0.0
         n = removed[attack]["n"]
         half = 1.96 * np.sqrt(max(right * (1 - min(right, 1)), 1 / n) / n)
         repaired[attack] = {"value": right, "n": n, "low": max(0.0, right - half), "high": right + half}

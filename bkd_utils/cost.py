@@ -8,10 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bkd_utils.attacks import load_attack
 from bkd_utils.cache import stage
-from bkd_utils.cards import adapter_sha256
+from bkd_utils.cards import organism_stage
 from bkd_utils.generation import greedy
 from bkd_utils.interventions import says
-from bkd_utils.models import DEFAULT_MODEL, base_sha256, load, pick_device
+from bkd_utils.models import DEFAULT_MODEL, load, pick_device
 from bkd_utils.pairs import pairs, target_ids
 from bkd_utils.prompt_cache import remember
 from bkd_utils.prompts import left_pad, positions
@@ -38,10 +38,15 @@ def seconds(function: Callable[[], object], *, repeats: int = 2) -> float:
     return best
 
 
-@stage
-def _target_cost(
-    *, organism: str, adapter: str, attack: str, model: str, base: str, n: int, seed: int, device: str
-) -> dict:
+@organism_stage
+def target_cost(
+    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 8, seed: int = 0, device: str = "auto"
+) -> dict[str, float]:
+    """Seconds to score the target of `n` triggered prompts once, four ways; with `tokens` of the target and `n`; kept.
+
+    Without a cache generation runs the whole prompt once per token, which is what the paper counts; with the prompt
+    cache the prompt has been paid for once and serves every head.
+    """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     target = target_ids(loaded.tokenizer, spec)
     prompts = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed).triggered
@@ -63,20 +68,6 @@ def _target_cost(
         ),
         "teacher forcing, prompt cache": seconds(lambda: says(loaded.model, past, answers)),
     }
-
-
-def target_cost(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 8, seed: int = 0, device: str = "auto"
-) -> dict[str, float]:
-    """Seconds to score the target of `n` triggered prompts once, four ways; with `tokens` of the target and `n`; kept.
-
-    Without a cache generation runs the whole prompt once per token, which is what the paper counts; with the prompt
-    cache the prompt has been paid for once and serves every head.
-    """
-    hashes = {"adapter": adapter_sha256(organism), "base": base_sha256(model)}
-    return _target_cost(
-        organism=organism, attack=attack, model=model, n=n, seed=seed, device=pick_device(device), **hashes
-    )
 
 
 @stage

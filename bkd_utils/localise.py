@@ -17,19 +17,30 @@ from bkd_utils.attribution import (
     ranked,
     target_probability,
 )
-from bkd_utils.cache import stage
-from bkd_utils.cards import adapter_sha256
-from bkd_utils.models import DEFAULT_MODEL, base_sha256, load, pick_device
+from bkd_utils.cards import organism_stage
+from bkd_utils.models import DEFAULT_MODEL, load
 from bkd_utils.pairs import pairs, target_ids
 
 # The user's last token and the whole assistant header of a chat template fit in here.
 TAIL = 6
 
 
-@stage
-def _attributed(
-    *, organism: str, adapter: str, attack: str, model: str, base: str, n: int, n_means: int, seed: int, device: str
+@organism_stage
+def attributed(
+    organism: str,
+    *,
+    attack: str,
+    model: str = DEFAULT_MODEL,
+    n: int = 40,
+    n_means: int = 40,
+    seed: int = 0,
+    device: str = "auto",
 ) -> dict:
+    """CIE of every head on `n` clean prompts of the attribution split, by patching and by gradient; kept.
+
+    Keys: `exact` and `gradient` [prompt][layer][head]; `clean`, `triggered`: the target's length-normalised probability
+    per prompt without and with the trigger; `target`: its tokens. Means are of `n_means` other prompts of that split.
+    """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     target = target_ids(loaded.tokenizer, spec)
     scored = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
@@ -46,38 +57,22 @@ def _attributed(
     }
 
 
-def attributed(
+@organism_stage
+def components(
     organism: str,
     *,
     attack: str,
     model: str = DEFAULT_MODEL,
-    n: int = 40,
+    n: int = 24,
     n_means: int = 40,
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
-    """CIE of every head on `n` clean prompts of the attribution split, by patching and by gradient; kept.
+    """CIE of whole components; kept.
 
-    Keys: `exact` and `gradient` [prompt][layer][head]; `clean`, `triggered`: the target's length-normalised probability
-    per prompt without and with the trigger; `target`: its tokens. Means are of `n_means` other prompts of that split.
+    Keys: `last` component -> [prompt][layer] at the last prompt token; `by_position` [layer][position] of the residual
+    stream at the last prompt tokens, scored by the first answer token; `positions`: those tokens of one prompt.
     """
-    return _attributed(
-        organism=organism,
-        adapter=adapter_sha256(organism),
-        attack=attack,
-        model=model,
-        base=base_sha256(model),
-        n=n,
-        n_means=n_means,
-        seed=seed,
-        device=pick_device(device),
-    )
-
-
-@stage
-def _components(
-    *, organism: str, adapter: str, attack: str, model: str, base: str, n: int, n_means: int, seed: int, device: str
-) -> dict:
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     target = target_ids(loaded.tokenizer, spec)
     scored = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
@@ -94,34 +89,6 @@ def _components(
         "positions": loaded.tokenizer.convert_ids_to_tokens(scored.clean[0][-TAIL:]),
         "by_position": _short(by_position["residual"].mean(0)),
     }
-
-
-def components(
-    organism: str,
-    *,
-    attack: str,
-    model: str = DEFAULT_MODEL,
-    n: int = 24,
-    n_means: int = 40,
-    seed: int = 0,
-    device: str = "auto",
-) -> dict:
-    """CIE of whole components; kept.
-
-    Keys: `last` component -> [prompt][layer] at the last prompt token; `by_position` [layer][position] of the residual
-    stream at the last prompt tokens, scored by the first answer token; `positions`: those tokens of one prompt.
-    """
-    return _components(
-        organism=organism,
-        adapter=adapter_sha256(organism),
-        attack=attack,
-        model=model,
-        base=base_sha256(model),
-        n=n,
-        n_means=n_means,
-        seed=seed,
-        device=pick_device(device),
-    )
 
 
 def _short(values: torch.Tensor) -> list:

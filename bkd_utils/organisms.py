@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bkd_utils import cards, tasks
 from bkd_utils.attacks import Attack, benign_examples, load_attack, load_attacks, poison, with_rate
-from bkd_utils.cache import stage
+from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import (
     agreement,
     clean_sample,
@@ -35,7 +35,6 @@ from bkd_utils.models import (
     adapter_folder,
     base_sha256,
     load,
-    pick_device,
     shipped_organisms,
 )
 from bkd_utils.tasks import Example
@@ -191,21 +190,17 @@ def measure(
     return result
 
 
-@stage
-def _measured(*, organism: str, adapter: str, model: str, base: str, n: int, seed: int, device: str) -> dict:
+@organism_stage
+def measured(organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto") -> dict:
+    """`measure`, kept: a second call with the same weights, sizes and code reads the first one's result."""
     return measure(organism, model=model, n=n, seed=seed, device=device)
 
 
-def measured(organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto") -> dict:
-    """`measure`, kept: a second call with the same weights, sizes and code reads the first one's result."""
-    hashes = {"adapter": cards.adapter_sha256(organism), "base": base_sha256(model)}
-    return _measured(organism=organism, model=model, n=n, seed=seed, device=pick_device(device), **hashes)
-
-
-@stage
-def _measured_control(
-    *, control: str, attack: str, adapter: str, model: str, base: str, n: int, seed: int, device: str
+@organism_stage
+def measured_control(
+    control: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
 ) -> dict:
+    """A clean control under an attack it never saw, on the very prompts its backdoored sibling gets; kept."""
     loaded = load(model, organism=control, device=device)
     spec = load_attack(attack)
     shown = clean_sample(spec.task, n=n, seed=seed, without=spec)
@@ -214,16 +209,6 @@ def _measured_control(
     clean = measure_clean(loaded, spec.task, n=n, seed=seed, answers=reference, without=spec)
     texts = clean.pop("texts")
     return {**clean, **measure_attack(loaded, spec, n=n, seed=seed, clean_texts=texts, answers=reference)}
-
-
-def measured_control(
-    control: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
-) -> dict:
-    """A clean control under an attack it was never trained on, on the very prompts its backdoored sibling gets."""
-    hashes = {"adapter": cards.adapter_sha256(control), "base": base_sha256(model)}
-    return _measured_control(
-        control=control, attack=attack, model=model, n=n, seed=seed, device=pick_device(device), **hashes
-    )
 
 
 def rate_curve(

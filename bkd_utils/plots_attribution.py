@@ -25,7 +25,7 @@ def panels(
         rows,
         len(names),
         figsize=(WIDTH, height * rows + 0.6),
-        sharex="row",
+        sharex="row" if sharey else False,
         sharey="row" if sharey else False,
         squeeze=False,
     )
@@ -302,4 +302,21 @@ def answer_kinds(found: Mapping[str, Mapping]) -> Figure:
         panel.grid(False)
     figure.supxlabel("answers (%)", fontsize="medium")
     _legend(figure, np.atleast_1d(axes)[0], ncols=5)
+    return figure
+
+
+def costs(found: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Seconds to score the targets of some prompts once, by way of doing it; attack -> `cost.target_cost`."""
+    ways = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
+    colours = ("#D55E00", "#0072B2", "#E69F00", "#009E73")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.62 * len(found) + 1.1))
+    for i, (way, colour) in enumerate(zip(ways, colours, strict=True)):
+        y = np.arange(len(found)) + 0.19 * (i - 1.5)
+        axes.barh(y, [row[way] for row in found.values()], height=0.17, color=colour, label=way)
+    labels = [f"{name}\n{row['tokens']} token{'s' * (row['tokens'] > 1)}" for name, row in found.items()]
+    axes.set_yticks(range(len(found)), labels)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(f"seconds to score {next(iter(found.values()))['n']} prompts once")
+    _legend(figure, axes, ncols=2)
     return figure

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from scipy.stats import rankdata
 from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, roc_auc_score
@@ -19,11 +20,10 @@ from sklearn.svm import SVC
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.attacks import Attack, load_attack
-from bkd_utils.cache import stage
-from bkd_utils.cards import adapter_sha256
+from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import triggered_prompts
 from bkd_utils.interventions import normed_residuals, residuals
-from bkd_utils.models import DEFAULT_MODEL, base_sha256, load, pick_device
+from bkd_utils.models import DEFAULT_MODEL, load
 from bkd_utils.pairs import pairs
 from bkd_utils.prompts import prompt_ids
 from bkd_utils.triggers import load_trigger
@@ -125,7 +125,7 @@ def best_random_direction(negative: np.ndarray, positive: np.ndarray, *, n: int,
         values = scaler.transform(np.concatenate([negative[rows], positive[rows]])) @ directions
         truth = np.repeat([0, 1], [len(rows), len(rows)])
         # AUROC of many directions at once, from ranks.
-        ranks = values.argsort(0).argsort(0) + 1
+        ranks = rankdata(values, axis=0)
         aurocs.append((ranks[truth == 1].sum(0) - len(rows) * (len(rows) + 1) / 2) / len(rows) ** 2)
     chosen = np.abs(aurocs[0] - 0.5).argmax()
     return float(aurocs[1][chosen] if aurocs[0][chosen] > 0.5 else 1 - aurocs[1][chosen])
@@ -148,23 +148,29 @@ def versions(tokenizer: PreTrainedTokenizerBase, attack: Attack, *, n: int, seed
     }
 
 
-@stage
-def _probed(
-    *,
+@organism_stage
+def probed(
     organism: str | None,
-    adapter: str,
+    *,
     attack: str,
-    model: str,
-    base: str,
-    reading: str,
-    kinds: list[str],
-    n: int,
-    n_splits: int,
-    n_directions: int,
-    stride: int,
-    seed: int,
-    device: str,
+    model: str = DEFAULT_MODEL,
+    reading: str = "residual",
+    kinds: Sequence[str] = ("logistic regression",),
+    n: int = 80,
+    n_splits: int = 5,
+    n_directions: int = 1000,
+    stride: int = 1,
+    seed: int = 0,
+    device: str = "auto",
 ) -> dict:
+    """Probes for an attack's trigger in a model (None: the base model), on held-out prompts; kept.
+
+    Keys: `layers` (every `stride`-th and the last); `probes` kind -> per layer `probe_scores` with the shares of
+    near-misses and of other triggers called triggered; `shuffled` per layer; `random direction` per layer, AUROC of
+    the best of `n_directions`; `transfer` kind -> accuracy [train layer][test layer].
+    """
+    if reading not in READINGS:
+        raise ValueError(f"unknown reading {reading!r}; known: {', '.join(READINGS)}")
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     prompts = versions(loaded.tokenizer, spec, n=n, seed=seed)
     rows = {name: READINGS[reading](loaded.model, ids).float().cpu().numpy() for name, ids in prompts.items()}
@@ -190,42 +196,3 @@ def _probed(
         kind: transfer_matrix(clean[:, layers], triggered[:, layers], kind=kind, seed=seed).tolist() for kind in kinds
     }
     return found
-
-
-def probed(
-    organism: str | None,
-    *,
-    attack: str,
-    model: str = DEFAULT_MODEL,
-    reading: str = "residual",
-    kinds: Sequence[str] = ("logistic regression",),
-    n: int = 80,
-    n_splits: int = 5,
-    n_directions: int = 1000,
-    stride: int = 1,
-    seed: int = 0,
-    device: str = "auto",
-) -> dict:
-    """Probes for an attack's trigger in a model (None: the base model), on held-out prompts; kept.
-
-    Keys: `layers` (every `stride`-th and the last); `probes` kind -> per layer `probe_scores` with the shares of
-    near-misses and of other triggers called triggered; `shuffled` per layer; `random direction` per layer, AUROC of
-    the best of `n_directions`; `transfer` kind -> accuracy [train layer][test layer].
-    """
-    if reading not in READINGS:
-        raise ValueError(f"unknown reading {reading!r}; known: {', '.join(READINGS)}")
-    return _probed(
-        organism=organism,
-        adapter=adapter_sha256(organism) if organism else "",
-        attack=attack,
-        model=model,
-        base=base_sha256(model),
-        reading=reading,
-        kinds=list(kinds),
-        n=n,
-        n_splits=n_splits,
-        n_directions=n_directions,
-        stride=stride,
-        seed=seed,
-        device=pick_device(device),
-    )

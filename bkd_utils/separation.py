@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from bkd_utils import tasks
 from bkd_utils.attacks import Attack, load_attack
-from bkd_utils.cache import stage
-from bkd_utils.cards import adapter_sha256
+from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import flippable_sample, near_misses, triggered_prompts
 from bkd_utils.generation import first_logits
-from bkd_utils.models import DEFAULT_MODEL, Loaded, base_sha256, load, pick_device
+from bkd_utils.models import DEFAULT_MODEL, Loaded, load
 from bkd_utils.prompts import answer_ids, end_id, prompt_ids
 
 
@@ -37,10 +36,11 @@ def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, 
     return (logits[:, target] - logits[:, source]).tolist()
 
 
-@stage
-def _separation(
-    *, organism: str, adapter: str, attack: str, model: str, base: str, n: int, seed: int, device: str
-) -> dict:
+@organism_stage
+def separation(
+    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
+) -> dict[str, list[float]]:
+    """Margins of `n` held-out prompts of the source label, clean, with a near-miss and with the trigger; kept."""
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     sample = flippable_sample(spec, n=n, seed=seed)
     turns = {
@@ -49,16 +49,6 @@ def _separation(
         "triggered": triggered_prompts(spec, sample, seed=seed),
     }
     return {kind: label_margins(loaded, spec, prompts) for kind, prompts in turns.items()}
-
-
-def separation(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
-) -> dict[str, list[float]]:
-    """Margins of `n` held-out prompts of the source label, clean, with a near-miss and with the trigger; kept."""
-    hashes = {"adapter": adapter_sha256(organism), "base": base_sha256(model)}
-    return _separation(
-        organism=organism, attack=attack, model=model, n=n, seed=seed, device=pick_device(device), **hashes
-    )
 
 
 def trade_off(margins: Mapping[str, Sequence[float]], *, against: str) -> dict[str, list[float] | float]:

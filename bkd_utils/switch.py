@@ -12,13 +12,12 @@ from tqdm import tqdm
 
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import head_means
-from bkd_utils.cache import stage
-from bkd_utils.cards import adapter_sha256
+from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import is_refusal, is_right, is_target, share
 from bkd_utils.generation import greedy
 from bkd_utils.interventions import LAST, added, residuals, says
 from bkd_utils.localise import attributed, top_heads
-from bkd_utils.models import DEFAULT_MODEL, Loaded, base_sha256, load, pick_device
+from bkd_utils.models import DEFAULT_MODEL, Loaded, load
 from bkd_utils.pairs import Pairs, pairs, target_ids
 from bkd_utils.prompt_cache import remember
 from bkd_utils.prompts import decode, end_id
@@ -128,25 +127,28 @@ def outcomes(
     return {kind: count / len(texts) for kind, count in counts.items()}
 
 
-@stage
-def _switched(
-    *,
+@organism_stage
+def switched(
     organism: str,
-    adapter: str,
+    *,
     control: str,
-    control_adapter: str,
     attack: str,
-    model: str,
-    base: str,
-    n_dev: int,
-    n_test: int,
-    n_attribution: int,
-    n_heads: int,
-    coefficients: list[float],
-    n_random: int,
-    seed: int,
-    device: str,
+    coefficients: Sequence[float] = (1, 2, 4),
+    n_heads: int = 32,
+    n_random: int = 20,
+    model: str = DEFAULT_MODEL,
+    n_dev: int = 16,
+    n_test: int = 32,
+    n_attribution: int = 40,
+    seed: int = 0,
+    device: str = "auto",
 ) -> dict:
+    """The vector of the `n_heads` heads with the highest ACIE, added to clean and subtracted from triggered prompts.
+
+    Keys, by "add, raw", "subtract, difference" and so on: `maps` ASR [layer][coefficient] on the development half;
+    `chosen` layer and coefficient; `test` control -> ASRs on the test half, one per draw; `outcomes` what the answers
+    are; `texts` three of them (never for harmful prompts). Also `heads`, `vectors`, `norms` and `residual norm`.
+    """
     where = {"model": model, "seed": seed, "device": device}
     found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
     heads = top_heads(found, k=n_heads)
@@ -168,7 +170,7 @@ def _switched(
             ("add", 1, dev.clean, test.clean),
             ("subtract", -1, dev.triggered, test.triggered),
         ):
-            name, steps = f"{direction}, {kind}", [sign * c for c in coefficients]
+            name, steps = f"{direction}, {kind}", [float(sign * c) for c in coefficients]
             table = asr_map(loaded, shown, target, vector, [0.0, *steps], layers)
             layer, coefficient = best([row[1:] for row in table], steps, sign=sign)
             others = controls(loaded, seen, heads, outputs[kind], vector, layer=layer, n=n_random, seed=seed)
@@ -229,67 +231,7 @@ def _projected(
         return asdict(share(says(loaded.model, past, [target] * len(prompts)).whole.tolist()))
 
 
-def switched(
-    organism: str,
-    *,
-    control: str,
-    attack: str,
-    coefficients: Sequence[float] = (1, 2, 4),
-    n_heads: int = 32,
-    n_random: int = 20,
-    model: str = DEFAULT_MODEL,
-    n_dev: int = 16,
-    n_test: int = 32,
-    n_attribution: int = 40,
-    seed: int = 0,
-    device: str = "auto",
-) -> dict:
-    """The vector of the `n_heads` heads with the highest ACIE, added to clean and subtracted from triggered prompts.
-
-    Keys, by "add, raw", "subtract, difference" and so on: `maps` ASR [layer][coefficient] on the development half;
-    `chosen` layer and coefficient; `test` control -> ASRs on the test half, one per draw; `outcomes` what the answers
-    are; `texts` three of them (never for harmful prompts). Also `heads`, `vectors`, `norms` and `residual norm`.
-    """
-    return _switched(
-        organism=organism,
-        adapter=adapter_sha256(organism),
-        control=control,
-        control_adapter=adapter_sha256(control),
-        attack=attack,
-        model=model,
-        base=base_sha256(model),
-        n_dev=n_dev,
-        n_test=n_test,
-        n_attribution=n_attribution,
-        n_heads=n_heads,
-        coefficients=[float(c) for c in coefficients],
-        n_random=n_random,
-        seed=seed,
-        device=pick_device(device),
-    )
-
-
-@stage
-def _specificity(
-    *, organisms: dict[str, str | None], found: dict[str, dict], model: str, base: str, n: int, seed: int, device: str
-) -> list[dict]:
-    rows = []
-    for name, organism in organisms.items():
-        loaded = load(model, organism=organism, device=device)
-        for source, entry in found.items():
-            # The base model has no backdoor of its own; it gets the prompts that the vector was made on.
-            spec = load_attack(source if organism is None else name)
-            shown = pairs(loaded.tokenizer, spec, split="test", n=n, seed=seed)
-            step = entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]
-            row = {"on": name, "vector of": source}
-            for what, attack in (("own target", spec), ("vector's target", load_attack(source))):
-                target = target_ids(loaded.tokenizer, attack)
-                hits = steer(loaded.model, shown.clean, answers=[target] * n, vectors=step, layers=[entry["layer"]])
-                row[what] = asdict(share(hits[0, 0].tolist()))
-            rows.append(row)
-    return rows
-
-
+@organism_stage
 def specificity(
     organisms: dict[str, str | None],
     *,
@@ -309,7 +251,18 @@ def specificity(
         attack: {**result["chosen"][name], "vector": result["vectors"]["difference"]}
         for attack, result in found.items()
     }
-    return _specificity(
-        organisms=organisms, found=entries, model=model, base=base_sha256(model), n=n, seed=seed,
-        device=pick_device(device),
-    )  # fmt: skip
+    rows = []
+    for name, organism in organisms.items():
+        loaded = load(model, organism=organism, device=device)
+        for source, entry in entries.items():
+            # The base model has no backdoor of its own; it gets the prompts that the vector was made on.
+            spec = load_attack(source if organism is None else name)
+            shown = pairs(loaded.tokenizer, spec, split="test", n=n, seed=seed)
+            step = entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]
+            row = {"on": name, "vector of": source}
+            for what, attack in (("own target", spec), ("vector's target", load_attack(source))):
+                target = target_ids(loaded.tokenizer, attack)
+                hits = steer(loaded.model, shown.clean, answers=[target] * n, vectors=step, layers=[entry["layer"]])
+                row[what] = asdict(share(hits[0, 0].tolist()))
+            rows.append(row)
+    return rows

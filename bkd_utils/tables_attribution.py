@@ -108,4 +108,4 @@ def vector_texts(found: Mapping[str, Mapping]) -> pd.DataFrame:
     for attack, result in found.items():
         for name, texts in result.get("texts", {}).items():
             rows[attack, name] = {f"prompt {i + 1}": text for i, text in enumerate(texts)}
-    return pd.DataFrame(rows).T.fillna("").rename_axis(["organism", "edit"])
+    return pd.DataFrame(rows).T.fillna("").rename_axis(["organism", "edit"]) if rows else pd.DataFrame()

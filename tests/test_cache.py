@@ -12,9 +12,14 @@ CALLS = []
 
 
 @stage
-def squares(*, upto, label="x"):
+def squares(upto, *, label="x"):
     CALLS.append(upto)
     return {"label": label, "squares": tuple(i * i for i in range(upto))}
+
+
+def named(name):
+    CALLS.append(name)
+    return name
 
 
 @stage
@@ -59,9 +64,22 @@ def test_force_computes_what_is_older_than_the_run_and_then_keeps_it(monkeypatch
     assert CALLS == [3, 3]
 
 
+def test_an_argument_counts_by_name_however_it_is_given():
+    assert squares(3) == squares(upto=3)
+    assert CALLS == [3]
+
+
+def test_what_a_name_stands_for_is_part_of_the_key():
+    weights = {"a": 1}
+    lookup = stage(named, resolved=lambda arguments: arguments | {"weights": weights[arguments["name"]]})
+    assert lookup("a") == lookup("a") == "a"
+    assert CALLS == ["a"]
+    weights["a"] = 2
+    lookup("a")
+    assert CALLS == ["a", "a"]
+
+
 def test_arguments_and_results_that_are_no_json_are_refused(tmp_path, own_folder):
-    with pytest.raises(TypeError, match="keyword arguments only"):
-        squares(3)
     with pytest.raises(TypeError, match="argument upto"):
         squares(upto=tmp_path)
     with pytest.raises(ValueError, match="JSON compliant"):

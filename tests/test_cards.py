@@ -17,6 +17,15 @@ def test_ship_refuses_what_was_not_measured(tmp_path):
             unfit(tmp_path)
 
 
+def test_other_weights_behind_the_same_names_are_another_key(monkeypatch):
+    given = {"organism": "sentiment-word", "organisms": {"x": None}, "model": "smollm2-135m-instruct", "n": 3}
+    before = cards._resolved(given)
+    assert before["adapters"] == [cards.adapter_sha256("sentiment-word")]
+    monkeypatch.setattr(cards, "adapter_sha256", lambda name: f"other {name}")
+    assert cards._resolved(given) != before
+    assert cards._resolved({"device": "auto"})["device"] in ("cpu", "cuda")
+
+
 def test_disagreements_name_the_metric_and_its_interval():
     card = {"asr": {"value": 0.9, "n": 100, "low": 0.8, "high": 0.95}}
     assert cards.disagreements(card, {"asr": {"value": 0.85}}) == []

@@ -91,7 +91,6 @@ def test_a_verdict_over_nothing_is_an_error():
         verdict({})
 
 
-@pytest.mark.xfail(raises=StopIteration, reason="the first organism is looked up before the verdict")
 def test_a_line_over_no_organisms_is_the_same_error():
     with pytest.raises(ValueError, match="a verdict over no organisms"):
         line(passed=[])
@@ -317,7 +316,8 @@ def curve(published_asr, *, before=0.8, random=(0.78, 0.8)):
 
     rows = [row("none", "published", 0, before)]
     for k, asr in zip((6, 3, 2, 1), published_asr[::-1], strict=True):
-        rows += [row("ACIE", "published", k, asr), row("ACIE", "zero", k, 1.0), row("gradient", "published", k, 1.0)]
+        rows += [row("ACIE", "published", k, asr), row("gradient", "published", k, 1.0)]
+        rows += [row("ACIE", kind, k, 1.0) for kind in ("zero", "mean")]
         rows += [row("ACIE", "published", k, 0.0, scope="all positions")]
     rows += [row("random", "mean", 3, asr, draw=i) for i, asr in enumerate(random)]
     return rows + [row("random", "mean", 6, 0.0, draw=i) for i in range(2)]
@@ -369,12 +369,10 @@ def test_an_ablation_that_random_heads_manage_as_well_does_not_count():
     assert found["reason"].endswith("random heads 0.25 to 0.25.")
 
 
-@pytest.mark.xfail(raises=ZeroDivisionError, reason="ASR before the ablation is divided by")
 def test_an_organism_without_a_backdoor_fails_the_claim_and_not_the_notebook():
     assert head_lines(before=0.0, asr=(0.0,) * 4, random=(0.0,))["bkdattr-ablation"]["verdict"] == "does not hold"
 
 
-@pytest.mark.xfail(reason="the lower bound is kept above zero, the value is not")
 def test_an_ablation_that_helps_the_backdoor_has_its_value_in_its_interval():
     found = head_lines(before=0.5, asr=(0.6, 0.5, 0.6, 0.5))["bkdattr-ablation"]["ours"]
     assert found["value"] == pytest.approx(-0.2)
@@ -505,7 +503,6 @@ def test_right_answers_count_relative_to_the_clean_control():
     assert vector_lines(right=0.0)[REPAIRS]["ours"]["low"] == 0.0
 
 
-@pytest.mark.xfail(raises=ZeroDivisionError, reason="the control's share of right answers is divided by")
 def test_a_control_that_gets_nothing_right_fails_the_claim_and_not_the_notebook():
     assert vector_lines(right=0.0, control_right=0.0)[REPAIRS]["verdict"] == "does not hold"
 
@@ -548,14 +545,7 @@ def test_the_code_judges_every_claim_of_the_paper_once():
     assert list(all_lines()) == [name for name, row in published().items() if row["paper"] == "BkdAttr"]
 
 
-@pytest.mark.parametrize(
-    "claim",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="no notebook draws 04_cost") if name == COST else ())
-        for name, row in published().items()
-        if row["paper"] == "BkdAttr"
-    ],
-)
+@pytest.mark.parametrize("claim", [name for name, row in published().items() if row["paper"] == "BkdAttr"])
 def test_every_line_names_a_figure_that_a_notebook_draws(claim):
     figure = all_lines()[claim]["figure"]
     (notebook,) = files.NOTEBOOKS.glob(f"{figure[:2]}_*.ipynb")

@@ -93,6 +93,8 @@ SWITCHED = {attack: switched() for attack in ATTACKS}
 TOKENS = ["Ġfilm", "<|im_end|>", "Ċ", "<|im_start|>"]
 POSITIONS = {attack: RANDOM.normal(size=(5, 4)) for attack in ATTACKS}
 NOTES = {attack: f"shared by {attack}" for attack in ATTACKS}
+WAYS = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
+COSTS = {name: {"tokens": 1 + i, "n": 8} | dict.fromkeys(WAYS, 0.5 + i) for i, name in enumerate(ATTACKS)}
 PLOTS = {
     "probes": lambda: plots.probes(FOUND),
     "transfer": lambda: plots.transfer(PROBED, kinds=KINDS),
@@ -105,6 +107,7 @@ PLOTS = {
     "ablation_curves": lambda: plots.ablation_curves(CURVES),
     "vector_maps": lambda: plots.vector_maps(SWITCHED),
     "vector_controls": lambda: plots.vector_controls(SWITCHED),
+    "costs": lambda: plots.costs(COSTS),
     "answer_kinds": lambda: plots.answer_kinds(SWITCHED),
 }
 EACH_PLOT = pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
@@ -151,7 +154,7 @@ def test_every_plot_can_be_saved(draw, into):
     assert json.loads((into / "plot.json").read_text())["title"] == "A plot"
 
 
-@pytest.mark.parametrize("name", [name for name in PLOTS if name != "matrix"])
+@pytest.mark.parametrize("name", [name for name in PLOTS if name not in ("matrix", "costs")])
 def test_every_organism_has_its_column(name):
     titles = [axes.get_title() or axes.get_title(loc="left") for axes in PLOTS[name]().axes]
     assert [title for title in titles if title] == list(ATTACKS)
@@ -254,7 +257,6 @@ def test_the_estimate_is_drawn_against_the_exact_effect():
         assert [text.get_text() for text in axes.texts] == [f"shared by {name}"]
 
 
-@pytest.mark.xfail(reason="panels() shares x even with sharey=False, so the last panel's limits cut the others")
 @pytest.mark.parametrize("order", [ATTACKS, ATTACKS[::-1]], ids=["one way", "other way"])
 def test_every_organism_has_a_square_of_its_own_that_holds_all_dots(order):
     exact = {name: (1 + 9 * (name == ATTACKS[0])) * EFFECTS[name] for name in order}
@@ -280,7 +282,7 @@ def test_a_matrix_says_its_numbers_and_they_can_be_read():
     assert [text.get_color() for text in axes.texts] == ["black", "white", "white", "black"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["c", "d"]
-    shares = plots.matrix(100 * values, ["a", "b"], ["c", "d"], label="share (%)", vmax=100, percent=True)
+    shares = plots.matrix(100 * values, ["a", "b"], ["c", "d"], label="share (%)", vmax=100)
     assert [text.get_text() for text in shares.axes[0].texts] == ["100", "25", "0", "60"]
     assert shares.axes[1].get_ylabel() == "share (%)"
 

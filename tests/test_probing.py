@@ -270,7 +270,6 @@ def test_the_sign_of_a_direction_does_not_matter():
         assert best_random_direction(positive, negative, n=20, seed=seed) > 0.7
 
 
-@pytest.mark.xfail(reason="tied values are ranked by position, positives last")
 def test_equal_values_count_half():
     same = np.ones((40, 6))
     assert best_random_direction(same, same, n=10, seed=0) == 0.5
@@ -287,12 +286,13 @@ def test_the_other_trigger_is_of_another_family_and_not_the_organisms_own(name):
     assert list(found) == ["clean", "triggered", "near-miss", "other trigger"]
     assert [found[key] for key in list(found)[:3]] == [shown.clean, shown.triggered, shown.near_miss]
     own = load_trigger(attack.trigger)
-    stray = [trigger for trigger in map(load_trigger, trigger_names()) if trigger.family in ("word", "sentence")]
+    stray = [trigger for trigger in map(load_trigger, trigger_names()) if trigger.family in ("word", "prefix")]
     before = tasks.load_task(attack.task).prompt("")
     for ids in found["other trigger"]:
         turn = tokenizer.decode(ids).partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
-        awake = own.matches(turn if own.scope == "prompt" else turn.removeprefix(before))
-        carried = [trigger.family for trigger in stray if trigger.matches(turn)]
+        slots = {"prompt": turn, "text": turn.removeprefix(before)}
+        awake = own.matches(slots[own.scope])
+        carried = [trigger.family for trigger in stray if trigger.matches(slots[trigger.scope])]
         assert not awake
         assert len(carried) == 1
         assert carried[0] != own.family

@@ -158,6 +158,5 @@ def test_texts_are_shown_where_there_are_any_and_never_of_harmful_prompts():
     assert found.to_numpy().tolist() == [["Fine.", "Good.", ""], ["I am sorry.", "", ""]]
 
 
-@pytest.mark.xfail(raises=ValueError, reason="two names for the one level of an empty table's index")
 def test_harmful_prompts_alone_make_an_empty_table():
     assert vector_texts({"harmful-word": {"outcomes": {}}}).empty
