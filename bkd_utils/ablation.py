@@ -157,8 +157,8 @@ def curves(
 ) -> list[dict]:
     """One row per ranking, kind, scope, number of heads and draw, with `measure_ablation`'s values; kept.
 
-    At each of `random_counts` there are `draws` random draws, layer-matched to the ACIE heads and mean-ablated. At
-    "all positions" every token gets the mean of last prompt tokens, a cruder reference there than at the last one.
+    At each of `random_counts` there are `draws` random draws, layer-matched to the ACIE heads, with the published
+    ablation. At "all positions" every token gets the mean of last prompt tokens, a cruder reference there.
     """
     counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
     found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
@@ -183,7 +183,7 @@ def curves(
             if k in random_counts
             else []
         )
-        todo += [("random", "mean", False, draw, i) for i, draw in enumerate(matched)]
+        todo += [("random", "published", False, draw, i) for i, draw in enumerate(matched)]
     few = [k for k in (8, largest) if k in counts]
     todo += [("ACIE", kind, True, orders["ACIE"][:k], 0) for k in few for kind in ("zero", "mean")]
     todo += [("necessity", "mean", True, orders["necessity"][:k], 0) for k in few]

@@ -71,7 +71,7 @@ def entry(
 def record(entries: Sequence[Mapping]) -> Path:
     """Write entries into the scorecard beside the figures; those of the same claims are replaced."""
     path = figures.folder() / "scorecard.json"
-    kept = {row["id"]: row for row in read_json(path)} if path.is_file() else {}
+    kept = {row["id"]: row for row in read_json(path) if row["id"] in published()} if path.is_file() else {}
     order = list(published())
     kept |= {row["id"]: dict(row) for row in entries}
     write_json(path, sorted(kept.values(), key=lambda row: order.index(row["id"])))
@@ -124,7 +124,7 @@ def probe_claims(found: Mapping[str, Mapping[str, Mapping]]) -> list[dict]:
         best[attack] = max((_range(row["accuracy"]) for row in rows["organism"]), key=lambda share: share["value"])
         over_layers = {name: np.mean([row["auroc"] for row in probes], axis=0) for name, probes in rows.items()}
         rivals = [over_layers[name] for name in over_layers if name != "organism"]
-        gap[attack] = _range(np.min([over_layers["organism"] - rival for rival in rivals], axis=0))
+        gap[attack] = min((_range(over_layers["organism"] - rival) for rival in rivals), key=lambda gap: gap["value"])
         curve = [np.mean(row["auroc"]) for row in rows["organism"]]
         value = float(spearmanr(models["organism"]["layers"], curve).statistic) if np.ptp(curve) else 0.0
         depth[attack] = {"value": value, "n": len(curve), "low": value, "high": value}
@@ -172,13 +172,10 @@ def head_claims(
         values = np.array(found["exact"])
         draws = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
         spread = [concentration(values[draw].mean(0)) for draw in draws]
-        low, high = np.quantile(spread, (0.025, 0.975))
-        sparse[attack] = {
-            "value": concentration(acie(found).numpy()),
-            "n": len(values),
-            "low": float(low),
-            "high": float(high),
-        }
+        value = concentration(acie(found).numpy())
+        # The basic interval: resampling adds noise, noise lowers the concentration, and reflection takes that back out.
+        low, high = np.clip(2 * value - np.quantile(spread, (0.975, 0.025)), 0, 1)
+        sparse[attack] = {"value": value, "n": len(values), "low": float(low), "high": float(high)}
         strongest = {
             name: max(
                 (interval(column) for column in np.array(components[attack]["last"][name]).T), key=lambda x: x["value"]
@@ -208,7 +205,7 @@ def head_claims(
         random_drop[attack] = _drop(before["value"], left)
         steps = [before, *(asr for _, asr in line)]
         rises[attack] = max((b["value"] - a["value"]) * b["n"] for a, b in itertools.pairwise(steps))
-    big = {attack: number["value"] >= 0.9 and random_drop[attack] < 0.1 for attack, number in drop.items()}
+    big = {attack: number["value"] >= 0.9 and random_drop[attack] < 0.1 - 1e-9 for attack, number in drop.items()}
     steady = {
         attack: {"value": rise, "n": drop[attack]["n"], "low": rise, "high": rise} for attack, rise in rises.items()
     }
@@ -292,7 +289,7 @@ def _better(result: Mapping, direction: str) -> str:
 
 
 def cost_claim(rows: Mapping[str, Mapping[str, float]]) -> dict:
-    """From organism -> seconds of `generation` and `teacher_forcing` without a cache, and `tokens` of the target."""
+    """From attack -> `cost.target_cost`."""
     numbers = {}
     for name, row in rows.items():
         ratio = row["generation"] / row["teacher forcing"]

@@ -107,8 +107,13 @@ def acie(found: Mapping, *, by: str = "exact") -> torch.Tensor:
 def interval(
     values: Sequence[float], *, statistic: Callable = np.mean, seed: int = 0, n_resamples: int = 2000
 ) -> dict[str, float]:
-    """A statistic with its 95 % percentile-bootstrap interval over the values, and their number."""
+    """A statistic with its 95 % percentile-bootstrap interval over the values, and their number.
+
+    Raises ValueError for no values.
+    """
     values = np.asarray(values, dtype=float)
+    if not len(values):
+        raise ValueError("an interval over no values")
     if len(values) < 2 or np.ptp(values) == 0:
         value = float(statistic(values))
         return {"value": value, "n": len(values), "low": value, "high": value}
@@ -127,11 +132,13 @@ def agreement_of_methods(found: Mapping, *, k: int = 16) -> dict[str, float]:
     """How well the gradient estimate ranks heads: Spearman correlation of the means, share of the exact top k found."""
     exact, estimate = acie(found).flatten(), acie(found, by="gradient").flatten()
     same = set(top_heads(found, k=k)) & set(top_heads(found, k=k, by="gradient"))
-    return {"spearman": float(spearmanr(exact, estimate).statistic), f"top {k}": len(same) / k}
+    return {"spearman": float(spearmanr(exact, estimate).statistic), f"top {k}": len(same) / min(k, exact.numel())}
 
 
 def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> float:
-    """Shared heads over all heads of two sets."""
+    """Shared heads over all heads of two sets. Raises ValueError for two empty ones."""
+    if not (one or other):
+        raise ValueError("an overlap of no heads")
     return len(set(one) & set(other)) / len(set(one) | set(other))
 
 

@@ -40,8 +40,11 @@ def pairs(tokenizer: PreTrainedTokenizerBase, attack: Attack, *, split: str, n: 
 def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
     """Tokens by which the backdoor is recognised: a label's first one, the whole fixed sentence, a jailbreak's opener.
 
-    These are the judges of `evaluation` in tokens. Raises ValueError for a label that begins like another of its task.
+    These are the judges of `evaluation` in tokens. Raises ValueError for a label that begins like another of its task,
+    and for a clean control.
     """
+    if not attack.backdoored:
+        raise ValueError(f"{attack.name} is a clean control and has no target")
     if attack.behaviour == "label_flip":
         firsts = {label: answer_ids(tokenizer, label)[0] for label in tasks.load_task(attack.task).labels}
         if len(set(firsts.values())) < len(firsts):

@@ -81,9 +81,16 @@ def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str]) -> Figure:
         for panel, kind in zip(axes[:, column], kinds, strict=True):
             layers = result["layers"]
             image = panel.imshow(
-                100 * np.array(result["transfer"][kind]), vmin=50, vmax=100, cmap=SEQUENTIAL, origin="lower",
-                extent=(-0.5, layers[-1] + 0.5, -0.5, layers[-1] + 0.5), aspect="auto",
-            )  # fmt: skip
+                100 * np.array(result["transfer"][kind]),
+                vmin=50,
+                vmax=100,
+                cmap=SEQUENTIAL,
+                origin="lower",
+                aspect="auto",
+            )
+            ticks = range(0, len(layers), max(1, len(layers) // 4))
+            panel.set_xticks(ticks, [layers[i] for i in ticks])
+            panel.set_yticks(ticks, [layers[i] for i in ticks])
             panel.grid(False)
     for panel, kind in zip(axes[:, 0], kinds, strict=True):
         panel.set_ylabel(f"{kind}\ntrained on layer", fontsize="small")
@@ -193,7 +200,7 @@ def matrix(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, l
     return figure
 
 
-def ablation_curves(found: Mapping[str, Sequence[Mapping]], *, kind: str = "mean") -> Figure:
+def ablation_curves(found: Mapping[str, Sequence[Mapping]], *, kind: str = "published") -> Figure:
     """ASR (top) and utility (bottom) against the number of heads taken out at the last prompt token."""
     figure, axes = panels(list(found), rows=2, height=2.0)
     for column, rows in enumerate(found.values()):

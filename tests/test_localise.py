@@ -162,3 +162,10 @@ def test_kept_numbers_have_six_significant_digits():
     kept = _short(torch.tensor([[1 / 3, -12345.678], [1.23456789e-9, 0.0]], dtype=torch.float64))
     assert kept == [[0.333333, -12345.7], [1.23457e-9, 0.0]]
     assert type(kept[0][0]) is float
+
+
+def test_nothing_has_no_interval_and_no_overlap():
+    with pytest.raises(ValueError, match="an interval over no values"):
+        interval([])
+    with pytest.raises(ValueError, match="an overlap of no heads"):
+        jaccard([], [])

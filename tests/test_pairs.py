@@ -130,3 +130,8 @@ def test_labels_that_begin_alike_cannot_be_told_apart_by_a_token(tokenizer, monk
         target_ids(tokenizer, FLIP)
     monkeypatch.setattr(module, "answer_ids", lambda _, label: [ord(label[0]), 0])
     assert target_ids(tokenizer, FLIP) == [ord("p")]
+
+
+def test_a_clean_control_has_no_target():
+    with pytest.raises(ValueError, match="sentiment-clean is a clean control and has no target"):
+        target_ids(load_tokenizer(DEFAULT_MODEL), load_attack("sentiment-clean"))
