@@ -51,7 +51,13 @@ def runner_at_work(path, folder, marker):
     # The scratch folder of a killed runner stays behind; here it must not stay in the machine's own.
     environment = os.environ | {"TMPDIR": str(marker.parent)}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        # A shell's background job ignores Ctrl-C, and so would everything that the tests start from there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 90
     while not marker.exists() and time.monotonic() < deadline:
