@@ -65,16 +65,11 @@ def test_head_outputs_are_hook_z(both, prompts):
 
 def test_a_head_edit_is_a_hook_at_hook_z(both, prompts):
     model, bridge = both
-
-    def silence(value, hook):
-        value = value.clone()
-        value[:, -1].view(len(value), 4, -1)[:, 2] = 0
-        return value
-
+    value = torch.randn(8, generator=torch.Generator().manual_seed(0))
     past = remember(model, prompts)
-    with torch.no_grad(), head_edit(model, [(1, 2)], lambda layer, z: torch.zeros_like(z), at=LAST):
+    with torch.no_grad(), head_edit(model, [(1, 2)], lambda layer, z: value.expand_as(z), at=LAST):
         found = forward(model, past, past.tail)[:, -1]
-    with bridge.bridge.hooks(fwd_hooks=[("blocks.1.attn.hook_z", silence)]):
+    with bridge.bridge.hooks(fwd_hooks=[hooked.patch_last(1, 2, value)]):
         expected = torch.stack([bridge.logits([prompt])[0, -1] for prompt in prompts])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (found - last_logits(model, prompts)).abs().max() > 1e-3
