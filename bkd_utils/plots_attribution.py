@@ -55,7 +55,8 @@ def probes(found: Mapping[str, Mapping[str, Mapping]], *, kind: str = "logistic 
         axes[0, column].plot(own["layers"], best, "--", color="black", lw=1, label="organism, best random direction")
         axes[0, column].set_ylim(30, 101)
         axes[1, column].set_ylim(0, 100)
-        axes[1, column].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for panel in axes[:, column]:
+            panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_ylabel("AUROC (%)")
     axes[1, 0].set_ylabel("near-misses called\ntriggered (%)")
     figure.supxlabel("layer", fontsize="medium")
