@@ -176,8 +176,8 @@ def curves(
     todo = [("none", kinds[0], False, [], 0)]
     for k in (k for k in counts if k):
         todo += [("ACIE", kind, False, orders["ACIE"][:k], 0) for kind in kinds]
-        for ranking in ("gradient", "necessity"):
-            todo += [(ranking, kind, False, orders[ranking][:k], 0) for kind in ("published", "mean")]
+        todo += [(ranking, "published", False, orders[ranking][:k], 0) for ranking in ("gradient", "necessity")]
+        todo.append(("necessity", "mean", False, orders["necessity"][:k], 0))
         matched = (
             random_heads(orders["ACIE"][:k], n_heads=made.reference.shape[2], n=draws, seed=seed)
             if k in random_counts

@@ -277,13 +277,14 @@ def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, f
 
 
 def _better(result: Mapping, direction: str) -> str:
-    """Which of the two vectors did better on the development half."""
+    """Which of the two vectors did better on the development half; of equals the one that disturbs less."""
     names = [name for name in result["maps"] if name.startswith(direction)]
     sign = 1 if direction == "add" else -1
 
-    def reached(name: str) -> float:
+    def reached(name: str) -> tuple[float, float]:
         where, entry = result["chosen"][name], result["maps"][name]
-        return sign * entry["asr"][where["layer"]][entry["coefficients"].index(where["coefficient"])]
+        asr = entry["asr"][where["layer"]][entry["coefficients"].index(where["coefficient"])]
+        return sign * asr, -abs(where["coefficient"]) * result["norms"][name.split(", ")[1]]
 
     return max(names, key=reached)
 

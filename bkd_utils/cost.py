@@ -40,7 +40,7 @@ def seconds(function: Callable[[], object], *, repeats: int = 2) -> float:
 
 @organism_stage
 def target_cost(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 8, seed: int = 0, device: str = "auto"
+    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 4, seed: int = 0, device: str = "auto"
 ) -> dict[str, float]:
     """Seconds to score the target of `n` triggered prompts once, four ways; with `tokens` of the target and `n`; kept.
 

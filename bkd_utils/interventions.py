@@ -117,11 +117,13 @@ def residuals(
     return _at_last_token(model, prompts, anatomy(model).layers, "output", batch_size)
 
 
-def normed_residuals(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
-) -> Float[Tensor, "prompt layer d_model"]:
-    """The residual stream as attention of every layer sees it, behind its norm, at the last prompt token."""
-    return _at_last_token(model, prompts, anatomy(model).norms, "output", batch_size)
+@torch.no_grad()
+def behind_norm(
+    model: PreTrainedModel, residual: Float[Tensor, "prompt layer d_model"]
+) -> Float[Tensor, "prompt layer_but_last d_model"]:
+    """What attention of the next layer reads of `residuals`: layer l's stream through the norm of layer l + 1."""
+    norms = anatomy(model).norms[1:]
+    return torch.stack([norm(residual[:, layer]) for layer, norm in enumerate(norms)], dim=1)
 
 
 def contribution(parts: Anatomy, head: Head, z: Float[Tensor, "... d_head"]) -> Float[Tensor, "... d_model"]:

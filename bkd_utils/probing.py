@@ -22,14 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import triggered_prompts
-from bkd_utils.interventions import normed_residuals, residuals
+from bkd_utils.interventions import behind_norm, residuals
 from bkd_utils.models import DEFAULT_MODEL, load
 from bkd_utils.pairs import pairs
 from bkd_utils.prompts import prompt_ids
 from bkd_utils.triggers import load_trigger
 
 CLASSIFIERS = ("logistic regression", "linear SVM", "RBF SVM", "MLP")
-READINGS = {"residual": residuals, "post-norm": normed_residuals}
 
 
 def classifier(kind: str, *, seed: int) -> ClassifierMixin:
@@ -154,7 +153,6 @@ def probed(
     *,
     attack: str,
     model: str = DEFAULT_MODEL,
-    reading: str = "residual",
     kinds: Sequence[str] = ("logistic regression",),
     n: int = 80,
     n_splits: int = 5,
@@ -166,29 +164,31 @@ def probed(
     """Probes for an attack's trigger in a model (None: the base model), on held-out prompts; kept.
 
     Keys: `layers` (every `stride`-th and the last); `probes` kind -> per layer `probe_scores` with the shares of
-    near-misses and of other triggers called triggered; `shuffled` per layer; `random direction` per layer, AUROC of
-    the best of `n_directions`; `transfer` kind -> accuracy [train layer][test layer].
+    near-misses and of other triggers called triggered; `post-norm` per layer but the last, the first kind's scores on
+    what the next layer reads; `shuffled` per layer; `random direction` per layer, AUROC of the best of `n_directions`;
+    `transfer` kind -> accuracy [train layer][test layer].
     """
-    if reading not in READINGS:
-        raise ValueError(f"unknown reading {reading!r}; known: {', '.join(READINGS)}")
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     prompts = versions(loaded.tokenizer, spec, n=n, seed=seed)
-    rows = {name: READINGS[reading](loaded.model, ids).float().cpu().numpy() for name, ids in prompts.items()}
+    streams = {name: residuals(loaded.model, ids) for name, ids in prompts.items()}
+    rows = {name: stream.float().cpu().numpy() for name, stream in streams.items()}
     clean, triggered = rows.pop("clean"), rows.pop("triggered")
+    normed = [behind_norm(loaded.model, streams[name]).float().cpu().numpy() for name in ("clean", "triggered")]
     layers = sorted({*range(0, clean.shape[1], stride), clean.shape[1] - 1})
-    found: dict = {"layers": layers, "probes": {}, "shuffled": [], "random direction": []}
+    how = {"n_splits": n_splits, "seed": seed}
+    found: dict = {"layers": layers, "probes": {}, "post-norm": [], "shuffled": [], "random direction": []}
     for kind in kinds:
         found["probes"][kind] = [
             probe_scores(
-                clean[:, layer], triggered[:, layer], kind=kind, n_splits=n_splits, seed=seed,
+                clean[:, layer], triggered[:, layer], kind=kind, **how,
                 others={name: values[:, layer] for name, values in rows.items()},
             )
             for layer in layers
         ]  # fmt: skip
+    for layer in layers[:-1]:
+        found["post-norm"].append(probe_scores(*(side[:, layer] for side in normed), kind=kinds[0], **how))
     for layer in layers:
-        found["shuffled"].append(
-            probe_scores(clean[:, layer], triggered[:, layer], n_splits=n_splits, seed=seed, shuffled=True)
-        )
+        found["shuffled"].append(probe_scores(clean[:, layer], triggered[:, layer], **how, shuffled=True))
         found["random direction"].append(
             best_random_direction(clean[:, layer], triggered[:, layer], n=n_directions, seed=seed)
         )

@@ -64,9 +64,10 @@ def steer(
     """Does prompt p get answer p when a vector is added to the attention output of a layer?
 
     Every layer with every vector, at the last prompt token, prefill only; greedy decoding. All vectors share one batch,
-    which starts at the layer they are added to.
+    which starts at the layer they are added to. Of longer answers the first token is tried alone, which rules out most
+    vectors that do nothing.
     """
-    parts = anatomy(model)
+    parts, longest = anatomy(model), max(map(len, answers))
     found = torch.empty(len(layers), len(vectors), len(prompts), dtype=torch.bool)
     for chosen in batches(prompts, batch_size):
         past = remember(model, [prompts[i] for i in chosen])
@@ -74,12 +75,18 @@ def steer(
         inputs: dict[int, Tensor] = {}
         with reading(parts.layers, inputs):
             says(model, past, targets)
-        repeated = [answer for answer in targets for _ in vectors]
         for row, layer in enumerate(layers):
-            hidden = inputs[layer].repeat_interleave(len(vectors), dim=0)
-            with added(model, {layer: vectors.repeat(len(chosen), 1)}, at=LAST):
-                said = says(model, past, repeated, layer=layer, hidden=hidden).whole
-            found[row, :, chosen] = said.view(len(chosen), len(vectors)).T.cpu()
+            alive = torch.arange(len(vectors))
+            for length in sorted({1, longest}):
+                given = [answer[:length] for answer in targets for _ in alive]
+                hidden = inputs[layer][:, :length].repeat_interleave(len(alive), dim=0)
+                with added(model, {layer: vectors[alive].repeat(len(chosen), 1)}, at=LAST):
+                    said = says(model, past, given, layer=layer, hidden=hidden).whole.view(len(chosen), -1).T.cpu()
+                found[row, :, chosen] = False
+                found[row, alive[:, None], torch.tensor(chosen)] = said
+                alive = alive[said.any(dim=1)]
+                if not len(alive):
+                    break
         if on_batch:
             on_batch(len(chosen))
     return found

@@ -6,6 +6,7 @@ Layer and coefficient are chosen on a development half and reported on a test ha
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
@@ -47,7 +48,7 @@ def asr_map(
     coefficients: Sequence[float],
     layers: Sequence[int],
 ) -> list[list[float]]:
-    """ASR `[layer, coefficient]` with the vector, times each coefficient, added at each layer."""
+    """ASR `[layer][coefficient]` with the vector, times each coefficient, added at each layer."""
     scaled = torch.stack([coefficient * vector for coefficient in coefficients])
     with tqdm(total=len(prompts), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
         found = steer(
@@ -59,11 +60,14 @@ def asr_map(
 def best(table: Sequence[Sequence[float]], coefficients: Sequence[float], *, sign: int) -> tuple[int, float]:
     """(layer, coefficient) with the highest ASR (`sign` 1, additions) or the lowest (-1, subtractions).
 
-    Of equals the smallest step, and of those the layer in the middle, so that a plateau is not decided by its edge.
+    A layer is judged with its neighbours on either side, since a development half is small. Of equals the smallest
+    step, and of those the layer in the middle, so that a plateau is not decided by its edge.
     """
+    asr, width = np.array(table), 2
+    around = [asr[max(0, layer - width) : layer + width + 1].mean(0) for layer in range(len(asr))]
     scored = [
-        (sign * value, -abs(coefficient), layer, coefficient)
-        for layer, row in enumerate(table)
+        (round(sign * value, 9), -abs(coefficient), layer, coefficient)
+        for layer, row in enumerate(around)
         for coefficient, value in zip(coefficients, row, strict=True)
         if sign * coefficient > 0
     ]
@@ -74,37 +78,37 @@ def best(table: Sequence[Sequence[float]], coefficients: Sequence[float], *, sig
 
 def controls(
     loaded: Loaded,
-    shown: Pairs,
     heads: Sequence[tuple[int, int]],
     outputs: torch.Tensor,
     vector: torch.Tensor,
     *,
-    layer: int,
+    clean: torch.Tensor,
+    triggered: torch.Tensor,
     n: int,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """What else could be added at that layer, name -> `[draw, d_model]`, norms matched to the vector's but for the
-    random heads', which keep their own."""
+    """What else could be added at a layer, name -> `[draw, d_model]`, norms matched to the vector's but for the
+    random heads', which keep their own. `clean`, `triggered`: residual streams behind that layer `[prompt, d_model]`.
+    """
     n_heads = outputs.shape[1]
     drawn = [
         backdoor_vector(loaded.model, draw, outputs=outputs)
         for draw in random_heads(heads, n_heads=n_heads, n=n, seed=seed)
     ]
-    difference = (residuals(loaded.model, shown.triggered) - residuals(loaded.model, shown.clean)).mean(0)[layer]
+    difference = (triggered - clean).mean(0)
     return {
         "random vectors": random_like(vector, n=n, seed=seed),
         "random heads": torch.stack(drawn),
         "mean difference": (difference / difference.norm() * vector.norm())[None],
-        "probe direction": probe_direction(loaded, shown, layer=layer, norm=vector.norm())[None],
+        "probe direction": probe_direction(clean, triggered, norm=vector.norm())[None],
     }
 
 
-def probe_direction(loaded: Loaded, shown: Pairs, *, layer: int, norm: torch.Tensor) -> torch.Tensor:
-    """Weights of a logistic probe for the trigger behind that layer, as a vector of the given norm."""
-    rows = [residuals(loaded.model, prompts)[:, layer].cpu() for prompts in (shown.clean, shown.triggered)]
-    both = torch.cat(rows)
+def probe_direction(clean: torch.Tensor, triggered: torch.Tensor, *, norm: torch.Tensor) -> torch.Tensor:
+    """Weights of a logistic probe that tells rows of one kind from the other, as a vector of the given norm."""
+    both = torch.cat([clean, triggered]).cpu()
     scale = both.std(0)
-    truth = [0] * len(rows[0]) + [1] * len(rows[1])
+    truth = [0] * len(clean) + [1] * len(triggered)
     probe = LogisticRegression(C=0.1, max_iter=300).fit(((both - both.mean(0)) / scale).numpy(), truth)
     direction = torch.tensor(probe.coef_[0], dtype=norm.dtype) / scale
     return (direction / direction.norm()).to(norm.device) * norm
@@ -133,7 +137,7 @@ def switched(
     *,
     control: str,
     attack: str,
-    coefficients: Sequence[float] = (1, 2, 4),
+    coefficients: Sequence[float] = (0.5, 1, 2, 4),
     n_heads: int = 32,
     n_random: int = 20,
     model: str = DEFAULT_MODEL,
@@ -163,7 +167,8 @@ def switched(
     result: dict = {"heads": heads, "norms": {}, "vectors": {}, "maps": {}, "chosen": {}, "test": {}, "outcomes": {}}
     result["outcomes"]["clean prompts"] = outcomes(spec, test.examples, generated(loaded, test.clean), right)
     result["outcomes"]["triggered prompts"] = outcomes(spec, test.examples, generated(loaded, test.triggered), right)
-    result["residual norm"] = residuals(loaded.model, seen.clean).norm(dim=-1).mean(0).tolist()
+    streams = {"clean": residuals(loaded.model, seen.clean), "triggered": residuals(loaded.model, seen.triggered)}
+    result["residual norm"] = streams["clean"].norm(dim=-1).mean(0).tolist()
     for kind, vector in vectors.items():
         result["norms"][kind], result["vectors"][kind] = vector.norm().item(), vector.tolist()
         for direction, sign, shown, tested in (
@@ -171,19 +176,19 @@ def switched(
             ("subtract", -1, dev.triggered, test.triggered),
         ):
             name, steps = f"{direction}, {kind}", [float(sign * c) for c in coefficients]
-            table = asr_map(loaded, shown, target, vector, [0.0, *steps], layers)
-            layer, coefficient = best([row[1:] for row in table], steps, sign=sign)
-            others = controls(loaded, seen, heads, outputs[kind], vector, layer=layer, n=n_random, seed=seed)
+            table = asr_map(loaded, shown, target, vector, steps, layers)
+            layer, coefficient = best(table, steps, sign=sign)
+            behind = {side: stream[:, layer] for side, stream in streams.items()}
+            others = controls(loaded, heads, outputs[kind], vector, **behind, n=n_random, seed=seed)
             tried = {"no vector": 0 * vector[None], "backdoor vector": vector[None], **others}
             stack = coefficient * torch.cat(list(tried.values()))
             hits = steer(loaded.model, tested, answers=[target] * n_test, vectors=stack, layers=[layer])[0]
             asr = {}
             for label, rows in zip(tried, hits.split([len(rows) for rows in tried.values()]), strict=True):
                 asr[label] = [asdict(share(row.tolist())) for row in rows]
-            edits = {
-                name: coefficient * vector,
-                f"{direction}, random vector": coefficient * others["random vectors"][0],
-            }
+            edits = {name: coefficient * vector}
+            if kind == "difference":
+                edits[f"{direction}, random vector"] = coefficient * others["random vectors"][0]
             for label, step in edits.items():
                 texts = generated(loaded, tested, layer=layer, step=step)
                 result["outcomes"].setdefault(label, outcomes(spec, test.examples, texts, right))
@@ -191,7 +196,7 @@ def switched(
                     result.setdefault("texts", {})[name] = texts[:3]
             if direction == "subtract":
                 asr["projected out"] = [_projected(loaded, tested, target, layer, vector)]
-            result["maps"][name] = {"coefficients": [0.0, *steps], "asr": table}
+            result["maps"][name] = {"coefficients": steps, "asr": table}
             result["chosen"][name] = {"layer": layer, "coefficient": coefficient}
             result["test"][name] = asr
     if spec.task != "harmful":
@@ -260,9 +265,15 @@ def specificity(
             shown = pairs(loaded.tokenizer, spec, split="test", n=n, seed=seed)
             step = entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]
             row = {"on": name, "vector of": source}
+            said: dict[str, dict] = {}
             for what, attack in (("own target", spec), ("vector's target", load_attack(source))):
-                target = target_ids(loaded.tokenizer, attack)
-                hits = steer(loaded.model, shown.clean, answers=[target] * n, vectors=step, layers=[entry["layer"]])
-                row[what] = asdict(share(hits[0, 0].tolist()))
+                if attack.name not in said:
+                    answers = [target_ids(loaded.tokenizer, attack)] * n
+                    hits = steer(loaded.model, shown.clean, answers=answers, vectors=step, layers=[entry["layer"]])
+                    said[attack.name] = asdict(share(hits[0, 0].tolist()))
+                row[what] = said[attack.name]
+            if name == source:
+                hits = steer(loaded.model, shown.near_miss, answers=answers, vectors=step, layers=[entry["layer"]])
+                row["near-misses"] = asdict(share(hits[0, 0].tolist()))
             rows.append(row)
     return rows

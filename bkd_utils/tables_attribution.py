@@ -31,16 +31,12 @@ def probe_means(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
 
 
 def best_layers(found: Mapping[str, Mapping]) -> pd.DataFrame:
-    """Accuracy of every kind of probe at its best layer; attack -> `probing.probed`."""
-    return pd.DataFrame(
-        {
-            attack: {
-                kind: max(float(np.mean(layer["accuracy"])) for layer in layers)
-                for kind, layers in result["probes"].items()
-            }
-            for attack, result in found.items()
-        }
-    ).T.rename_axis("organism")
+    """Accuracy of every kind of probe at its best layer, and of one behind the norm; attack -> `probing.probed`."""
+    rows = {}
+    for attack, result in found.items():
+        kinds = result["probes"] | {f"{next(iter(result['probes']))}, post-norm": result["post-norm"]}
+        rows[attack] = {kind: max(np.mean(layer["accuracy"]) for layer in layers) for kind, layers in kinds.items()}
+    return pd.DataFrame(rows).T.rename_axis("organism")
 
 
 def what_there_is(found: Mapping[str, Mapping]) -> pd.DataFrame:

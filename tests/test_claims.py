@@ -438,6 +438,7 @@ def switched(*, add=1.0, add_random=(0.0, 0.1), subtract=0.0, subtract_random=(1
     }
     return {
         "maps": maps,
+        "norms": {"raw": 1.0, "difference": 2.0},
         "chosen": {name: chosen[name.split(",")[0]] for name in maps},
         "test": {
             "add, raw": tried(0.3, (0.0,), 0.0),
@@ -461,6 +462,17 @@ def test_a_perfect_switch_holds_by_the_vector_that_was_better_on_the_development
     assert {name: row["verdict"] for name, row in found.items()} == dict.fromkeys((ADD, SUBTRACT, REPAIRS), "holds")
     assert found[ADD]["ours"] == share(1.0)
     assert found[SUBTRACT]["ours"] == share(0.0)
+
+
+def test_of_two_vectors_that_do_equally_well_the_one_with_the_shorter_step_speaks():
+    result = switched()
+    result["maps"] = {name: result["maps"]["add, raw"] for name in result["maps"] if name.startswith("add")} | {
+        name: result["maps"]["subtract, raw"] for name in result["maps"] if name.startswith("subtract")
+    }
+    for norms, expected in (((1.0, 2.0), (0.3, 0.7)), ((2.0, 1.0), (1.0, 0.0))):
+        result["norms"] = dict(zip(("raw", "difference"), norms, strict=True))
+        found = by_id(vector_claims({"x": result}, control_right={"x": 0.9}))
+        assert (found[ADD]["ours"]["value"], found[SUBTRACT]["ours"]["value"]) == expected
 
 
 @pytest.mark.parametrize(

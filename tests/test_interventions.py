@@ -12,11 +12,11 @@ from bkd_utils.interventions import (
     LAST,
     ablated,
     added,
+    behind_norm,
     by_layer,
     contribution,
     head_edit,
     head_outputs,
-    normed_residuals,
     residuals,
     says,
 )
@@ -81,7 +81,17 @@ def test_residuals_are_hook_out(both, prompts):
     _, cache = bridge.bridge.run_with_cache(torch.tensor([prompts[1]]))
     for layer in range(2):
         torch.testing.assert_close(found[1, layer], cache[f"blocks.{layer}.hook_out"][0, -1], atol=1e-4, rtol=1e-4)
-    assert normed_residuals(model, prompts).shape == found.shape
+
+
+def test_behind_norm_is_what_the_next_layer_reads(model, prompts):
+    found, read = behind_norm(model, residuals(model, prompts)), []
+    handle = anatomy(model).norms[1].register_forward_hook(lambda module, args, output: read.append(output[0, -1]))
+    with torch.no_grad():
+        for prompt in prompts:
+            model(torch.tensor([prompt]))
+    handle.remove()
+    assert found.shape[1] == len(anatomy(model).layers) - 1
+    torch.testing.assert_close(found[:, 0], torch.stack(read), atol=1e-4, rtol=1e-4)
 
 
 # --- identities -----------------------------------------------------------------------------------------------------

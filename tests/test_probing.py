@@ -17,7 +17,6 @@ from bkd_utils.probing import (
     classifier,
     decision,
     probe_scores,
-    probed,
     splits,
     transfer_matrix,
     versions,
@@ -171,11 +170,6 @@ def test_an_unknown_probe_is_an_error_that_names_the_known_ones():
         classifier("oracle", seed=0)
     with pytest.raises(ValueError, match="unknown probe 'oracle'"):
         probe_scores(*separable(), kind="oracle")
-
-
-def test_an_unknown_reading_is_an_error_before_any_model_is_loaded():
-    with pytest.raises(ValueError, match="unknown reading 'logits'; known: residual, post-norm"):
-        probed(None, attack="sentiment-word", reading="logits")
 
 
 # --- between layers -------------------------------------------------------------------------------------------------

@@ -31,14 +31,23 @@ def shown(loaded, attack):
 
 
 def test_the_best_addition_and_the_best_subtraction():
-    table = [[0.1, 0.5, 0.9], [0.1, 0.9, 0.9], [0.1, 0.2, 0.9]]
-    assert best(table, [0.0, 1.0, 2.0], sign=1) == (1, 1.0)
-    assert best(table, [0.0, -1.0, -2.0], sign=-1) == (2, -1.0)
+    table = [[0.5, 0.9]] * 3 + [[0.1, 0.2]] * 5 + [[0.9, 0.9]] * 3
+    assert best(table, [1.0, 2.0], sign=1) == (10, 1.0)
+    assert best(table, [-1.0, -2.0], sign=-1) == (5, -1.0)
+
+
+def test_a_lucky_layer_loses_against_a_plateau():
+    luck = [[0.0], [0.0], [1.0], [0.0], [0.0], [0.8], [0.8], [0.8], [0.8], [0.8], [0.0]]
+    assert best(luck, [1.0], sign=1) == (7, 1.0)
 
 
 def test_of_a_plateau_the_middle_is_chosen():
-    assert best([[0.0], [1.0], [1.0], [1.0], [0.0]], [1.0], sign=1) == (2, 1.0)
+    assert best([[0.0]] * 5 + [[1.0]] * 9 + [[0.0]] * 5, [1.0], sign=1) == (9, 1.0)
     assert best([[0.0]] * 5, [-1.0], sign=-1) == (2, -1.0)
+
+
+def test_of_equal_steps_the_smaller_is_chosen_and_the_wrong_sign_never():
+    assert best([[1.0, 1.0, 1.0]] * 3, [2.0, 1.0, -0.5], sign=1) == (1, 1.0)
 
 
 def test_the_difference_vector_is_the_raw_one_without_the_clean_means(loaded, shown):
@@ -64,7 +73,8 @@ def test_the_map_holds_asr_by_layer_and_coefficient(loaded, attack, shown):
 
 def test_controls_have_the_vectors_norm_but_for_random_heads(loaded, shown):
     vectors, outputs = vectors_of(loaded, shown, HEADS)
-    found = controls(loaded, shown, HEADS, outputs["raw"], vectors["raw"], layer=1, n=3, seed=0)
+    streams = {name: torch.randn(6, 32) for name in ("clean", "triggered")}
+    found = controls(loaded, HEADS, outputs["raw"], vectors["raw"], **streams, n=3, seed=0)
     assert {name: len(rows) for name, rows in found.items()} == {
         "random vectors": 3, "random heads": 3, "mean difference": 1, "probe direction": 1,
     }  # fmt: skip
@@ -74,12 +84,10 @@ def test_controls_have_the_vectors_norm_but_for_random_heads(loaded, shown):
 
 
 def test_the_probe_direction_points_from_clean_to_triggered(loaded, shown):
-    direction = probe_direction(loaded, shown, layer=1, norm=torch.tensor(2.0))
+    clean, triggered = (residuals(loaded.model, prompts)[:, 1] for prompts in (shown.clean, shown.triggered))
+    direction = probe_direction(clean, triggered, norm=torch.tensor(2.0))
     torch.testing.assert_close(direction.norm(), torch.tensor(2.0))
-    clean, triggered = (
-        residuals(loaded.model, prompts)[:, 1] @ direction for prompts in (shown.clean, shown.triggered)
-    )
-    assert triggered.mean() > clean.mean()
+    assert (triggered @ direction).mean() > (clean @ direction).mean()
 
 
 def test_generated_answers_are_greedy_ones_and_a_step_changes_them(loaded, shown):

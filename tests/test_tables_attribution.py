@@ -45,10 +45,13 @@ def test_the_best_layer_is_the_one_with_the_best_mean_and_not_the_best_split():
         "logistic regression": [layer([], [], [], accuracy) for accuracy in ([0.8, 0.9], [1.0, 0.5])],
         "MLP": [layer([], [], [], accuracy) for accuracy in ([0.5, 0.5], [0.75, 0.5])],
     }
-    found = best_layers({"x": {"probes": probes}, "y": {"probes": {"MLP": [layer([], [], [], [1.0])]}}})
+    one, normed = [layer([], [], [], [1.0])], [{"accuracy": [0.5, 0.75]}]
+    found = best_layers({"x": {"probes": probes, "post-norm": normed}, "y": {"probes": {"MLP": one}, "post-norm": one}})
     assert found.index.tolist() == ["x", "y"]
     assert found.index.name == "organism"
-    assert found.loc["x"].to_dict() == pytest.approx({"logistic regression": 0.85, "MLP": 0.625})
+    assert found.loc["x"].dropna().to_dict() == pytest.approx(
+        {"logistic regression": 0.85, "MLP": 0.625, "logistic regression, post-norm": 0.625}
+    )
     assert found.loc["y", "MLP"] == 1.0
 
 
