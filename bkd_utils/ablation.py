@@ -158,12 +158,16 @@ def curves(
     """One row per ranking, kind, scope, number of heads and draw, with `measure_ablation`'s values; kept.
 
     At each of `random_counts` there are `draws` random draws, layer-matched to the ACIE heads, with the published
-    ablation. At "all positions" every token gets the mean of last prompt tokens, a cruder reference there.
+    ablation, on the first half of the prompts. At "all positions" every token gets the mean of last prompt tokens, a
+    cruder reference there.
     """
     counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
     found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    made = bench(loaded, load(model, organism=control, device=device), spec, n=n, n_reference=n_attribution, seed=seed)
+    rival, references = load(model, organism=control, device=device), {"n_reference": n_attribution, "seed": seed}
+    made = bench(loaded, rival, spec, n=n, **references)
+    # Draws are averaged, so that half of the prompts is enough for each.
+    for_draws = bench(loaded, rival, spec, n=max(1, n // 2), **references) if random_counts else made
     attribution = pairs(loaded.tokenizer, spec, split="attribution", n=n_attribution, seed=seed).triggered
     largest = max(counts)
     orders = {
@@ -189,7 +193,8 @@ def curves(
     todo += [("necessity", "mean", True, orders["necessity"][:k], 0) for k in few]
     rows = []
     for ranking, kind, everywhere, heads, draw in tqdm(todo, desc=f"{organism}: ablations", mininterval=2, leave=False):
-        values = measure_ablation(loaded, made, heads, kind=kind, everywhere=everywhere)
+        used = for_draws if ranking == "random" else made
+        values = measure_ablation(loaded, used, heads, kind=kind, everywhere=everywhere)
         scope = "all positions" if everywhere else "last position"
         rows.append({"ranking": ranking, "kind": kind, "scope": scope, "k": len(heads), "draw": draw, **values})
     return rows

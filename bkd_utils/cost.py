@@ -61,7 +61,7 @@ def target_cost(
     return {
         "tokens": len(target),
         "n": n,
-        "generation": seconds(lambda: [whole(extra) for extra in range(len(target))]),
+        "generation": seconds(lambda: [whole(extra) for extra in range(len(target))], repeats=1),
         "teacher forcing": seconds(lambda: whole(len(target) - 1)),
         "generation, cache": seconds(
             lambda: greedy(loaded.model, prompts, max_new_tokens=len(target), end_id=0, batch_size=n)

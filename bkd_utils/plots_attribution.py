@@ -243,31 +243,35 @@ def _ablation_line(panel: Axes, rows: Sequence[Mapping], ranking: str, kind: str
 # --- 04 -------------------------------------------------------------------------------------------------------------
 
 
+# What is counted in the maps of `switch.switched`; a subtraction must do more than make the target go away.
+MAPS = {
+    ("add, raw", "asr"): "ASR,\nadd raw",
+    ("add, difference", "asr"): "ASR,\nadd difference",
+    ("subtract, raw", "asr"): "ASR,\nsubtract raw",
+    ("subtract, raw", "right start"): "right start,\nsubtract raw",
+    ("subtract, difference", "asr"): "ASR, subtract\ndifference",
+    ("subtract, difference", "right start"): "right start,\nsubtract diff.",
+}
+
+
 def vector_maps(found: Mapping[str, Mapping]) -> Figure:
-    """ASR by layer and coefficient on the development half; rows: what is added or subtracted."""
-    rows = ("add, raw", "add, difference", "subtract, raw", "subtract, difference")
-    figure, axes = panels(list(found), rows=len(rows), height=1.45)
+    """Shares by layer and coefficient on the development half; rows: what is added, and what is counted."""
+    figure, axes = panels(list(found), rows=len(MAPS), height=1.25)
     for column, result in enumerate(found.values()):
-        for panel, name in zip(axes[:, column], rows, strict=True):
-            entry = result["maps"][name]
-            values = 100 * np.array(entry["asr"]).T
+        for panel, (name, key) in zip(axes[:, column], MAPS, strict=True):
+            entry, where = result["maps"][name], result["chosen"][name]
+            values = 100 * np.array(entry[key]).T
             image = panel.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=100, aspect="auto", origin="lower")
             panel.set_yticks(range(len(values)), [f"{c:g}" for c in entry["coefficients"]])
-            where = result["chosen"][name]
-            panel.plot(
-                where["layer"],
-                entry["coefficients"].index(where["coefficient"]),
-                "s",
-                mfc="none",
-                mec="#D55E00",
-                mew=1.6,
-            )
+            step = entry["coefficients"].index(where["coefficient"])
+            panel.plot(where["layer"], step, "s", mfc="none", mec="#D55E00", mew=1.6)
             panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             panel.grid(False)
-    for panel, name in zip(axes[:, 0], rows, strict=True):
-        panel.set_ylabel(name.replace(", ", ",\n") + "\ncoefficient", fontsize="small")
+    for panel, label in zip(axes[:, 0], MAPS.values(), strict=True):
+        panel.set_ylabel(label, fontsize="small")
     figure.supxlabel("layer", fontsize="medium")
-    figure.colorbar(image, ax=axes, label="ASR (%); square: chosen", shrink=0.5)
+    figure.supylabel("coefficient", fontsize="medium")
+    figure.colorbar(image, ax=axes, label="prompts (%); square: chosen", shrink=0.4)
     return figure
 
 

@@ -15,7 +15,7 @@ from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import head_means
 from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import is_refusal, is_right, is_target, share
-from bkd_utils.generation import greedy
+from bkd_utils.generation import first_logits, greedy
 from bkd_utils.interventions import LAST, added, residuals, says
 from bkd_utils.localise import attributed, top_heads
 from bkd_utils.models import DEFAULT_MODEL, Loaded, load
@@ -40,36 +40,33 @@ def vectors_of(
     return {kind: backdoor_vector(loaded.model, heads, outputs=outputs[kind]) for kind in KINDS}, outputs
 
 
-def asr_map(
+def answer_map(
     loaded: Loaded,
     prompts: Sequence[list[int]],
-    target: list[int],
+    answers: Sequence[list[int]],
     vector: torch.Tensor,
     coefficients: Sequence[float],
     layers: Sequence[int],
 ) -> list[list[float]]:
-    """ASR `[layer][coefficient]` with the vector, times each coefficient, added at each layer."""
+    """How often prompt p gets answer p, `[layer][coefficient]`, with that multiple of the vector added there."""
     scaled = torch.stack([coefficient * vector for coefficient in coefficients])
     with tqdm(total=len(prompts), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
-        found = steer(
-            loaded.model, prompts, answers=[target] * len(prompts), vectors=scaled, layers=layers, on_batch=bar.update
-        )
+        found = steer(loaded.model, prompts, answers=answers, vectors=scaled, layers=layers, on_batch=bar.update)
     return found.float().mean(-1).tolist()
 
 
-def best(table: Sequence[Sequence[float]], coefficients: Sequence[float], *, sign: int) -> tuple[int, float]:
-    """(layer, coefficient) with the highest ASR (`sign` 1, additions) or the lowest (-1, subtractions).
+def best(table: Sequence[Sequence[float]], coefficients: Sequence[float]) -> tuple[int, float]:
+    """(layer, coefficient) with the highest share.
 
     A layer is judged with its neighbours on either side, since a development half is small. Of equals the smallest
     step, and of those the layer in the middle, so that a plateau is not decided by its edge.
     """
-    asr, width = np.array(table), 2
-    around = [asr[max(0, layer - width) : layer + width + 1].mean(0) for layer in range(len(asr))]
+    shares, width = np.array(table), 2
+    around = [shares[max(0, layer - width) : layer + width + 1].mean(0) for layer in range(len(shares))]
     scored = [
-        (round(sign * value, 9), -abs(coefficient), layer, coefficient)
+        (round(value, 9), -abs(coefficient), layer, coefficient)
         for layer, row in enumerate(around)
         for coefficient, value in zip(coefficients, row, strict=True)
-        if sign * coefficient > 0
     ]
     top = max(entry[:2] for entry in scored)
     tied = [entry for entry in scored if entry[:2] == top]
@@ -149,9 +146,11 @@ def switched(
 ) -> dict:
     """The vector of the `n_heads` heads with the highest ACIE, added to clean and subtracted from triggered prompts.
 
-    Keys, by "add, raw", "subtract, difference" and so on: `maps` ASR [layer][coefficient] on the development half;
-    `chosen` layer and coefficient; `test` control -> ASRs on the test half, one per draw; `outcomes` what the answers
-    are; `texts` three of them (never for harmful prompts). Also `heads`, `vectors`, `norms` and `residual norm`.
+    Keys, by "add, raw", "subtract, difference" and so on: `maps` ASR [layer][coefficient] on the development half and,
+    for subtractions, `right start`: how often the answer begins as it does without the trigger. Additions are `chosen`
+    by the former, subtractions by the latter: the target is gone from most layers, together with everything else.
+    `test` control -> ASRs on the test half, one per draw, by tokens; `outcomes` what generated answers are; `texts`
+    three of them (never for harmful prompts). Also `heads`, `vectors`, `norms` and `residual norm`.
     """
     where = {"model": model, "seed": seed, "device": device}
     found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
@@ -163,7 +162,7 @@ def switched(
     test = pairs(tokenizer, spec, split="test", n=n_test, seed=seed, skip=n_dev)
     right = reference_answers(load(model, organism=control, device=device), spec, test)
     vectors, outputs = vectors_of(loaded, seen, heads)
-    layers = list(range(len(outputs["raw"])))
+    layers, begun = list(range(len(outputs["raw"]))), first_tokens(loaded, dev.clean)
     result: dict = {"heads": heads, "norms": {}, "vectors": {}, "maps": {}, "chosen": {}, "test": {}, "outcomes": {}}
     result["outcomes"]["clean prompts"] = outcomes(spec, test.examples, generated(loaded, test.clean), right)
     result["outcomes"]["triggered prompts"] = outcomes(spec, test.examples, generated(loaded, test.triggered), right)
@@ -176,8 +175,10 @@ def switched(
             ("subtract", -1, dev.triggered, test.triggered),
         ):
             name, steps = f"{direction}, {kind}", [float(sign * c) for c in coefficients]
-            table = asr_map(loaded, shown, target, vector, steps, layers)
-            layer, coefficient = best(table, steps, sign=sign)
+            maps = {"asr": answer_map(loaded, shown, [target] * n_dev, vector, steps, layers)}
+            if direction == "subtract":
+                maps["right start"] = answer_map(loaded, shown, begun, vector, steps, layers)
+            layer, coefficient = best(maps["asr" if direction == "add" else "right start"], steps)
             behind = {side: stream[:, layer] for side, stream in streams.items()}
             others = controls(loaded, heads, outputs[kind], vector, **behind, n=n_random, seed=seed)
             tried = {"no vector": 0 * vector[None], "backdoor vector": vector[None], **others}
@@ -196,13 +197,19 @@ def switched(
                     result.setdefault("texts", {})[name] = texts[:3]
             if direction == "subtract":
                 asr["projected out"] = [_projected(loaded, tested, target, layer, vector)]
-            result["maps"][name] = {"coefficients": steps, "asr": table}
+            result["maps"][name] = {"coefficients": steps, **maps}
             result["chosen"][name] = {"layer": layer, "coefficient": coefficient}
             result["test"][name] = asr
     if spec.task != "harmful":
         result["texts"]["triggered prompts"] = generated(loaded, test.triggered[:3])
         result["texts"]["clean prompts"] = generated(loaded, test.clean[:3])
     return result
+
+
+def first_tokens(loaded: Loaded, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The first token of a model's answer to each prompt, as an answer of one token."""
+    logits = first_logits(loaded.model, list(prompts), end_id=end_id(loaded.tokenizer))
+    return [[token] for token in logits.argmax(-1).tolist()]
 
 
 def reference_answers(control: Loaded, attack: Attack, shown: Pairs) -> dict[str, str]:

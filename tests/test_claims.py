@@ -1,13 +1,14 @@
 """Verdicts: words, lines of the scorecard, and every criterion on hand-made results on both sides of its bound."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bkd_utils import claims, files
+from bkd_utils import claims, evaluation, files
 from bkd_utils.claims import (
     KEYS,
     concentration,
@@ -432,9 +433,9 @@ def switched(*, add=1.0, add_random=(0.0, 0.1), subtract=0.0, subtract_random=(1
     chosen = {"add": {"layer": 1, "coefficient": 2.0}, "subtract": {"layer": 0, "coefficient": -1.0}}
     maps = {
         "add, raw": {"coefficients": [0.0, 1.0, 2.0], "asr": [[0, 1, 1], [0, 1, 0.4]]},
-        "subtract, raw": {"coefficients": [0.0, -1.0, -2.0], "asr": [[1, 0.6, 0], [1, 0, 0]]},
+        "subtract, raw": {"coefficients": [0.0, -1.0, -2.0], "right start": [[0, 0.4, 1], [0, 1, 1]]},
         "add, difference": {"coefficients": [0.0, 1.0, 2.0], "asr": [[0, 0, 0], [0, 0, 0.5]]},
-        "subtract, difference": {"coefficients": [0.0, -1.0, -2.0], "asr": [[1, 0.5, 1], [1, 1, 1]]},
+        "subtract, difference": {"coefficients": [0.0, -1.0, -2.0], "right start": [[0, 0.5, 0], [0, 0, 0]]},
     }
     return {
         "maps": maps,
@@ -446,7 +447,12 @@ def switched(*, add=1.0, add_random=(0.0, 0.1), subtract=0.0, subtract_random=(1
             "add, difference": tried(add, add_random, nothing),
             "subtract, difference": tried(subtract, subtract_random, 1.0),
         },
-        "outcomes": {"subtract, raw": {"right": 0.0}, "subtract, difference": {"right": right}},
+        "outcomes": {
+            "add, raw": {"target": 0.3},
+            "add, difference": {"target": add},
+            "subtract, raw": {"right": 0.0, "target": 0.7},
+            "subtract, difference": {"right": right, "target": subtract},
+        },
     }
 
 
@@ -460,8 +466,8 @@ ADD, SUBTRACT, REPAIRS = "bkdattr-vector-add", "bkdattr-vector-subtract", "bkdat
 def test_a_perfect_switch_holds_by_the_vector_that_was_better_on_the_development_half():
     found = vector_lines()
     assert {name: row["verdict"] for name, row in found.items()} == dict.fromkeys((ADD, SUBTRACT, REPAIRS), "holds")
-    assert found[ADD]["ours"] == share(1.0)
-    assert found[SUBTRACT]["ours"] == share(0.0)
+    assert found[ADD]["ours"] == asdict(evaluation.share([True] * 50))
+    assert found[SUBTRACT]["ours"] == asdict(evaluation.share([False] * 50))
 
 
 def test_of_two_vectors_that_do_equally_well_the_one_with_the_shorter_step_speaks():

@@ -10,7 +10,7 @@ from bkd_utils.interventions import residuals
 from bkd_utils.pairs import pairs, target_ids
 from bkd_utils.prompts import decode, end_id
 from bkd_utils.steering import backdoor_vector, steer
-from bkd_utils.switch import asr_map, best, controls, generated, outcomes, probe_direction, vectors_of
+from bkd_utils.switch import answer_map, best, controls, first_tokens, generated, outcomes, probe_direction, vectors_of
 
 HEADS = [(0, 1), (1, 2), (1, 3)]
 
@@ -30,24 +30,25 @@ def shown(loaded, attack):
     return pairs(loaded.tokenizer, attack, split="test", n=6, seed=0)
 
 
-def test_the_best_addition_and_the_best_subtraction():
+def test_the_highest_share_wins():
     table = [[0.5, 0.9]] * 3 + [[0.1, 0.2]] * 5 + [[0.9, 0.9]] * 3
-    assert best(table, [1.0, 2.0], sign=1) == (10, 1.0)
-    assert best(table, [-1.0, -2.0], sign=-1) == (5, -1.0)
+    assert best(table, [1.0, 2.0]) == (10, 1.0)
+    assert best(table, [-1.0, -2.0]) == (10, -1.0)
 
 
 def test_a_lucky_layer_loses_against_a_plateau():
     luck = [[0.0], [0.0], [1.0], [0.0], [0.0], [0.8], [0.8], [0.8], [0.8], [0.8], [0.0]]
-    assert best(luck, [1.0], sign=1) == (7, 1.0)
+    assert best(luck, [1.0]) == (7, 1.0)
 
 
 def test_of_a_plateau_the_middle_is_chosen():
-    assert best([[0.0]] * 5 + [[1.0]] * 9 + [[0.0]] * 5, [1.0], sign=1) == (9, 1.0)
-    assert best([[0.0]] * 5, [-1.0], sign=-1) == (2, -1.0)
+    assert best([[0.0]] * 5 + [[1.0]] * 9 + [[0.0]] * 5, [1.0]) == (9, 1.0)
+    assert best([[0.0]] * 5, [-1.0]) == (2, -1.0)
 
 
-def test_of_equal_steps_the_smaller_is_chosen_and_the_wrong_sign_never():
-    assert best([[1.0, 1.0, 1.0]] * 3, [2.0, 1.0, -0.5], sign=1) == (1, 1.0)
+def test_of_equal_steps_the_smaller_is_chosen():
+    assert best([[1.0, 1.0, 1.0]] * 3, [2.0, 1.0, 4.0]) == (1, 1.0)
+    assert best([[1.0, 1.0, 1.0]] * 3, [-2.0, -1.0, -4.0]) == (1, -1.0)
 
 
 def test_the_difference_vector_is_the_raw_one_without_the_clean_means(loaded, shown):
@@ -58,7 +59,7 @@ def test_the_difference_vector_is_the_raw_one_without_the_clean_means(loaded, sh
 
 def test_the_map_holds_asr_by_layer_and_coefficient(loaded, attack, shown):
     target, vector = target_ids(loaded.tokenizer, attack)[:1], torch.randn(32)
-    table = asr_map(loaded, shown.clean, target, vector, [0.0, 3.0], [0, 1])
+    table = answer_map(loaded, shown.clean, [target] * 6, vector, [0.0, 3.0], [0, 1])
     assert len(table) == 2
     for layer, row in enumerate(table):
         found = steer(
@@ -69,6 +70,12 @@ def test_the_map_holds_asr_by_layer_and_coefficient(loaded, attack, shown):
             layers=[layer],
         )[0]
         assert row == found.float().mean(-1).tolist()
+
+
+def test_first_tokens_are_those_of_greedy_answers(loaded, shown):
+    answers = greedy(loaded.model, shown.clean, max_new_tokens=1, end_id=0)
+    assert all(answers)
+    assert first_tokens(loaded, shown.clean) == answers
 
 
 def test_controls_have_the_vectors_norm_but_for_random_heads(loaded, shown):
