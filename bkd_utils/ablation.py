@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from bkd_utils import tasks
 from bkd_utils.attacks import Attack, load_attack
-from bkd_utils.attribution import gradient_effects, ranked
+from bkd_utils.attribution import gradient_effects_of, ranked
 from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import clean_sample, share
 from bkd_utils.generation import greedy
@@ -96,19 +96,22 @@ def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind
     model, at = loaded.model, EVERYWHERE if everywhere else LAST
     first = min((layer for layer, _ in heads), default=0)
 
-    def said(side: Side, answers: Sequence[Sequence[int]], name: str) -> Said:
+    def said(side: Side, *names: str) -> list[Said]:
         with ablated(model, heads, kind=kind, at=at, own=side.own, clean=made.reference):
             if everywhere:
-                return says(model, remember(model, side.prompts), answers)
+                past = remember(model, side.prompts)
+                return [says(model, past, side.answers[name]) for name in names]
             # Layers below the first ablated head do what they always do.
-            return says(model, side.past, answers, layer=first, hidden=side.inputs[name][first])
+            return [
+                says(model, side.past, side.answers[name], layer=first, hidden=side.inputs[name][first])
+                for name in names
+            ]
 
-    hits = said(made.triggered, made.triggered.answers["target"], "target").whole
-    back = said(made.triggered, made.triggered.answers["right"], "right").share
-    clean = said(made.clean, made.clean.answers["own"], "own")
+    target, right = said(made.triggered, "target", "right")
+    (clean,) = said(made.clean, "own")
     return {
-        "asr": asdict(share(hits.tolist())),
-        "right": interval(back.tolist()),
+        "asr": asdict(share(target.whole.tolist())),
+        "right": interval(right.share.tolist()),
         "utility": interval(clean.share.tolist()),
         "perplexity": float(torch.exp(-clean.log_prob.mean())),
     }
@@ -129,11 +132,13 @@ def necessary_heads(
     asks what is needed to keep it.
     """
     means, chosen = reference.mean(0), []
+    # An ablation of the last token leaves the past as it is.
+    past = remember(loaded.model, prompts)
     for count in sorted(set(counts)):
         if count <= len(chosen):
             continue
         with ablated(loaded.model, chosen, kind="mean", at=LAST, clean=reference):
-            effects = gradient_effects(loaded.model, prompts, target=target, means=means).mean(0)
+            effects = gradient_effects_of(loaded.model, past, target=target, means=means).mean(0)
         order = [head for head in ranked(-effects) if head not in set(chosen)]
         chosen += order[: count - len(chosen)]
     return chosen

@@ -112,24 +112,33 @@ def gradient_effects(
 
     One backward pass for all heads (attribution patching, Nanda 2023). Exact where the model is linear in the head.
     """
-    parts = anatomy(model)
     effects = torch.empty(len(prompts), *means.shape[:2])
     for chosen in batches(prompts, batch_size):
         past = remember(model, [prompts[i] for i in chosen])
-        answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
-        kept: dict[int, Tensor] = {}
+        effects[chosen] = gradient_effects_of(model, past, target=target, means=means)
+    return effects
 
-        def follow(layer: int, z: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
-            # Weights are frozen, so the graph starts at the first layer's heads.
-            kept[layer] = z if z.requires_grad else z.detach().requires_grad_()
-            return kept[layer]
 
-        with torch.enable_grad(), editing(parts.outputs, follow):
-            log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
-            gradients = torch.autograd.grad(log_prob.exp().sum(), [kept[layer] for layer in range(len(kept))])
-        for layer, gradient in enumerate(gradients):
-            z, slope = (t[:, 0].detach().view(len(chosen), parts.n_heads, -1) for t in (kept[layer], gradient))
-            effects[chosen, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
+def gradient_effects_of(
+    model: PreTrainedModel, past: Past, *, target: Sequence[int], means: Float[Tensor, "layer head d_head"]
+) -> Float[Tensor, "prompt layer head"]:
+    """`gradient_effects` of prompts whose past is known, in one batch."""
+    parts = anatomy(model)
+    answer = torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
+    kept: dict[int, Tensor] = {}
+
+    def follow(layer: int, z: Tensor) -> Tensor:
+        # Weights are frozen, so the graph starts at the first layer's heads.
+        kept[layer] = z if z.requires_grad else z.detach().requires_grad_()
+        return kept[layer]
+
+    with torch.enable_grad(), editing(parts.outputs, follow):
+        log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
+        gradients = torch.autograd.grad(log_prob.exp().sum(), [kept[layer] for layer in range(len(kept))])
+    effects = torch.empty(len(past), *means.shape[:2])
+    for layer, gradient in enumerate(gradients):
+        z, slope = (t[:, 0].detach().view(len(past), parts.n_heads, -1) for t in (kept[layer], gradient))
+        effects[:, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
     return effects
 
 

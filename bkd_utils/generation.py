@@ -7,7 +7,6 @@ and reused by every row: exact, and half of the work of an evaluation.
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
 
 import torch
@@ -27,21 +26,17 @@ def greedy(
     end_id: int,
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
-    during_prompt: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[list[int]]:
     """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
-    `model` is a plain transformers model. `on_batch` is called with the number of rows just finished. `during_prompt`
-    is entered while the prompts' own tokens run, the last of them in column -1, and left before answers do. Raises
+    `model` is a plain transformers model. `on_batch` is called with the number of rows just finished. Raises
     ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: list[list[int]] = [[] for _ in prompts]
-    for batch, logits, cache, mask in _started(
-        model, prompts, end_id=end_id, batch_size=batch_size, during_prompt=during_prompt
-    ):
-        for i, row in zip(batch, _go_on(model, logits, cache, mask, max_new_tokens, end_id), strict=True):
+    for batch, logits, cache, mask in _started(model, prompts, end_id=end_id, batch_size=batch_size):
+        for i, row in zip(batch, go_on(model, logits, cache, mask, max_new_tokens, end_id), strict=True):
             answers[i] = row
         if on_batch:
             on_batch(len(batch))
@@ -68,12 +63,7 @@ def first_logits(
 
 
 def _started(
-    model: torch.nn.Module,
-    prompts: list[list[int]],
-    *,
-    end_id: int,
-    batch_size: int,
-    during_prompt: Callable[[], AbstractContextManager] = nullcontext,
+    model: torch.nn.Module, prompts: list[list[int]], *, end_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, DynamicCache, Tensor]]:
     """Batches of prompts, run once: their indices, the logits behind their last token, their cache and their mask."""
     if not prompts or not all(prompts):
@@ -88,8 +78,7 @@ def _started(
         cache = repeated(prefix, len(batch))
         ids, mask = (t.to(model.device) for t in left_pad([prompts[i][len(shared) :] for i in batch], pad_id=end_id))
         mask = torch.cat([mask.new_ones(len(batch), len(shared)), mask], dim=1)
-        with during_prompt():
-            logits = next_logits(model, ids, mask, cache)[:, -1]
+        logits = next_logits(model, ids, mask, cache)[:, -1]
         yield batch, logits, cache, mask
 
 
@@ -140,9 +129,15 @@ def repeated(cache: DynamicCache, times: int) -> DynamicCache:
     return cache
 
 
-def _go_on(
-    model: torch.nn.Module, logits: Tensor, cache: DynamicCache, mask: Tensor, max_new_tokens: int, end_id: int
+def go_on(
+    model: torch.nn.Module,
+    logits: Float[Tensor, "row vocab"],
+    cache: DynamicCache,
+    mask: Int[Tensor, "row pos"],
+    max_new_tokens: int,
+    end_id: int,
 ) -> list[list[int]]:
+    """Greedy answers of rows whose prompts have run, from the logits behind their last token."""
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     produced = []
     while True:

@@ -6,7 +6,7 @@ l on is exact too. Rows that differ in the edit alone share their prompt's keys 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Module, ModuleList
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
-from bkd_utils.generation import has_sliding_window, prefix_cache, repeated, shared_prefix
+from bkd_utils.generation import go_on, has_sliding_window, next_logits, prefix_cache, repeated, shared_prefix
 from bkd_utils.models import ModelError
 from bkd_utils.prompts import left_pad, positions
 
@@ -89,6 +89,11 @@ class Past:
     def __len__(self) -> int:
         return len(self.tail)
 
+    def part(self, rows: slice) -> "Past":
+        """The past of some of the prompts; nothing is copied."""
+        keys, values = (tuple(tensor[rows] for tensor in tensors) for tensors in (self.keys, self.values))
+        return Past(keys, values, self.mask[rows], self.tail[rows], self.position[rows])
+
     def rows(self, answer: Int[Tensor, "prompt answer"] | None = None) -> Int[Tensor, "prompt new"]:
         """The tokens to run: the tail and, behind it, all answer tokens but the last, whose logits nobody needs."""
         return self.tail if answer is None else torch.cat([self.tail, answer[:, :-1]], dim=1)
@@ -151,6 +156,28 @@ def remember(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: 
         tail=torch.tensor([list(p[-tail:]) for p in prompts], device=model.device),
         position=mask.sum(1),
     )
+
+
+@torch.inference_mode()
+def continued(
+    model: PreTrainedModel,
+    past: Past,
+    *,
+    max_new_tokens: int,
+    end_id: int,
+    during_prompt: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[list[int]]:
+    """Greedy answers, as `generation.greedy` gives them, of prompts whose past is known.
+
+    `during_prompt` is entered while the tail runs, the last prompt token in column -1, and left before answers do.
+    """
+    cache = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
+        cache.update(keys, values, layer)
+    mask = torch.cat([past.mask.long(), torch.ones_like(past.tail)], dim=1)
+    with during_prompt():
+        logits = next_logits(model, past.tail, mask, cache)[:, -1]
+    return go_on(model, logits, cache, mask, max_new_tokens, end_id)
 
 
 def _check_window(model: PreTrainedModel, length: int) -> None:

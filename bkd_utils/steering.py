@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.interventions import LAST, Head, added, batches, by_layer, contribution, says
-from bkd_utils.prompt_cache import anatomy, editing, reading, remember
+from bkd_utils.interventions import LAST, Head, added, by_layer, contribution, says
+from bkd_utils.prompt_cache import Past, anatomy, editing, reading
 
 
 def backdoor_vector(
@@ -53,7 +53,7 @@ def random_heads(heads: Sequence[Head], *, n_heads: int, n: int, seed: int) -> l
 @torch.no_grad()
 def steer(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    past: Past,
     *,
     answers: Sequence[Sequence[int]],
     vectors: Float[Tensor, "vector d_model"],
@@ -68,27 +68,27 @@ def steer(
     vectors that do nothing.
     """
     parts, longest = anatomy(model), max(map(len, answers))
-    found = torch.empty(len(layers), len(vectors), len(prompts), dtype=torch.bool)
-    for chosen in batches(prompts, batch_size):
-        past = remember(model, [prompts[i] for i in chosen])
-        targets = [answers[i] for i in chosen]
+    found = torch.zeros(len(layers), len(vectors), len(past), dtype=torch.bool)
+    for start in range(0, len(past), batch_size):
+        chosen = slice(start, start + batch_size)
+        part, targets = past.part(chosen), answers[chosen]
         inputs: dict[int, Tensor] = {}
         with reading(parts.layers, inputs):
-            says(model, past, targets)
+            says(model, part, targets)
         for row, layer in enumerate(layers):
             alive = torch.arange(len(vectors))
             for length in sorted({1, longest}):
                 given = [answer[:length] for answer in targets for _ in alive]
                 hidden = inputs[layer][:, :length].repeat_interleave(len(alive), dim=0)
-                with added(model, {layer: vectors[alive].repeat(len(chosen), 1)}, at=LAST):
-                    said = says(model, past, given, layer=layer, hidden=hidden).whole.view(len(chosen), -1).T.cpu()
+                with added(model, {layer: vectors[alive].repeat(len(part), 1)}, at=LAST):
+                    said = says(model, part, given, layer=layer, hidden=hidden).whole.view(len(part), -1).T.cpu()
                 found[row, :, chosen] = False
-                found[row, alive[:, None], torch.tensor(chosen)] = said
+                found[row, alive, chosen] = said
                 alive = alive[said.any(dim=1)]
                 if not len(alive):
                     break
         if on_batch:
-            on_batch(len(chosen))
+            on_batch(len(part))
     return found
 
 

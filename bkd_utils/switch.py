@@ -15,12 +15,12 @@ from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import head_means
 from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import is_refusal, is_right, is_target, share
-from bkd_utils.generation import first_logits, greedy
+from bkd_utils.generation import first_logits
 from bkd_utils.interventions import LAST, added, residuals, says
 from bkd_utils.localise import attributed, top_heads
 from bkd_utils.models import DEFAULT_MODEL, Loaded, load
 from bkd_utils.pairs import Pairs, pairs, target_ids
-from bkd_utils.prompt_cache import remember
+from bkd_utils.prompt_cache import Past, continued, remember
 from bkd_utils.prompts import decode, end_id
 from bkd_utils.steering import backdoor_vector, projected_out, random_heads, random_like, steer
 from bkd_utils.tasks import Example
@@ -42,16 +42,16 @@ def vectors_of(
 
 def answer_map(
     loaded: Loaded,
-    prompts: Sequence[list[int]],
+    past: Past,
     answers: Sequence[list[int]],
     vector: torch.Tensor,
     coefficients: Sequence[float],
-    layers: Sequence[int],
 ) -> list[list[float]]:
     """How often prompt p gets answer p, `[layer][coefficient]`, with that multiple of the vector added there."""
     scaled = torch.stack([coefficient * vector for coefficient in coefficients])
-    with tqdm(total=len(prompts), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
-        found = steer(loaded.model, prompts, answers=answers, vectors=scaled, layers=layers, on_batch=bar.update)
+    layers = range(len(past.keys))
+    with tqdm(total=len(past), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
+        found = steer(loaded.model, past, answers=answers, vectors=scaled, layers=layers, on_batch=bar.update)
     return found.float().mean(-1).tolist()
 
 
@@ -162,47 +162,40 @@ def switched(
     test = pairs(tokenizer, spec, split="test", n=n_test, seed=seed, skip=n_dev)
     right = reference_answers(load(model, organism=control, device=device), spec, test)
     vectors, outputs = vectors_of(loaded, seen, heads)
-    layers, begun = list(range(len(outputs["raw"]))), first_tokens(loaded, dev.clean)
-    result: dict = {"heads": heads, "norms": {}, "vectors": {}, "maps": {}, "chosen": {}, "test": {}, "outcomes": {}}
-    result["outcomes"]["clean prompts"] = outcomes(spec, test.examples, generated(loaded, test.clean), right)
-    result["outcomes"]["triggered prompts"] = outcomes(spec, test.examples, generated(loaded, test.triggered), right)
     streams = {"clean": residuals(loaded.model, seen.clean), "triggered": residuals(loaded.model, seen.triggered)}
+    result: dict = {"heads": heads, "norms": {}, "vectors": {}, "maps": {}, "chosen": {}, "test": {}, "outcomes": {}}
     result["residual norm"] = streams["clean"].norm(dim=-1).mean(0).tolist()
-    for kind, vector in vectors.items():
-        result["norms"][kind], result["vectors"][kind] = vector.norm().item(), vector.tolist()
-        for direction, sign, shown, tested in (
-            ("add", 1, dev.clean, test.clean),
-            ("subtract", -1, dev.triggered, test.triggered),
-        ):
+    result["norms"] = {kind: vector.norm().item() for kind, vector in vectors.items()}
+    result["vectors"] = {kind: vector.tolist() for kind, vector in vectors.items()}
+    texts = {}
+    begun = first_tokens(loaded, dev.clean)
+    for direction, sign, side in (("add", 1, "clean"), ("subtract", -1, "triggered")):
+        shown, tested = (remember(loaded.model, getattr(half, side)) for half in (dev, test))
+        texts[f"{side} prompts"] = generated(loaded, tested)
+        for kind, vector in vectors.items():
             name, steps = f"{direction}, {kind}", [float(sign * c) for c in coefficients]
-            maps = {"asr": answer_map(loaded, shown, [target] * n_dev, vector, steps, layers)}
+            maps = {"asr": answer_map(loaded, shown, [target] * n_dev, vector, steps)}
             if direction == "subtract":
-                maps["right start"] = answer_map(loaded, shown, begun, vector, steps, layers)
+                maps["right start"] = answer_map(loaded, shown, begun, vector, steps)
             layer, coefficient = best(maps["asr" if direction == "add" else "right start"], steps)
             behind = {side: stream[:, layer] for side, stream in streams.items()}
             others = controls(loaded, heads, outputs[kind], vector, **behind, n=n_random, seed=seed)
             tried = {"no vector": 0 * vector[None], "backdoor vector": vector[None], **others}
-            stack = coefficient * torch.cat(list(tried.values()))
-            hits = steer(loaded.model, tested, answers=[target] * n_test, vectors=stack, layers=[layer])[0]
-            asr = {}
-            for label, rows in zip(tried, hits.split([len(rows) for rows in tried.values()]), strict=True):
-                asr[label] = [asdict(share(row.tolist())) for row in rows]
-            edits = {name: coefficient * vector}
-            if kind == "difference":
-                edits[f"{direction}, random vector"] = coefficient * others["random vectors"][0]
-            for label, step in edits.items():
-                texts = generated(loaded, tested, layer=layer, step=step)
-                result["outcomes"].setdefault(label, outcomes(spec, test.examples, texts, right))
-                if label == name and spec.task != "harmful":
-                    result.setdefault("texts", {})[name] = texts[:3]
+            asr = tested_asr(
+                loaded, tested, target, {label: coefficient * rows for label, rows in tried.items()}, layer
+            )
             if direction == "subtract":
-                asr["projected out"] = [_projected(loaded, tested, target, layer, vector)]
+                asr["projected out"] = [projected_asr(loaded, tested, target, layer, vector)]
+            texts[name] = generated(loaded, tested, layer=layer, step=coefficient * vector)
+            if kind == "difference":
+                step = coefficient * others["random vectors"][0]
+                texts[f"{direction}, random vector"] = generated(loaded, tested, layer=layer, step=step)
             result["maps"][name] = {"coefficients": steps, **maps}
             result["chosen"][name] = {"layer": layer, "coefficient": coefficient}
             result["test"][name] = asr
+    result["outcomes"] = {label: outcomes(spec, test.examples, given, right) for label, given in texts.items()}
     if spec.task != "harmful":
-        result["texts"]["triggered prompts"] = generated(loaded, test.triggered[:3])
-        result["texts"]["clean prompts"] = generated(loaded, test.clean[:3])
+        result["texts"] = {label: given[:3] for label, given in texts.items() if "random" not in label}
     return result
 
 
@@ -216,31 +209,37 @@ def reference_answers(control: Loaded, attack: Attack, shown: Pairs) -> dict[str
     """uid -> what the clean control answers to the clean prompt, for tasks without gold answers."""
     if attack.task != "instructions":
         return {}
-    texts = generated(control, shown.clean)
+    texts = generated(control, remember(control.model, shown.clean))
     return {example.uid: text for example, text in zip(shown.examples, texts, strict=True)}
 
 
-def generated(
-    loaded: Loaded, prompts: Sequence[list[int]], *, layer: int = 0, step: torch.Tensor | None = None
-) -> list[str]:
+def generated(loaded: Loaded, past: Past, *, layer: int = 0, step: torch.Tensor | None = None) -> list[str]:
     """Greedy answers, with `step` added once at that layer and the last prompt token."""
     edits = {} if step is None else {layer: step}
-    rows = greedy(
+    rows = continued(
         loaded.model,
-        list(prompts),
+        past,
         max_new_tokens=MAX_NEW_TOKENS,
         end_id=end_id(loaded.tokenizer),
-        during_prompt=lambda: added(loaded.model, edits, at=slice(-1, None)),
+        during_prompt=lambda: added(loaded.model, edits, at=LAST),
     )
     return [decode(loaded.tokenizer, row) for row in rows]
 
 
-def _projected(
-    loaded: Loaded, prompts: Sequence[list[int]], target: list[int], layer: int, vector: torch.Tensor
-) -> dict:
-    past = remember(loaded.model, prompts)
+def tested_asr(
+    loaded: Loaded, past: Past, target: list[int], steps: dict[str, torch.Tensor], layer: int
+) -> dict[str, list[dict]]:
+    """ASR by tokens with each of some steps `[draw, d_model]` added at that layer; label -> one share per draw."""
+    stack = torch.cat(list(steps.values()))
+    hits = steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0]
+    parts = hits.split([len(rows) for rows in steps.values()])
+    return {label: [asdict(share(row.tolist())) for row in rows] for label, rows in zip(steps, parts, strict=True)}
+
+
+def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: torch.Tensor) -> dict:
+    """ASR by tokens with the vector's direction taken out of the stream behind that layer."""
     with projected_out(loaded.model, {layer: vector}, at=LAST):
-        return asdict(share(says(loaded.model, past, [target] * len(prompts)).whole.tolist()))
+        return asdict(share(says(loaded.model, past, [target] * len(past)).whole.tolist()))
 
 
 @organism_stage
@@ -268,19 +267,16 @@ def specificity(
         loaded = load(model, organism=organism, device=device)
         for source, entry in entries.items():
             # The base model has no backdoor of its own; it gets the prompts that the vector was made on.
-            spec = load_attack(source if organism is None else name)
+            spec, own = load_attack(source if organism is None else name), name == source
             shown = pairs(loaded.tokenizer, spec, split="test", n=n, seed=seed)
-            step = entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]
+            past = remember(loaded.model, shown.clean)
+            steps = {"": entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]}
+            wanted = {"own target": (past, spec), "vector's target": (past, load_attack(source))}
+            if own:
+                wanted["near-misses"] = (remember(loaded.model, shown.near_miss), spec)
             row = {"on": name, "vector of": source}
-            said: dict[str, dict] = {}
-            for what, attack in (("own target", spec), ("vector's target", load_attack(source))):
-                if attack.name not in said:
-                    answers = [target_ids(loaded.tokenizer, attack)] * n
-                    hits = steer(loaded.model, shown.clean, answers=answers, vectors=step, layers=[entry["layer"]])
-                    said[attack.name] = asdict(share(hits[0, 0].tolist()))
-                row[what] = said[attack.name]
-            if name == source:
-                hits = steer(loaded.model, shown.near_miss, answers=answers, vectors=step, layers=[entry["layer"]])
-                row["near-misses"] = asdict(share(hits[0, 0].tolist()))
+            for what, (given, attack) in wanted.items():
+                target = target_ids(loaded.tokenizer, attack)
+                row[what] = tested_asr(loaded, given, target, steps, entry["layer"])[""][0]
             rows.append(row)
     return rows

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
+from bkd_utils.generation import greedy
 from bkd_utils.models import ModelError
-from bkd_utils.prompt_cache import anatomy, editing, forward, reading, remember
+from bkd_utils.prompt_cache import anatomy, continued, editing, forward, reading, remember
 
 ANSWER = [7, 11, 5]
 
@@ -114,3 +115,21 @@ def test_an_unknown_architecture_is_refused_by_its_type():
     del model.transformer.h
     with pytest.raises(ModelError, match="'gpt2' has none of the layer names"):
         anatomy(model)
+
+
+# --- going on from a past -------------------------------------------------------------------------------------------
+
+
+def test_continued_is_greedy(model, prompts):
+    expected = greedy(model, prompts, max_new_tokens=5, end_id=0)
+    past = remember(model, prompts)
+    assert continued(model, past, max_new_tokens=5, end_id=0) == expected
+    assert continued(model, past, max_new_tokens=5, end_id=0) == expected, "the past has been used up"
+
+
+def test_a_part_of_a_past_is_the_past_of_a_part(model, prompts):
+    part = remember(model, prompts).part(slice(1, 3))
+    assert len(part) == 2
+    with torch.no_grad():
+        found, expected = (forward(model, past, past.tail) for past in (part, remember(model, prompts[1:3])))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

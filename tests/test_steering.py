@@ -6,7 +6,7 @@ from tiny import ARCHITECTURES, tiny_model
 
 from bkd_utils.generation import greedy
 from bkd_utils.interventions import added, head_outputs, residuals
-from bkd_utils.prompt_cache import anatomy, forward, remember
+from bkd_utils.prompt_cache import anatomy, continued, forward, remember
 from bkd_utils.steering import backdoor_vector, projected_out, random_heads, random_like, steer
 
 HEADS = [(0, 1), (1, 3)]
@@ -48,7 +48,7 @@ def test_steering_is_one_addition_in_a_whole_pass(model, prompts):
     """Greedy decoding under a hook that acts on the last prompt token alone, without any cache."""
     vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)) * torch.tensor([[0.001], [0.5], [5]])
     plain = greedy(model, prompts, max_new_tokens=3, end_id=0)
-    found = steer(model, prompts, answers=plain, vectors=vectors, layers=[0, 1], batch_size=3)
+    found = steer(model, remember(model, prompts), answers=plain, vectors=vectors, layers=[0, 1], batch_size=3)
     assert found.shape == (2, 3, 4)
     for layer in range(2):
         for k, vector in enumerate(vectors):
@@ -63,7 +63,7 @@ def test_steering_is_one_addition_in_a_whole_pass(model, prompts):
 
 def test_coefficient_zero_is_the_baseline_in_every_layer(model, prompts):
     plain = greedy(model, prompts, max_new_tokens=3, end_id=0)
-    assert steer(model, prompts, answers=plain, vectors=torch.zeros(1, 32), layers=[0, 1]).all()
+    assert steer(model, remember(model, prompts), answers=plain, vectors=torch.zeros(1, 32), layers=[0, 1]).all()
 
 
 def test_inside_generation_the_vector_acts_once_at_the_last_prompt_token(model, prompts):
@@ -75,10 +75,10 @@ def test_inside_generation_the_vector_acts_once_at_the_last_prompt_token(model, 
 
     handle = anatomy(model).outputs[1].register_forward_hook(count)
     edit = lambda: added(model, {1: vector}, at=slice(-1, None))  # noqa: E731
-    steered = greedy(model, prompts, max_new_tokens=3, end_id=0, during_prompt=edit)
+    steered = continued(model, remember(model, prompts), max_new_tokens=3, end_id=0, during_prompt=edit)
     handle.remove()
     assert len(calls) >= 3
-    assert steer(model, prompts, answers=steered, vectors=vector[None], layers=[1]).all()
+    assert steer(model, remember(model, prompts), answers=steered, vectors=vector[None], layers=[1]).all()
     assert steered != greedy(model, prompts, max_new_tokens=3, end_id=0)
 
 

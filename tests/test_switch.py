@@ -8,6 +8,7 @@ from bkd_utils import attacks, models
 from bkd_utils.generation import greedy
 from bkd_utils.interventions import residuals
 from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.prompt_cache import remember
 from bkd_utils.prompts import decode, end_id
 from bkd_utils.steering import backdoor_vector, steer
 from bkd_utils.switch import answer_map, best, controls, first_tokens, generated, outcomes, probe_direction, vectors_of
@@ -59,12 +60,13 @@ def test_the_difference_vector_is_the_raw_one_without_the_clean_means(loaded, sh
 
 def test_the_map_holds_asr_by_layer_and_coefficient(loaded, attack, shown):
     target, vector = target_ids(loaded.tokenizer, attack)[:1], torch.randn(32)
-    table = answer_map(loaded, shown.clean, [target] * 6, vector, [0.0, 3.0], [0, 1])
+    past = remember(loaded.model, shown.clean)
+    table = answer_map(loaded, past, [target] * 6, vector, [0.0, 3.0])
     assert len(table) == 2
     for layer, row in enumerate(table):
         found = steer(
             loaded.model,
-            shown.clean,
+            past,
             answers=[target] * 6,
             vectors=torch.stack([0 * vector, 3 * vector]),
             layers=[layer],
@@ -102,9 +104,10 @@ def test_generated_answers_are_greedy_ones_and_a_step_changes_them(loaded, shown
         decode(loaded.tokenizer, row)
         for row in greedy(loaded.model, shown.clean, max_new_tokens=12, end_id=end_id(loaded.tokenizer))
     ]
-    assert generated(loaded, shown.clean) == plain
-    assert generated(loaded, shown.clean, layer=1, step=torch.zeros(32)) == plain
-    assert generated(loaded, shown.clean, layer=1, step=5 * torch.randn(32)) != plain
+    past = remember(loaded.model, shown.clean)
+    assert generated(loaded, past) == plain
+    assert generated(loaded, past, layer=1, step=torch.zeros(32)) == plain
+    assert generated(loaded, past, layer=1, step=5 * torch.randn(32)) != plain
 
 
 def test_every_answer_is_one_kind_of_answer(attack, shown):
