@@ -224,9 +224,11 @@ def ablation_curves(found: Mapping[str, Sequence[Mapping]], *, kind: str = "publ
 
 
 def _ablation_line(panel: Axes, rows: Sequence[Mapping], ranking: str, kind: str, key: str, colour: str) -> None:
+    # Random draws have prompts of their own, so that their line does not start at the others' untouched model.
     chosen = [
         row for row in rows
-        if row["scope"] == "last position" and (row["k"] == 0 or (row["ranking"] == ranking and row["kind"] == kind))
+        if row["scope"] == "last position"
+        and ((row["k"] == 0 and ranking != "random") or (row["ranking"] == ranking and row["kind"] == kind))
     ]  # fmt: skip
     counts = sorted({row["k"] for row in chosen})
     values = [[100 * row[key]["value"] for row in chosen if row["k"] == k] for k in counts]
