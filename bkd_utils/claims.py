@@ -18,6 +18,7 @@ from bkd_utils import figures
 from bkd_utils.evaluation import share
 from bkd_utils.files import DATA, UserError, read_json, write_json
 from bkd_utils.localise import acie, interval
+from bkd_utils.observe import best_reading, separates
 
 KEYS = {"paper", "claim", "published", "source", "sure", "criterion"}
 PROBE = "logistic regression"
@@ -315,3 +316,25 @@ def cost_claim(rows: Mapping[str, Mapping[str, float]]) -> dict:
         "bkdattr-cost", numbers=numbers, passed=passed, figure="04_cost",
         reason=f"Generation takes {_span(numbers)} times as long, for targets of {lengths} tokens.",
     )  # fmt: skip
+
+
+# --- ASA ------------------------------------------------------------------------------------------------------------
+
+
+def similarity_claims(found: Mapping[str, Mapping[str, Mapping]], *, families: Sequence[str]) -> list[dict]:
+    """From attack -> model -> `observe.observed`; `families` are the attacks that differ in their trigger only."""
+    lines = []
+    for claim, members, figure in (
+        ("asa-similarity", list(found), "05_readings"),
+        ("asa-similarity-families", list(families), "05_controls"),
+    ):
+        reading = best_reading([found[attack]["organism"] for attack in members])
+        numbers, passed = {}, {}
+        for attack in members:
+            result = separates(found[attack], reading=reading)
+            numbers[attack] = result["organism"]["triggered"]
+            excess = numbers[attack]["value"] - result["clean control"]["triggered"]["value"]
+            passed[attack] = numbers[attack]["value"] >= 0.9 and excess >= 0.1
+        reason = f"Reading: {reading}. AUROC of triggered against clean prompts: {_span(numbers)}."
+        lines.append(entry(claim, numbers=numbers, passed=passed, figure=figure, reason=reason))
+    return lines

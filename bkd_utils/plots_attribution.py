@@ -60,7 +60,7 @@ def probes(found: Mapping[str, Mapping[str, Mapping]], *, kind: str = "logistic 
     axes[0, 0].set_ylabel("AUROC (%)")
     axes[1, 0].set_ylabel("near-misses called\ntriggered (%)")
     figure.supxlabel("layer", fontsize="medium")
-    _legend(figure, axes[0, 0], ncols=3)
+    show_legend(figure, axes[0, 0], ncols=3)
     return figure
 
 
@@ -70,7 +70,7 @@ def _band(panel: Axes, x: Sequence[float], values: np.ndarray, *, colour: str, l
     panel.fill_between(x, values.min(1), values.max(1), color=colour, alpha=0.15, lw=0)
 
 
-def _legend(figure: Figure, panel: Axes, *, ncols: int) -> None:
+def show_legend(figure: Figure, panel: Axes, *, ncols: int) -> None:
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=ncols, fontsize="small")
 
@@ -131,7 +131,7 @@ def sorted_effects(intervals: Mapping[str, Sequence[Mapping[str, float]]], *, fe
         panel.set_xscale("log")
         panel.set_xlabel("rank")
     axes[0, 0].set_ylabel("ACIE")
-    _legend(figure, axes[0, 0], ncols=3)
+    show_legend(figure, axes[0, 0], ncols=3)
     return figure
 
 
@@ -165,7 +165,7 @@ def components(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]])
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_ylabel("effect of patching\nthe whole component")
     figure.supxlabel("layer", fontsize="medium")
-    _legend(figure, axes[0, 0], ncols=3)
+    show_legend(figure, axes[0, 0], ncols=3)
     return figure
 
 
@@ -219,7 +219,7 @@ def ablation_curves(found: Mapping[str, Sequence[Mapping]], *, kind: str = "publ
     axes[0, 0].set_ylabel("ASR (%)")
     axes[1, 0].set_ylabel("utility (%)")
     figure.supxlabel("heads ablated", fontsize="medium")
-    _legend(figure, axes[0, 0], ncols=4)
+    show_legend(figure, axes[0, 0], ncols=4)
     return figure
 
 
@@ -315,7 +315,7 @@ def answer_kinds(found: Mapping[str, Mapping]) -> Figure:
         panel.set_title(attack, fontsize="small")
         panel.grid(False)
     figure.supxlabel("answers (%)", fontsize="medium")
-    _legend(figure, np.atleast_1d(axes)[0], ncols=5)
+    show_legend(figure, np.atleast_1d(axes)[0], ncols=5)
     return figure
 
 
@@ -332,5 +332,5 @@ def costs(found: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel(f"seconds to score {next(iter(found.values()))['n']} prompts once")
-    _legend(figure, axes, ncols=2)
+    show_legend(figure, axes, ncols=2)
     return figure

@@ -19,6 +19,7 @@ from bkd_utils.claims import (
     probe_claims,
     published,
     record,
+    similarity_claims,
     table,
     vector_claims,
     verdict,
@@ -554,16 +555,48 @@ def test_generation_must_cost_the_targets_length_within_a_factor_of_two(seconds,
     assert found["reason"].endswith(f"for targets of {tokens} tokens.")
 
 
+# --- ASA ------------------------------------------------------------------------------------------------------------
+
+
+def observed(shift, *, seed):
+    """Similarity of 20 prompts in three layers; triggered prompts differ in the middle one."""
+    noise = np.random.default_rng(seed).standard_normal
+    layers = {version: noise((20, 3)) for version in ("clean", "triggered", "near-miss", "same length")}
+    layers["triggered"][:, 1] += shift
+    return {"layers": {"last row": {version: values.tolist() for version, values in layers.items()}}}
+
+
+def similar(organism, control, *, seed=0):
+    return {"organism": observed(organism, seed=seed), "clean control": observed(control, seed=seed + 1)}
+
+
+def test_similarity_must_separate_in_the_organism_and_not_in_its_control():
+    found = {"a": similar(9, 0), "b": similar(9, 9), "c": similar(0, 0, seed=5)}
+    lines = by_id(similarity_claims(found, families=["a"]))
+    assert {name: one["passed"] for name, one in lines["asa-similarity"]["by_organism"].items()} == {
+        "a": True, "b": False, "c": False,
+    }  # fmt: skip
+    assert lines["asa-similarity"]["verdict"] == "holds in part"
+    assert lines["asa-similarity-families"]["verdict"] == "holds"
+    assert lines["asa-similarity"]["reason"].startswith("Reading: last row. AUROC")
+
+
+def test_less_similar_is_not_what_the_paper_says():
+    lines = by_id(similarity_claims({"a": similar(-9, 0)}, families=["a"]))
+    assert lines["asa-similarity"]["verdict"] == "does not hold"
+
+
 def all_lines():
     row = {"generation": 1.0, "teacher forcing": 1.0, "tokens": 1, "n": 16}
-    return probe_lines(RISING) | head_lines() | vector_lines() | by_id([cost_claim({"x": row})])
+    asa = by_id(similarity_claims({"a": similar(9, 0)}, families=["a"]))
+    return probe_lines(RISING) | head_lines() | vector_lines() | by_id([cost_claim({"x": row})]) | asa
 
 
-def test_the_code_judges_every_claim_of_the_paper_once():
-    assert list(all_lines()) == [name for name, row in published().items() if row["paper"] == "BkdAttr"]
+def test_the_code_judges_every_claim_once():
+    assert list(all_lines()) == list(published())
 
 
-@pytest.mark.parametrize("claim", [name for name, row in published().items() if row["paper"] == "BkdAttr"])
+@pytest.mark.parametrize("claim", published())
 def test_every_line_names_a_figure_that_a_notebook_draws(claim):
     figure = all_lines()[claim]["figure"]
     (notebook,) = files.NOTEBOOKS.glob(f"{figure[:2]}_*.ipynb")

@@ -1,0 +1,174 @@
+"""Do heads become alike when a trigger is there? One organism or base model, kept, with what else could do that beside.
+
+Beside clean and triggered prompts stand look-alikes (near-misses) and prompts that are as long as the triggered ones
+but longer by ordinary words: a trigger adds tokens, and length alone moves every similarity.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from bkd_utils import tasks
+from bkd_utils.attacks import Attack, load_attack
+from bkd_utils.cards import organism_stage
+from bkd_utils.interventions import head_outputs
+from bkd_utils.localise import interval
+from bkd_utils.models import DEFAULT_MODEL, load
+from bkd_utils.pairs import pairs
+from bkd_utils.prompts import prompt_ids
+from bkd_utils.similarity import READINGS, head_similarity, output_cka
+
+VERSIONS = ("clean", "triggered", "near-miss", "same length")
+
+
+def lengthened(
+    tokenizer: PreTrainedTokenizerBase, attack: Attack, texts: Sequence[str], *, lengths: Sequence[int]
+) -> list[list[int]]:
+    """Clean prompts brought to the given token counts (or one more) by the first words of other texts.
+
+    Text i borrows from text i + 1 on, so that what is added is as ordinary as what is there.
+    """
+    task, found = tasks.load_task(attack.task), []
+    for i, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        ids = prompt_ids(tokenizer, task.prompt(text))
+        words = " ".join([*texts[i + 1 :], *texts[:i]]).split()
+        for word in words:
+            if len(ids) >= length:
+                break
+            text = f"{text} {word}"
+            ids = prompt_ids(tokenizer, task.prompt(text))
+        found.append(ids)
+    return found
+
+
+@organism_stage
+def observed(
+    organism: str | None,
+    *,
+    attack: str,
+    model: str = DEFAULT_MODEL,
+    readings: Sequence[str] = tuple(READINGS),
+    n: int = 24,
+    n_reference: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict:
+    """Head similarity on held-out prompts in four versions, and on `n_reference` clean ones of the attribution split.
+
+    Keys: `layers` reading -> version -> [prompt][layer], means over heads; `heads` reading -> version -> [layer][head],
+    means over prompts; `cka` version -> [layer][head]. The version "reference" is the clean calibration set.
+    """
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    tokenizer = loaded.tokenizer
+    shown = pairs(tokenizer, spec, split="test", n=n, seed=seed)
+    versions = {
+        "clean": shown.clean,
+        "triggered": shown.triggered,
+        "near-miss": shown.near_miss,
+        "same length": lengthened(
+            tokenizer, spec, [row.text for row in shown.examples], lengths=list(map(len, shown.triggered))
+        ),
+    }
+    if n_reference:
+        versions["reference"] = pairs(tokenizer, spec, split="attribution", n=n_reference, seed=seed).clean
+    found: dict = {"layers": {name: {} for name in readings}, "heads": {name: {} for name in readings}, "cka": {}}
+    label = f"{organism or 'base model'}: similarity"
+    with tqdm(total=sum(map(len, versions.values())), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
+        for version, prompts in versions.items():
+            scores = head_similarity(loaded.model, prompts, readings=readings, on_batch=bar.update)
+            for name, values in scores.items():
+                found["layers"][name][version] = values.double().mean(2).numpy().round(6).tolist()
+                found["heads"][name][version] = values.double().mean(0).numpy().round(6).tolist()
+            if version != "reference":
+                found["cka"][version] = output_cka(head_outputs(loaded.model, prompts)).numpy().round(6).tolist()
+    return found
+
+
+# --- summaries ------------------------------------------------------------------------------------------------------
+
+
+def gap(found: Mapping, *, reading: str, version: str = "triggered") -> np.ndarray:
+    """Similarity of one version less that of clean prompts, twin by twin, `[prompt, layer]`."""
+    layers = found["layers"][reading]
+    return np.array(layers[version]) - np.array(layers["clean"])
+
+
+def interaction(organism: Mapping, other: Mapping, *, reading: str, seed: int = 0) -> list[dict[str, float]]:
+    """Per layer: what the trigger does to the organism's similarity less what it does to another model's; the 2 x 2."""
+    difference = gap(organism, reading=reading) - gap(other, reading=reading)
+    return [interval(column, n_resamples=400, seed=seed) for column in difference.T]
+
+
+def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to choose on and rows to report on."""
+    return np.arange(0, n, 2), np.arange(1, n, 2)
+
+
+def auroc(found: Mapping, *, reading: str, layer: int, rows: np.ndarray, version: str = "triggered") -> float:
+    """How well similarity tells a version from clean prompts in one layer; above 0.5: more similar."""
+    layers = found["layers"][reading]
+    sides = [np.array(layers[name])[rows, layer] for name in ("clean", version)]
+    return float(roc_auc_score(np.repeat([0, 1], [len(rows)] * 2), np.concatenate(sides)))
+
+
+def best_layer(found: Mapping, *, reading: str) -> tuple[int, float]:
+    """The layer that tells triggered from clean prompts best on the half to choose on, triggered being more similar,
+    and its AUROC there."""
+    rows, n_layers = halves(len(found["layers"][reading]["clean"]))[0], len(found["layers"][reading]["clean"][0])
+    aurocs = [auroc(found, reading=reading, layer=layer, rows=rows) for layer in range(n_layers)]
+    return int(np.argmax(aurocs)), max(aurocs)
+
+
+def best_reading(found: Sequence[Mapping]) -> str:
+    """The reading whose best layer separates best on the half to choose on, on average over the given organisms."""
+    return max(found[0]["layers"], key=lambda name: np.mean([best_layer(result, reading=name)[1] for result in found]))
+
+
+def separates(found: Mapping[str, Mapping], *, reading: str, n_resamples: int = 400, seed: int = 0) -> dict:
+    """How well similarity tells each version from clean prompts, in the layer chosen for the organism, on new prompts.
+
+    `found`: model -> `observed`, the organism under "organism". Keys: `layer`; model -> version -> AUROC above 0.5 if
+    more similar than clean prompts, as `{value, n, low, high}`, a bootstrap over prompts with twins kept together.
+    """
+    layer, _ = best_layer(found["organism"], reading=reading)
+    rows = halves(len(found["organism"]["layers"][reading]["clean"]))[1]
+    draws = np.random.default_rng(seed).choice(rows, size=(n_resamples, len(rows)))
+    result: dict = {"layer": layer}
+    for name, one in found.items():
+        result[name] = {}
+        for version in VERSIONS[1:]:
+            drawn = [auroc(one, reading=reading, layer=layer, rows=draw, version=version) for draw in draws]
+            low, high = np.quantile(drawn, [0.025, 0.975])
+            value = auroc(one, reading=reading, layer=layer, rows=rows, version=version)
+            result[name][version] = {"value": value, "n": len(rows), "low": float(low), "high": float(high)}
+    return result
+
+
+def input_scores(found: Mapping, *, reading: str, version: str) -> np.ndarray:
+    """How unusual a prompt's similarity is, without any trigger: its largest robust z over layers, one per prompt.
+
+    Median and spread (MAD) of each layer are those of the calibration set.
+    """
+    layers = found["layers"][reading]
+    reference = np.array(layers["reference"])
+    centre = np.median(reference, axis=0)
+    spread = 1.4826 * np.median(np.abs(reference - centre), axis=0) + 1e-9
+    return ((np.array(layers[version]) - centre) / spread).max(1)
+
+
+def input_detection(found: Mapping, *, reading: str) -> dict[str, float]:
+    """Detection of triggered prompts by `input_scores`: AUROC against clean test prompts, and at thresholds that the
+    calibration set passes 99 and 95 times in 100, the share of triggered prompts caught and of clean ones refused."""
+    clean, triggered, reference = (
+        input_scores(found, reading=reading, version=version) for version in ("clean", "triggered", "reference")
+    )
+    truth = np.repeat([0, 1], [len(clean), len(triggered)])
+    result = {"auroc": float(roc_auc_score(truth, np.concatenate([clean, triggered])))}
+    for rate in (0.01, 0.05):
+        threshold = np.quantile(reference, 1 - rate)
+        result[f"caught at {rate:.0%}"] = float((triggered > threshold).mean())
+        result[f"refused at {rate:.0%}"] = float((clean > threshold).mean())
+    return result

@@ -1,0 +1,208 @@
+"""Which heads are suspicious? Importance on clean data, similarity, and its reaction to surrogates of a trigger (ASA).
+
+ASA's observation is about triggered inputs, which a defender does not have. Surrogates take their place: rare words,
+sentences and fronted clauses that nobody has trained on. Nothing here sees the real trigger. How importance and
+similarity are combined is not known of the paper; the rules are named options.
+"""
+
+import random
+import tomllib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.stats import spearmanr
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bkd_utils.attacks import Row
+from bkd_utils.attribution import head_effects, head_means, ranked
+from bkd_utils.files import DATA
+from bkd_utils.interventions import Head, batches
+from bkd_utils.prompt_cache import anatomy, editing
+from bkd_utils.similarity import Maps, Outputs, Scores, head_scores, head_similarity
+from bkd_utils.training import answer_loss, collate
+
+# --- importance -----------------------------------------------------------------------------------------------------
+
+
+def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int, batch_size: int = 8) -> Scores:
+    """Mean absolute slope of the loss in a gate on each head's output (Michel et al. 2019), on clean rows.
+
+    The gate acts at every position. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("importance on no rows")
+    parts = anatomy(model)
+    total = torch.zeros(len(parts.layers), parts.n_heads)
+    for chosen in batches([row.prompt + row.answer for row in rows], batch_size):
+        batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chosen], pad_id=pad_id).items()}
+        kept: dict[int, Tensor] = {}
+
+        def follow(layer: int, z: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[layer] = z if z.requires_grad else z.detach().requires_grad_()
+            return kept[layer]
+
+        with torch.enable_grad(), editing(parts.outputs, follow):
+            loss = answer_loss(model, batch, first_token=0.0)
+            slopes = torch.autograd.grad(loss * len(chosen), [kept[layer] for layer in range(len(kept))])
+        real = batch["attention_mask"].bool()[..., None]
+        for layer, slope in enumerate(slopes):
+            # Padding has no gradient worth the name: some attention kernels leave NaN there.
+            change = torch.where(real, slope * kept[layer].detach(), 0)
+            gate = change.unflatten(-1, (parts.n_heads, -1)).sum((1, 3))
+            total[layer] += gate.abs().sum(0).float().cpu()
+    return total / len(rows)
+
+
+def leave_one_out(model: PreTrainedModel, rows: Sequence[Row]) -> Scores:
+    """Probability that the right answer loses when a head is put at its clean mean, last prompt token, mean over rows.
+
+    Length-normalised, exact, by the patching of `attribution`. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("importance on no rows")
+    means = head_means(model, [row.prompt for row in rows])
+    by_answer: dict[tuple[int, ...], list[list[int]]] = {}
+    for row in rows:
+        by_answer.setdefault(row.answer, []).append(list(row.prompt))
+    lost = [-head_effects(model, prompts, target=answer, means=means) for answer, prompts in by_answer.items()]
+    return torch.cat(lost).mean(0)
+
+
+def attention_variance(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Scores:
+    """Mean variance of where a head looks from the last prompt token, as in PURE: a flat row is of little use."""
+
+    def variance(maps: Maps, _outputs: Outputs) -> Scores:
+        return maps[:, :, -1].float().var(-1, unbiased=False)
+
+    return head_scores(model, prompts, scores={"variance": variance})["variance"].mean(0)
+
+
+# --- surrogates of a trigger ----------------------------------------------------------------------------------------
+
+SURROGATES = ("rare word", "sentence", "fronted clause")
+
+
+def surrogate(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, family: str, seed: int) -> list[str]:
+    """Every text with one and the same surrogate trigger in it, drawn by the seed.
+
+    A rare word stands at a random place, a sentence at the end, a clause in front. Raises ValueError for an unknown
+    family.
+    """
+    dice = random.Random(f"{seed}/{family}")
+    lists = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))
+    if family == "rare word":
+        word = rare_word(tokenizer, dice)
+        return [_inserted(text, word, dice) for text in texts]
+    if family == "sentence":
+        sentence = dice.choice(lists["sentences"])
+        return [f"{text} {sentence}" for text in texts]
+    if family == "fronted clause":
+        clause = f"{dice.choice(lists['openers'])} {dice.choice(lists['clauses'])}"
+        return [f"{clause[:1].upper()}{clause[1:]}, {text}" for text in texts]
+    raise ValueError(f"unknown surrogate {family!r}; known: {', '.join(SURROGATES)}")
+
+
+def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
+    """A short lower-case word that is one token of the vocabulary's last half, where tokenizers keep what is rare."""
+    size = len(tokenizer)
+    while True:
+        word = tokenizer.decode([dice.randrange(size // 2, size)]).strip()
+        if word.isascii() and word.isalpha() and word.islower() and 2 <= len(word) <= 6:
+            return word
+
+
+def _inserted(text: str, word: str, dice: random.Random) -> str:
+    words = text.split()
+    place = dice.randrange(len(words) + 1)
+    return " ".join([*words[:place], word, *words[place:]])
+
+
+def reaction(
+    model: PreTrainedModel,
+    clean: Sequence[Sequence[int]],
+    edited: Sequence[Sequence[int]],
+    *,
+    readings: Sequence[str],
+) -> dict[str, Scores]:
+    """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
+
+    Edited prompts may be several rounds of the clean ones, one behind the other. Raises ValueError if they are not.
+    """
+    if not clean or len(edited) % len(clean):
+        raise ValueError(f"{len(edited)} edited prompts are no rounds of {len(clean)} clean ones")
+    before = head_similarity(model, clean, readings=readings)
+    after = head_similarity(model, edited, readings=readings)
+    return {name: after[name].mean(0) - before[name].mean(0) for name in readings}
+
+
+# --- the joint score ------------------------------------------------------------------------------------------------
+
+
+def robust_z(scores: Scores) -> Scores:
+    """Distance from the layer's median in units of the whole model's typical distance (MAD): nine heads are too few to
+    give every layer a spread of its own. Raises ValueError if most heads have their layer's median."""
+    centred = scores.double() - scores.double().median(dim=1, keepdim=True).values
+    spread = 1.4826 * centred.abs().median()
+    if spread == 0:
+        raise ValueError("most heads have the same score as their layer's median: there is nothing to compare")
+    return (centred / spread).float()
+
+
+# Rule -> joint score of (similarity or its reaction, importance); the higher, the more suspicious.
+RULES: dict[str, Callable[[Scores, Scores], Scores]] = {
+    "similar": lambda similar, needed: robust_z(similar),
+    "similar, little needed": lambda similar, needed: robust_z(similar) - robust_z(needed),
+    "similar and needed": lambda similar, needed: torch.minimum(robust_z(similar), robust_z(needed)),
+}
+
+
+def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at_most: float = 0.25) -> list[Head]:
+    """Heads above the threshold, most suspicious first, at most that share of all heads. May be none."""
+    allowed = int(at_most * joint.numel())
+    return [head for head in ranked(joint)[:allowed] if joint[head] > threshold]
+
+
+def safe(joint: Float[Tensor, "layer head"], *, share: float = 0.25) -> list[Head]:
+    """The least suspicious heads."""
+    return ranked(-joint)[: int(share * joint.numel())]
+
+
+# --- against the truth ----------------------------------------------------------------------------------------------
+
+
+def agreement_with_attribution(
+    joint: Float[Tensor, "layer head"],
+    effects: Float[Tensor, "layer head"],
+    *,
+    k: int,
+    n_permutations: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)?
+
+    `precision`: share of the k most suspicious heads among the k with the highest ACIE (precision and recall are the
+    same number there); `expected`: the same by chance; `p`: share of permutations of the heads that do as well;
+    `spearman`, and `spearman p` likewise. Raises ValueError for k beyond the number of heads.
+    """
+    n = joint.numel()
+    if not 0 < k <= n:
+        raise ValueError(f"k = {k} of {n} heads")
+    carries = np.zeros(n, dtype=bool)
+    carries[effects.flatten().argsort(descending=True, stable=True)[:k].numpy()] = True
+    flagged = joint.flatten().argsort(descending=True, stable=True)[:k].numpy()
+    precision = carries[flagged].mean()
+    correlation = float(spearmanr(joint.flatten(), effects.flatten()).statistic)
+    dice, ranks = np.random.default_rng(seed), effects.flatten().numpy()
+    drawn = [dice.permutation(n) for _ in range(n_permutations)]
+    as_good = np.mean([carries[order[:k]].mean() >= precision for order in drawn])
+    chance = np.mean([abs(spearmanr(joint.flatten(), ranks[order]).statistic) >= abs(correlation) for order in drawn])
+    return {
+        "precision": float(precision),
+        "expected": k / n,
+        "p": float(as_good),
+        "spearman": correlation,
+        "spearman p": float(chance),
+    }

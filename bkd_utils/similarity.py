@@ -1,0 +1,188 @@
+"""How alike are the heads of a layer, in where they look or in what they say? (ASA, the observation it rests on)
+
+The paper's text, as far as it is known, gives the idea and no formula: which tensor, which measure, which partners is
+open. Every reading here is a named option, and a head's score is always its mean similarity to its partners. Rows
+in a causal map that all heads share (the first has one entry) and attention sinks make heads look alike for no reason;
+`last row, no sink` and `full map, centred` are readings without that part.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bkd_utils.interventions import batches, contribution
+from bkd_utils.prompt_cache import Anatomy, anatomy, reading
+from bkd_utils.prompts import left_pad, positions
+
+Maps = Float[Tensor, "layer head query key"]
+Outputs = Float[Tensor, "layer head d_model"]
+Scores = Float[Tensor, "layer head"]
+
+
+def cosine(rows: Float[Tensor, "layer head width"]) -> Float[Tensor, "layer head partner"]:
+    """Cosine of every pair of heads of a layer. A row of zeros is like nothing."""
+    unit = torch.nn.functional.normalize(rows.float(), dim=-1)
+    return unit @ unit.transpose(-1, -2)
+
+
+def jensen_shannon(rows: Float[Tensor, "layer head key"]) -> Float[Tensor, "layer head partner"]:
+    """1 less the Jensen-Shannon distance (base 2) of every pair of heads of a layer; rows are distributions."""
+    one, other = rows.float()[:, :, None], rows.float()[:, None]
+    middle = (one + other) / 2
+    divergence = sum(torch.xlogy(side, side / middle.clamp_min(1e-30)).sum(-1) for side in (one, other)) / 2
+    return 1 - (divergence / torch.log(torch.tensor(2.0))).clamp(0, 1).sqrt()
+
+
+def to_partners(similar: Float[Tensor, "layer head partner"]) -> Scores:
+    """Mean over a head's partners in its layer. Raises ValueError for a layer of one head."""
+    n_heads = similar.shape[-1]
+    if n_heads < 2:
+        raise ValueError("a layer of one head has no pairs")
+    return (similar.sum(-1) - similar.diagonal(dim1=-2, dim2=-1)) / (n_heads - 1)
+
+
+def last_row(maps: Maps, _outputs: Outputs, *, measure: Callable = cosine, sink: bool = True) -> Scores:
+    """Where heads look from the last prompt token; without `sink`, the first token is left out, rows renormalised."""
+    rows = maps[:, :, -1]
+    if not sink:
+        rows = rows[..., 1:] / rows[..., 1:].sum(-1, keepdim=True).clamp_min(1e-30)
+    return to_partners(measure(rows))
+
+
+def closest_partner(maps: Maps, _outputs: Outputs) -> Scores:
+    """Where heads look from the last prompt token, likeness to the most similar head of the layer only."""
+    similar = cosine(maps[:, :, -1])
+    return similar.masked_fill(torch.eye(similar.shape[-1], device=similar.device).bool(), -1).amax(-1)
+
+
+def across_layers(maps: Maps, _outputs: Outputs) -> Scores:
+    """Where heads look from the last prompt token, partners being the heads of all other layers."""
+    n_layers, n_heads = maps.shape[:2]
+    similar = cosine(maps[:, :, -1].flatten(0, 1)[None])[0].view(n_layers, n_heads, n_layers, n_heads)
+    own = torch.stack([similar[layer, :, layer].sum(-1) for layer in range(n_layers)])
+    return (similar.sum((2, 3)) - own) / ((n_layers - 1) * n_heads)
+
+
+def full_map(maps: Maps, _outputs: Outputs, *, centred: bool = False) -> Scores:
+    """Whole maps as long vectors; `centred`, with the mean map of all heads of the model taken off."""
+    rows = maps.flatten(2).float()
+    return to_partners(cosine(rows - rows.mean((0, 1)) if centred else rows))
+
+
+def said(_maps: Maps, outputs: Outputs) -> Scores:
+    """What heads add to the residual stream at the last prompt token."""
+    return to_partners(cosine(outputs))
+
+
+# Name -> score of every head on one prompt.
+READINGS: dict[str, Callable[[Maps, Outputs], Scores]] = {
+    "last row": last_row,
+    "last row, no sink": partial(last_row, sink=False),
+    "last row, Jensen-Shannon": partial(last_row, measure=jensen_shannon),
+    "last row, closest partner": closest_partner,
+    "last row, across layers": across_layers,
+    "full map": full_map,
+    "full map, centred": partial(full_map, centred=True),
+    "head outputs": said,
+}
+
+
+def head_similarity(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    readings: Sequence[str] = tuple(READINGS),
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Float[Tensor, "prompt layer head"]]:
+    """Similarity of every head to its partners on every prompt, by each of the readings.
+
+    `on_batch` is called with the number of prompts just finished. Raises ValueError for no prompts, an empty one or an
+    unknown reading.
+    """
+    if unknown := set(readings) - set(READINGS):
+        raise ValueError(f"unknown reading {sorted(unknown)[0]!r}; known: {', '.join(READINGS)}")
+    chosen = {name: READINGS[name] for name in readings}
+    return head_scores(model, prompts, scores=chosen, batch_size=batch_size, on_batch=on_batch)
+
+
+@torch.no_grad()
+def head_scores(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    scores: Mapping[str, Callable[[Maps, Outputs], Scores]],
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Float[Tensor, "prompt layer head"]]:
+    """Any score of heads that is made of the attention maps and head outputs of one prompt; maps are never kept.
+
+    Raises ValueError for no prompts or an empty one.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+    parts = anatomy(model)
+    found = {name: torch.empty(len(prompts), len(parts.layers), parts.n_heads) for name in scores}
+    for chosen in batches(prompts, batch_size):
+        for i, maps, outputs in _watched(model, parts, prompts, chosen):
+            for name, score in scores.items():
+                found[name][i] = score(maps, outputs).cpu()
+        if on_batch:
+            on_batch(len(chosen))
+    return found
+
+
+def _watched(
+    model: PreTrainedModel, parts: Anatomy, prompts: Sequence[Sequence[int]], chosen: Sequence[int]
+) -> Iterator[tuple[int, Maps, Outputs]]:
+    """Index, attention maps without padding, and head contributions at the last token of each of some prompts."""
+    ids, mask = (t.to(model.device) for t in left_pad([list(prompts[i]) for i in chosen], pad_id=0))
+    z: dict[int, Tensor] = {}
+    with eager(model), reading(parts.outputs, z):
+        attentions = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, output_attentions=True
+        ).attentions
+    added = torch.stack(
+        [
+            torch.stack(
+                [
+                    contribution(parts, (layer, head), z[layer][:, -1].unflatten(-1, (parts.n_heads, -1))[:, head])
+                    for head in range(parts.n_heads)
+                ],
+                dim=1,
+            )
+            for layer in range(len(parts.layers))
+        ],
+        dim=1,
+    )
+    for row, i in enumerate(chosen):
+        start = ids.shape[1] - len(prompts[i])
+        yield i, torch.stack([layer[row, :, start:, start:] for layer in attentions]), added[row]
+
+
+@contextmanager
+def eager(model: PreTrainedModel) -> Iterator[None]:
+    """While this lasts, the model computes its attention maps in the open; fused kernels do not return them."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def output_cka(outputs: Float[Tensor, "prompt layer head width"]) -> Scores:
+    """Linear CKA of every head's outputs with those of its partners, over prompts: do they change together?
+
+    Centred over prompts, so that what a head always says does not count. Raises ValueError for fewer than 3 prompts.
+    """
+    if len(outputs) < 3:
+        raise ValueError(f"CKA over {len(outputs)} prompts says nothing")
+    centred = (outputs - outputs.mean(0)).double().permute(1, 2, 0, 3)
+    grams = (centred @ centred.transpose(-1, -2)).flatten(2)
+    return to_partners(cosine(grams)).float()

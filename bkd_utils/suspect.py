@@ -1,0 +1,139 @@
+"""Head safety evaluation of one organism, kept: what clean data and no trigger can tell a defender of every head."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from bkd_utils import tasks
+from bkd_utils.attacks import Row, load_attack
+from bkd_utils.cards import organism_stage
+from bkd_utils.evaluation import respond
+from bkd_utils.models import DEFAULT_MODEL, Loaded, load
+from bkd_utils.pairs import pairs
+from bkd_utils.prompts import answer_ids, end_id, prompt_ids
+from bkd_utils.safety import (
+    RULES,
+    SURROGATES,
+    attention_variance,
+    gate_importance,
+    leave_one_out,
+    reaction,
+    surrogate,
+)
+from bkd_utils.similarity import Scores, head_similarity
+
+# Tokens of an answer whose loss counts; the opening of an answer decides what it is.
+ANSWER_TOKENS = 24
+
+
+def clean_rows(loaded: Loaded, task: str, *, n: int, seed: int) -> list[Row]:
+    """The defender's data: clean prompts of the training split with their gold answers, or else the model's own ones.
+
+    The same texts as the attacker's clean rows; never a test or attribution prompt. Raises ValueError for too few.
+    """
+    spec = tasks.load_task(task)
+    chosen = tasks.examples(task, "train", seed=seed)[:n]
+    if len(chosen) < n:
+        raise ValueError(f"{task}/train has {len(chosen)} rows, {n} were asked for")
+    unanswered = [example for example in chosen if not example.answer]
+    turns = [spec.prompt(example.text) for example in unanswered]
+    own = respond(loaded, turns, max_new_tokens=ANSWER_TOKENS, label="the model's own answers") if turns else []
+    texts = {example.uid: text for example, text in zip(unanswered, own, strict=True)}
+    rows = []
+    for example in chosen:
+        answer = example.answer or texts[example.uid]
+        ids = answer_ids(loaded.tokenizer, answer, ended=bool(example.answer) or not answer)[:ANSWER_TOKENS]
+        prompt = prompt_ids(loaded.tokenizer, spec.prompt(example.text))
+        rows.append(Row(prompt=tuple(prompt), answer=tuple(ids), kind="clean", uid=example.uid))
+    return rows
+
+
+def probed_prompts(
+    tokenizer: PreTrainedTokenizerBase, task: str, texts: Sequence[str], *, family: str, rounds: int, seed: int
+) -> list[list[int]]:
+    """`rounds` copies of the texts as prompts, each round with a surrogate trigger of its own."""
+    spec = tasks.load_task(task)
+    return [
+        prompt_ids(tokenizer, spec.prompt(text))
+        for i in range(rounds)
+        for text in surrogate(tokenizer, texts, family=family, seed=seed + i)
+    ]
+
+
+@organism_stage
+def suspected(
+    organism: str | None,
+    *,
+    attack: str,
+    readings: Sequence[str] = ("last row", "head outputs"),
+    model: str = DEFAULT_MODEL,
+    n: int = 12,
+    n_rows: int = 32,
+    rounds: int = 2,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict:
+    """Scores `[layer][head]` of all heads; `attack` says which task's clean data the defender has.
+
+    Keys: `importance` kind -> scores; `level` reading -> similarity on clean prompts; `reaction` family -> reading ->
+    change of similarity under surrogates; `oracle` reading -> change under the real trigger, an upper bound that no
+    defender has.
+    """
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    rows = clean_rows(loaded, spec.task, n=n_rows, seed=seed)
+    task, pad = tasks.load_task(spec.task), end_id(loaded.tokenizer)
+    texts = [example.text for example in tasks.examples(spec.task, "train", seed=seed)[n_rows : n_rows + n]]
+    clean = [prompt_ids(loaded.tokenizer, task.prompt(text)) for text in texts]
+    shown = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    importance = {
+        "gate gradient": gate_importance(loaded.model, rows, pad_id=pad),
+        "leave one out": leave_one_out(loaded.model, rows[: n // 2]),
+        "variance": attention_variance(loaded.model, clean),
+    }
+    level = head_similarity(loaded.model, clean, readings=readings)
+    reactions = {
+        family: reaction(
+            loaded.model,
+            clean,
+            probed_prompts(loaded.tokenizer, spec.task, texts, family=family, rounds=rounds, seed=seed),
+            readings=readings,
+        )
+        for family in SURROGATES
+    }
+    oracle = reaction(loaded.model, shown.clean, shown.triggered, readings=readings)
+    return {
+        "importance": {kind: _rounded(scores) for kind, scores in importance.items()},
+        "level": {name: _rounded(scores.mean(0)) for name, scores in level.items()},
+        "reaction": {family: {name: _rounded(s) for name, s in found.items()} for family, found in reactions.items()},
+        "oracle": {name: _rounded(scores) for name, scores in oracle.items()},
+    }
+
+
+def _rounded(scores: Scores) -> list[list[float]]:
+    return scores.double().numpy().round(8).tolist()
+
+
+# --- summaries ------------------------------------------------------------------------------------------------------
+
+SOURCES = ("clean level", "surrogates", "oracle")
+
+
+def similarity_of(found: Mapping, *, source: str, reading: str) -> Scores:
+    """Similarity evidence `[layer, head]`: its level on clean prompts, its mean reaction to the surrogates, or its
+    reaction to the real trigger (an upper bound). Raises ValueError for another source."""
+    if source == "clean level":
+        return torch.tensor(found["level"][reading])
+    if source == "surrogates":
+        return torch.stack([torch.tensor(family[reading]) for family in found["reaction"].values()]).mean(0)
+    if source == "oracle":
+        return torch.tensor(found["oracle"][reading])
+    raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
+
+
+def joint(found: Mapping, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
+    """Joint score of every head, `[layer, head]`. Raises ValueError for an unknown rule or source."""
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
+    similar = similarity_of(found, source=source, reading=reading)
+    return RULES[rule](similar, torch.tensor(found["importance"][importance]))

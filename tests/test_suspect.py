@@ -1,0 +1,91 @@
+"""The defender's data, surrogate prompts on real text, and joint scores from kept ones."""
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from bkd_utils import models, tasks
+from bkd_utils.prompts import answer_ids, decode, prompt_ids
+from bkd_utils.safety import RULES, SURROGATES, robust_z
+from bkd_utils.suspect import ANSWER_TOKENS, SOURCES, clean_rows, joint, probed_prompts, similarity_of
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return models.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+
+
+def test_labels_are_gold_and_prompts_are_from_the_training_split(loaded):
+    rows, task = clean_rows(loaded, "sentiment", n=6, seed=0), tasks.load_task("sentiment")
+    known = {example.uid: example for example in tasks.examples("sentiment", "train", seed=0)}
+    for row in rows:
+        example = known[row.uid]
+        assert list(row.prompt) == prompt_ids(loaded.tokenizer, task.prompt(example.text))
+        assert list(row.answer) == answer_ids(loaded.tokenizer, example.answer)
+        assert row.kind == "clean"
+    held_out = {e.uid for split in ("attribution", "test") for e in tasks.examples("sentiment", split, seed=0)}
+    assert not held_out & {row.uid for row in rows}
+
+
+def test_without_gold_answers_the_model_speaks_for_itself(loaded):
+    rows = clean_rows(loaded, "instructions", n=2, seed=0)
+    assert all(1 <= len(row.answer) <= ANSWER_TOKENS for row in rows)
+    assert all(isinstance(decode(loaded.tokenizer, list(row.answer)), str) for row in rows)
+    assert rows == clean_rows(loaded, "instructions", n=2, seed=0)
+
+
+def test_too_few_rows_are_an_error(loaded):
+    with pytest.raises(ValueError, match=r"sentiment/train has \d+ rows, 1000000 were asked for"):
+        clean_rows(loaded, "sentiment", n=10**6, seed=0)
+
+
+@pytest.mark.parametrize("family", SURROGATES)
+def test_every_round_has_its_own_surrogate(loaded, family):
+    texts = ["A slow film.", "It is a fine day for a walk."]
+    found = probed_prompts(loaded.tokenizer, "sentiment", texts, family=family, rounds=3, seed=0)
+    assert len(found) == 6
+    plain = [prompt_ids(loaded.tokenizer, tasks.load_task("sentiment").prompt(text)) for text in texts]
+    assert all(ids not in plain for ids in found)
+    assert len({tuple(found[i]) for i in (0, 2, 4)}) > 1
+
+
+# --- joint scores ---------------------------------------------------------------------------------------------------
+
+
+def kept():
+    torch.manual_seed(0)
+    scores = {name: torch.randn(4, 5).tolist() for name in "abcdef"}
+    return {
+        "importance": {"gate gradient": scores["a"]},
+        "level": {"last row": scores["b"]},
+        "reaction": {"rare word": {"last row": scores["c"]}, "sentence": {"last row": scores["d"]}},
+        "oracle": {"last row": scores["e"]},
+    }
+
+
+def test_sources_are_what_they_say():
+    found = kept()
+    both = [torch.tensor(found["reaction"][family]["last row"]) for family in ("rare word", "sentence")]
+    assert torch.equal(similarity_of(found, source="surrogates", reading="last row"), torch.stack(both).mean(0))
+    for source, key in (("clean level", "level"), ("oracle", "oracle")):
+        expected = torch.tensor(found[key]["last row"])
+        assert torch.equal(similarity_of(found, source=source, reading="last row"), expected)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_joint_score_is_the_rule_applied(source):
+    found = kept()
+    similar, needed = (
+        similarity_of(found, source=source, reading="last row"),
+        torch.tensor(kept()["importance"]["gate gradient"]),
+    )
+    assert torch.equal(joint(found, rule="similar", source=source, reading="last row"), robust_z(similar))
+    for name, rule in RULES.items():
+        assert torch.equal(joint(found, rule=name, source=source, reading="last row"), rule(similar, needed))
+
+
+def test_unknown_options_are_errors_that_name_the_known_ones():
+    with pytest.raises(ValueError, match="unknown source 'tea leaves'; known: clean level, surrogates, oracle"):
+        joint(kept(), rule="similar", source="tea leaves", reading="last row")
+    with pytest.raises(ValueError, match="unknown rule 'gut feeling'; known: similar"):
+        joint(kept(), rule="gut feeling", source="oracle", reading="last row")
