@@ -107,11 +107,16 @@ def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(0, n, 2), np.arange(1, n, 2)
 
 
+def outranks(found: Mapping, *, reading: str, layer: int, version: str) -> np.ndarray:
+    """Is prompt i of a version more similar than clean prompt j in one layer? 1, 0, or 1/2 for a tie; `[i, j]`."""
+    layers = found["layers"][reading]
+    edited, clean = (np.array(layers[name])[:, layer] for name in (version, "clean"))
+    return (edited[:, None] > clean) + 0.5 * (edited[:, None] == clean)
+
+
 def auroc(found: Mapping, *, reading: str, layer: int, rows: np.ndarray, version: str = "triggered") -> float:
     """How well similarity tells a version from clean prompts in one layer; above 0.5: more similar."""
-    layers = found["layers"][reading]
-    sides = [np.array(layers[name])[rows, layer] for name in ("clean", version)]
-    return float(roc_auc_score(np.repeat([0, 1], [len(rows)] * 2), np.concatenate(sides)))
+    return float(outranks(found, reading=reading, layer=layer, version=version)[np.ix_(rows, rows)].mean())
 
 
 def best_layer(found: Mapping, *, reading: str) -> tuple[int, float]:
@@ -140,10 +145,11 @@ def separates(found: Mapping[str, Mapping], *, reading: str, n_resamples: int = 
     for name, one in found.items():
         result[name] = {}
         for version in VERSIONS[1:]:
-            drawn = [auroc(one, reading=reading, layer=layer, rows=draw, version=version) for draw in draws]
+            pairs_won = outranks(one, reading=reading, layer=layer, version=version)
+            drawn = pairs_won[draws[:, :, None], draws[:, None]].mean((1, 2))
             low, high = np.quantile(drawn, [0.025, 0.975])
-            value = auroc(one, reading=reading, layer=layer, rows=rows, version=version)
-            result[name][version] = {"value": value, "n": len(rows), "low": float(low), "high": float(high)}
+            value = pairs_won[np.ix_(rows, rows)].mean()
+            result[name][version] = {"value": float(value), "n": len(rows), "low": float(low), "high": float(high)}
     return result
 
 

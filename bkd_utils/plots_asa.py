@@ -36,6 +36,17 @@ def gaps(found: Mapping[str, Mapping[str, Mapping]], *, readings: Sequence[str])
     return figure
 
 
+def gap_numbers(found: Mapping[str, Mapping[str, Mapping]], *, readings: Sequence[str]) -> dict:
+    """What `gaps` draws: attack -> reading -> model -> mean over prompts by layer."""
+    return {
+        attack: {
+            name: {model: gap(result, reading=name).mean(0).tolist() for model, result in models.items()}
+            for name in readings
+        }
+        for attack, models in found.items()
+    }
+
+
 def separation_map(found: Mapping[str, Mapping[str, Mapping]], *, models: Sequence[str]) -> Figure:
     """AUROC of triggered against clean prompts, reading by attack, one panel per model.
 

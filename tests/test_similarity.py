@@ -144,7 +144,7 @@ def test_the_model_is_left_as_it_was(prompts):
     with similarity.eager(model):
         assert model.config._attn_implementation == "eager"
     assert model.config._attn_implementation == before
-    with pytest.raises(RuntimeError, match="expand|shape"):
+    with pytest.raises(RuntimeError, match=r"expand|shape"):
         head_scores(model, prompts, scores={"broken": lambda maps, outputs: maps})
     assert model.config._attn_implementation == before
 
