@@ -43,18 +43,19 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
 
     A `query head` is its rows of the query matrix and its columns of the output matrix. A `KV group` is all query heads
     that share keys and values with one of the heads, and those keys and values: under grouped-query attention no head
-    has keys of its own. Shared biases belong to no head. Raises ValueError for no heads or an unknown unit, ModelError
+    has keys of its own. Shared biases belong to no head. Raises ValueError for no heads, one that the model lacks, or an unknown unit; ModelError
     for an architecture whose projections are not known here.
     """
     if unit not in ("query head", "KV group"):
         raise ValueError(f"unknown unit {unit!r}; known: query head, KV group")
     parts, config = anatomy(model), model.config
     n_kv = getattr(config, "num_key_value_heads", None) or parts.n_heads
-    if unit == "KV group":
-        heads = groups(heads, n_heads=parts.n_heads, n_kv_heads=n_kv)
     chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not chosen:
         raise ValueError("slices of no heads")
+    if unit == "KV group":
+        heads = groups(heads, n_heads=parts.n_heads, n_kv_heads=n_kv)
+        chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     masks: dict[str, Tensor] = {}
 

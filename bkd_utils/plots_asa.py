@@ -53,7 +53,7 @@ def separation_map(found: Mapping[str, Mapping[str, Mapping]], *, models: Sequen
     `found`: reading -> attack -> `observe.separates`.
     """
     attacks = list(next(iter(found.values())))
-    figure, axes = panels(models, height=0.3 * len(found) + 0.7)
+    figure, axes = panels(models, height=0.28 * len(found) + 1.1)
     for panel, model in zip(axes[0], models, strict=True):
         values = 100 * np.array(
             [[row[attack][model]["triggered"]["value"] for attack in attacks] for row in found.values()]
@@ -66,10 +66,10 @@ def separation_map(found: Mapping[str, Mapping[str, Mapping]], *, models: Sequen
                 f"{value:.0f}",
                 ha="center",
                 va="center",
-                fontsize=7,
+                fontsize=6,
                 color="white" if abs(value - 50) > 35 else "black",
             )
-        panel.set_xticks(range(len(attacks)), attacks, rotation=45, ha="right", fontsize="small")
+        panel.set_xticks(range(len(attacks)), attacks, rotation=90, fontsize="small")
         panel.set_yticks(range(len(found)), list(found), fontsize="small")
         panel.grid(False)
     figure.colorbar(image, ax=axes, label="AUROC (%), above 50:\ntriggered more similar", shrink=0.9)
