@@ -43,8 +43,8 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
 
     A `query head` is its rows of the query matrix and its columns of the output matrix. A `KV group` is all query heads
     that share keys and values with one of the heads, and those keys and values: under grouped-query attention no head
-    has keys of its own. Shared biases belong to no head. Raises ValueError for no heads, one that the model lacks, or an unknown unit; ModelError
-    for an architecture whose projections are not known here.
+    has keys of its own. Shared biases belong to no head. Raises ValueError for no heads, one that the model lacks, or
+    an unknown unit; ModelError for an architecture whose projections are not known here.
     """
     if unit not in ("query head", "KV group"):
         raise ValueError(f"unknown unit {unit!r}; known: query head, KV group")
