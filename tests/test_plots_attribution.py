@@ -135,7 +135,7 @@ def bands(axes):
 
 def test_no_plot_is_forgotten_here():
     public = {name for name, value in vars(plots).items() if callable(value) and value.__module__ == plots.__name__}
-    assert {name for name in public if not name.startswith("_")} - {"panels"} == set(PLOTS)
+    assert {name for name in public if not name.startswith("_")} - {"panels", "show_legend"} == set(PLOTS)
 
 
 @EACH_PLOT
