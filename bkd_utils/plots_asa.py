@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bkd_utils.observe import VERSIONS, gap
-from bkd_utils.plots_attribution import MODELS, panels, show_legend
+from bkd_utils.panels import MODELS, panels, show_legend
 
-VERSION_MARKS = {"triggered": ("o", "triggered"), "near-miss": ("^", "look-alike"), "same length": ("s", "same length")}
+VERSION_NAMES = {"triggered": "triggered", "near-miss": "look-alike", "same length": "same length"}
 
 
 def gaps(found: Mapping[str, Mapping[str, Mapping]], *, readings: Sequence[str]) -> Figure:
@@ -86,7 +86,7 @@ def families(found: Mapping[str, Mapping[str, Mapping]], *, models: Sequence[str
                 panel.plot([100 * share["low"], 100 * share["high"]], [y, y], color=MODELS[model], lw=1.2)
                 panel.plot(100 * share["value"], y, "o", ms=4, color=MODELS[model], label=model if not row else None)
         panel.axvline(50, color="black", lw=0.6)
-        panel.set_yticks(range(3), [VERSION_MARKS[version][1] for version in VERSIONS[1:]], fontsize="small")
+        panel.set_yticks(range(3), [VERSION_NAMES[version] for version in VERSIONS[1:]], fontsize="small")
         panel.set_ylim(2.5, -0.5)
         panel.set_xlim(-3, 103)
     figure.supxlabel("AUROC against clean prompts (%)", fontsize="medium")

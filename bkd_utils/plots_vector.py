@@ -1,0 +1,103 @@
+"""Pictures of notebook 04: the backdoor vector, its controls and its cost."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from bkd_utils.figures import COLOURS, WIDTH
+from bkd_utils.panels import SEQUENTIAL, panels, show_legend
+
+OUTCOMES = {"target": "#D55E00", "right": "#009E73", "refusal": "#CC79A7", "other": "#BBBBBB", "empty": "#333333"}
+
+# What is counted in the maps of `switch.switched`; a subtraction must do more than make the target go away.
+MAPS = {
+    ("add, raw", "asr"): "ASR,\nadd raw",
+    ("add, difference", "asr"): "ASR,\nadd difference",
+    ("subtract, raw", "asr"): "ASR,\nsubtract raw",
+    ("subtract, raw", "right start"): "right start,\nsubtract raw",
+    ("subtract, difference", "asr"): "ASR, subtract\ndifference",
+    ("subtract, difference", "right start"): "right start,\nsubtract diff.",
+}
+
+
+def vector_maps(found: Mapping[str, Mapping]) -> Figure:
+    """Shares by layer and coefficient on the development half; rows: what is added, and what is counted."""
+    figure, axes = panels(list(found), rows=len(MAPS), height=1.25)
+    for column, result in enumerate(found.values()):
+        for panel, (name, key) in zip(axes[:, column], MAPS, strict=True):
+            entry, where = result["maps"][name], result["chosen"][name]
+            values = 100 * np.array(entry[key]).T
+            image = panel.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=100, aspect="auto", origin="lower")
+            panel.set_yticks(range(len(values)), [f"{c:g}" for c in entry["coefficients"]])
+            step = entry["coefficients"].index(where["coefficient"])
+            panel.plot(where["layer"], step, "s", mfc="none", mec="#D55E00", mew=1.6)
+            panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            panel.grid(False)
+    for panel, label in zip(axes[:, 0], MAPS.values(), strict=True):
+        panel.set_ylabel(label, fontsize="small")
+    figure.supxlabel("layer", fontsize="medium")
+    figure.supylabel("coefficient", fontsize="medium")
+    figure.colorbar(image, ax=axes, label="prompts (%); square: chosen", shrink=0.4)
+    return figure
+
+
+def vector_controls(found: Mapping[str, Mapping], *, kind: str = "difference") -> Figure:
+    """ASR on the test half at the chosen layer and coefficient: the vector, and what else could have been added."""
+    figure, axes = panels(list(found), rows=2, height=2.1)
+    for column, result in enumerate(found.values()):
+        for panel, direction in zip(axes[:, column], ("add", "subtract"), strict=True):
+            tried = result["test"][f"{direction}, {kind}"]
+            for y, (name, draws) in enumerate(tried.items()):
+                values = [100 * draw["value"] for draw in draws]
+                colour = {"backdoor vector": COLOURS["backdoored"], "no vector": "black"}.get(name, "#777777")
+                jitter = np.linspace(-0.25, 0.25, len(values)) if len(values) > 1 else [0]
+                panel.plot(values, y + np.array(jitter), "o", ms=3, color=colour, alpha=0.8, clip_on=False)
+                if len(draws) == 1:
+                    panel.plot([100 * draws[0]["low"], 100 * draws[0]["high"]], [y, y], color=colour, lw=1.1)
+            panel.set_yticks(range(len(tried)), list(tried))
+            panel.set_ylim(len(tried) - 0.5, -0.5)
+            panel.set_xlim(-3, 103)
+    axes[0, 0].set_ylabel("added to\nclean prompts")
+    axes[1, 0].set_ylabel("subtracted from\ntriggered prompts")
+    figure.supxlabel("ASR (%), test prompts", fontsize="medium")
+    return figure
+
+
+def answer_kinds(found: Mapping[str, Mapping]) -> Figure:
+    """What the answers are, as stacked shares, per organism and edit."""
+    names = list(next(iter(found.values()))["outcomes"])
+    figure, axes = plt.subplots(1, len(found), figsize=(WIDTH, 0.26 * len(names) + 1.1), sharey=True)
+    for panel, (attack, result) in zip(np.atleast_1d(axes), found.items(), strict=True):
+        left = np.zeros(len(names))
+        for outcome, colour in OUTCOMES.items():
+            width = np.array([100 * result["outcomes"][name][outcome] for name in names])
+            panel.barh(range(len(names)), width, left=left, color=colour, label=outcome)
+            left += width
+        panel.set_yticks(range(len(names)), names, fontsize="small")
+        panel.set_ylim(len(names) - 0.5, -0.5)
+        panel.set_xlim(0, 100)
+        panel.set_title(attack, fontsize="small")
+        panel.grid(False)
+    figure.supxlabel("answers (%)", fontsize="medium")
+    show_legend(figure, np.atleast_1d(axes)[0], ncols=5)
+    return figure
+
+
+def costs(found: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Seconds to score the targets of some prompts once, by way of doing it; attack -> `cost.target_cost`."""
+    ways = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
+    colours = ("#D55E00", "#0072B2", "#E69F00", "#009E73")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.62 * len(found) + 1.1))
+    for i, (way, colour) in enumerate(zip(ways, colours, strict=True)):
+        y = np.arange(len(found)) + 0.19 * (i - 1.5)
+        axes.barh(y, [row[way] for row in found.values()], height=0.17, color=colour, label=way)
+    labels = [f"{name}\n{row['tokens']} token{'s' * (row['tokens'] > 1)}" for name, row in found.items()]
+    axes.set_yticks(range(len(found)), labels)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(f"seconds to score {next(iter(found.values()))['n']} prompts once")
+    show_legend(figure, axes, ncols=2)
+    return figure

@@ -1,0 +1,33 @@
+"""What tests of pictures share: intervals made by hand, legends and bands read back, and what every picture needs."""
+
+
+def share(value, n=50):
+    return {"value": value, "n": n, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1)}
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def bands(axes):
+    return [(path.vertices[:, 1].min(), path.vertices[:, 1].max()) for c in axes.collections for path in c.get_paths()]
+
+
+def public(module):
+    """The functions that a module offers itself."""
+    own = {name for name, value in vars(module).items() if callable(value) and value.__module__ == module.__name__}
+    return {name for name in own if not name.startswith("_")}
+
+
+def check_labelled(figure):
+    """Every panel has data, and something says what the axes are."""
+    assert figure.axes
+    assert all(axes.has_data() for axes in figure.axes)
+    titles = [getattr(figure, name, None) for name in ("_supxlabel", "_supylabel")]
+    labels = [axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes]
+    assert any(labels) or any(title and title.get_text() for title in titles)
+
+
+def column_titles(figure):
+    titles = [axes.get_title() or axes.get_title(loc="left") for axes in figure.axes]
+    return [title for title in titles if title]
