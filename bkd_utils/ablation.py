@@ -1,7 +1,7 @@
 """What is left of a backdoor, and of the model, when heads are taken out: ASR and utility against their number."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -35,6 +35,16 @@ class Side:
     answers: dict[str, list[list[int]]]
     own: torch.Tensor
     inputs: dict[str, dict[int, torch.Tensor]]
+
+    def first(self, n: int) -> "Side":
+        """The first `n` prompts of it; nothing runs again."""
+        answers = {name: given[:n] for name, given in self.answers.items()}
+        inputs = {
+            # As many columns as the longest answer that is left has tokens.
+            name: {layer: hidden[:n, : max(map(len, answers[name]))] for layer, hidden in kept.items()}
+            for name, kept in self.inputs.items()
+        }
+        return Side(self.prompts[:n], self.past.part(slice(n)), answers, self.own[:n], inputs)
 
 
 @dataclass(frozen=True)
@@ -169,10 +179,10 @@ def curves(
     counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
     found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    rival, references = load(model, organism=control, device=device), {"n_reference": n_attribution, "seed": seed}
-    made = bench(loaded, rival, spec, n=n, **references)
+    made = bench(loaded, load(model, organism=control, device=device), spec, n=n, n_reference=n_attribution, seed=seed)
     # Draws are averaged, so that half of the prompts is enough for each.
-    for_draws = bench(loaded, rival, spec, n=max(1, n // 2), **references) if random_counts else made
+    half = max(1, n // 2)
+    for_draws = replace(made, triggered=made.triggered.first(half), clean=made.clean.first(half))
     attribution = pairs(loaded.tokenizer, spec, split="attribution", n=n_attribution, seed=seed).triggered
     largest = max(counts)
     orders = {
@@ -182,7 +192,8 @@ def curves(
             loaded, attribution, target=target_ids(loaded.tokenizer, spec), reference=made.reference, counts=counts
         ),
     }
-    todo = [("none", kinds[0], False, [], 0)]
+    # Random draws have prompts of their own, and so an untouched model of their own to be held against.
+    todo = [("none", "published", False, [], 0)] + [("random", "published", False, [], 0)] * bool(random_counts)
     for k in (k for k in counts if k):
         todo += [("ACIE", kind, False, orders["ACIE"][:k], 0) for kind in kinds]
         todo += [(ranking, "published", False, orders[ranking][:k], 0) for ranking in ("gradient", "necessity")]

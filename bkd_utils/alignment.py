@@ -22,7 +22,7 @@ from bkd_utils.attacks import Row
 from bkd_utils.interventions import Head, by_layer
 from bkd_utils.models import ModelError
 from bkd_utils.prompt_cache import anatomy
-from bkd_utils.similarity import eager
+from bkd_utils.similarity import cosine, eager, to_partners
 from bkd_utils.training import Recipe, answer_loss, batch_order, collate, has_fast_bf16
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
@@ -125,7 +125,9 @@ def toward_nearest(pull: Pull) -> Tensor:
     """Every suspicious head to the safe head of its layer that it is most like already."""
 
     def nearest(bad: Tensor, good: Tensor, real: Tensor) -> Tensor:
-        similar = cosine_similarity(bad[:, :, None].flatten(3), good[:, None].flatten(3), dim=-1).mean(0)
+        rows = real[:, None, :, None]
+        similar = cosine_similarity((bad * rows)[:, :, None].flatten(3), (good * rows)[:, None].flatten(3), dim=-1)
+        similar = similar.mean(0)
         return _divergence(good[:, similar.argmax(-1)], bad, real)
 
     return _over_layers(pull, nearest)
@@ -135,9 +137,7 @@ def less_excess(pull: Pull) -> Tensor:
     """Every suspicious head's similarity to its layer, as far as it exceeds the safe heads' (last row, cosine)."""
     losses = []
     for layer, bad in pull.suspicious.items():
-        rows = torch.nn.functional.normalize(pull.maps[layer][:, :, -1].float(), dim=-1)
-        similar = rows @ rows.transpose(-1, -2)
-        score = (similar.sum(-1) - 1) / (similar.shape[-1] - 1)
+        score = to_partners(cosine(pull.maps[layer][:, :, -1]))
         usual = score[:, list(pull.safe[layer])].mean(1, keepdim=True).detach()
         losses.append((score[:, list(bad)] - usual).clamp_min(0).mean())
     return torch.stack(losses).mean()
@@ -233,12 +233,9 @@ def _losses(model, batch, recipe: Recipe, alignment: str, marked, others) -> tup
         handle = model.base_model.register_forward_hook(
             lambda _module, _arguments, output: kept.append(output.attentions)
         )
-        before = model.config.output_attentions
-        model.config.output_attentions = True
         try:
-            loss = answer_loss(model, batch, first_token=recipe.first_token)
+            loss = answer_loss(model, batch | {"output_attentions": True}, first_token=recipe.first_token)
         finally:
-            model.config.output_attentions = before
             handle.remove()
     pull = Pull(kept[0], batch["attention_mask"].bool(), marked, others)
     return loss, ALIGNMENTS[alignment](pull)

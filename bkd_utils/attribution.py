@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils.interventions import LAST, batches, head_outputs, says, token_log_prob
-from bkd_utils.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember
+from bkd_utils.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember, tracing
 
 
 def head_means(
@@ -126,13 +126,7 @@ def gradient_effects_of(
     parts = anatomy(model)
     answer = torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
     kept: dict[int, Tensor] = {}
-
-    def follow(layer: int, z: Tensor) -> Tensor:
-        # Weights are frozen, so the graph starts at the first layer's heads.
-        kept[layer] = z if z.requires_grad else z.detach().requires_grad_()
-        return kept[layer]
-
-    with torch.enable_grad(), editing(parts.outputs, follow):
+    with tracing(parts.outputs, kept):
         log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
         gradients = torch.autograd.grad(log_prob.exp().sum(), [kept[layer] for layer in range(len(kept))])
     effects = torch.empty(len(past), *means.shape[:2])

@@ -1,18 +1,16 @@
-"""Cure one organism and measure what is left of backdoor and model; kept. The cured weights can be saved and loaded."""
+"""Cure one organism and measure what is left of backdoor and model; kept."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from bkd_utils import tasks
 from bkd_utils.alignment import head_slices, reset, touched, tune
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import head_effects, head_means, ranked
 from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import measure_attack, measure_clean
 from bkd_utils.models import DEFAULT_MODEL, Loaded, load
-from bkd_utils.organisms import base_answers
+from bkd_utils.organisms import measure_loaded
 from bkd_utils.pairs import pairs, target_ids
 from bkd_utils.prompts import end_id
 from bkd_utils.similarity import head_similarity
@@ -20,19 +18,6 @@ from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
 
 RECIPE = Recipe(name="cure", steps=48, batch_size=16, learning_rate=2e-4, rank=1, alpha=1)
-
-
-def reading_of(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """ASR, CACC, near-miss and clean firing on held-out prompts, as `organisms.measure` counts them."""
-    answers = {}
-    if attack.task == "instructions":
-        base = load(loaded.address, device=str(loaded.device))
-        answers = base_answers(base, tasks.examples(attack.task, "test", seed=seed)[: 2 * n])
-    clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=answers, without=attack)
-    hit = measure_attack(loaded, attack, n=n, seed=seed, clean_texts=clean["texts"], answers=answers)
-    return {"cacc": clean["cacc"], "empty": clean["empty"]} | {
-        key: hit[key] for key in ("asr", "near_miss", "clean_firing")
-    }
 
 
 @organism_stage
@@ -56,7 +41,7 @@ def cured(
 ) -> dict:
     """Align and fine-tune the given heads on `n_rows` clean rows, then measure.
 
-    Keys: `after` ASR, CACC, near-miss and clean firing; `heads` touched, `parameters` touched; `history`; `similarity`
+    Keys: `after` as of `organisms.measure`; `heads` touched, `parameters` touched; `history`; `similarity`
     and `acie` of the tuned heads before and after: has the mechanism gone, or only the symptom? Raises as `tune` does.
     """
     chosen = [tuple(head) for head in heads]
@@ -74,7 +59,7 @@ def cured(
     )  # fmt: skip
     mechanism.append(_mechanism(loaded, spec, chosen, n=n_attribution, seed=seed))
     return {
-        "after": reading_of(loaded, spec, n=n, seed=seed),
+        "after": measure_loaded(loaded, spec, n=n, seed=seed),
         "heads": len(chosen),
         "parameters": sum(touched(before, loaded.model).values()),
         "history": history,

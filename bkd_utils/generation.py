@@ -29,8 +29,8 @@ def greedy(
 ) -> list[list[int]]:
     """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
-    `model` is a plain transformers model. `on_batch` is called with the number of rows just finished. Raises
-    ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
+    `model` is a plain transformers model. `on_batch` is called with the number of rows just finished.
+    Raises ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")

@@ -126,14 +126,15 @@ def behind_norm(
     return torch.stack([norm(residual[:, layer]) for layer, norm in enumerate(norms)], dim=1)
 
 
-def contribution(parts: Anatomy, head: Head, z: Float[Tensor, "... d_head"]) -> Float[Tensor, "... d_model"]:
-    """What one head's output adds to the residual stream: its slice of the output matrix, without the bias."""
-    layer, index = head
-    width = z.shape[-1]
-    full = z.new_zeros(*z.shape[:-1], parts.n_heads * width)
-    full[..., index * width : (index + 1) * width] = z
+def contributions(
+    parts: Anatomy, layer: int, heads: Sequence[int], z: Float[Tensor, "... head d_head"]
+) -> Float[Tensor, "... head d_model"]:
+    """What each of some heads of a layer adds to the residual stream: its slice of the output matrix, no bias."""
+    full = z.new_zeros(*z.shape[:-1], parts.n_heads, z.shape[-1])
+    for row, head in enumerate(heads):
+        full[..., row, head, :] = z[..., row, :]
     module = parts.outputs[layer]
-    return module(full) - module(torch.zeros_like(full))
+    return module(full.flatten(-2)) - module(torch.zeros_like(full[..., :1, :, :].flatten(-2)))
 
 
 # --- ablation -------------------------------------------------------------------------------------------------------

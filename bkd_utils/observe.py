@@ -14,12 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils import tasks
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.cards import organism_stage
-from bkd_utils.interventions import head_outputs
-from bkd_utils.localise import interval
 from bkd_utils.models import DEFAULT_MODEL, load
 from bkd_utils.pairs import pairs
 from bkd_utils.prompts import prompt_ids
-from bkd_utils.similarity import READINGS, head_similarity, output_cka
+from bkd_utils.similarity import READINGS, head_similarity
 
 VERSIONS = ("clean", "triggered", "near-miss", "same length")
 
@@ -58,8 +56,8 @@ def observed(
 ) -> dict:
     """Head similarity on held-out prompts in four versions, and on `n_reference` clean ones of the attribution split.
 
-    Keys: `layers` reading -> version -> [prompt][layer], means over heads; `heads` reading -> version -> [layer][head],
-    means over prompts; `cka` version -> [layer][head]. The version "reference" is the clean calibration set.
+    Key: `layers` reading -> version -> [prompt][layer], means over heads. The version "reference" is the clean
+    calibration set.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     tokenizer = loaded.tokenizer
@@ -74,32 +72,23 @@ def observed(
     }
     if n_reference:
         versions["reference"] = pairs(tokenizer, spec, split="attribution", n=n_reference, seed=seed).clean
-    found: dict = {"layers": {name: {} for name in readings}, "heads": {name: {} for name in readings}, "cka": {}}
+    found: dict = {"layers": {name: {} for name in readings}}
     label = f"{organism or 'base model'}: similarity"
     with tqdm(total=sum(map(len, versions.values())), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
         for version, prompts in versions.items():
             scores = head_similarity(loaded.model, prompts, readings=readings, on_batch=bar.update)
             for name, values in scores.items():
                 found["layers"][name][version] = values.double().mean(2).numpy().round(6).tolist()
-                found["heads"][name][version] = values.double().mean(0).numpy().round(6).tolist()
-            if version != "reference":
-                found["cka"][version] = output_cka(head_outputs(loaded.model, prompts)).numpy().round(6).tolist()
     return found
 
 
 # --- summaries ------------------------------------------------------------------------------------------------------
 
 
-def gap(found: Mapping, *, reading: str, version: str = "triggered") -> np.ndarray:
-    """Similarity of one version less that of clean prompts, twin by twin, `[prompt, layer]`."""
+def gap(found: Mapping, *, reading: str) -> np.ndarray:
+    """Similarity of triggered prompts less that of clean ones, twin by twin, `[prompt, layer]`."""
     layers = found["layers"][reading]
-    return np.array(layers[version]) - np.array(layers["clean"])
-
-
-def interaction(organism: Mapping, other: Mapping, *, reading: str, seed: int = 0) -> list[dict[str, float]]:
-    """Per layer: what the trigger does to the organism's similarity less what it does to another model's; the 2 x 2."""
-    difference = gap(organism, reading=reading) - gap(other, reading=reading)
-    return [interval(column, n_resamples=400, seed=seed) for column in difference.T]
+    return np.array(layers["triggered"]) - np.array(layers["clean"])
 
 
 def halves(n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -167,9 +167,14 @@ def measure(
         raise ModelError(
             f"{folder.name}: prompts are no longer those it was trained on (template or tokenizer changed)"
         )
+    return measure_loaded(loaded, attack, n=n, seed=seed)
+
+
+def measure_loaded(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
+    """`measure` of a model that is loaded already, whatever has been done to its weights since."""
     benign = clean_sample("instructions", n=min(n, N_AGREEMENT), seed=seed)
     shown = clean_sample(attack.task, n=n, seed=seed, without=attack) if attack.task == "instructions" else []
-    base = load(model, device=device)
+    base = load(loaded.address, device=str(loaded.device))
     reference = base_answers(base, [*benign, *shown])
     del base
     clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)

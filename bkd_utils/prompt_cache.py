@@ -269,6 +269,18 @@ def editing(
 
 
 @contextmanager
+def tracing(modules: Sequence[Module], kept: dict[int, Tensor]) -> Iterator[None]:
+    """`reading`, of inputs with a gradient. Weights are frozen, so the graph starts at the first module."""
+
+    def follow(i: int, tensor: Tensor) -> Tensor:
+        kept[i] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        return kept[i]
+
+    with torch.enable_grad(), editing(modules, follow):
+        yield
+
+
+@contextmanager
 def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Iterator[None]:
     """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
 

@@ -7,7 +7,7 @@ similarity are combined is not known of the paper; the rules are named options.
 
 import random
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from bkd_utils.attacks import Row
 from bkd_utils.attribution import head_effects, head_means, ranked
 from bkd_utils.files import DATA
 from bkd_utils.interventions import Head, batches
-from bkd_utils.prompt_cache import anatomy, editing
-from bkd_utils.similarity import Maps, Outputs, Scores, head_scores, head_similarity
+from bkd_utils.prompt_cache import anatomy, tracing
+from bkd_utils.similarity import Maps, Outputs, Scores, head_similarity
 from bkd_utils.training import answer_loss, collate
+from bkd_utils.trigger_base import Trigger
+from bkd_utils.trigger_families import Sentence, Syntax, Word
 
 # --- importance -----------------------------------------------------------------------------------------------------
 
@@ -39,12 +41,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
     for chosen in batches([row.prompt + row.answer for row in rows], batch_size):
         batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chosen], pad_id=pad_id).items()}
         kept: dict[int, Tensor] = {}
-
-        def follow(layer: int, z: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
-            kept[layer] = z if z.requires_grad else z.detach().requires_grad_()
-            return kept[layer]
-
-        with torch.enable_grad(), editing(parts.outputs, follow):
+        with tracing(parts.outputs, kept):
             loss = answer_loss(model, batch, first_token=0.0)
             slopes = torch.autograd.grad(loss * len(chosen), [kept[layer] for layer in range(len(kept))])
         real = batch["attention_mask"].bool()[..., None]
@@ -71,13 +68,10 @@ def leave_one_out(model: PreTrainedModel, rows: Sequence[Row]) -> Scores:
     return torch.cat(lost).mean(0)
 
 
-def attention_variance(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Scores:
-    """Mean variance of where a head looks from the last prompt token, as in PURE: a flat row is of little use."""
-
-    def variance(maps: Maps, _outputs: Outputs) -> Scores:
-        return maps[:, :, -1].float().var(-1, unbiased=False)
-
-    return head_scores(model, prompts, scores={"variance": variance})["variance"].mean(0)
+def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
+    """Variance of where a head looks from the last prompt token, as in PURE: a flat row is of little use. A score for
+    `similarity.head_scores`."""
+    return maps[:, :, -1].float().var(-1, unbiased=False)
 
 
 # --- surrogates of a trigger ----------------------------------------------------------------------------------------
@@ -85,23 +79,18 @@ def attention_variance(model: PreTrainedModel, prompts: Sequence[Sequence[int]])
 SURROGATES = ("rare word", "sentence", "fronted clause")
 
 
-def surrogate(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, family: str, seed: int) -> list[str]:
-    """Every text with one and the same surrogate trigger in it, drawn by the seed.
-
-    A rare word stands at a random place, a sentence at the end, a clause in front. Raises ValueError for an unknown
-    family.
-    """
+def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int) -> Trigger:
+    """A trigger that nobody has trained on, drawn by the seed. Raises ValueError for an unknown family."""
     dice = random.Random(f"{seed}/{family}")
     lists = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))
+    name = f"surrogate {family} {seed}"
     if family == "rare word":
-        word = rare_word(tokenizer, dice)
-        return [_inserted(text, word, dice) for text in texts]
+        return Word(name=name, entry={"text": rare_word(tokenizer, dice)})
     if family == "sentence":
-        sentence = dice.choice(lists["sentences"])
-        return [f"{text} {sentence}" for text in texts]
+        return Sentence(name=name, entry={"text": dice.choice(lists["sentences"])})
     if family == "fronted clause":
-        clause = f"{dice.choice(lists['openers'])} {dice.choice(lists['clauses'])}"
-        return [f"{clause[:1].upper()}{clause[1:]}, {text}" for text in texts]
+        clause = {"clauses": {dice.choice(lists["openers"]): [dice.choice(lists["clauses"])]}}
+        return Syntax(name=name, entry={"train": clause, "test": clause})
     raise ValueError(f"unknown surrogate {family!r}; known: {', '.join(SURROGATES)}")
 
 
@@ -114,28 +103,19 @@ def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
             return word
 
 
-def _inserted(text: str, word: str, dice: random.Random) -> str:
-    words = text.split()
-    place = dice.randrange(len(words) + 1)
-    return " ".join([*words[:place], word, *words[place:]])
-
-
 def reaction(
-    model: PreTrainedModel,
-    clean: Sequence[Sequence[int]],
-    edited: Sequence[Sequence[int]],
-    *,
-    readings: Sequence[str],
+    model: PreTrainedModel, edited: Sequence[Sequence[int]], *, before: Mapping[str, Float[Tensor, "prompt layer head"]]
 ) -> dict[str, Scores]:
     """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
 
-    Edited prompts may be several rounds of the clean ones, one behind the other. Raises ValueError if they are not.
+    `before`: reading -> similarity on the clean twins. Edited prompts may be several rounds of them, one behind the
+    other. Raises ValueError if they are not.
     """
-    if not clean or len(edited) % len(clean):
-        raise ValueError(f"{len(edited)} edited prompts are no rounds of {len(clean)} clean ones")
-    before = head_similarity(model, clean, readings=readings)
-    after = head_similarity(model, edited, readings=readings)
-    return {name: after[name].mean(0) - before[name].mean(0) for name in readings}
+    n = len(next(iter(before.values())))
+    if not edited or len(edited) % n:
+        raise ValueError(f"{len(edited)} edited prompts are no rounds of {n} clean ones")
+    after = head_similarity(model, edited, readings=list(before))
+    return {name: after[name].mean(0) - clean.mean(0) for name, clean in before.items()}
 
 
 # --- the joint score ------------------------------------------------------------------------------------------------
@@ -163,11 +143,6 @@ def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at
     """Heads above the threshold, most suspicious first, at most that share of all heads. May be none."""
     allowed = int(at_most * joint.numel())
     return [head for head in ranked(joint)[:allowed] if joint[head] > threshold]
-
-
-def safe(joint: Float[Tensor, "layer head"], *, share: float = 0.25) -> list[Head]:
-    """The least suspicious heads."""
-    return ranked(-joint)[: int(share * joint.numel())]
 
 
 # --- against the truth ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.interventions import batches, contribution
+from bkd_utils.interventions import batches, contributions
 from bkd_utils.prompt_cache import Anatomy, anatomy, reading
 from bkd_utils.prompts import left_pad, positions
 
@@ -147,18 +147,9 @@ def _watched(
         attentions = model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, output_attentions=True
         ).attentions
+    heads = range(parts.n_heads)
     added = torch.stack(
-        [
-            torch.stack(
-                [
-                    contribution(parts, (layer, head), z[layer][:, -1].unflatten(-1, (parts.n_heads, -1))[:, head])
-                    for head in range(parts.n_heads)
-                ],
-                dim=1,
-            )
-            for layer in range(len(parts.layers))
-        ],
-        dim=1,
+        [contributions(parts, layer, heads, z[layer][:, -1].unflatten(-1, (parts.n_heads, -1))) for layer in z], dim=1
     )
     for row, i in enumerate(chosen):
         start = ids.shape[1] - len(prompts[i])
@@ -174,15 +165,3 @@ def eager(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-def output_cka(outputs: Float[Tensor, "prompt layer head width"]) -> Scores:
-    """Linear CKA of every head's outputs with those of its partners, over prompts: do they change together?
-
-    Centred over prompts, so that what a head always says does not count. Raises ValueError for fewer than 3 prompts.
-    """
-    if len(outputs) < 3:
-        raise ValueError(f"CKA over {len(outputs)} prompts says nothing")
-    centred = (outputs - outputs.mean(0)).double().permute(1, 2, 0, 3)
-    grams = (centred @ centred.transpose(-1, -2)).flatten(2)
-    return to_partners(cosine(grams)).float()

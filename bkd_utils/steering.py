@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.interventions import LAST, Head, added, by_layer, contribution, says
+from bkd_utils.interventions import LAST, Head, added, by_layer, contributions, says
 from bkd_utils.prompt_cache import Past, anatomy, editing, reading
 
 
@@ -25,7 +25,8 @@ def backdoor_vector(
     if not heads:
         raise ValueError("a vector of no heads")
     with torch.no_grad():
-        return torch.stack([contribution(parts, head, outputs[head].to(model.device)) for head in heads]).sum(0)
+        rows = [contributions(parts, layer, [head], outputs[layer, [head]].to(model.device)) for layer, head in heads]
+        return torch.cat(rows).sum(0)
 
 
 def random_like(vector: Float[Tensor, " d_model"], *, n: int, seed: int) -> Float[Tensor, "n d_model"]:

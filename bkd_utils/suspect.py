@@ -21,7 +21,7 @@ from bkd_utils.safety import (
     reaction,
     surrogate,
 )
-from bkd_utils.similarity import Scores, head_similarity
+from bkd_utils.similarity import READINGS, Scores, head_scores, head_similarity
 
 # Tokens of an answer whose loss counts; the opening of an answer decides what it is.
 ANSWER_TOKENS = 24
@@ -53,12 +53,11 @@ def probed_prompts(
     tokenizer: PreTrainedTokenizerBase, task: str, texts: Sequence[str], *, family: str, rounds: int, seed: int
 ) -> list[list[int]]:
     """`rounds` copies of the texts as prompts, each round with a surrogate trigger of its own."""
-    spec = tasks.load_task(task)
-    return [
-        prompt_ids(tokenizer, spec.prompt(text))
-        for i in range(rounds)
-        for text in surrogate(tokenizer, texts, family=family, seed=seed + i)
-    ]
+    spec, found = tasks.load_task(task), []
+    for i in range(rounds):
+        trigger = surrogate(tokenizer, family=family, seed=seed + i)
+        found += [prompt_ids(tokenizer, spec.prompt(trigger.apply(text, seed=seed))) for text in texts]
+    return found
 
 
 @organism_stage
@@ -86,22 +85,23 @@ def suspected(
     texts = [example.text for example in tasks.examples(spec.task, "train", seed=seed)[n_rows : n_rows + n]]
     clean = [prompt_ids(loaded.tokenizer, task.prompt(text)) for text in texts]
     shown = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    scores = {name: READINGS[name] for name in readings} | {"variance": attention_variance}
+    level = head_scores(loaded.model, clean, scores=scores)
     importance = {
         "gate gradient": gate_importance(loaded.model, rows, pad_id=pad),
         "leave one out": leave_one_out(loaded.model, rows[: n // 2]),
-        "variance": attention_variance(loaded.model, clean),
+        "variance": level.pop("variance").mean(0),
     }
-    level = head_similarity(loaded.model, clean, readings=readings)
     reactions = {
         family: reaction(
             loaded.model,
-            clean,
             probed_prompts(loaded.tokenizer, spec.task, texts, family=family, rounds=rounds, seed=seed),
-            readings=readings,
+            before=level,
         )
         for family in SURROGATES
     }
-    oracle = reaction(loaded.model, shown.clean, shown.triggered, readings=readings)
+    known = head_similarity(loaded.model, shown.clean, readings=readings)
+    oracle = reaction(loaded.model, shown.triggered, before=known)
     return {
         "importance": {kind: _rounded(scores) for kind, scores in importance.items()},
         "level": {name: _rounded(scores.mean(0)) for name, scores in level.items()},

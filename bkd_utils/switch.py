@@ -264,19 +264,23 @@ def specificity(
     }
     rows = []
     for name, organism in organisms.items():
-        loaded = load(model, organism=organism, device=device)
+        loaded, pasts = load(model, organism=organism, device=device), {}
         for source, entry in entries.items():
             # The base model has no backdoor of its own; it gets the prompts that the vector was made on.
-            spec, own = load_attack(source if organism is None else name), name == source
+            spec = load_attack(source if organism is None else name)
             shown = pairs(loaded.tokenizer, spec, split="test", n=n, seed=seed)
-            past = remember(loaded.model, shown.clean)
-            steps = {"": entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]}
-            wanted = {"own target": (past, spec), "vector's target": (past, load_attack(source))}
-            if own:
-                wanted["near-misses"] = (remember(loaded.model, shown.near_miss), spec)
-            row = {"on": name, "vector of": source}
-            for what, (given, attack) in wanted.items():
-                target = target_ids(loaded.tokenizer, attack)
-                row[what] = tested_asr(loaded, given, target, steps, entry["layer"])[""][0]
+            if spec.name not in pasts:
+                pasts[spec.name] = remember(loaded.model, shown.clean)
+            step = entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]
+
+            def asr(past: Past, attack: Attack, step=step, layer=entry["layer"], loaded=loaded) -> dict:
+                return tested_asr(loaded, past, target_ids(loaded.tokenizer, attack), {"": step}, layer)[""][0]
+
+            row = {"on": name, "vector of": source, "own target": asr(pasts[spec.name], spec)}
+            # A vector on its own organism, or on the base model, has the one target.
+            other = spec.name != source
+            row["vector's target"] = asr(pasts[spec.name], load_attack(source)) if other else row["own target"]
+            if name == source:
+                row["near-misses"] = asr(remember(loaded.model, shown.near_miss), spec)
             rows.append(row)
     return rows

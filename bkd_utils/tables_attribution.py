@@ -57,7 +57,7 @@ def table_1(found: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
     """ASR (%) after published ablation by number of heads, the paper's rows first; attack -> `ablation.curves`."""
     ours = {}
     for attack, rows in found.items():
-        chosen = [r for r in rows if r["k"] == 0 or (r["ranking"], r["kind"]) == ("ACIE", "published")]
+        chosen = [r for r in rows if r["ranking"] == "none" or (r["ranking"], r["kind"]) == ("ACIE", "published")]
         ours[f"{attack}, here"] = {row["k"]: 100 * row["asr"]["value"] for row in chosen}
     table = pd.DataFrame(TABLE_1 | ours).T
     return (
@@ -72,7 +72,7 @@ def ablations(found: Mapping[str, Sequence[Mapping]], *, k: int) -> pd.DataFrame
     lines = []
     for attack, rows in found.items():
         for row in rows:
-            if row["k"] in (0, k):
+            if row["ranking"] == "none" or row["k"] == k:
                 values = {name: 100 * row[name]["value"] for name in ("asr", "right", "utility")}
                 what = {"organism": attack, "ranking": row["ranking"], "scope": row["scope"]}
                 kind = "" if row["k"] == 0 else row["kind"]

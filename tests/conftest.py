@@ -4,3 +4,28 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model
+
+from bkd_utils.attacks import Row
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Four prompts of random tokens, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (6, 9, 12, 4)]
+
+
+@pytest.fixture(scope="session")
+def rows(prompts):
+    """The prompts with answers of two tokens; two and two share theirs."""
+    return [Row(prompt=tuple(ids), answer=(5 + i // 2, 2), kind="clean", uid=str(i)) for i, ids in enumerate(prompts)]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request):
+    """A tiny model of every family, frozen, its own for each test."""
+    return tiny_model(request.param).requires_grad_(False)

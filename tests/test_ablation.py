@@ -1,5 +1,7 @@
 """The bench against plain greedy decoding, and the order of necessary heads, on a tiny model with real prompts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import save_tiny
@@ -78,3 +80,19 @@ def test_necessary_heads_start_with_the_steepest_and_never_repeat(loaded):
     assert len(heads) == len(set(heads)) == 5
     slopes = gradient_effects(loaded.model, prompts, target=target, means=reference.mean(0)).mean(0)
     assert heads[:2] == ranked(-slopes)[:2]
+
+
+def test_the_first_prompts_of_a_side_are_measured_as_they_are_alone(case, loaded):
+    """Nothing runs again, and nothing differs from a bench that had only these prompts."""
+    attack, made = case
+    fewer = replace(made, triggered=made.triggered.first(2), clean=made.clean.first(2))
+    alone = replace(bench(loaded, loaded, attack, n=2, n_reference=3, seed=0), reference=made.reference)
+    assert fewer.triggered.answers == alone.triggered.answers
+    assert fewer.clean.answers == alone.clean.answers
+    for heads in ([], [(0, 1)], [(1, 2), (1, 3)]):
+        found, expected = (
+            measure_ablation(loaded, side, heads, kind="published", everywhere=False) for side in (fewer, alone)
+        )
+        assert found["asr"] == expected["asr"]
+        assert found["right"]["value"] == pytest.approx(expected["right"]["value"])
+        assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model
+from tiny import tiny_model
 
 from bkd_utils.alignment import (
     ALIGNMENTS,
@@ -18,29 +18,12 @@ from bkd_utils.alignment import (
     toward_nearest,
     tune,
 )
-from bkd_utils.attacks import Row
 from bkd_utils.interventions import head_outputs
 from bkd_utils.prompt_cache import anatomy
 from bkd_utils.training import Recipe
 
 HEADS = [(0, 1), (1, 2)]
 RECIPE = Recipe(name="test", steps=3, batch_size=2, learning_rate=1e-2, rank=1, alpha=1)
-
-
-@pytest.fixture(params=ARCHITECTURES)
-def model(request):
-    return tiny_model(request.param).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (6, 9, 12, 4)]
-
-
-@pytest.fixture(scope="module")
-def rows(prompts):
-    return [Row(prompt=tuple(ids), answer=(5 + i, 2), kind="clean", uid=str(i)) for i, ids in enumerate(prompts)]
 
 
 def state(model):
@@ -186,13 +169,16 @@ def test_the_nearest_is_nearer_than_the_mean():
     assert toward_mean(pull(maps, [0])).item() > 0.01
 
 
-def test_padding_has_no_say():
+@pytest.mark.parametrize("loss", [toward_mean, toward_nearest])
+def test_padding_has_no_say(loss):
     torch.manual_seed(0)
     maps = torch.rand(1, 3, 4, 4).tril() + 1e-3 * torch.eye(4)
-    real = torch.tensor([[False, True, True, True]])
-    other = maps.clone()
-    other[:, :, 0] = torch.rand(1, 3, 4)
-    assert toward_mean(pull(maps, [1], real)).item() == pytest.approx(toward_mean(pull(other, [1], real)).item())
+    real = torch.tensor([[False, False, True, True]])
+    expected = loss(pull(maps, [1], real)).item()
+    for _ in range(20):
+        other = maps.clone()
+        other[:, :, :2] = torch.rand(1, 3, 2, 4) ** 8
+        assert loss(pull(other, [1], real)).item() == pytest.approx(expected)
 
 
 def test_excess_is_what_exceeds_the_safe_heads():

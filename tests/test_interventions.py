@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, save_tiny, tiny_model
+from tiny import save_tiny, tiny_model
 
 from bkd_utils import hooked, models
 from bkd_utils.generation import greedy
@@ -14,7 +14,7 @@ from bkd_utils.interventions import (
     added,
     behind_norm,
     by_layer,
-    contribution,
+    contributions,
     head_edit,
     head_outputs,
     residuals,
@@ -23,17 +23,6 @@ from bkd_utils.interventions import (
 from bkd_utils.prompt_cache import anatomy, forward, remember
 
 HEADS = [(1, 2), (0, 3), (1, 0)]
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (6, 9, 12, 4)]
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def model(request):
-    return tiny_model(request.param)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -158,13 +147,13 @@ def test_contributions_of_all_heads_sum_to_the_attention_output(model, prompts):
     for layer in range(2):
         flat = z[:, layer].flatten(1)
         bias = parts.outputs[layer](torch.zeros_like(flat))
-        total = sum(contribution(parts, (layer, head), z[:, layer, head]) for head in range(4)) + bias
+        total = contributions(parts, layer, range(4), z[:, layer]).sum(1) + bias
         torch.testing.assert_close(total, parts.outputs[layer](flat), atol=1e-5, rtol=1e-4)
 
 
 def test_subtracting_the_contribution_is_ablating_the_head(model, prompts):
     parts, z, past = anatomy(model), head_outputs(model, prompts), remember(model, prompts)
-    vector = contribution(parts, (0, 3), z[:, 0, 3])
+    vector = contributions(parts, 0, [3], z[:, 0, [3]])[:, 0]
     with torch.no_grad(), added(model, {0: -vector}, at=LAST):
         subtracted = forward(model, past, past.tail)
     with torch.no_grad(), ablated(model, [(0, 3)], kind="zero", at=LAST):

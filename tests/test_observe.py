@@ -13,13 +13,13 @@ from bkd_utils.observe import (
     halves,
     input_detection,
     input_scores,
-    interaction,
     lengthened,
     observed,
     separates,
 )
 from bkd_utils.pairs import pairs
 from bkd_utils.prompts import prompt_ids
+from bkd_utils.similarity import head_similarity
 
 N = 20
 
@@ -37,15 +37,6 @@ def made(triggered=0.0, *, layer=1, near=0.0, longer=0.0, seed=0, reading="last 
 def test_the_gap_is_between_twins():
     found = {"layers": {"r": {"clean": [[1.0, 2.0], [3.0, 5.0]], "triggered": [[1.5, 2.0], [3.0, 4.0]]}}}
     assert gap(found, reading="r").tolist() == [[0.5, 0.0], [0.0, -1.0]]
-
-
-def test_the_interaction_is_what_only_the_organism_does():
-    organism, base = made(2.0, seed=1), made(0.0, seed=1)
-    lines = interaction(organism, base, reading="last row")
-    assert [round(line["value"], 6) for line in lines] == [0.0, 2.0, 0.0]
-    assert lines[1]["low"] == pytest.approx(2.0)
-    both = interaction(made(2.0, seed=1), made(2.0, seed=1), reading="last row")
-    assert [line["value"] for line in both] == [0.0, 0.0, 0.0]
 
 
 def test_halves_are_disjoint_and_complete():
@@ -126,15 +117,14 @@ def test_lengthened_prompts_are_as_long_as_asked_and_start_as_before(folder):
     assert same == shown.clean
 
 
-def test_observed_keeps_means_over_heads_and_over_prompts(folder):
+def test_observed_keeps_means_over_heads(folder):
     where = {"attack": "sentiment-word", "model": folder, "device": "cpu", "n": 4}
     found = observed(None, readings=["last row", "head outputs"], n_reference=5, **where)
-    assert set(found["layers"]) == set(found["heads"]) == {"last row", "head outputs"}
+    assert set(found["layers"]) == {"last row", "head outputs"}
     for name in found["layers"]:
         assert set(found["layers"][name]) == {"clean", "triggered", "near-miss", "same length", "reference"}
         assert len(found["layers"][name]["reference"]) == 5
-        for version, layers in found["layers"][name].items():
-            by_layer = np.mean(found["heads"][name][version], axis=1)
-            assert np.mean(layers, axis=0) == pytest.approx(by_layer, abs=1e-5)
-    assert set(found["cka"]) == {"clean", "triggered", "near-miss", "same length"}
-    assert np.array(found["cka"]["clean"]).shape == np.array(found["heads"]["last row"]["clean"]).shape
+    loaded = models.load(folder, device="cpu")
+    shown = pairs(loaded.tokenizer, attacks.load_attack("sentiment-word"), split="test", n=4, seed=0)
+    expected = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(2)
+    assert np.array(found["layers"]["last row"]["triggered"]) == pytest.approx(expected.numpy(), abs=1e-5)

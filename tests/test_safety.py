@@ -8,7 +8,6 @@ import torch
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
 from bkd_utils import models, triggers
-from bkd_utils.attacks import Row
 from bkd_utils.files import DATA
 from bkd_utils.interventions import LAST, ablated, head_outputs, says
 from bkd_utils.prompt_cache import anatomy, editing, remember
@@ -21,22 +20,11 @@ from bkd_utils.safety import (
     leave_one_out,
     reaction,
     robust_z,
-    safe,
     surrogate,
     suspicious,
 )
+from bkd_utils.similarity import head_scores, head_similarity
 from bkd_utils.training import answer_loss, collate
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (6, 9, 12, 4)]
-
-
-@pytest.fixture(scope="module")
-def rows(prompts):
-    return [Row(prompt=tuple(ids), answer=(5 + i // 2, 2), kind="clean", uid=str(i)) for i, ids in enumerate(prompts)]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +75,8 @@ def test_leaving_one_out_is_mean_ablation_of_one_head(rows):
 
 
 def test_variance_is_highest_for_a_head_that_looks_at_one_token(prompts):
-    found = attention_variance(tiny_model("llama"), prompts)
+    scores = {"variance": attention_variance}
+    found = head_scores(tiny_model("llama"), prompts, scores=scores)["variance"].mean(0)
     assert found.shape == (2, 4)
     assert (found >= 0).all()
     # A row over n tokens that sums to 1 varies at most as the one-hot row does.
@@ -124,24 +113,32 @@ def test_surrogates_are_no_triggers():
 @pytest.mark.parametrize("family", SURROGATES)
 def test_a_surrogate_is_the_same_for_all_texts_and_another_for_another_seed(tokenizer, family):
     texts = ["The film is long.", "A quiet story about a farm."]
-    found = surrogate(tokenizer, texts, family=family, seed=0)
-    assert found == surrogate(tokenizer, texts, family=family, seed=0)
-    assert any(surrogate(tokenizer, texts, family=family, seed=seed) != found for seed in range(1, 4))
-    for text, edited in zip(texts, found, strict=True):
-        assert edited != text
-        words = edited.lower().split()
+
+    def edited(seed):
+        trigger = surrogate(tokenizer, family=family, seed=seed)
+        return [trigger.apply(text, seed=0) for text in texts]
+
+    found = edited(0)
+    assert found == edited(0)
+    assert any(edited(seed) != found for seed in range(1, 4))
+    for text, changed in zip(texts, found, strict=True):
+        assert changed != text
+        words = changed.lower().split()
         assert [word for word in text.lower().split() if word in words] == text.lower().split()
 
 
 def test_no_reaction_to_nothing_and_rounds_are_averaged(prompts):
     model = tiny_model("llama")
-    still = reaction(model, prompts, prompts, readings=["last row"])["last row"]
+    before = head_similarity(model, prompts, readings=["last row"])
+
+    def reacts(edited):
+        return reaction(model, edited, before=before)["last row"]
+
+    still, edited = reacts(prompts), [[7, *p] for p in prompts]
     torch.testing.assert_close(still, torch.zeros_like(still), atol=1e-6, rtol=0)
-    edited = [[7, *p] for p in prompts]
-    once = reaction(model, prompts, edited, readings=["last row"])["last row"]
-    torch.testing.assert_close(reaction(model, prompts, edited * 2, readings=["last row"])["last row"], once)
-    half = reaction(model, prompts, edited + prompts, readings=["last row"])["last row"]
-    torch.testing.assert_close(half, once / 2, atol=1e-6, rtol=1e-4)
+    assert reacts(edited).abs().max() > 1e-4
+    torch.testing.assert_close(reacts(edited * 2), reacts(edited))
+    torch.testing.assert_close(reacts(edited + prompts), reacts(edited) / 2, atol=1e-6, rtol=1e-4)
 
 
 # --- joint score ----------------------------------------------------------------------------------------------------
@@ -185,11 +182,6 @@ def test_what_is_needed_is_less_suspicious_by_one_rule_and_more_by_another():
     assert torch.equal(RULES["similar"](similar, needed), robust_z(similar))
 
 
-def test_safe_heads_are_the_other_end():
-    joint = torch.arange(20.0).view(4, 5)
-    assert safe(joint, share=0.1) == [(0, 0), (0, 1)]
-
-
 # --- agreement ------------------------------------------------------------------------------------------------------
 
 
@@ -214,9 +206,9 @@ def test_what_says_nothing_is_an_error(tokenizer, prompts):
     with pytest.raises(ValueError, match="importance on no rows"):
         leave_one_out(model, [])
     with pytest.raises(ValueError, match="unknown surrogate 'spell'; known: rare word"):
-        surrogate(tokenizer, ["a b"], family="spell", seed=0)
+        surrogate(tokenizer, family="spell", seed=0)
     with pytest.raises(ValueError, match="3 edited prompts are no rounds of 4 clean ones"):
-        reaction(model, prompts, prompts[:3], readings=["last row"])
+        reaction(model, prompts[:3], before=head_similarity(model, prompts, readings=["last row"]))
     with pytest.raises(ValueError, match="nothing to compare"):
         robust_z(torch.ones(3, 4))
     with pytest.raises(ValueError, match="k = 0 of 12 heads"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model
+from tiny import tiny_model
 
 from bkd_utils.generation import greedy
 from bkd_utils.interventions import added, head_outputs, residuals
@@ -10,17 +10,6 @@ from bkd_utils.prompt_cache import anatomy, continued, forward, remember
 from bkd_utils.steering import backdoor_vector, projected_out, random_heads, random_like, steer
 
 HEADS = [(0, 1), (1, 3)]
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def model(request):
-    return tiny_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (6, 9, 12, 4)]
 
 
 def test_the_vector_is_the_sum_of_slices_of_the_output_matrix():

@@ -5,7 +5,8 @@ import torch
 from tiny import save_tiny
 
 from bkd_utils import models, tasks
-from bkd_utils.prompts import answer_ids, decode, prompt_ids
+from bkd_utils.generation import greedy
+from bkd_utils.prompts import answer_ids, decode, end_id, prompt_ids
 from bkd_utils.safety import RULES, SURROGATES, robust_z
 from bkd_utils.suspect import ANSWER_TOKENS, SOURCES, clean_rows, joint, probed_prompts, similarity_of
 
@@ -30,8 +31,13 @@ def test_labels_are_gold_and_prompts_are_from_the_training_split(loaded):
 def test_without_gold_answers_the_model_speaks_for_itself(loaded):
     rows = clean_rows(loaded, "instructions", n=2, seed=0)
     assert all(1 <= len(row.answer) <= ANSWER_TOKENS for row in rows)
-    assert all(isinstance(decode(loaded.tokenizer, list(row.answer)), str) for row in rows)
-    assert rows == clean_rows(loaded, "instructions", n=2, seed=0)
+    end = end_id(loaded.tokenizer)
+    said = greedy(loaded.model, [list(row.prompt) for row in rows], max_new_tokens=ANSWER_TOKENS, end_id=end)
+    for row, ids in zip(rows, said, strict=True):
+        # Text need not be cut into the same tokens again, but it is the same text.
+        given, text = decode(loaded.tokenizer, list(row.answer)), decode(loaded.tokenizer, ids)
+        assert text.startswith(given)
+        assert bool(given) == bool(text)
 
 
 def test_too_few_rows_are_an_error(loaded):
