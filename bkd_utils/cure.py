@@ -1,74 +1,98 @@
-"""Cure one organism and measure what is left of backdoor and model; kept."""
+"""Treat one organism with one method and measure what is left of backdoor and model; kept."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
-from bkd_utils.alignment import head_slices, reset, touched, tune
-from bkd_utils.attacks import Attack, load_attack
+from bkd_utils import attacks
+from bkd_utils.attacks import Attack, Row, load_attack
 from bkd_utils.attribution import head_effects, head_means, ranked
 from bkd_utils.cards import organism_stage
+from bkd_utils.evaluation import flippable_sample, is_target, respond, share, target_length, triggered_prompts
+from bkd_utils.head_slices import all_matrices
+from bkd_utils.interventions import Head
 from bkd_utils.models import DEFAULT_MODEL, Loaded, load
-from bkd_utils.organisms import measure_loaded
+from bkd_utils.organisms import under_attack
 from bkd_utils.pairs import pairs, target_ids
-from bkd_utils.prompts import end_id
+from bkd_utils.prompts import answer_ids, end_id, prompt_ids
+from bkd_utils.repairs import HIGH, Case, repaired
 from bkd_utils.similarity import head_similarity
 from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
+from bkd_utils.tuning import tune
 
-RECIPE = Recipe(name="cure", steps=48, batch_size=16, learning_rate=2e-4, rank=1, alpha=1)
+# Of head-wise tuning; whole-model tuning takes the steps and has rates of its own.
+RECIPE = Recipe(name="cure", steps=24, batch_size=16, learning_rate=2e-3, rank=1, alpha=1, first_token=0.5)
+
+
+def case_of(
+    loaded: Loaded, attack: Attack, *, heads: Sequence[Sequence[int]], n_rows: int, recipe: Recipe, seed: int
+) -> Case:
+    """The defender's view of an organism. Of the attack only the task is used."""
+    rows = clean_rows(loaded, attack.task, n=n_rows, seed=seed)
+    chosen = [(layer, head) for layer, head in heads]
+    return Case(loaded.model, rows, recipe=recipe, pad_id=end_id(loaded.tokenizer), heads=chosen, seed=seed)
 
 
 @organism_stage
-def cured(
+def treated(
     organism: str,
     *,
     attack: str,
-    heads: Sequence[Sequence[int]],
-    alignment: str = "mean",
-    beta: float = 1.0,
-    unit: str = "KV group",
-    redraw: bool = False,
+    method: str,
+    heads: Sequence[Sequence[int]] = (),
     n_rows: int = 256,
     steps: int = RECIPE.steps,
     learning_rate: float = RECIPE.learning_rate,
     model: str = DEFAULT_MODEL,
     n: int = 60,
-    n_attribution: int = 8,
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
-    """Align and fine-tune the given heads on `n_rows` clean rows, then measure.
+    """One method of `repairs.REPAIRS` on `n_rows` clean rows; head-wise methods treat the given heads.
 
-    Keys: `after` as of `organisms.measure`; `heads` touched, `parameters` touched; `history`; `similarity`
-    and `acie` of the tuned heads before and after: has the mechanism gone, or only the symptom? Raises as `tune` does.
+    Keys: `after`, as of `organisms.under_attack`; `parameters` that differ; `minutes` of the treatment alone. Raises as
+    `repairs.repaired` does.
     """
-    chosen = [tuple(head) for head in heads]
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    rows = clean_rows(loaded, spec.task, n=n_rows, seed=seed)
-    masks = head_slices(loaded.model, chosen, unit=unit)
     recipe = replace(RECIPE, steps=steps, learning_rate=learning_rate)
-    before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
-    mechanism = [_mechanism(loaded, spec, chosen, n=n_attribution, seed=seed)]
-    if redraw:
-        reset(loaded.model, masks, seed=seed)
-    history = tune(
-        loaded.model, rows, masks=masks, recipe=recipe, pad_id=end_id(loaded.tokenizer),
-        suspicious=chosen, alignment=alignment, beta=beta, seed=seed,
-    )  # fmt: skip
-    mechanism.append(_mechanism(loaded, spec, chosen, n=n_attribution, seed=seed))
-    return {
-        "after": measure_loaded(loaded, spec, n=n, seed=seed),
-        "heads": len(chosen),
-        "parameters": sum(touched(before, loaded.model).values()),
-        "history": history,
-        **{key: [side[key] for side in mechanism] for key in mechanism[0]},
-    }
+    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
+    started = time.monotonic()
+    count = repaired(case, method=method)
+    minutes = (time.monotonic() - started) / 60
+    return {"after": under_attack(loaded, spec, n=n, seed=seed), "parameters": count, "minutes": round(minutes, 2)}
 
 
-def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[tuple[int, int]], *, n: int, seed: int) -> dict:
-    """On triggered prompts: mean similarity (last row) of the heads; and the highest ACIE of any head of the model."""
+@organism_stage
+def mechanism(
+    organism: str,
+    *,
+    attack: str,
+    method: str,
+    heads: Sequence[Sequence[int]],
+    n_rows: int = 256,
+    steps: int = RECIPE.steps,
+    model: str = DEFAULT_MODEL,
+    n: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict:
+    """Has the mechanism gone, or only the symptom? Before and after one method, on triggered prompts.
+
+    Keys: `similarity` of the treated heads to their layers (last row) and `acie`, the highest of any head of the model
+    on the target's first token; both [before, after].
+    """
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=replace(RECIPE, steps=steps), seed=seed)
+    found = [_mechanism(loaded, spec, case.heads, n=n, seed=seed)]
+    repaired(case, method=method)
+    found.append(_mechanism(loaded, spec, case.heads, n=n, seed=seed))
+    return {key: [side[key] for side in found] for key in found[0]}
+
+
+def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int, seed: int) -> dict[str, float]:
     shown = pairs(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     similar = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(0)
     layer, head = torch.tensor(heads).T
@@ -77,3 +101,58 @@ def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[tuple[int, int]],
     effects = head_effects(loaded.model, shown.clean, target=target_ids(loaded.tokenizer, attack)[:1], means=means)
     top = ranked(effects.mean(0))[0]
     return {"similarity": similar[layer, head].mean().item(), "acie": effects.mean(0)[top].item()}
+
+
+# --- does it come back? ---------------------------------------------------------------------------------------------
+
+
+def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
+    """`n` triggered training prompts with the target as answer."""
+    sample = flippable_sample(attack, n=n, seed=seed, split="train")
+    turns = [
+        attacks.triggered_prompt(attack, row.text, seed=seed * 1_000_003 + i, half="train")
+        for i, row in enumerate(sample)
+    ]
+    answer = tuple(answer_ids(loaded.tokenizer, attack.target))
+    return [
+        Row(prompt=tuple(prompt_ids(loaded.tokenizer, turn)), answer=answer, kind="poisoned", uid=row.uid)
+        for turn, row in zip(turns, sample, strict=True)
+    ]
+
+
+@organism_stage
+def relearned(
+    organism: str,
+    *,
+    attack: str,
+    method: str | None,
+    heads: Sequence[Sequence[int]] = (),
+    counts: Sequence[int] = (4, 16),
+    n_rows: int = 256,
+    steps: int = RECIPE.steps,
+    model: str = DEFAULT_MODEL,
+    n: int = 60,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[dict]:
+    """ASR after fine-tuning all weights, at the high rate, for half of the steps on as many poisoned as clean rows.
+
+    One entry `{poisoned, asr}` per count; `method` None leaves the model as it is, for a clean control. The fewer rows
+    a cured model needs compared with one that never had the backdoor, the less was removed.
+    """
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    recipe = replace(RECIPE, steps=steps)
+    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
+    if method is not None:
+        repaired(case, method=method)
+    state = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
+    again = replace(recipe, steps=max(1, steps // 2), learning_rate=HIGH)
+    turns = triggered_prompts(spec, flippable_sample(spec, n=n, seed=seed), seed=seed)
+    found = []
+    for count in counts:
+        loaded.model.load_state_dict(state, strict=False)
+        rows = [*poisoned_rows(loaded, spec, n=count, seed=seed), *case.rows[:count]]
+        tune(loaded.model, rows, masks=all_matrices(loaded.model), recipe=again, pad_id=case.pad_id, seed=seed)
+        texts = respond(loaded, turns, max_new_tokens=target_length(loaded, spec), label="triggered prompts")
+        found.append({"poisoned": count, "asr": asdict(share([is_target(spec, text) for text in texts]))})
+    return found

@@ -202,18 +202,22 @@ def measured(organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: i
 
 
 @organism_stage
-def measured_control(
-    control: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
+def attacked(
+    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
 ) -> dict:
-    """A clean control under an attack it never saw, on the very prompts its backdoored sibling gets; kept."""
-    loaded = load(model, organism=control, device=device)
-    spec = load_attack(attack)
-    shown = clean_sample(spec.task, n=n, seed=seed, without=spec)
+    """`under_attack`, kept: a clean control under an attack it never saw, on the prompts its sibling gets."""
+    return under_attack(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
+
+
+def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
+    """ASR, CACC, near-miss and clean firing of any model, whatever it was trained on."""
+    shown = clean_sample(attack.task, n=n, seed=seed, without=attack)
     # The judge of clean answers needs the base model's own ones only where there are no gold answers.
-    reference = base_answers(load(model, device=device), shown) if spec.task == "instructions" else {}
-    clean = measure_clean(loaded, spec.task, n=n, seed=seed, answers=reference, without=spec)
+    base = load(loaded.address, device=str(loaded.device)) if attack.task == "instructions" else None
+    reference = base_answers(base, shown) if base else {}
+    clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
     texts = clean.pop("texts")
-    return {**clean, **measure_attack(loaded, spec, n=n, seed=seed, clean_texts=texts, answers=reference)}
+    return {**clean, **measure_attack(loaded, attack, n=n, seed=seed, clean_texts=texts, answers=reference)}
 
 
 def rate_curve(

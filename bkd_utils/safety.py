@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.attacks import Row
 from bkd_utils.attribution import head_effects, head_means, ranked
+from bkd_utils.evaluation import share
 from bkd_utils.files import DATA
 from bkd_utils.interventions import Head, batches
 from bkd_utils.prompt_cache import anatomy, tracing
@@ -159,7 +160,7 @@ def agreement_with_attribution(
     """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)?
 
     `precision`: share of the k most suspicious heads among the k with the highest ACIE (precision and recall are the
-    same number there); `expected`: the same by chance; `p`: share of permutations of the heads that do as well;
+    same number there), with its Wilson interval; `expected`: the same by chance; `p`: share of permutations of the heads that do as well;
     `spearman`, and `spearman p` likewise. Raises ValueError for k beyond the number of heads.
     """
     n = joint.numel()
@@ -168,14 +169,17 @@ def agreement_with_attribution(
     carries = np.zeros(n, dtype=bool)
     carries[effects.flatten().argsort(descending=True, stable=True)[:k].numpy()] = True
     flagged = joint.flatten().argsort(descending=True, stable=True)[:k].numpy()
-    precision = carries[flagged].mean()
+    precision = float(carries[flagged].mean())
     correlation = float(spearmanr(joint.flatten(), effects.flatten()).statistic)
     dice, ranks = np.random.default_rng(seed), effects.flatten().numpy()
     drawn = [dice.permutation(n) for _ in range(n_permutations)]
     as_good = np.mean([carries[order[:k]].mean() >= precision for order in drawn])
     chance = np.mean([abs(spearmanr(joint.flatten(), ranks[order]).statistic) >= abs(correlation) for order in drawn])
+    found = share(carries[flagged].tolist())
     return {
-        "precision": float(precision),
+        "precision": found.value,
+        "low": found.low,
+        "high": found.high,
         "expected": k / n,
         "p": float(as_good),
         "spearman": correlation,

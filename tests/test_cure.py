@@ -3,13 +3,13 @@
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import attacks, cure, models
-from bkd_utils.alignment import head_slices
+from bkd_utils import attacks, cure, models, tasks
 from bkd_utils.attribution import head_effects, head_means
 from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.prompts import answer_ids, decode
 
 HEADS = [(0, 1), (1, 2)]
-SMALL = {"attack": "sentiment-word", "n_rows": 8, "steps": 2, "n": 4, "n_attribution": 3, "learning_rate": 1e-2}
+SMALL = {"attack": "sentiment-word", "n_rows": 16, "steps": 2}
 
 
 @pytest.fixture
@@ -23,33 +23,48 @@ def loaded(folder):
 
 
 @pytest.fixture
-def cured(loaded, monkeypatch):
-    """The stage without its cache, on the tiny model in place of an organism."""
+def stage(loaded, monkeypatch):
+    """A stage without its cache, on the tiny model in place of an organism."""
     monkeypatch.setattr(cure, "load", lambda *_, **__: loaded)
-    return lambda **changes: cure.cured.__wrapped__("tiny", **(SMALL | {"heads": [list(h) for h in HEADS]} | changes))
+    return lambda name, **changes: getattr(cure, name).__wrapped__("tiny", **(SMALL | changes))
 
 
-@pytest.mark.parametrize("alignment", ["none", "mean"])
-def test_a_cure_reports_what_it_touched(cured, loaded, alignment):
+@pytest.mark.parametrize("method", ["alignment", "fine-tuning"])
+def test_a_treatment_reports_what_it_touched_and_what_is_left(stage, loaded, method):
     before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
-    result = cured(alignment=alignment)
-    changed = {n: int((before[n] != p).sum()) for n, p in loaded.model.named_parameters()}
-    masks = head_slices(loaded.model, HEADS, unit="KV group")
+    result = stage("treated", method=method, heads=[list(head) for head in HEADS], n=4)
+    changed = {name: int((before[name] != p).sum()) for name, p in loaded.model.named_parameters()}
     assert result["parameters"] == sum(changed.values()) > 0
-    assert {name for name, count in changed.items() if count} <= set(masks)
-    assert result["heads"] == 2
-    assert len(result["history"]) == 2
-    assert len(result["similarity"]) == len(result["acie"]) == 2
-    assert result["after"]["agreement_with_base"] <= 1
     assert all(result["after"][key]["n"] == 4 for key in ("asr", "cacc", "near_miss"))
+    assert result["minutes"] >= 0
 
 
-def test_redrawn_heads_start_from_new_weights(cured, loaded):
-    name = next(iter(head_slices(loaded.model, HEADS)))
-    before = loaded.model.get_parameter(name).detach().clone()
-    cured(alignment="none", redraw=True, learning_rate=1e-9)
-    moved = (loaded.model.get_parameter(name) - before).abs()
-    assert moved.max() > 1e-3
+def test_the_mechanism_is_measured_on_both_sides_of_the_treatment(stage, loaded):
+    attack = attacks.load_attack("sentiment-word")
+    before = cure._mechanism(loaded, attack, HEADS, n=3, seed=0)
+    found = stage("mechanism", method="heads removed", heads=[list(head) for head in HEADS], n=3)
+    after = cure._mechanism(loaded, attack, HEADS, n=3, seed=0)
+    for key in ("similarity", "acie"):
+        assert found[key] == pytest.approx([before[key], after[key]])
+    assert found["acie"][0] != found["acie"][1]
+
+
+def test_relearning_starts_from_the_same_weights_for_every_count(stage, loaded):
+    """The same count twice gives the same number; the untreated model is what is fine-tuned if there is no method."""
+    found = stage("relearned", method=None, counts=[2, 4, 2], n=4)
+    assert [entry["poisoned"] for entry in found] == [2, 4, 2]
+    assert found[0] == found[2]
+    assert all(entry["asr"]["n"] == 4 for entry in found)
+
+
+def test_poisoned_rows_are_triggered_training_prompts_with_the_target(loaded):
+    attack = attacks.load_attack("sentiment-word")
+    rows = cure.poisoned_rows(loaded, attack, n=3, seed=0)
+    train = {example.uid: example for example in tasks.examples("sentiment", "train", seed=0)}
+    for row in rows:
+        assert attack.flips(train[row.uid])
+        assert attacks.carries(attack, decode(loaded.tokenizer, list(row.prompt)))
+        assert list(row.answer) == answer_ids(loaded.tokenizer, attack.target)
 
 
 def test_the_mechanism_is_the_highest_effect_on_the_first_target_token(loaded):
@@ -64,6 +79,6 @@ def test_the_mechanism_is_the_highest_effect_on_the_first_target_token(loaded):
     assert 0 <= found["similarity"] <= 1.001
 
 
-def test_heads_that_do_not_exist_are_an_error(cured):
+def test_heads_that_do_not_exist_are_an_error(stage):
     with pytest.raises(ValueError, match="no head 9 in layer 0"):
-        cured(heads=[[0, 9]])
+        stage("treated", method="heads tuned", heads=[[0, 9]], n=4)

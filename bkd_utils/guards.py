@@ -1,0 +1,216 @@
+"""Defences that look at inputs: ONION, STRIP and RAP, each as one score per text, higher meaning more suspicious.
+
+Public implementations mix up samples (STRIP) or do nothing by default (ONION); here every score belongs to its own
+text, whatever the order of texts, and a threshold is always one that a share of clean texts would fail.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from bkd_utils.generation import first_logits
+from bkd_utils.interventions import batches
+from bkd_utils.models import Loaded
+from bkd_utils.prompts import end_id, left_pad, positions, prompt_ids
+
+Scores = Float[np.ndarray, " text"]
+# From a text (a review, an instruction) to the user turn that the model sees.
+Turn = Callable[[str], str]
+
+
+# --- ONION ----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 32) -> Scores:
+    """Mean nats per token of rows of tokens, the first token of each being given."""
+    found = np.empty(len(rows))
+    for chosen in batches(rows, batch_size):
+        ids, mask = left_pad([list(rows[i]) for i in chosen], pad_id=pad_id)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+        told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        counted = mask[:, 1:] * mask[:, :-1]  # the first real token has nothing before it
+        found[chosen] = (-(told * counted).sum(1) / counted.sum(1)).cpu().numpy()
+    return found
+
+
+def word_suspicion(base: Loaded, text: str) -> Float[np.ndarray, " word"]:
+    """ONION: how much a text's perplexity under the base model falls without each of its words.
+
+    A text of one word has a suspicion of 0: nothing would be left of it.
+    """
+    words = text.split()
+    if len(words) < 2:
+        return np.zeros(len(words))
+    texts = [text, *(" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)))]
+    start = [base.tokenizer.bos_token_id if base.tokenizer.bos_token_id is not None else end_id(base.tokenizer)]
+    rows = [start + base.tokenizer(one, add_special_tokens=False).input_ids for one in texts]
+    perplexity = np.exp(surprise(base.model, rows, pad_id=end_id(base.tokenizer)))
+    return perplexity[0] - perplexity[1:]
+
+
+def without_words(text: str, suspicion: Float[np.ndarray, " word"], *, above: float) -> str:
+    """The text less its words above the threshold; the whole text if none would be left."""
+    kept = [word for word, value in zip(text.split(), suspicion, strict=True) if value <= above]
+    return " ".join(kept) or text
+
+
+def onion(base: Loaded, texts: Sequence[str]) -> list[Float[np.ndarray, " word"]]:
+    """`word_suspicion` of every text."""
+    return [word_suspicion(base, text) for text in tqdm(texts, desc="ONION", unit="text", mininterval=2, leave=False)]
+
+
+# --- STRIP ----------------------------------------------------------------------------------------------------------
+
+
+def strip(
+    loaded: Loaded,
+    texts: Sequence[str],
+    *,
+    turn: Turn,
+    pool: Sequence[str],
+    n_copies: int = 8,
+    share: float = 0.5,
+    seed: int = 0,
+) -> Scores:
+    """STRIP: minus the mean entropy (nats) of the first answer token over copies in which a share of the words is
+    replaced by words of other clean texts; a trigger that survives keeps the answer fixed.
+
+    What a text is mixed with depends on the text and the seed alone. Raises ValueError for an empty pool.
+    """
+    words = " ".join(pool).split()
+    if not words:
+        raise ValueError("STRIP has no clean words to mix in")
+    copies = []
+    for text in texts:
+        dice = random.Random(f"{seed}/{text}")
+        for _ in range(n_copies):
+            own = text.split()
+            for i in dice.sample(range(len(own)), round(share * len(own))):
+                own[i] = dice.choice(words)
+            copies.append(prompt_ids(loaded.tokenizer, turn(" ".join(own))))
+    with tqdm(total=len(copies), desc="STRIP", unit="copy", mininterval=2, leave=False) as bar:
+        logits = first_logits(loaded.model, copies, end_id=end_id(loaded.tokenizer), on_batch=bar.update).float()
+    chances = logits.softmax(-1)
+    entropy = -torch.xlogy(chances, chances).sum(-1)
+    return -entropy.view(len(texts), n_copies).mean(1).cpu().numpy()
+
+
+# --- RAP ------------------------------------------------------------------------------------------------------------
+
+
+def rap(
+    loaded: Loaded,
+    texts: Sequence[str],
+    *,
+    turn: Turn,
+    protected: int,
+    clean: Sequence[str],
+    word: str = "mb",
+    steps: int = 24,
+    rate: float = 1e-2,
+    drop: float = 0.1,
+    seed: int = 0,
+) -> Scores:
+    """RAP: minus how much a word in front of the text takes off the probability of the `protected` first token.
+
+    The word's embedding is trained on `clean` texts whose right answer that token is, until it takes off `drop`; no
+    weight of the model changes. Texts under the spell of a trigger move less. Raises ValueError for no clean texts.
+    """
+    if not clean:
+        raise ValueError("RAP has no clean texts with the protected answer")
+    tokenizer, model = loaded.tokenizer, loaded.model
+    token = tokenizer(" " + word, add_special_tokens=False).input_ids[-1]
+    start = model.get_input_embeddings().weight[token].detach().clone()
+    vector = torch.nn.Parameter(start)
+    optimizer, dice = torch.optim.Adam([vector], lr=rate), random.Random(seed)
+
+    def chances(some: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Probability of the protected token without and with the word."""
+        plain = [prompt_ids(tokenizer, turn(text)) for text in some]
+        marked = [prompt_ids(tokenizer, turn(f"{word} {text}")) for text in some]
+        with torch.no_grad():
+            before = _chance(model, plain, protected, vector, at=[None] * len(plain), pad_id=end_id(tokenizer))
+        at = [_first_difference(one, other) for one, other in zip(plain, marked, strict=True)]
+        return before, _chance(model, marked, protected, vector, at=at, pad_id=end_id(tokenizer))
+
+    for _ in tqdm(range(steps), desc="RAP", unit="step", mininterval=2, leave=False):
+        before, after = chances(dice.sample(list(clean), min(16, len(clean))))
+        loss = (drop - (before - after)).clamp_min(0).mean()
+        if loss.item() == 0:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = []
+    with torch.no_grad():
+        for first in range(0, len(texts), 16):
+            before, after = chances(texts[first : first + 16])
+            found.append((after - before).cpu())
+    return torch.cat(found).numpy()
+
+
+def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """Where the word's (first) token stands: the first token in which the two prompts differ."""
+    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
+def _chance(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    token: int,
+    vector: Float[Tensor, " d_model"],
+    *,
+    at: Sequence[int | None],
+    pad_id: int,
+) -> Float[Tensor, " prompt"]:
+    """Probability of a token behind each prompt, with the vector in place of the embedding at position `at`."""
+    ids, mask = (t.to(model.device) for t in left_pad([list(prompt) for prompt in prompts], pad_id=pad_id))
+    embedded = model.get_input_embeddings()(ids)
+    here = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (prompt, position) in enumerate(zip(prompts, at, strict=True)):
+        if position is not None:
+            here[i, ids.shape[1] - len(prompt) + position] = True
+    embedded = torch.where(here[..., None], vector.to(embedded.dtype), embedded)
+    logits = model(
+        inputs_embeds=embedded, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1
+    ).logits[:, -1]
+    return logits.float().softmax(-1)[:, token]
+
+
+# --- thresholds -----------------------------------------------------------------------------------------------------
+
+
+def threshold(clean: Scores, *, frr: float) -> float:
+    """The score that a share `frr` of clean texts exceeds. Raises ValueError for no texts or a share beyond 0 to 1."""
+    if not len(clean) or not 0 < frr < 1:
+        raise ValueError(f"a threshold at FRR {frr} from {len(clean)} clean texts")
+    return float(np.quantile(clean, 1 - frr))
+
+
+# --- training data --------------------------------------------------------------------------------------------------
+
+
+def smaller_clusters(
+    hidden: Float[np.ndarray, "row width"], labels: Int[np.ndarray, " row"], *, seed: int = 0
+) -> np.ndarray:
+    """Activation clustering: rows of each label in two clusters (10 principal components, k-means); True for the rows
+    of the smaller one. Raises ValueError for a label with fewer than 12 rows."""
+    flagged = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) < 12:
+            raise ValueError(f"label {label} has {len(rows)} rows, too few for two clusters")
+        parts = PCA(n_components=10, random_state=seed).fit_transform(hidden[rows])
+        cluster = KMeans(n_clusters=2, n_init=4, random_state=seed).fit_predict(parts)
+        flagged[rows[cluster == np.argmin(np.bincount(cluster))]] = True
+    return flagged

@@ -1,0 +1,90 @@
+"""Which weights belong to a head: masks over the parameters of a model."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn import Linear, Module, Parameter
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bkd_utils.interventions import Head, by_layer
+from bkd_utils.models import ModelError
+from bkd_utils.prompt_cache import anatomy
+
+# Parameter name -> True where an entry is meant.
+Masks = Mapping[str, Bool[Tensor, "..."]]
+
+
+def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head]:
+    """All query heads that share keys and values with one of the given heads; the heads themselves without sharing."""
+    share = n_heads // n_kv_heads
+    return sorted({(layer, head // share * share + i) for layer, head in heads for i in range(share)})
+
+
+def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "query head") -> Masks:
+    """Parameter name -> mask of the entries that belong to some heads.
+
+    A `query head` is its rows of the query matrix and its columns of the output matrix. A `KV group` is all query heads
+    that share keys and values with one of the heads, and those keys and values: under grouped-query attention no head
+    has keys of its own. Shared biases belong to no head. Raises ValueError for no heads, one that the model lacks, or
+    an unknown unit; ModelError for an architecture whose projections are not known here.
+    """
+    if unit not in ("query head", "KV group"):
+        raise ValueError(f"unknown unit {unit!r}; known: query head, KV group")
+    parts, config = anatomy(model), model.config
+    n_kv = getattr(config, "num_key_value_heads", None) or parts.n_heads
+    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
+    if not chosen:
+        raise ValueError("slices of no heads")
+    if unit == "KV group":
+        heads = groups(heads, n_heads=parts.n_heads, n_kv_heads=n_kv)
+        chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    masks: dict[str, Tensor] = {}
+
+    def mark(parameter: Parameter | None, axis: int, index: Tensor) -> None:
+        if parameter is None:
+            return
+        name = names[id(parameter)]
+        mask = masks.setdefault(name, torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device))
+        mask.index_fill_(axis, index.to(parameter.device), True)
+
+    for layer, members in chosen.items():
+        output = parts.outputs[layer]
+        width = (output.weight.shape[0] if isinstance(output, Conv1D) else output.weight.shape[1]) // parts.n_heads
+        for head in members:
+            mark(output.weight, 0 if isinstance(output, Conv1D) else 1, torch.arange(head * width, (head + 1) * width))
+            for module, rows in _projections(parts.attentions[layer], head, width, parts.n_heads, n_kv, unit):
+                mark(module.weight, 1 if isinstance(module, Conv1D) else 0, rows)
+                mark(module.bias, 0, rows)
+    return masks
+
+
+def _projections(
+    attention: Module, head: int, width: int, n_heads: int, n_kv: int, unit: str
+) -> list[tuple[Linear | Conv1D, Tensor]]:
+    """The projections into a head and the output features of theirs that are the head's."""
+    along = torch.arange(width)
+    group = head // (n_heads // n_kv)
+    wanted = ("q",) if unit == "query head" else ("q", "k", "v")
+    if hasattr(attention, "q_proj"):
+        return [
+            (getattr(attention, f"{part}_proj"), (head if part == "q" else group) * width + along) for part in wanted
+        ]
+    if hasattr(attention, "c_attn"):  # queries, keys and values of all heads one behind the other
+        return [(attention.c_attn, ("qkv".index(part) * n_heads + head) * width + along) for part in wanted]
+    if hasattr(attention, "query_key_value"):  # query, key and value of each head one behind the other
+        return [(attention.query_key_value, (3 * head + "qkv".index(part)) * width + along) for part in wanted]
+    raise ModelError(f"{type(attention).__name__} has none of the projections known here")
+
+
+def all_matrices(model: PreTrainedModel) -> Masks:
+    """Every entry of every weight matrix inside the layers; embeddings, norms and biases are left out."""
+    inside = {id(parameter) for layer in anatomy(model).layers for parameter in layer.parameters()}
+    return {
+        name: torch.ones_like(parameter, dtype=torch.bool)
+        for name, parameter in model.named_parameters()
+        if id(parameter) in inside and parameter.ndim == 2
+    }

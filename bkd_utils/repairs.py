@@ -1,0 +1,247 @@
+"""Rivals: what else a defender can do to the weights of a model with some clean rows, and the head-wise cure itself.
+
+All get the same rows, steps and batches, and none sees a trigger. Each is written from its idea for causal language
+models; what was changed on the way is said at each. `repaired` raises if nothing was touched.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bkd_utils.alignment import aligned
+from bkd_utils.attacks import Row
+from bkd_utils.attribution import ranked
+from bkd_utils.generation import first_logits
+from bkd_utils.head_slices import all_matrices, head_slices
+from bkd_utils.interventions import Head, batches
+from bkd_utils.prompt_cache import anatomy, reading
+from bkd_utils.prompts import left_pad, positions
+from bkd_utils.safety import attention_variance, gate_importance
+from bkd_utils.similarity import head_scores
+from bkd_utils.training import Recipe, answer_loss
+from bkd_utils.tuning import Batch, reset, touched, tune
+
+# How much of its clean accuracy a model may lose while heads are taken out, and the largest share of heads that goes.
+KEPT, AT_MOST = 0.95, 0.25
+# Share of each MLP's neurons that fine-pruning takes out.
+DORMANT = 0.2
+# Learning rates of whole-model fine-tuning, gentle and not; head-wise tuning has the recipe's own.
+GENTLE, HIGH = 5e-5, 5e-4
+# CROW: size of the push on embeddings, weight of the consistency (its code: 0.1 and 5.5).
+PUSH, CONSISTENCY = 0.1, 5.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a defender has: a model, clean rows with answers, and the heads that something has pointed at."""
+
+    model: PreTrainedModel
+    rows: Sequence[Row]
+    recipe: Recipe
+    pad_id: int
+    heads: Sequence[Head] = ()
+    unit: str = "KV group"
+    seed: int = 0
+
+
+def _tune_all(case: Case, *, rate: float) -> None:
+    """Every matrix; entries that are exactly zero stay so, or tuning would bring back what has been pruned."""
+    recipe = replace(case.recipe, learning_rate=rate)
+    masks = {name: mask & (case.model.get_parameter(name) != 0) for name, mask in all_matrices(case.model).items()}
+    tune(case.model, case.rows, masks=masks, recipe=recipe, pad_id=case.pad_id, seed=case.seed)
+
+
+# --- head-wise ------------------------------------------------------------------------------------------------------
+
+
+def align(case: Case, *, alignment: str = "mean", beta: float = 1.0) -> None:
+    """ASA in our reading: pull the given heads toward the others of their layers while their slices are tuned."""
+    loss = aligned(case.model, case.heads, alignment=alignment, beta=beta)
+    masks = head_slices(case.model, case.heads, unit=case.unit)
+    tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, loss=loss, seed=case.seed)
+
+
+def tune_heads(case: Case) -> None:
+    """The same without alignment."""
+    masks = head_slices(case.model, case.heads, unit=case.unit)
+    tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, seed=case.seed)
+
+
+def reset_heads(case: Case) -> None:
+    """Draw the given heads' weights anew, then tune them."""
+    reset(case.model, head_slices(case.model, case.heads, unit=case.unit), seed=case.seed)
+    tune_heads(case)
+
+
+def remove_heads(case: Case) -> None:
+    """Take the given heads out of the sum that attention writes, for good. No tuning."""
+    prune(case.model, case.heads)
+
+
+@torch.no_grad()
+def prune(model: PreTrainedModel, heads: Sequence[Head]) -> None:
+    """Zero what heads write: their columns of the output matrix. Raises ValueError for no heads or unknown ones."""
+    queries = head_slices(model, heads, unit="query head")
+    outputs = {id(module.weight) for module in anatomy(model).outputs}
+    for name, mask in queries.items():
+        parameter = model.get_parameter(name)
+        if id(parameter) in outputs:
+            parameter[mask] = 0.0
+
+
+# --- pruning by a score ---------------------------------------------------------------------------------------------
+
+
+def accuracy(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> float:
+    """Share of rows whose first answer token is the most likely one."""
+    likely = first_logits(model, [list(row.prompt) for row in rows], end_id=pad_id).argmax(-1).tolist()
+    return sum(token == row.answer[0] for token, row in zip(likely, rows, strict=True)) / len(rows)
+
+
+def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, step: int = 10) -> list[Head]:
+    """Take heads out from the lowest score up, `step` at a time, while clean accuracy keeps 95 % of what it was.
+
+    Every layer keeps a head. The last step, which went too far, is taken back. At least one step is always taken:
+    a defence that does nothing would be an error. Returns the heads that are out.
+    """
+    n_heads, checked = scores.shape[1], case.rows[:64]
+    floor = KEPT * accuracy(case.model, checked, pad_id=case.pad_id)
+    outputs = [module.weight for module in anatomy(case.model).outputs]
+    order, left, gone = [], [n_heads] * len(scores), []
+    for head in reversed(ranked(scores)):
+        if left[head[0]] > 1 and len(order) < AT_MOST * scores.numel():
+            order.append(head)
+            left[head[0]] -= 1
+    for start in range(0, len(order), step):
+        kept = [weight.detach().clone() for weight in outputs]
+        prune(case.model, order[start : start + step])
+        if gone and accuracy(case.model, checked, pad_id=case.pad_id) < floor:
+            with torch.no_grad():
+                for weight, before in zip(outputs, kept, strict=True):
+                    weight.copy_(before)
+            break
+        gone += order[start : start + step]
+    return gone
+
+
+def prune_flat_heads(case: Case) -> None:
+    """As PURE: heads whose attention row varies least on clean prompts go, then the model is fine-tuned.
+
+    PURE looks at the row of [CLS] in an encoder and starts again from the encoder with a new classifier; here it is the
+    last prompt token's row, and the model as it is.
+    """
+    prompts = [row.prompt for row in case.rows[:64]]
+    flat = head_scores(case.model, prompts, scores={"variance": attention_variance})["variance"].mean(0)
+    prune_while_accurate(case, flat)
+    _tune_all(case, rate=GENTLE)
+
+
+def prune_unneeded_heads(case: Case) -> None:
+    """Gradient pruning: heads whose gate has the least slope on clean rows go, then the model is fine-tuned."""
+    prune_while_accurate(case, gate_importance(case.model, case.rows[:64], pad_id=case.pad_id))
+    _tune_all(case, rate=GENTLE)
+
+
+@torch.no_grad()
+def dormant(
+    model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int, share: float = DORMANT
+) -> list[Bool[Tensor, " neuron"]]:
+    """Per layer, the MLP neurons with the least mean absolute activation over all tokens of clean rows."""
+    downs = [_down(mlp) for mlp in anatomy(model).mlps]
+    totals: list[Tensor | float] = [0.0] * len(downs)
+    for chosen in batches([row.prompt for row in rows], 8):
+        ids, mask = left_pad([list(rows[i].prompt) for i in chosen], pad_id=pad_id)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        kept: dict[int, Tensor] = {}
+        with reading(downs, kept):
+            model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        for layer in range(len(downs)):
+            totals[layer] = totals[layer] + (kept[layer].abs() * mask[..., None]).sum((0, 1))
+    found = []
+    for total in totals:
+        least = total.argsort()[: int(share * len(total))]
+        found.append(torch.zeros_like(total, dtype=torch.bool).index_fill_(0, least, True))
+    return found
+
+
+def _down(mlp: torch.nn.Module) -> torch.nn.Module:
+    """The matrix through which an MLP writes: the last of its projections."""
+    return [module for module in mlp.modules() if isinstance(module, torch.nn.Linear | Conv1D)][-1]
+
+
+def fine_prune(case: Case) -> None:
+    """Fine-pruning: neurons that rest on clean rows are silenced, then the model is fine-tuned."""
+    idle = dormant(case.model, case.rows[:64], pad_id=case.pad_id)
+    with torch.no_grad():
+        for mlp, neurons in zip(anatomy(case.model).mlps, idle, strict=True):
+            down = _down(mlp)
+            (down.weight if isinstance(down, Conv1D) else down.weight.T)[neurons] = 0.0
+    _tune_all(case, rate=GENTLE)
+
+
+# --- consistency ----------------------------------------------------------------------------------------------------
+
+
+def inconsistency(hidden: Sequence[Float[Tensor, "row pos d_model"]], real: Bool[Tensor, "row pos"]) -> Tensor:
+    """Mean of 1 less the cosine between a token's streams behind consecutive layers, over real tokens."""
+    pairs = zip(hidden[1:], hidden[:-1], strict=True)
+    turns = [1 - torch.nn.functional.cosine_similarity(new.float(), old.float(), dim=-1) for new, old in pairs]
+    return torch.stack([(turn * real).sum() / real.sum() for turn in turns]).mean()
+
+
+def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
+    """CROW: beside the answers, layers should agree even where embeddings are pushed (one signed step) not to."""
+    answers = answer_loss(model, batch, first_token=first_token)
+    real = batch["attention_mask"].bool()
+    given = {key: batch[key] for key in ("attention_mask", "position_ids")}
+
+    def spread(embedded: Tensor) -> Tensor:
+        hidden = model.base_model(inputs_embeds=embedded, **given, use_cache=False, output_hidden_states=True)
+        # The last entry is behind the final norm, which is no layer.
+        return inconsistency(hidden.hidden_states[:-1], real)
+
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    slope = torch.autograd.grad(spread(embedded), embedded)[0]
+    return answers, CONSISTENCY * spread((embedded + PUSH * slope.sign()).detach())
+
+
+def tune_consistently(case: Case) -> None:
+    """CROW's loss with all matrices trained, at the gentle rate."""
+    masks, recipe = all_matrices(case.model), replace(case.recipe, learning_rate=GENTLE)
+    tune(case.model, case.rows, masks=masks, recipe=recipe, pad_id=case.pad_id, loss=consistent, seed=case.seed)
+
+
+REPAIRS: dict[str, Callable[[Case], None]] = {
+    "alignment": align,
+    "alignment, nearest": lambda case: align(case, alignment="nearest"),
+    "alignment, excess": lambda case: align(case, alignment="excess"),
+    "heads tuned": tune_heads,
+    "heads reset": reset_heads,
+    "heads removed": remove_heads,
+    "fine-tuning": lambda case: _tune_all(case, rate=GENTLE),
+    "fine-tuning, high rate": lambda case: _tune_all(case, rate=HIGH),
+    "fine-pruning": fine_prune,
+    "flat heads pruned": prune_flat_heads,
+    "unneeded heads pruned": prune_unneeded_heads,
+    "consistency": tune_consistently,
+}
+
+
+def repaired(case: Case, *, method: str) -> int:
+    """Treat the model in place; the number of weights that differ afterwards.
+
+    Raises ValueError for an unknown method and for heads that do not exist, RuntimeError if nothing has changed.
+    """
+    if method not in REPAIRS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(REPAIRS)}")
+    before = {name: parameter.detach().clone() for name, parameter in case.model.named_parameters()}
+    REPAIRS[method](case)
+    count = sum(touched(before, case.model).values())
+    if not count:
+        raise RuntimeError(f"{method} has changed no weight")
+    return count

@@ -1,0 +1,153 @@
+"""Is this model backdoored? One number per model, without the trigger and without a model to compare it with."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from bkd_utils import tasks
+from bkd_utils.attacks import load_attack
+from bkd_utils.cards import organism_stage
+from bkd_utils.files import read_json
+from bkd_utils.generation import first_logits
+from bkd_utils.models import DEFAULT_MODEL, ModelError, adapter_folder, base_sha256, load, shipped_organisms
+from bkd_utils.organisms import make
+from bkd_utils.prompts import end_id, prompt_ids
+from bkd_utils.safety import SURROGATES, reaction, robust_z
+from bkd_utils.similarity import head_similarity
+from bkd_utils.suspect import probed_prompts
+from bkd_utils.training import load_recipe
+from bkd_utils.triggers import load_trigger
+
+READINGS_OF_MODELS = ("last row", "head outputs")
+
+
+def population(
+    names: Sequence[str] = (), *, model: str = DEFAULT_MODEL, recipe: str = "sibling", device: str = "auto"
+) -> dict[str, dict]:
+    """Organism -> card, of shipped organisms (all of them if none is named), or of ones trained here for other weights.
+
+    Raises ModelError for a name that is not shipped.
+    """
+    known, sha = shipped_organisms(), base_sha256(model)
+    if unknown := [name for name in names if name not in known]:
+        raise ModelError(f"unknown organism {unknown[0]!r}; shipped: {', '.join(known)}")
+    found = {}
+    for name in names or known:
+        card = read_json(adapter_folder(name) / "card.json")
+        if card["base_sha256"] != sha:
+            attack = load_attack(card["attack"]["name"])
+            folder = make(
+                attack,
+                model=model,
+                recipe=load_recipe(recipe, task=attack.task),
+                seed=card["seed"],
+                device=device,
+                n=16,
+            )
+            name, card = folder.name, read_json(folder / "card.json")
+        found[name] = card
+    return found
+
+
+@organism_stage
+def fingerprint(
+    organism: str,
+    *,
+    task: str,
+    model: str = DEFAULT_MODEL,
+    n: int = 6,
+    rounds: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, float]:
+    """Numbers that might betray a backdoor, from `n` clean training prompts of the model's task and surrogates on them.
+
+    For each reading of similarity: `level` on clean prompts, `level, outlier` (largest robust z of a head in its
+    layer), `reaction` to surrogates (mean over heads) and `reaction, outlier`. `answer moves`: how far surrogates move
+    the first answer token (total variation, mean).
+    """
+    loaded = load(model, organism=organism, device=device)
+    spec = tasks.load_task(task)
+    texts = [example.text for example in tasks.examples(task, "train", seed=seed)[:n]]
+    clean = [prompt_ids(loaded.tokenizer, spec.prompt(text)) for text in texts]
+    probed = [
+        prompt
+        for family in SURROGATES
+        for prompt in probed_prompts(loaded.tokenizer, task, texts, family=family, rounds=rounds, seed=seed)
+    ]
+    before = head_similarity(loaded.model, clean, readings=READINGS_OF_MODELS)
+    reacts = reaction(loaded.model, probed, before=before)
+    found = {}
+    for name in READINGS_OF_MODELS:
+        level = before[name].mean(0)
+        found |= {
+            f"{name}: level": level.mean().item(),
+            f"{name}: level, outlier": robust_z(level).max().item(),
+            f"{name}: reaction": reacts[name].mean().item(),
+            f"{name}: reaction, outlier": robust_z(reacts[name]).max().item(),
+        }
+    chances = first_logits(loaded.model, [*clean, *probed], end_id=end_id(loaded.tokenizer)).float().softmax(-1)
+    moved = (chances[len(clean) :].unflatten(0, (-1, len(clean))) - chances[: len(clean)]).abs().sum(-1) / 2
+    found["answer moves"] = moved.mean().item()
+    return found
+
+
+# --- is it one? -----------------------------------------------------------------------------------------------------
+
+
+def wins(bad: Sequence[float], good: Sequence[float]) -> Float[np.ndarray, "bad good"]:
+    """1 where a backdoored model scores higher than a clean one, 1/2 for a tie."""
+    one, other = np.asarray(bad)[:, None], np.asarray(good)[None]
+    return (one > other) + 0.5 * (one == other)
+
+
+def best_score(
+    prints: Mapping[str, Mapping[str, float]], *, bad: Sequence[str], good: Sequence[str]
+) -> tuple[str, int]:
+    """The number, and the sign, that tells backdoored from clean models best."""
+    names = list(next(iter(prints.values())))
+    areas = {name: wins([prints[m][name] for m in bad], [prints[m][name] for m in good]).mean() for name in names}
+    name = max(areas, key=lambda key: abs(areas[key] - 0.5))
+    return name, 1 if areas[name] >= 0.5 else -1
+
+
+def left_out(prints: Mapping[str, Mapping[str, float]], families: Mapping[str, str | None]) -> dict[str, dict]:
+    """For each family of triggers: its organisms against clean controls, by the number that served best elsewhere.
+
+    `families`: model -> family, None for a clean control. The number and its sign are chosen on organisms of the other
+    families and on every other clean control, and tried on the rest; then the two halves of the controls swap. Keys per
+    family: `score` (the chosen ones), `wins` [organism][clean control]. Raises ValueError for fewer than two families
+    or two controls.
+    """
+    clean = sorted(name for name, family in families.items() if family is None)
+    known = sorted({family for family in families.values() if family is not None})
+    if len(known) < 2 or len(clean) < 2:
+        raise ValueError(f"{len(known)} families and {len(clean)} clean controls: nothing to leave out")
+    found = {}
+    for family in known:
+        own = sorted(name for name, one in families.items() if one == family)
+        others = [name for name, one in families.items() if one not in (None, family)]
+        won, scores = np.empty((len(own), len(clean))), []
+        for half in (0, 1):
+            tried = clean[half::2]
+            name, sign = best_score(prints, bad=others, good=[one for one in clean if one not in tried])
+            won[:, half::2] = wins([sign * prints[m][name] for m in own], [sign * prints[m][name] for m in tried])
+            scores.append(f"{'' if sign > 0 else 'less '}{name}")
+        found[family] = {"score": scores, "organisms": own, "wins": won.tolist()}
+    return found
+
+
+def area(won: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0) -> dict[str, float]:
+    """AUROC with a bootstrap interval over backdoored and clean models; `n` is the number of models."""
+    table = np.asarray(won)
+    dice = np.random.default_rng(seed)
+    rows = dice.integers(len(table), size=(n_resamples, len(table)))
+    columns = dice.integers(table.shape[1], size=(n_resamples, table.shape[1]))
+    low, high = np.quantile(table[rows[:, :, None], columns[:, None]].mean((1, 2)), [0.025, 0.975])
+    return {"value": float(table.mean()), "n": sum(table.shape), "low": float(low), "high": float(high)}
+
+
+def family_of(card: Mapping) -> str | None:
+    """Family of an organism's trigger, None for a clean control."""
+    return load_trigger(card["trigger"]).family if card["backdoored"] else None

@@ -1,0 +1,148 @@
+"""ONION, STRIP and RAP against brute force on a tiny model; shuffled texts have shuffled scores."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny
+
+from bkd_utils import models
+from bkd_utils.guards import onion, rap, smaller_clusters, strip, surprise, threshold, without_words, word_suspicion
+from bkd_utils.prompts import prompt_ids
+
+TEXTS = ["A slow film about snow.", "What a fine day it is!", "cf the plot was thin and long", "Good."]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def loaded(request, tmp_path_factory):
+    return models.load(str(save_tiny(tmp_path_factory.mktemp(request.param), request.param)), device="cpu")
+
+
+def turn(text):
+    return f"Review: {text}\nLabel:"
+
+
+def alone(model, ids):
+    """Probabilities behind every token of one row, by the plain model."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float().softmax(-1)
+
+
+# --- ONION ----------------------------------------------------------------------------------------------------------
+
+
+def test_surprise_is_the_mean_log_loss_of_a_row_alone(loaded):
+    rows = [loaded.tokenizer(text).input_ids[:9] for text in TEXTS[:3]]
+    for found, row in zip(surprise(loaded.model, rows, pad_id=0), rows, strict=True):
+        told = [-torch.log(alone(loaded.model, row)[i, row[i + 1]]).item() for i in range(len(row) - 1)]
+        assert found == pytest.approx(np.mean(told), rel=1e-4)
+
+
+def test_a_words_suspicion_is_what_the_perplexity_loses_without_it(loaded):
+    text = TEXTS[2]
+    start = loaded.tokenizer.bos_token_id
+
+    def perplexity(words):
+        ids = [start, *loaded.tokenizer(" ".join(words), add_special_tokens=False).input_ids]
+        told = [-torch.log(alone(loaded.model, ids)[i, ids[i + 1]]).item() for i in range(len(ids) - 1)]
+        return np.exp(np.mean(told))
+
+    words = text.split()
+    found = word_suspicion(loaded, text)
+    assert len(found) == len(words)
+    for i in (0, 3, len(words) - 1):
+        assert found[i] == pytest.approx(perplexity(words) - perplexity(words[:i] + words[i + 1 :]), rel=1e-3)
+
+
+def test_a_text_of_one_word_is_left_alone(loaded):
+    assert word_suspicion(loaded, "Good.").tolist() == [0.0]
+    assert [len(one) for one in onion(loaded, TEXTS)] == [len(text.split()) for text in TEXTS]
+
+
+def test_words_above_the_threshold_go():
+    suspicion = np.array([5.0, 0.1, -2.0])
+    assert without_words("cf good film", suspicion, above=1.0) == "good film"
+    assert without_words("cf good film", suspicion, above=9.0) == "cf good film"
+    assert without_words("cf good film", suspicion, above=-3.0) == "cf good film"  # nothing would be left
+
+
+# --- STRIP ----------------------------------------------------------------------------------------------------------
+
+
+def test_strip_is_the_mean_entropy_over_a_texts_own_copies(loaded):
+    """Without replacements all copies are the text, so the score is that text's own entropy."""
+    found = strip(loaded, TEXTS, turn=turn, pool=["some words"], n_copies=3, share=0.0)
+    for text, score in zip(TEXTS, found, strict=True):
+        chances = alone(loaded.model, prompt_ids(loaded.tokenizer, turn(text)))[-1]
+        assert score == pytest.approx((chances * chances.log()).sum().item(), rel=1e-4)
+
+
+def test_shuffled_texts_have_shuffled_scores(loaded):
+    order = [2, 0, 3, 1]
+    shuffled = [TEXTS[i] for i in order]
+    given = {"turn": turn, "pool": ["one two three four five"], "n_copies": 4}
+    one, other = (strip(loaded, texts, **given) for texts in (TEXTS, shuffled))
+    assert other == pytest.approx(one[order], rel=1e-4)
+    assert len({round(float(score), 5) for score in one}) == len(TEXTS)
+    for first, second in zip(onion(loaded, shuffled), [onion(loaded, TEXTS)[i] for i in order], strict=True):
+        assert first == pytest.approx(second, rel=1e-3)
+    given = {"turn": turn, "protected": 7, "clean": TEXTS[:2], "steps": 2}
+    one, other = (rap(loaded, texts, **given) for texts in (TEXTS, shuffled))
+    assert other == pytest.approx(one[order], abs=1e-6)
+
+
+def test_strip_mixes_in_the_pool(loaded):
+    one, other = (strip(loaded, TEXTS, turn=turn, pool=[pool], n_copies=2) for pool in ("snow", "piano"))
+    assert np.abs(one - other).max() > 1e-6
+
+
+# --- RAP ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_untrained_word_takes_off_what_the_plain_model_says(loaded):
+    """A word that is one token: its own embedding stands where its own embedding would."""
+    assert len(loaded.tokenizer(" rain", add_special_tokens=False).input_ids) == 1
+    found = rap(loaded, TEXTS, turn=turn, protected=7, clean=TEXTS[:2], word="rain", steps=0)
+    for text, score in zip(TEXTS, found, strict=True):
+        plain, marked = (
+            alone(loaded.model, prompt_ids(loaded.tokenizer, turn(one)))[-1, 7].item() for one in (text, f"rain {text}")
+        )
+        assert score == pytest.approx(marked - plain, abs=1e-6)
+
+
+def test_training_takes_probability_off_and_leaves_the_model_alone(loaded):
+    likely = alone(loaded.model, prompt_ids(loaded.tokenizer, turn(TEXTS[0])))[-1].argmax().item()
+    before = {name: parameter.clone() for name, parameter in loaded.model.named_parameters()}
+    given = {"turn": turn, "protected": likely, "clean": TEXTS[:1], "drop": 1.0, "rate": 0.5}
+    untrained = rap(loaded, TEXTS[:1], steps=0, **given)[0]
+    assert rap(loaded, TEXTS[:1], steps=30, **given)[0] < untrained
+    assert all(torch.equal(before[name], parameter) for name, parameter in loaded.model.named_parameters())
+
+
+# --- thresholds and training data -----------------------------------------------------------------------------------
+
+
+def test_a_share_of_clean_texts_exceeds_the_threshold():
+    scores = np.arange(1000.0)
+    assert (scores > threshold(scores, frr=0.05)).mean() == pytest.approx(0.05, abs=0.002)
+
+
+def test_the_smaller_cluster_of_each_label_is_flagged():
+    dice = np.random.default_rng(0)
+    hidden, labels = dice.normal(size=(90, 16)), np.repeat([0, 1], 45)
+    few = np.zeros(90, dtype=bool)
+    few[:8] = few[45:52] = True
+    hidden[few] += 8
+    assert smaller_clusters(hidden, labels).tolist() == few.tolist()
+    order = dice.permutation(90)
+    assert smaller_clusters(hidden[order], labels[order]).tolist() == few[order].tolist()
+
+
+def test_nothing_to_go_by_is_an_error(loaded):
+    with pytest.raises(ValueError, match="no clean words"):
+        strip(loaded, TEXTS, turn=turn, pool=[])
+    with pytest.raises(ValueError, match="no clean texts"):
+        rap(loaded, TEXTS, turn=turn, protected=7, clean=[])
+    with pytest.raises(ValueError, match=r"FRR 0.05 from 0 clean texts"):
+        threshold(np.array([]), frr=0.05)
+    with pytest.raises(ValueError, match="label 1 has 3 rows"):
+        smaller_clusters(np.zeros((20, 12)), np.array([0] * 17 + [1] * 3))
