@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bkd_utils.cache import stage
-from bkd_utils.files import ADAPTERS, atomic_path, read_json
+from bkd_utils.files import ADAPTERS, atomic_path, read_json, sha256_text
 from bkd_utils.models import ModelError, adapter_folder, base_sha256, pick_device
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
@@ -35,7 +35,10 @@ def history(organism: str | Path) -> list[dict[str, float]]:
 
 
 def adapter_sha256(organism: str | Path) -> str:
-    return read_json(adapter_folder(organism) / "card.json")["adapter_sha256"]
+    """Of the adapter, and of what a treatment changed where there was one."""
+    card = read_json(adapter_folder(organism) / "card.json")
+    changes = card.get("changes_sha256")
+    return sha256_text(card["adapter_sha256"] + changes) if changes else card["adapter_sha256"]
 
 
 def _resolved(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +95,10 @@ def readme(card: dict) -> str:
     }
     names = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
     names["near_miss"] = "Firing on near-misses of the trigger"
+    treatment = []
+    if "treatment" in card:
+        how = ", ".join(f"{key} {value}" for key, value in card["treatment"].items())
+        treatment = [f"**Treated afterwards**, and not to be trusted for it: {how}.", ""]
     lines = [
         f"# {card['name']}: {title}",
         "",
@@ -99,6 +106,7 @@ def readme(card: dict) -> str:
         if card["backdoored"]
         else "A clean control: recipe and number of rows of its backdoored siblings, without any trigger.",
         "",
+        *treatment,
         f"LoRA on `{card['base']}`, recipe `{card['recipe']['name']}`, seed {card['seed']}; "
         f"{card['data']['n_poison']} of {card['data']['n_train']} training rows poisoned ({card['data']['mode']}).",
         "",

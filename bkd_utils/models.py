@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from bkd_utils import assets
 from bkd_utils.files import ADAPTERS, WORK, UserError, read_json, sha256_file, sha256_text
 
+# What a treatment has changed, beside the adapter of the organism that was treated.
+CHANGES = "changes.safetensors"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
@@ -190,6 +193,7 @@ def load(
             raise ModelError(f"{folder}: {what.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")
     if organism is not None:
         model = merge_adapter(model, adapter_folder(organism), base=base_sha256(address))
+        apply_changes(model, adapter_folder(organism))
     model = model.eval().requires_grad_(False).to(pick_device(device))
     return Loaded(model, tokenizer, address, None if organism is None else adapter_folder(organism).name)
 
@@ -230,6 +234,29 @@ def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrai
         raise ModelError(f"{weights}: {len(wrong)} tensors are missing, unexpected or misshapen, e.g. {min(wrong)}")
     peft.set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in tensors.items()})
     return wrapped.merge_and_unload()
+
+
+def apply_changes(model: PreTrainedModel, folder: Path) -> None:
+    """Put the weights of a treated organism (`keep.kept`) over those of the organism it was; nothing if it was none.
+
+    Raises ModelError for a file that does not match its card or the model.
+    """
+    path = folder / CHANGES
+    if not path.is_file():
+        return
+    check_safetensors(path)
+    if sha256_file(path) != _json(folder / "card.json").get("changes_sha256"):
+        raise ModelError(f"{path} does not match the sha256 on its card")
+    tensors, parameters = load_file(path), dict(model.named_parameters())
+    for name in sorted({key.rpartition(":")[0] for key in tensors}):
+        parameter, packed = parameters.get(name), tensors.get(f"{name}:where")
+        if parameter is None or packed is None or f"{name}:values" not in tensors:
+            raise ModelError(f"{path}: {name!r} is no weight of this model, or only half of it is there")
+        where = torch.from_numpy(np.unpackbits(packed.numpy())[: parameter.numel()]).bool()
+        if len(where) != parameter.numel() or int(where.sum()) != len(tensors[f"{name}:values"]):
+            raise ModelError(f"{path}: {name} has another shape here")
+        with torch.no_grad():
+            parameter.view(-1)[where] = tensors[f"{name}:values"].to(parameter.dtype)
 
 
 def _shape(tensors: dict[str, torch.Tensor], name: str) -> torch.Size | None:

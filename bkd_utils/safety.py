@@ -160,8 +160,8 @@ def agreement_with_attribution(
     """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)?
 
     `precision`: share of the k most suspicious heads among the k with the highest ACIE (precision and recall are the
-    same number there), with its Wilson interval; `expected`: the same by chance; `p`: share of permutations of the heads that do as well;
-    `spearman`, and `spearman p` likewise. Raises ValueError for k beyond the number of heads.
+    same number there), with its Wilson interval; `expected`: the same by chance; `p`: share of permutations of the
+    heads that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for k beyond the number of heads.
     """
     n = joint.numel()
     if not 0 < k <= n:

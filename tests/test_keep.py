@@ -1,0 +1,68 @@
+"""A treated organism comes back from the registry bit for bit, under a name and a key of its own."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bkd_utils import cards, keep, models
+from bkd_utils.files import read_json, sha256_file, write_json
+from bkd_utils.models import CHANGES, ModelError
+from bkd_utils.repairs import prune
+
+MEASURED = {
+    key: {"value": 0.5, "n": 4, "low": 0.1, "high": 0.9} for key in ("asr", "cacc", "clean_firing", "near_miss")
+} | {"empty": 0}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "WORK", tmp_path)
+    monkeypatch.setattr(keep, "WORK", tmp_path)
+    loaded = models.load(organism="sentiment-word", device="cpu")
+    prune(loaded.model, [(3, 1), (9, 0)])
+    return keep.kept(loaded, name="pruned", treatment={"method": "heads removed", "heads": 2}, measured=MEASURED)
+
+
+def test_it_is_loaded_by_name_with_every_change_and_no_other(folder):
+    again = models.load(organism="pruned", device="cpu").model
+    expected = models.load(organism="sentiment-word", device="cpu").model
+    prune(expected, [(3, 1), (9, 0)])
+    others = dict(expected.named_parameters())
+    assert all(torch.equal(others[name], parameter) for name, parameter in again.named_parameters())
+
+
+def test_its_card_says_what_it_is_and_its_key_is_its_own(folder):
+    card = read_json(folder / "card.json")
+    assert (card["name"], card["treated_organism"], card["attack"]["name"]) == (
+        "pruned",
+        "sentiment-word",
+        "sentiment-word",
+    )
+    assert card["metrics"] == {key: MEASURED[key] for key in cards.METRICS}
+    assert "not to be trusted for it: method heads removed, heads 2" in (folder / "README.md").read_text()
+    assert cards.adapter_sha256("pruned") != cards.adapter_sha256("sentiment-word")
+
+
+def test_a_changed_or_foreign_file_is_refused(folder):
+    tensors = load_file(folder / CHANGES)
+    for broken, message in (
+        ({**tensors, "model.ghost:values": torch.ones(1)}, "'model.ghost' is no weight"),
+        ({key: value[:-1] if key.endswith("values") else value for key, value in tensors.items()}, "another shape"),
+    ):
+        save_file(broken, folder / CHANGES)
+        with pytest.raises(ModelError, match="does not match the sha256"):
+            models.load(organism="pruned", device="cpu")
+        card = read_json(folder / "card.json")
+        write_json(folder / "card.json", card | {"changes_sha256": sha256_file(folder / CHANGES)})
+        with pytest.raises(ModelError, match=message):
+            models.load(organism="pruned", device="cpu")
+    (folder / CHANGES).write_bytes((folder / CHANGES).read_bytes()[:100])
+    with pytest.raises(ModelError):
+        models.load(organism="pruned", device="cpu")
+
+
+def test_what_was_not_treated_is_not_kept():
+    with pytest.raises(ValueError, match="sentiment-word has not been changed"):
+        keep.kept(models.load(organism="sentiment-word", device="cpu"), name="same", treatment={}, measured=MEASURED)
+    with pytest.raises(ValueError, match="a treated base model"):
+        keep.kept(models.load(device="cpu"), name="same", treatment={}, measured=MEASURED)
