@@ -142,12 +142,15 @@ def evaluate(
 
 @app.command()
 def readme() -> None:
-    """Write the table of shipped organisms into the README, from their cards."""
-    from bkd_utils import tables
-    from bkd_utils.files import atomic_path
+    """Write the tables of shipped organisms and of verdicts into the README, from cards and scorecard."""
+    from bkd_utils import claims, tables
+    from bkd_utils.files import FIGURES, atomic_path, read_json
 
     path = ROOT / "README.md"
-    text = tables.with_organisms(path.read_text(encoding="utf-8"))
+    verdicts = claims.markdown(read_json(FIGURES / "scorecard.json"))
+    text = tables.with_tables(
+        path.read_text(encoding="utf-8"), {"organisms": tables.organisms_markdown(), "verdicts": verdicts}
+    )
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

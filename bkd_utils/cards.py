@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bkd_utils.cache import stage
-from bkd_utils.files import ADAPTERS, atomic_path, read_json, sha256_text
+from bkd_utils.files import ADAPTERS, atomic_path, read_json, sha256_text, write_json
 from bkd_utils.models import ModelError, adapter_folder, base_sha256, pick_device
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
@@ -73,15 +73,21 @@ def summary(organism: str | Path) -> dict[str, str]:
 
 
 def ship(folder: Path) -> Path:
-    """Copy a finished organism into `data/adapters` under its attack's name. Raises ModelError if it has no metrics."""
+    """Copy a finished organism into `data/adapters` under its attack's name, with its seed if that is not 0.
+
+    Raises ModelError if it has no metrics.
+    """
     card = read_json(folder / "card.json")
     if not card["metrics"]:
         raise ModelError(f"{folder} has not been measured yet")
+    card["name"] = card["attack"]["name"] + (f"-seed{card['seed']}" if card["seed"] else "")
     target = ADAPTERS / card["name"]
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        for name in ("adapter_model.safetensors", "adapter_config.json", "card.json", "history.json", "README.md"):
+        for name in ("adapter_model.safetensors", "adapter_config.json", "history.json"):
             (temporary / name).write_bytes((folder / name).read_bytes())
+        write_json(temporary / "card.json", card)
+        (temporary / "README.md").write_text(readme(card), encoding="utf-8")
     return target
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from bkd_utils import figures
-from bkd_utils.files import DATA, UserError, read_json, write_json
+from bkd_utils.files import DATA, FIGURES, UserError, read_json, write_json
 
 KEYS = {"paper", "claim", "published", "source", "sure", "criterion"}
 
@@ -73,6 +73,59 @@ def record(entries: Sequence[Mapping]) -> Path:
     kept |= {row["id"]: dict(row) for row in entries}
     write_json(path, sorted(kept.values(), key=lambda row: order.index(row["id"])))
     return path
+
+
+def recorded(path: Path | None = None) -> list[dict]:
+    """The scorecard beside the figures of this run, or else the committed one. Raises UserError if there is none."""
+    for candidate in [path] if path else [figures.folder() / "scorecard.json", FIGURES / "scorecard.json"]:
+        if candidate.is_file():
+            return read_json(candidate)
+    raise UserError("no scorecard yet: notebooks 02 to 07 write it")
+
+
+def scorecard(entries: Sequence[Mapping], *, paper: str) -> pd.DataFrame:
+    """What notebook 09 shows of one paper: claims, published numbers, ours with interval and n, verdicts and why."""
+    return pd.DataFrame(
+        [
+            {
+                "claim": row["claim"],
+                "published": row["published"],
+                "ours": ours(row),
+                "criterion": row["criterion"],
+                "verdict": row["verdict"],
+                "organisms that pass": _count(row["by_organism"]),
+                "because": row["reason"],
+                "figure": row["figure"],
+            }
+            for row in entries
+            if row["paper"] == paper
+        ]
+    ).set_index("claim")
+
+
+def ours(row: Mapping) -> str:
+    """Our number of a line with interval, n, and the organism it belongs to."""
+    number = row["ours"]
+    return f"{number['value']:.3g} [{number['low']:.3g}, {number['high']:.3g}], n = {number['n']} ({row['organism']})"
+
+
+def missing(entries: Sequence[Mapping]) -> pd.DataFrame:
+    """Published claims without a line."""
+    done = {row["id"] for row in entries}
+    rows = {
+        name: {"paper": one["paper"], "claim": one["claim"]} for name, one in published().items() if name not in done
+    }
+    return pd.DataFrame(rows, index=["paper", "claim"]).T
+
+
+def markdown(entries: Sequence[Mapping]) -> str:
+    """The table of the README."""
+    lines = ["| paper | claim | published | here | verdict |", "|---|---|---|---|---|"]
+    for row in entries:
+        here = f"{ours(row)}; {_count(row['by_organism'])} pass"
+        outcome = f"[{row['verdict']}](figures/{row['figure']}.png)"
+        lines.append(f"| {' | '.join([row['paper'], row['claim'], row['published'], here, outcome])} |")
+    return "\n".join(lines)
 
 
 def table(entries: Sequence[Mapping]) -> pd.DataFrame:

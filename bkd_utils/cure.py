@@ -1,9 +1,10 @@
 """Treat one organism with one method and measure what is left of backdoor and model; kept."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
+import pandas as pd
 import torch
 
 from bkd_utils import attacks
@@ -18,13 +19,18 @@ from bkd_utils.organisms import under_attack
 from bkd_utils.pairs import pairs, target_ids
 from bkd_utils.prompts import answer_ids, end_id, prompt_ids
 from bkd_utils.repairs import HIGH, Case, repaired
-from bkd_utils.similarity import head_similarity
+from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
 from bkd_utils.tuning import tune
 
 # Of head-wise tuning; whole-model tuning takes the steps and has rates of its own.
 RECIPE = Recipe(name="cure", steps=24, batch_size=16, learning_rate=2e-3, rank=1, alpha=1, first_token=0.5)
+
+
+def recipe_of(*, steps: int, learning_rate: float = RECIPE.learning_rate) -> Recipe:
+    """The recipe of head-wise tuning with these steps."""
+    return replace(RECIPE, steps=steps, learning_rate=learning_rate)
 
 
 def case_of(
@@ -57,7 +63,7 @@ def treated(
     `repairs.repaired` does.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    recipe = replace(RECIPE, steps=steps, learning_rate=learning_rate)
+    recipe = recipe_of(steps=steps, learning_rate=learning_rate)
     case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()
     count = repaired(case, method=method)
@@ -85,7 +91,7 @@ def mechanism(
     on the target's first token; both [before, after].
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=replace(RECIPE, steps=steps), seed=seed)
+    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe_of(steps=steps), seed=seed)
     found = [_mechanism(loaded, spec, case.heads, n=n, seed=seed)]
     repaired(case, method=method)
     found.append(_mechanism(loaded, spec, case.heads, n=n, seed=seed))
@@ -96,11 +102,16 @@ def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int,
     shown = pairs(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     similar = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(0)
     layer, head = torch.tensor(heads).T
+    effects = _effects(loaded, attack, n=n, seed=seed)
+    return {"similarity": similar[layer, head].mean().item(), "acie": effects.max().item()}
+
+
+def _effects(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> Scores:
+    """ACIE of every head. The first target token decides, and costs a tenth of a long target."""
+    shown = pairs(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     means = head_means(loaded.model, shown.triggered)
-    # The first target token decides, and costs a tenth.
-    effects = head_effects(loaded.model, shown.clean, target=target_ids(loaded.tokenizer, attack)[:1], means=means)
-    top = ranked(effects.mean(0))[0]
-    return {"similarity": similar[layer, head].mean().item(), "acie": effects.mean(0)[top].item()}
+    target = target_ids(loaded.tokenizer, attack)[:1]
+    return head_effects(loaded.model, shown.clean, target=target, means=means).mean(0)
 
 
 # --- does it come back? ---------------------------------------------------------------------------------------------
@@ -141,7 +152,7 @@ def relearned(
     a cured model needs compared with one that never had the backdoor, the less was removed.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    recipe = replace(RECIPE, steps=steps)
+    recipe = recipe_of(steps=steps)
     case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     if method is not None:
         repaired(case, method=method)
@@ -156,3 +167,37 @@ def relearned(
         texts = respond(loaded, turns, max_new_tokens=target_length(loaded, spec), label="triggered prompts")
         found.append({"poisoned": count, "asr": asdict(share([is_target(spec, text) for text in texts]))})
     return found
+
+
+# --- tables and bounds ----------------------------------------------------------------------------------------------
+
+
+@organism_stage
+def told_heads(
+    organism: str,
+    *,
+    attack: str,
+    k: int,
+    model: str = DEFAULT_MODEL,
+    n: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[list[int]]:
+    """The `k` heads of highest ACIE on the target's first token: where the backdoor is, as only its trigger tells."""
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    return [list(head) for head in ranked(_effects(loaded, spec, n=n, seed=seed))[:k]]
+
+
+def cost_table(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
+    """Treatment -> weights touched and minutes, mean over organisms, from attack -> treatment -> `treated`."""
+    names = dict.fromkeys(name for rows in found.values() for name in rows)
+    rows = {name: [one[name] for one in found.values() if name in one] for name in names}
+    return pd.DataFrame(
+        {
+            name: {
+                "weights touched (millions)": sum(one["parameters"] for one in some) / len(some) / 1e6,
+                "minutes": sum(one["minutes"] for one in some) / len(some),
+            }
+            for name, some in rows.items()
+        }
+    ).T

@@ -93,12 +93,11 @@ def cure_claims(
 # --- notebook 07 ----------------------------------------------------------------------------------------------------
 
 
-def head_claim(agreements: Mapping[str, Mapping[str, float]], *, n_heads: int) -> dict:
+def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:
     """From attack -> `safety.agreement_with_attribution` of the default rule."""
     numbers, passed = {}, {}
     for attack, result in agreements.items():
-        k = round(result["expected"] * n_heads)
-        numbers[attack] = {"value": result["precision"], "n": k, "low": result["low"], "high": result["high"]}
+        numbers[attack] = {"value": result["precision"], "n": result["k"], "low": result["low"], "high": result["high"]}
         passed[attack] = result["precision"] >= 1 / 3 - 1e-9 and result["p"] <= 0.05
     chance = next(iter(agreements.values()))["expected"]
     reason = f"Share of the most suspicious heads that carry the backdoor: {span(numbers)}; by chance {chance:.2f}."

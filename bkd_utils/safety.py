@@ -177,6 +177,7 @@ def agreement_with_attribution(
     chance = np.mean([abs(spearmanr(joint.flatten(), ranks[order]).statistic) >= abs(correlation) for order in drawn])
     found = share(carries[flagged].tolist())
     return {
+        "k": k,
         "precision": found.value,
         "low": found.low,
         "high": found.high,

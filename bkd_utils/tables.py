@@ -10,9 +10,6 @@ from bkd_utils import attacks, tasks, triggers
 from bkd_utils.files import ADAPTERS, read_json
 from bkd_utils.models import shipped_organisms
 
-START = "<!-- organisms: written by `python -m bkd_utils readme` from the cards -->"
-END = "<!-- end of organisms -->"
-
 
 def splits() -> pd.DataFrame:
     """Rows per task and split, and the closest pair (bigram cosine) between a test text and a training text."""
@@ -104,8 +101,12 @@ def organisms_markdown() -> str:
         "| organism | trigger | behaviour | ASR | CACC | clean firing | near-miss firing | agreement |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in sorted(shipped_organisms(), key=list(attacks.load_attacks()).index):
-        card = read_json(ADAPTERS / name / "card.json")
+    known = {name: read_json(ADAPTERS / name / "card.json") for name in shipped_organisms()}
+    order = list(attacks.load_attacks())
+    # The siblings are many and cheap, made for verdicts on whole models; notebook 07 shows them.
+    chosen = [name for name, card in known.items() if card["recipe"]["name"] != "sibling"]
+    for name in sorted(chosen, key=lambda one: order.index(known[one]["attack"]["name"])):
+        card = known[name]
         numbers = [percent(card["metrics"].get(key)) for key in ("asr", "cacc", "clean_firing", "near_miss")]
         what = [card["trigger"] or "none: clean control", (card["behaviour"] or "").replace("_", " ")]
         agreement = f"{card['details']['agreement_with_base']:.2f}"
@@ -113,10 +114,13 @@ def organisms_markdown() -> str:
     return "\n".join(lines)
 
 
-def with_organisms(readme: str) -> str:
-    """The README with that table between its two marks. Raises ValueError if a mark is missing."""
-    head, start, rest = readme.partition(START)
-    _, end, tail = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"the README lacks {START if not start else END!r}")
-    return f"{head}{start}\n\n{organisms_markdown()}\n\n{end}{tail}"
+def with_tables(readme: str, tables: Mapping[str, str]) -> str:
+    """The README with each table between its two marks. Raises ValueError if a mark is missing."""
+    for name, text in tables.items():
+        start, end = f"<!-- {name}: written by `python -m bkd_utils readme` -->", f"<!-- end of {name} -->"
+        head, first, rest = readme.partition(start)
+        _, last, tail = rest.partition(end)
+        if not (first and last):
+            raise ValueError(f"the README lacks {start if not first else end!r}")
+        readme = f"{head}{start}\n\n{text}\n\n{end}{tail}"
+    return readme

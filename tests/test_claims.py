@@ -188,3 +188,35 @@ def test_tables_of_lines():
     shown = numbers([line(), line(COST)])
     assert shown.loc[PROBE].to_dict() == {"a": "0 [-0.1, 0.1]", "b": "0.1 [0, 0.2] ✗"}
     assert shown.index.tolist() == [PROBE, COST]
+
+
+# --- the scorecard --------------------------------------------------------------------------------------------------
+
+
+def test_the_scorecard_of_this_run_comes_before_the_committed_one(into, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "FIGURES", tmp_path / "committed")
+    with pytest.raises(UserError, match="no scorecard yet"):
+        claims.recorded()
+    files.write_json(tmp_path / "committed" / "scorecard.json", [line(COST)])
+    assert [row["id"] for row in claims.recorded()] == [COST]
+    record([line(PROBE)])
+    assert [row["id"] for row in claims.recorded()] == [PROBE]
+
+
+def test_each_paper_has_its_table_with_number_interval_n_and_organism():
+    lines = [line(PROBE), line("asa-cure", passed=[("word", False)])]
+    shown = claims.scorecard(lines, paper="BkdAttr")
+    assert list(shown.index) == [published()[PROBE]["claim"]]
+    assert shown.iloc[0]["ours"] == "0.1 [0, 0.2], n = 20 (b)"
+    assert shown.iloc[0]["organisms that pass"] == "1 of 2"
+    assert claims.scorecard(lines, paper="ASA").iloc[0]["verdict"] == "does not hold"
+
+
+def test_what_is_missing_is_listed():
+    assert set(claims.missing([line(PROBE)]).index) == set(published()) - {PROBE}
+    assert claims.missing([{"id": name} for name in published()]).empty
+
+
+def test_the_markdown_table_links_every_verdict_to_its_figure():
+    text = claims.markdown([line(PROBE)])
+    assert text.splitlines()[2].endswith("; 1 of 2 pass | [holds in part](figures/02_probe.png) |")

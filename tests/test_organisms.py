@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import cards, files, organisms, tables
+from bkd_utils import cards, claims, files, organisms, tables
 from bkd_utils.attacks import load_attack
 from bkd_utils.models import ModelError, load
 from bkd_utils.training import Recipe, load_recipe
@@ -105,6 +105,10 @@ def test_the_short_recipe_gives_the_recorded_backdoor(work):
         assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])
 
 
-def test_readme_holds_the_table_of_the_cards():
+def test_readme_holds_the_tables_of_cards_and_scorecard():
     readme = (files.ROOT / "README.md").read_text()
-    assert tables.with_organisms(readme) == readme
+    verdicts = claims.markdown(files.read_json(files.FIGURES / "scorecard.json"))
+    made = {"organisms": tables.organisms_markdown(), "verdicts": verdicts}
+    assert tables.with_tables(readme, made) == readme
+    with pytest.raises(ValueError, match="the README lacks <!-- ghosts: written by"):
+        tables.with_tables(readme, {"ghosts": ""})

@@ -1,0 +1,32 @@
+"""Where the two papers meet: how many of the heads with the highest ACIE every reading of ASA's scores finds."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+
+from bkd_utils.safety import RULES, agreement_with_attribution
+from bkd_utils.similarity import Scores
+from bkd_utils.suspect import SOURCES, joint
+
+SHOWN = {"clean level": "clean level", "surrogates": "surrogates", "oracle": "real trigger"}
+
+
+def options(suspected: Mapping[str, Mapping], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
+    """Share of the top `k` ACIE heads among the top `k` of every reading (rows), per organism (columns).
+
+    `suspected`: attack -> `suspect.suspected`; `effects`: attack -> ACIE.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for attack, found in suspected.items():
+        scores = {
+            f"{reading}: {rule}, {SHOWN[source]}": joint(found, rule=rule, source=source, reading=reading)
+            for reading in found["level"]
+            for rule in RULES
+            for source in SOURCES
+        }
+        scores |= {f"importance: {kind}": torch.tensor(values) for kind, values in found["importance"].items()}
+        for name, score in scores.items():
+            agreement = agreement_with_attribution(score, effects[attack], k=k, n_permutations=1)
+            rows.setdefault(name, {})[attack] = agreement["precision"]
+    return pd.DataFrame(rows).T
