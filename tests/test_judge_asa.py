@@ -99,6 +99,13 @@ def test_no_rival_that_keeps_the_model_may_do_better():
     assert "none keeps CACC (rival breaks the model)" in line["reason"]
 
 
+def test_an_organism_that_did_not_get_every_rival_says_nothing_about_them():
+    found = {"all": treated(after(0.6)), "some": {k: v for k, v in treated(after(0.0)).items() if k != "rival"}}
+    lines = cured_lines(**found)
+    assert list(passed(lines["asa-rivals"])) == ["all"]
+    assert list(passed(lines["asa-cure"])) == ["all", "some"]
+
+
 def test_a_difference_has_its_value_in_its_interval():
     found = difference(rate(0.8), rate(0.3))
     assert found["value"] == pytest.approx(0.5)
