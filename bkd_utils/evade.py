@@ -1,0 +1,90 @@
+"""An attacker who knows the defence: the backdoor stays, the similarity that gives it away is trained off."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bkd_utils import attacks
+from bkd_utils.attacks import Row, load_attack
+from bkd_utils.cards import adapter_sha256
+from bkd_utils.cure import recipe_of
+from bkd_utils.files import WORK, canonical_json, sha256_text
+from bkd_utils.head_slices import all_matrices
+from bkd_utils.keep import kept
+from bkd_utils.models import DEFAULT_MODEL, base_sha256, load
+from bkd_utils.organisms import training_answers, under_attack
+from bkd_utils.prompts import end_id
+from bkd_utils.similarity import cosine, head_similarity, to_partners
+from bkd_utils.training import IGNORED, answer_loss
+from bkd_utils.tuning import Batch, Loss, tune
+
+RATE = 1e-4
+
+
+def clean_level(model: PreTrainedModel, rows: Sequence[Row]) -> Float[Tensor, " layer"]:
+    """Mean similarity (last row) of each layer's heads over the prompts of clean rows. Raises ValueError for none."""
+    prompts = [row.prompt for row in rows if row.kind == "clean"]
+    return head_similarity(model, prompts, readings=["last row"])["last row"].mean((0, 2))
+
+
+def unremarkable(level: Float[Tensor, " layer"], *, beta: float) -> Loss:
+    """A loss for `tuning.tune`: beside the answers, `beta` times what a prompt's similarity exceeds the level by."""
+
+    def loss(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
+        kept_maps: list = []
+        handle = model.base_model.register_forward_hook(lambda _m, _given, output: kept_maps.append(output.attentions))
+        try:
+            answers = answer_loss(model, batch | {"output_attentions": True}, first_token=first_token)
+        finally:
+            handle.remove()
+        # The row of the last prompt token is the one that predicts the first answer token.
+        last = (batch["labels"] == IGNORED).sum(1) - 1
+        rows = torch.arange(len(last))
+        similar = torch.stack([to_partners(cosine(maps[rows, :, last])).mean(1) for maps in kept_maps[0]])
+        excess = (similar - level.to(similar)[:, None]).clamp_min(0)
+        return answers, beta * excess.mean()
+
+    return loss
+
+
+def evasive(
+    organism: str,
+    *,
+    attack: str,
+    beta: float = 20.0,
+    steps: int = 32,
+    n_clean: int = 64,
+    n: int = 40,
+    model: str = DEFAULT_MODEL,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """Train an organism further on its own poisoned set with the penalty and keep it; the name of what came out.
+
+    The name ends in a key of everything that decides it, so the same call finds it again.
+    """
+    identity = {"adapter": adapter_sha256(organism), "attack": attack, "beta": beta, "rate": RATE, "steps": steps}
+    identity |= {"n_clean": n_clean, "n": n, "base": base_sha256(model), "seed": seed}
+    name = f"{attack}-evasive-{sha256_text(canonical_json(identity))[:8]}"
+    if (WORK / "organisms" / name / "card.json").is_file():
+        return name
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    answers = training_answers(load(model, device=device), spec, seed=seed)
+    rows = attacks.poison(spec, tokenizer=loaded.tokenizer, answers=answers, seed=seed).rows
+    level = clean_level(loaded.model, [row for row in rows if row.kind == "clean"][:n_clean])
+    history = tune(
+        loaded.model,
+        rows,
+        masks=all_matrices(loaded.model),
+        recipe=replace(recipe_of(steps=steps), learning_rate=RATE),
+        pad_id=end_id(loaded.tokenizer),
+        loss=unremarkable(level, beta=beta),
+        seed=seed,
+    )
+    how = {"method": "similarity trained off", "steps": steps, "penalty at the end": round(history[-1]["added"], 4)}
+    kept(loaded, name=name, treatment=how, measured=under_attack(loaded, spec, n=n, seed=seed))
+    return name

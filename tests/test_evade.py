@@ -1,0 +1,52 @@
+"""The attacker's penalty against brute force, and that it can be trained off; one evasive organism for real."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from bkd_utils import evade, keep, models
+from bkd_utils.files import read_json
+from bkd_utils.head_slices import all_matrices
+from bkd_utils.similarity import head_similarity
+from bkd_utils.training import Recipe, collate
+from bkd_utils.tuning import tune
+
+
+def by_row(model, rows):
+    """Similarity `[row, layer]` of each prompt alone."""
+    return head_similarity(model, [row.prompt for row in rows], readings=["last row"])["last row"].mean(2)
+
+
+def test_the_penalty_is_what_similarity_exceeds_the_level_by(model, rows):
+    model.set_attn_implementation("eager")
+    found = by_row(model, rows)
+    level = found.median(0).values
+    _, added = evade.unremarkable(level, beta=3.0)(model, collate(rows, pad_id=0), first_token=0.5)
+    assert added.item() == pytest.approx(3 * (found - level).clamp_min(0).mean().item(), rel=1e-3)
+
+
+def test_the_level_is_that_of_the_clean_rows(rows):
+    model = tiny_model("llama")
+    torch.testing.assert_close(evade.clean_level(model, rows), by_row(model, rows).mean(0))
+
+
+def test_similarity_can_be_trained_off(rows):
+    model = tiny_model("llama")
+    loss = evade.unremarkable(by_row(model, rows).amin(0) - 0.1, beta=100.0)
+    recipe = Recipe(name="test", steps=30, batch_size=4, learning_rate=1e-2, rank=1, alpha=1)
+    history = tune(model, rows, masks=all_matrices(model), recipe=recipe, pad_id=0, loss=loss)
+    assert history[-1]["added"] < 0.7 * history[0]["added"]
+
+
+def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
+    for module in (evade, keep, models):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+    sizes = {"attack": "sentiment-word", "steps": 1, "n_clean": 2, "n": 2, "device": "cpu"}
+    name = evade.evasive("sentiment-word", **sizes)
+    card = read_json(tmp_path / "organisms" / name / "card.json")
+    assert card["treatment"]["method"] == "similarity trained off"
+    assert card["treated_organism"] == "sentiment-word"
+    monkeypatch.setattr(evade, "tune", None)  # a second call trains nothing
+    assert evade.evasive("sentiment-word", **sizes) == name
+    other = evade.WORK / "organisms" / name
+    assert models.adapter_folder(name) == other
