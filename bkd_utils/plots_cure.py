@@ -91,6 +91,7 @@ def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         panel.set_xticks([0, 1], ["before", "after"])
         panel.set_xlim(-0.15, 1.15)
     axes[0].set_ylim(0, 1)
+    axes[1].set_ylim(bottom=0)
     show_legend(figure, axes[0], ncols=3)
     return figure
 
