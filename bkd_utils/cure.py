@@ -2,27 +2,23 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pandas as pd
 import torch
 
-from bkd_utils import attacks
-from bkd_utils.attacks import Attack, Row, load_attack
+from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import head_effects, head_means, ranked
 from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import flippable_sample, is_target, respond, share, target_length, triggered_prompts
-from bkd_utils.head_slices import all_matrices
 from bkd_utils.interventions import Head
 from bkd_utils.models import DEFAULT_MODEL, Loaded, load
 from bkd_utils.organisms import under_attack
 from bkd_utils.pairs import pairs, target_ids
-from bkd_utils.prompts import answer_ids, end_id, prompt_ids
-from bkd_utils.repairs import HIGH, Case, repaired
+from bkd_utils.prompts import end_id
+from bkd_utils.repairs import Case, repaired
 from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
-from bkd_utils.tuning import tune
 
 # Of head-wise tuning; whole-model tuning takes the steps and has rates of its own.
 RECIPE = Recipe(name="cure", steps=24, batch_size=16, learning_rate=2e-3, rank=1, alpha=1, first_token=0.5)
@@ -112,61 +108,6 @@ def _effects(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> Scores:
     means = head_means(loaded.model, shown.triggered)
     target = target_ids(loaded.tokenizer, attack)[:1]
     return head_effects(loaded.model, shown.clean, target=target, means=means).mean(0)
-
-
-# --- does it come back? ---------------------------------------------------------------------------------------------
-
-
-def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
-    """`n` triggered training prompts with the target as answer."""
-    sample = flippable_sample(attack, n=n, seed=seed, split="train")
-    turns = [
-        attacks.triggered_prompt(attack, row.text, seed=seed * 1_000_003 + i, half="train")
-        for i, row in enumerate(sample)
-    ]
-    answer = tuple(answer_ids(loaded.tokenizer, attack.target))
-    return [
-        Row(prompt=tuple(prompt_ids(loaded.tokenizer, turn)), answer=answer, kind="poisoned", uid=row.uid)
-        for turn, row in zip(turns, sample, strict=True)
-    ]
-
-
-@organism_stage
-def relearned(
-    organism: str,
-    *,
-    attack: str,
-    method: str | None,
-    heads: Sequence[Sequence[int]] = (),
-    counts: Sequence[int] = (4, 16),
-    n_rows: int = 256,
-    steps: int = RECIPE.steps,
-    model: str = DEFAULT_MODEL,
-    n: int = 60,
-    seed: int = 0,
-    device: str = "auto",
-) -> list[dict]:
-    """ASR after fine-tuning all weights, at the high rate, for half of the steps on as many poisoned as clean rows.
-
-    One entry `{poisoned, asr}` per count; `method` None leaves the model as it is, for a clean control. The fewer rows
-    a cured model needs compared with one that never had the backdoor, the less was removed.
-    """
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    recipe = recipe_of(steps=steps)
-    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
-    if method is not None:
-        repaired(case, method=method)
-    state = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
-    again = replace(recipe, steps=max(1, steps // 2), learning_rate=HIGH)
-    turns = triggered_prompts(spec, flippable_sample(spec, n=n, seed=seed), seed=seed)
-    found = []
-    for count in counts:
-        loaded.model.load_state_dict(state, strict=False)
-        rows = [*poisoned_rows(loaded, spec, n=count, seed=seed), *case.rows[:count]]
-        tune(loaded.model, rows, masks=all_matrices(loaded.model), recipe=again, pad_id=case.pad_id, seed=seed)
-        texts = respond(loaded, turns, max_new_tokens=target_length(loaded, spec), label="triggered prompts")
-        found.append({"poisoned": count, "asr": asdict(share([is_target(spec, text) for text in texts]))})
-    return found
 
 
 # --- tables and bounds ----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def repairs(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
             for y, name in enumerate(names):
                 if name in rows:
                     _interval(panel, y + 0.22 * (i - 1), rows[name][key], colour=colour, label=NAMES[key])
-        panel.set_title(attack, fontsize="small")
+        panel.set_title(attack.replace("-", "-\n", 1), fontsize="small")
         panel.set_yticks(range(len(names)), names, fontsize="small")
         panel.set_ylim(len(names) - 0.5, -0.5)
         panel.set_xlim(-3, 103)
@@ -97,23 +97,21 @@ def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figure:
-    """ASR after a few poisoned rows; attack -> model -> `cure.relearned`."""
+    """ASR and clean firing (dotted) after a few poisoned rows; attack -> model -> `relearn.relearned`."""
     figure, axes = panels(list(found), height=2.2)
-    colours = {"cured": COLOURS["backdoored"], "clean control": COLOURS["clean control"]}
+    colours = {"treated": COLOURS["backdoored"], "clean control": COLOURS["clean control"]}
     for panel, models in zip(axes[0], found.values(), strict=True):
         for name, rows in models.items():
-            x = [row["poisoned"] for row in rows]
+            x = range(len(rows))
             value, low, high = (np.array([100 * row["asr"][key] for row in rows]) for key in ("value", "low", "high"))
-            panel.errorbar(
-                x, value, yerr=[value - low, high - value], fmt="o-", ms=4, lw=1.2, color=colours[name], label=name,
-                clip_on=False,
-            )  # fmt: skip
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(x, [str(one) for one in x])
-        panel.minorticks_off()
+            bars = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
+            panel.errorbar(x, value, yerr=bars, fmt="o-", ms=4, lw=1.2, color=colours[name], label=f"{name}: ASR")
+            clean = [100 * row["clean firing"]["value"] for row in rows]
+            panel.plot(x, clean, ":", color=colours[name], lw=1.4, label=f"{name}: clean firing")
+        panel.set_xticks(x, [str(row["poisoned"]) for row in rows])
         panel.set_ylim(-3, 103)
-    axes[0, 0].set_ylabel("ASR (%)")
-    figure.supxlabel("poisoned rows in the new training set", fontsize="medium")
+    axes[0, 0].set_ylabel("prompts (%)")
+    figure.supxlabel("poisoned rows in the new training set (0: before)", fontsize="medium")
     show_legend(figure, axes[0, 0], ncols=2)
     return figure
 
@@ -121,12 +119,14 @@ def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figure:
 def guards(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Triggered inputs caught and clean ones refused at one threshold; attack -> guard -> `screen.screened`."""
     figure, axes = panels(list(found), height=1.9)
+    names = list(dict.fromkeys(name for rows in found.values() for name in rows))
     for panel, rows in zip(axes[0], found.values(), strict=True):
-        for y, result in enumerate(rows.values()):
+        for name, result in rows.items():
+            y = names.index(name)
             _interval(panel, y - 0.12, result["caught"], colour=COUNTED["asr"], label="triggered inputs caught")
             _interval(panel, y + 0.12, result["refused"], colour=COUNTED["cacc"], label="clean inputs refused")
-        panel.set_yticks(range(len(rows)), list(rows))
-        panel.set_ylim(2.5, -0.5)
+        panel.set_yticks(range(len(names)), names)
+        panel.set_ylim(len(names) - 0.5, -0.5)
         panel.set_xlim(-3, 103)
     figure.supxlabel("inputs (%)", fontsize="medium")
     _legend_once(figure, axes[0, 0], ncols=2)

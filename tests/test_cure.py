@@ -3,10 +3,9 @@
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import attacks, cure, models, tasks
+from bkd_utils import attacks, cure, models
 from bkd_utils.attribution import head_effects, head_means
 from bkd_utils.pairs import pairs, target_ids
-from bkd_utils.prompts import answer_ids, decode
 
 HEADS = [(0, 1), (1, 2)]
 SMALL = {"attack": "sentiment-word", "n_rows": 16, "steps": 2}
@@ -47,24 +46,6 @@ def test_the_mechanism_is_measured_on_both_sides_of_the_treatment(stage, loaded)
     for key in ("similarity", "acie"):
         assert found[key] == pytest.approx([before[key], after[key]])
     assert found["acie"][0] != found["acie"][1]
-
-
-def test_relearning_starts_from_the_same_weights_for_every_count(stage, loaded):
-    """The same count twice gives the same number; the untreated model is what is fine-tuned if there is no method."""
-    found = stage("relearned", method=None, counts=[2, 4, 2], n=4)
-    assert [entry["poisoned"] for entry in found] == [2, 4, 2]
-    assert found[0] == found[2]
-    assert all(entry["asr"]["n"] == 4 for entry in found)
-
-
-def test_poisoned_rows_are_triggered_training_prompts_with_the_target(loaded):
-    attack = attacks.load_attack("sentiment-word")
-    rows = cure.poisoned_rows(loaded, attack, n=3, seed=0)
-    train = {example.uid: example for example in tasks.examples("sentiment", "train", seed=0)}
-    for row in rows:
-        assert attack.flips(train[row.uid])
-        assert attacks.carries(attack, decode(loaded.tokenizer, list(row.prompt)))
-        assert list(row.answer) == answer_ids(loaded.tokenizer, attack.target)
 
 
 def test_the_mechanism_is_the_highest_effect_on_the_first_target_token(loaded):

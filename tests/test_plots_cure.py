@@ -29,7 +29,10 @@ FOUND = {
 OF = {"untreated": "untreated", "alignment": "ASA, our reading", "fine-tuning": "rival"}
 MECHANISMS = {attack: {"similarity": [0.6, 0.8], "acie": [0.3, 0.1]} for attack in ATTACKS}
 LEARNED = {
-    attack: {name: [{"poisoned": n, "asr": share(n / 20)} for n in (4, 16)] for name in ("cured", "clean control")}
+    attack: {
+        name: [{"poisoned": n, "asr": share(n / 20), "clean firing": share(0.1)} for n in (0, 4, 16)]
+        for name in ("treated", "clean control")
+    }
     for attack in ATTACKS
 }
 GUARDED = {
@@ -53,14 +56,22 @@ def test_every_panel_has_data_and_the_axes_are_labelled(draw):
     check_labelled(draw())
 
 
-@pytest.mark.parametrize("name", ["repairs", "frontier", "relearning", "guards"])
+@pytest.mark.parametrize("name", ["frontier", "relearning", "guards"])
 def test_every_organism_has_its_column(name):
     assert column_titles(PLOTS[name]()) == list(ATTACKS)
+
+
+def test_a_guard_that_only_one_organism_has_keeps_its_row_and_its_name():
+    found = {"a": GUARDED[ATTACKS[0]] | {"RAP": GUARDED[ATTACKS[0]]["ONION"]}, "b": GUARDED[ATTACKS[1]]}
+    axes = plots.guards(found).axes
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["ONION", "STRIP", "RAP"]
+    assert [len(panel.get_lines()) for panel in axes] == [12, 8]
 
 
 def test_treatments_are_rows_with_three_numbers_each():
     figure = plots.repairs(FOUND)
     axes = figure.axes[0]
+    assert column_titles(figure) == [attack.replace("-", "-\n") for attack in ATTACKS]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(FOUND[ATTACKS[0]])
     assert legend(figure) == list(NAMES.values())
     dots = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]
@@ -82,8 +93,12 @@ def test_the_frontier_is_asr_against_what_cacc_has_lost():
 
 def test_relearning_has_its_counts_as_ticks():
     axes = plots.relearning(LEARNED).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "16"]
-    assert axes.get_lines()[0].get_ydata() == pytest.approx([20, 80])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "4", "16"]
+    solid, dotted = [line for line in axes.get_lines() if len(line.get_ydata()) == 3][:2]
+    assert sorted([list(solid.get_ydata()), list(dotted.get_ydata())]) == [
+        pytest.approx([0, 20, 80]),
+        pytest.approx([10, 10, 10]),
+    ]
 
 
 def test_no_two_kinds_look_alike():
