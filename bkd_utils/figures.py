@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ WIDTH = 7.2  # inches: the width of a README column, so that nothing is scaled d
 
 def use_style() -> None:
     """Set the house style for all figures of this process."""
+    pd.set_option("display.max_colwidth", None)  # a reason or criterion that is cut off says nothing
     sns.set_theme(context="paper", style="ticks", font_scale=1.05)
     mpl.rcParams.update(
         {
