@@ -173,7 +173,7 @@ def test_an_adapter_is_the_one_on_its_card_and_small(folder):
 @EACH_ORGANISM
 def test_an_organism_was_trained_on_the_data_that_its_attack_gives_today(folder):
     card = read_json(folder / "card.json")
-    attack = load_attacks()[card["name"]]
+    attack = load_attacks()[card["attack"]["name"]]
     assert asdict(Attack(**card["attack"])) == asdict(attack)
     answers = read_json(DATA / "answers" / f"{card['base_sha256'][:16]}.json")
     tokenizer = AutoTokenizer.from_pretrained(fetch(DEFAULT_MODEL))
