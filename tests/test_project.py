@@ -122,6 +122,16 @@ def test_a_notebook_has_one_parameters_cell_and_no_error(path):
 
 
 @EACH_NOTEBOOK
+def test_a_notebook_uses_no_name_before_a_cell_has_bound_it(path, tmp_path):
+    sources = [cell.source for cell in cells(path, "code")]
+    for end in range(1, len(sources) + 1):
+        (tmp_path / f"{end:02}.py").write_text("\n".join(sources[:end]), encoding="utf-8")
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise"]
+    ended = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@EACH_NOTEBOOK
 def test_links_of_a_notebook_lead_somewhere(path):
     for cell in cells(path, "markdown"):
         assert dead_links(path, cell.source) == []
