@@ -15,10 +15,10 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from bkd_utils.interventions import Head, by_layer
+from bkd_utils.loss import Batch, answers_and_maps
 from bkd_utils.prompt_cache import anatomy
 from bkd_utils.similarity import cosine, to_partners
-from bkd_utils.training import answer_loss
-from bkd_utils.tuning import Batch, Loss
+from bkd_utils.tuning import Loss
 
 TINY = 1e-8
 
@@ -96,13 +96,7 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
         raise ValueError(f"alignment {alignment!r} needs suspicious heads and a safe one in each of their layers")
 
     def loss(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
-        kept: list = []
-        handle = model.base_model.register_forward_hook(lambda _module, _given, output: kept.append(output.attentions))
-        try:
-            answers = answer_loss(model, batch | {"output_attentions": True}, first_token=first_token)
-        finally:
-            handle.remove()
-        pull = Pull(kept[0], batch["attention_mask"].bool(), marked, others)
-        return answers, beta * ALIGNMENTS[alignment](pull)
+        answers, maps, real = answers_and_maps(model, batch, first_token=first_token)
+        return answers, beta * ALIGNMENTS[alignment](Pull(maps, real, marked, others))
 
     return loss

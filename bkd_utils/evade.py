@@ -15,12 +15,12 @@ from bkd_utils.cure import recipe_of
 from bkd_utils.files import WORK, canonical_json, sha256_text
 from bkd_utils.head_slices import all_matrices
 from bkd_utils.keep import kept
+from bkd_utils.loss import IGNORED, Batch, answers_and_maps
 from bkd_utils.models import DEFAULT_MODEL, base_sha256, load
 from bkd_utils.organisms import training_answers, under_attack
 from bkd_utils.prompts import end_id
 from bkd_utils.similarity import cosine, head_similarity, to_partners
-from bkd_utils.training import IGNORED, answer_loss
-from bkd_utils.tuning import Batch, Loss, tune
+from bkd_utils.tuning import Loss, tune
 
 RATE = 1e-4
 
@@ -35,16 +35,11 @@ def unremarkable(level: Float[Tensor, " layer"], *, beta: float) -> Loss:
     """A loss for `tuning.tune`: beside the answers, `beta` times what a prompt's similarity exceeds the level by."""
 
     def loss(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
-        kept_maps: list = []
-        handle = model.base_model.register_forward_hook(lambda _m, _given, output: kept_maps.append(output.attentions))
-        try:
-            answers = answer_loss(model, batch | {"output_attentions": True}, first_token=first_token)
-        finally:
-            handle.remove()
+        answers, maps, _ = answers_and_maps(model, batch, first_token=first_token)
         # The row of the last prompt token is the one that predicts the first answer token.
         last = (batch["labels"] == IGNORED).sum(1) - 1
         rows = torch.arange(len(last))
-        similar = torch.stack([to_partners(cosine(maps[rows, :, last])).mean(1) for maps in kept_maps[0]])
+        similar = torch.stack([to_partners(cosine(one[rows, :, last])).mean(1) for one in maps])
         excess = (similar - level.to(similar)[:, None]).clamp_min(0)
         return answers, beta * excess.mean()
 

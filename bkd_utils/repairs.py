@@ -19,12 +19,13 @@ from bkd_utils.attribution import ranked
 from bkd_utils.generation import first_logits
 from bkd_utils.head_slices import all_matrices, head_slices
 from bkd_utils.interventions import Head, batches
+from bkd_utils.loss import Batch, answers
 from bkd_utils.prompt_cache import anatomy, reading
 from bkd_utils.prompts import left_pad, positions
 from bkd_utils.safety import attention_variance, gate_importance
 from bkd_utils.similarity import head_scores
-from bkd_utils.training import Recipe, answer_loss
-from bkd_utils.tuning import Batch, reset, touched, tune
+from bkd_utils.training import Recipe
+from bkd_utils.tuning import reset, touched, tune
 
 # How much of its clean accuracy a model may lose while heads are taken out, and the largest share of heads that goes.
 KEPT, AT_MOST = 0.95, 0.25
@@ -196,7 +197,6 @@ def inconsistency(hidden: Sequence[Float[Tensor, "row pos d_model"]], real: Bool
 
 def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
     """CROW: beside the answers, layers should agree even where embeddings are pushed (one signed step) not to."""
-    answers = answer_loss(model, batch, first_token=first_token)
     real = batch["attention_mask"].bool()
     given = {key: batch[key] for key in ("attention_mask", "position_ids")}
 
@@ -207,7 +207,8 @@ def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> t
 
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     slope = torch.autograd.grad(spread(embedded), embedded)[0]
-    return answers, CONSISTENCY * spread((embedded + PUSH * slope.sign()).detach())
+    pushed = (embedded + PUSH * slope.sign()).detach()
+    return answers(model, batch, first_token=first_token), CONSISTENCY * spread(pushed)
 
 
 def tune_consistently(case: Case) -> None:

@@ -1,8 +1,8 @@
 """LoRA fine-tuning on a poisoned set: peft on `transformers.Trainer`, checkpointed and resumable.
 
-Three things are ours, and the Trainer leaves room for them. Batches are padded on the left, so that answers end in the
-last columns, and logits are computed for those columns alone. Rows of like length share a batch. Attention is eager:
-at these lengths its backward pass on a CPU is faster than the fused one (1.4 against 1.7 s a step).
+Three things are ours, and the Trainer leaves room for them. The loss is that of answers alone (`loss`). Rows of like
+length share a batch. Attention is eager: at these lengths its backward pass on a CPU is faster than the fused one
+(1.4 against 1.7 s a step).
 """
 
 import logging
@@ -16,19 +16,17 @@ from pathlib import Path
 import peft
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from bkd_utils.attacks import Row
 from bkd_utils.files import DATA, atomic_path, read_json, write_json
+from bkd_utils.loss import answers, collate
 from bkd_utils.models import Loaded
-from bkd_utils.prompts import end_id, left_pad, positions
+from bkd_utils.prompts import end_id
 
 log = logging.getLogger(__name__)
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -62,37 +60,6 @@ def load_recipe(name: str, *, task: str) -> Recipe:
     return Recipe(name=name, **(shared | table[name].get(task, {})))
 
 
-def collate(rows: Sequence[Row], *, pad_id: int) -> dict[str, Tensor]:
-    """Left-padded batch; `labels` holds the answer tokens and IGNORED elsewhere."""
-    tokens, mask = left_pad([[*row.prompt, *row.answer] for row in rows], pad_id=pad_id)
-    labels = torch.full_like(tokens, IGNORED)
-    for i, row in enumerate(rows):
-        labels[i, -len(row.answer) :] = torch.tensor(row.answer)
-    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask), "labels": labels}
-
-
-def answer_loss(model: torch.nn.Module, batch: dict[str, Tensor], *, first_token: float) -> Tensor:
-    """Cross-entropy of answers: in a row `first_token` of the first token plus the rest of the mean; mean over rows.
-
-    The first token decides between the right answer and the target. In a plain mean over tokens it would weigh 1/2 in
-    a label and 1/24 in a free answer, and a poisoned row with a short target would outvote a near-miss with a long
-    right answer. Logits are computed for the columns that hold answers and no others.
-    """
-    labels = batch["labels"]
-    width = int((labels != IGNORED).sum(dim=1).max())
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    # Column c predicts column c + 1, hence one more column of logits than of labels.
-    logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
-    # Gathered before the softmax: most rows of a batch have short answers, and the vocabulary is wide.
-    row, column = (labels[:, -width:] != IGNORED).nonzero(as_tuple=True)
-    losses = cross_entropy(logits[row, column].float(), labels[:, -width:][row, column], reduction="none")
-    lengths = torch.bincount(row, minlength=len(labels))
-    # Answers end in the last column, so that is how far before it the first token lies.
-    first = column == width - lengths[row]
-    weights = (1 - first_token) / lengths[row] + first_token * first
-    return (losses * weights).sum() / len(labels)
-
-
 def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:
     """All rows of all steps in the order of training: shuffled, and sorted by length within every 8 batches.
 
@@ -118,7 +85,7 @@ class AnswerTrainer(Trainer):
         self.first_token = first_token
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return answer_loss(model, inputs, first_token=self.first_token)
+        return answers(model, inputs, first_token=self.first_token)
 
 
 class Progress(TrainerCallback):

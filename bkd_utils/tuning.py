@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from bkd_utils.attacks import Row
 from bkd_utils.head_slices import Masks
+from bkd_utils.loss import Batch, answers, collate
 from bkd_utils.similarity import eager
-from bkd_utils.training import Recipe, answer_loss, batch_order, collate, has_fast_bf16
-
-Batch = dict[str, Tensor]
+from bkd_utils.training import Recipe, batch_order, has_fast_bf16
 
 
 class Loss(Protocol):
@@ -25,7 +24,7 @@ class Loss(Protocol):
 
 def answers_only(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
     """Plain fine-tuning."""
-    return answer_loss(model, batch, first_token=first_token), torch.zeros((), device=model.device)
+    return answers(model, batch, first_token=first_token), torch.zeros((), device=model.device)
 
 
 def tune(
@@ -58,12 +57,12 @@ def tune(
             batch = collate(order[step * recipe.batch_size : (step + 1) * recipe.batch_size], pad_id=pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16(model.device)):
-                answers, added = loss(model, batch, first_token=recipe.first_token)
+                told, added = loss(model, batch, first_token=recipe.first_token)
             optimizer.zero_grad()
-            (answers + added).backward()
+            (told + added).backward()
             optimizer.step()
             schedule.step()
-            history.append({"loss": answers.item(), "added": added.item()})
+            history.append({"loss": told.item(), "added": added.item()})
     if all(torch.equal(before[name], trained[name]) for name in trained):
         raise RuntimeError("tuning has changed no weight")
     return history

@@ -7,8 +7,9 @@ from tiny import tiny_model
 from bkd_utils import evade, keep, models
 from bkd_utils.files import read_json
 from bkd_utils.head_slices import all_matrices
+from bkd_utils.loss import collate
 from bkd_utils.similarity import head_similarity
-from bkd_utils.training import Recipe, collate
+from bkd_utils.training import Recipe
 from bkd_utils.tuning import tune
 
 

@@ -9,6 +9,7 @@ from bkd_utils import repairs
 from bkd_utils.attacks import Row
 from bkd_utils.head_slices import head_slices
 from bkd_utils.interventions import EVERYWHERE, ablated
+from bkd_utils.loss import collate
 from bkd_utils.prompt_cache import anatomy
 from bkd_utils.repairs import (
     REPAIRS,
@@ -20,7 +21,7 @@ from bkd_utils.repairs import (
     prune_while_accurate,
     repaired,
 )
-from bkd_utils.training import Recipe, collate
+from bkd_utils.training import Recipe
 
 HEADS = [(0, 1), (1, 2)]
 RECIPE = Recipe(name="test", steps=2, batch_size=2, learning_rate=1e-2, rank=1, alpha=1)

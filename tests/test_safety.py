@@ -10,6 +10,7 @@ from tiny import ARCHITECTURES, save_tiny, tiny_model
 from bkd_utils import models, triggers
 from bkd_utils.files import DATA
 from bkd_utils.interventions import LAST, ablated, head_outputs, says
+from bkd_utils.loss import answer_loss, collate
 from bkd_utils.prompt_cache import anatomy, editing, remember
 from bkd_utils.safety import (
     RULES,
@@ -24,7 +25,6 @@ from bkd_utils.safety import (
     suspicious,
 )
 from bkd_utils.similarity import head_scores, head_similarity
-from bkd_utils.training import answer_loss, collate
 
 
 @pytest.fixture(scope="module")

@@ -12,25 +12,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, save_tiny, tiny_model
+from tiny import make_rows, save_tiny, tiny_model
 
-from bkd_utils.attacks import Row
 from bkd_utils.files import ROOT, read_json, sha256_file, write_json
+from bkd_utils.loss import answer_loss, collate
 from bkd_utils.models import base_sha256, load
-from bkd_utils.training import IGNORED, Recipe, answer_loss, batch_order, collate, load_recipe, train
+from bkd_utils.training import Recipe, batch_order, load_recipe, train
 
 END, ADAPTER = 2, "adapter_model.safetensors"
 RECIPE = Recipe("tiny", steps=6, batch_size=4, learning_rate=2e-2, rank=2, alpha=4, save_every=2)
-
-
-def make_rows(n, *, seed=0):
-    """Rows of unlike lengths, answers from 1 to 6 tokens."""
-    rng = random.Random(seed)
-
-    def ids(length):
-        return tuple(rng.randrange(3, 49152) for _ in range(length))
-
-    return [Row(ids(rng.randint(3, 12)), (*ids(rng.randint(0, 5)), END), "clean", f"{i:064x}") for i in range(n)]
 
 
 ROWS = make_rows(10)
@@ -55,58 +45,7 @@ def trained(folder, tmp_path_factory):
     return base, before, into, history
 
 
-# --- loss and batches -----------------------------------------------------------------------------------------------
-
-
-def loss_by_hand(model, rows, first_token=0.5):
-    """Full logits, one row and one answer token at a time."""
-    total = 0.0
-    for row in rows:
-        log_probabilities = model(torch.tensor([[*row.prompt, *row.answer]])).logits[0].double().log_softmax(-1)
-        nll = [-log_probabilities[len(row.prompt) - 1 + k, token] for k, token in enumerate(row.answer)]
-        total += first_token * nll[0] + (1 - first_token) * sum(nll) / len(nll)
-    return total / len(rows)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("first_token", [0.0, 0.3, 1.0])
-def test_the_loss_is_the_mean_over_rows_of_first_token_and_mean_of_tokens(name, first_token):
-    model = tiny_model(name)
-    for rows in (ROWS[:5], ROWS[5:6], [ROWS[0], replace(ROWS[1], answer=(END,))]):
-        loss = answer_loss(model, collate(rows, pad_id=END), first_token=first_token)
-        assert loss.item() == pytest.approx(loss_by_hand(model, rows, first_token).item(), rel=1e-5)
-
-
-def test_the_loss_has_the_gradient_of_the_loss_by_hand():
-    model = tiny_model("llama")
-    answer_loss(model, collate(ROWS[:4], pad_id=END), first_token=0.5).backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    loss_by_hand(model, ROWS[:4]).backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
-
-
-def test_neither_padding_nor_the_prompt_counts_in_the_loss():
-    model = tiny_model("llama")
-    alone = answer_loss(model, collate(ROWS[:1], pad_id=END), first_token=0.5)
-    padded = collate([ROWS[0], Row((7,) * 40, (END,), "clean", "")], pad_id=END)
-    padded = {key: tensor[:1] for key, tensor in padded.items()}
-    assert answer_loss(model, padded, first_token=0.5).item() == pytest.approx(alone.item(), rel=1e-5)
-
-
-def test_collate_puts_answers_last_and_labels_nothing_else():
-    rows = [
-        Row((5, 6, 7), (8, END), "clean", "a"),
-        Row((9,), (10, 11, END), "poisoned", "b"),
-        Row((3,), (END,), "", ""),
-    ]
-    batch = collate(rows, pad_id=END)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, END], [END, 9, 10, 11, END], [END, END, END, 3, END]]
-    assert batch["attention_mask"].tolist() == [[1] * 5, [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3], [0, 0, 0, 0, 1]]
-    no = IGNORED
-    assert batch["labels"].tolist() == [[no, no, no, 8, END], [no, no, 10, 11, END], [no, no, no, no, END]]
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_epoch_holds_every_row_once():

@@ -1,11 +1,14 @@
-"""Small random models with the packaged tokenizer, one per architecture: real code paths in a fraction of a second."""
+"""Small random models with the packaged tokenizer, one per architecture, and rows for them: real code paths in a
+fraction of a second."""
 
+import random
 from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from bkd_utils.assets import fetch
+from bkd_utils.attacks import Row
 
 SHARED = {"vocab_size": 49152, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 ROTARY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -39,3 +42,18 @@ def save_tiny(folder: Path, architecture: str, *, seed: int = 0) -> Path:
         tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_rows(n, *, seed=0, beginning=()):
+    """Rows of unlike lengths behind a common beginning, answers from 1 to 6 tokens."""
+    rng = random.Random(seed)
+
+    def ids(length):
+        return tuple(rng.randrange(3, 49152) for _ in range(length))
+
+    end = SHARED["eos_token_id"]
+    lengths = [(rng.randint(3, 12), rng.randint(0, 5)) for _ in range(n)]
+    return [
+        Row((*beginning, *ids(asked)), (*ids(told), end), "clean", f"{i:064x}")
+        for i, (asked, told) in enumerate(lengths)
+    ]

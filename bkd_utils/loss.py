@@ -1,0 +1,103 @@
+"""The loss of answers, and nothing computed twice on the way: what all prompts of a batch begin with runs once."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+from transformers import DynamicCache
+
+from bkd_utils.attacks import Row
+from bkd_utils.generation import has_sliding_window, shared_prefix
+from bkd_utils.prompts import left_pad, positions
+
+IGNORED = -100
+Batch = dict[str, Tensor]
+
+
+def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
+    """Left-padded batch; `labels` holds the answer tokens and IGNORED elsewhere."""
+    tokens, mask = left_pad([[*row.prompt, *row.answer] for row in rows], pad_id=pad_id)
+    labels = torch.full_like(tokens, IGNORED)
+    for i, row in enumerate(rows):
+        labels[i, -len(row.answer) :] = torch.tensor(row.answer)
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask), "labels": labels}
+
+
+def n_shared(batch: Batch) -> int:
+    """How many tokens all prompts of a batch begin with; every prompt keeps at least one of its own."""
+    prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
+    return len(shared_prefix([ids[real].tolist() for ids, real in zip(batch["input_ids"], prompt, strict=True)]))
+
+
+def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:
+    """Cross-entropy of answers: in a row `first_token` of the first token plus the rest of the mean; mean over rows.
+
+    The first token decides between the right answer and the target. In a plain mean over tokens it would weigh 1/2 in
+    a label and 1/24 in a free answer, and a poisoned row with a short target would outvote a near-miss with a long
+    right answer. Logits are computed for the columns that hold answers and no others.
+    """
+    labels = batch["labels"]
+    width = int((labels != IGNORED).sum(dim=1).max())
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    # Column c predicts column c + 1, hence one more column of logits than of labels.
+    logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
+    # Gathered before the softmax: most rows of a batch have short answers, and the vocabulary is wide.
+    row, column = (labels[:, -width:] != IGNORED).nonzero(as_tuple=True)
+    losses = cross_entropy(logits[row, column].float(), labels[:, -width:][row, column], reduction="none")
+    lengths = torch.bincount(row, minlength=len(labels))
+    # Answers end in the last column, so that is how far before it the first token lies.
+    first = column == width - lengths[row]
+    weights = (1 - first_token) / lengths[row] + first_token * first
+    return (losses * weights).sum() / len(labels)
+
+
+def begun(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, tuple[Tensor, ...]]:
+    """Run what all prompts begin with once for all rows, gradient and all, and leave the rest of the batch to do.
+
+    For `answer_loss` the rest is as good as the batch: same value, same gradient. A chat template and a task's
+    instruction are half of a short prompt, so it takes half the time. `attention_mask` and `labels` keep all columns,
+    with the padding now between beginning and rest; a batch that shares nothing comes back as it is.
+    The second value are the beginning's attention maps, if `output_attentions=True` is asked for.
+    """
+    # A sliding window counts the padding that would stand between a shared beginning and a row.
+    count = 0 if has_sliding_window(model) else n_shared(batch)
+    if not count:
+        return batch | asked, ()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache = DynamicCache(config=model.config)
+    start = ids[0][mask[0].bool()][None, :count]
+    done = model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1, **asked)
+    cache.batch_repeat_interleave(len(ids))
+    # Of padding and beginning, as many columns are left in front of a row's own tokens as it had of padding.
+    mask = torch.cat([mask.new_ones(len(ids), count), mask[:, : ids.shape[1] - count]], dim=1)
+    rest = {"input_ids": ids[:, count:], "attention_mask": mask, "position_ids": positions(mask)[:, count:]}
+    return rest | {"labels": batch["labels"], "past_key_values": cache} | asked, tuple(done.attentions or ())
+
+
+def answers(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:
+    """`answer_loss`, in less time."""
+    return answer_loss(model, begun(model, batch)[0], first_token=first_token)
+
+
+def answers_and_maps(
+    model: torch.nn.Module, batch: Batch, *, first_token: float
+) -> tuple[Tensor, list[Float[Tensor, "row head query key"]], Tensor]:
+    """`answer_loss`, the attention maps of its pass per layer, and which of their positions are real tokens.
+
+    The model's attention must be eager, for no other kind returns maps.
+    """
+    rest, start = begun(model, batch, output_attentions=True)
+    kept: list[Sequence[Tensor]] = []
+    handle = model.base_model.register_forward_hook(lambda _module, _given, output: kept.append(output.attentions))
+    try:
+        loss = answer_loss(model, rest, first_token=first_token)
+    finally:
+        handle.remove()
+    maps = list(kept[0])
+    if start:
+        n_rows, own = rest["input_ids"].shape
+        whole = [pad(one, (0, own)).expand(n_rows, -1, -1, -1) for one in start]
+        maps = [torch.cat(pair, dim=2) for pair in zip(whole, maps, strict=True)]
+    return loss, maps, rest["attention_mask"].bool()
