@@ -75,11 +75,11 @@ def record(entries: Sequence[Mapping]) -> Path:
     return path
 
 
-def recorded(path: Path | None = None) -> list[dict]:
+def recorded() -> list[dict]:
     """The scorecard beside the figures of this run, or else the committed one. Raises UserError if there is none."""
-    for candidate in [path] if path else [figures.folder() / "scorecard.json", FIGURES / "scorecard.json"]:
-        if candidate.is_file():
-            return read_json(candidate)
+    for path in (figures.folder() / "scorecard.json", FIGURES / "scorecard.json"):
+        if path.is_file():
+            return read_json(path)
     raise UserError("no scorecard yet: notebooks 02 to 07 write it")
 
 

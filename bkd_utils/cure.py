@@ -13,7 +13,7 @@ from bkd_utils.cards import organism_stage
 from bkd_utils.interventions import Head
 from bkd_utils.models import DEFAULT_MODEL, Loaded, load
 from bkd_utils.organisms import under_attack
-from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.pairs import Pairs, pairs, target_ids
 from bkd_utils.prompts import end_id
 from bkd_utils.repairs import Case, repaired
 from bkd_utils.similarity import Scores, head_similarity
@@ -21,7 +21,7 @@ from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
 
 # Of head-wise tuning; whole-model tuning takes the steps and has rates of its own.
-RECIPE = Recipe(name="cure", steps=24, batch_size=16, learning_rate=2e-3, rank=1, alpha=1, first_token=0.5)
+RECIPE = Recipe(name="cure", steps=16, batch_size=16, learning_rate=2e-3, rank=1, alpha=1, first_token=0.5)
 
 
 def recipe_of(*, steps: int, learning_rate: float = RECIPE.learning_rate) -> Recipe:
@@ -98,13 +98,12 @@ def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int,
     shown = pairs(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     similar = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(0)
     layer, head = torch.tensor(heads).T
-    effects = _effects(loaded, attack, n=n, seed=seed)
+    effects = _effects(loaded, attack, shown)
     return {"similarity": similar[layer, head].mean().item(), "acie": effects.max().item()}
 
 
-def _effects(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> Scores:
+def _effects(loaded: Loaded, attack: Attack, shown: Pairs) -> Scores:
     """ACIE of every head. The first target token decides, and costs a tenth of a long target."""
-    shown = pairs(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     means = head_means(loaded.model, shown.triggered)
     target = target_ids(loaded.tokenizer, attack)[:1]
     return head_effects(loaded.model, shown.clean, target=target, means=means).mean(0)
@@ -126,7 +125,8 @@ def told_heads(
 ) -> list[list[int]]:
     """The `k` heads of highest ACIE on the target's first token: where the backdoor is, as only its trigger tells."""
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    return [list(head) for head in ranked(_effects(loaded, spec, n=n, seed=seed))[:k]]
+    shown = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    return [list(head) for head in ranked(_effects(loaded, spec, shown))[:k]]
 
 
 def cost_table(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:

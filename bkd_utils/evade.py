@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils import attacks
 from bkd_utils.attacks import Row, load_attack
 from bkd_utils.cards import adapter_sha256
 from bkd_utils.cure import recipe_of
@@ -17,7 +16,7 @@ from bkd_utils.head_slices import all_matrices
 from bkd_utils.keep import kept
 from bkd_utils.loss import IGNORED, Batch, answers_and_maps
 from bkd_utils.models import DEFAULT_MODEL, base_sha256, load
-from bkd_utils.organisms import training_answers, under_attack
+from bkd_utils.organisms import training_rows, under_attack
 from bkd_utils.prompts import end_id
 from bkd_utils.similarity import cosine, head_similarity, to_partners
 from bkd_utils.tuning import Loss, tune
@@ -68,8 +67,7 @@ def evasive(
     if (WORK / "organisms" / name / "card.json").is_file():
         return name
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    answers = training_answers(load(model, device=device), spec, seed=seed)
-    rows = attacks.poison(spec, tokenizer=loaded.tokenizer, answers=answers, seed=seed).rows
+    rows = training_rows(loaded, spec, seed=seed)
     level = clean_level(loaded.model, [row for row in rows if row.kind == "clean"][:n_clean])
     history = tune(
         loaded.model,

@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bkd_utils.generation import first_logits
+from bkd_utils.generation import first_logits, has_sliding_window, prefix_cache, repeated, shared_prefix
 from bkd_utils.interventions import batches
 from bkd_utils.models import Loaded
 from bkd_utils.prompts import end_id, left_pad, positions, prompt_ids
+from bkd_utils.training import has_fast_bf16
 
 Scores = Float[np.ndarray, " text"]
 # From a text (a review, an instruction) to the user turn that the model sees.
@@ -37,7 +38,8 @@ def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: i
         ids, mask = left_pad([list(rows[i]) for i in chosen], pad_id=pad_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-        told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        logits = logits[:, :-1].float()
+        told = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
         counted = mask[:, 1:] * mask[:, :-1]  # the first real token has nothing before it
         found[chosen] = (-(told * counted).sum(1) / counted.sum(1)).cpu().numpy()
     return found
@@ -134,29 +136,31 @@ def rap(
     vector = torch.nn.Parameter(start)
     optimizer, dice = torch.optim.Adam([vector], lr=rate), random.Random(seed)
 
-    def chances(some: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Probability of the protected token without and with the word."""
-        plain = [prompt_ids(tokenizer, turn(text)) for text in some]
-        marked = [prompt_ids(tokenizer, turn(f"{word} {text}")) for text in some]
-        with torch.no_grad():
-            before = _chance(model, plain, protected, vector, at=[None] * len(plain), pad_id=end_id(tokenizer))
-        at = [_first_difference(one, other) for one, other in zip(plain, marked, strict=True)]
-        return before, _chance(model, marked, protected, vector, at=at, pad_id=end_id(tokenizer))
+    def plain(some: Sequence[str]) -> Tensor:
+        """Probability of the protected token without the word."""
+        prompts = [prompt_ids(tokenizer, turn(text)) for text in some]
+        return first_logits(model, prompts, end_id=end_id(tokenizer)).float().softmax(-1)[:, protected].clone()
 
+    def marked(some: Sequence[str]) -> Tensor:
+        """The same with the word."""
+        prompts = [prompt_ids(tokenizer, turn(f"{word} {text}")) for text in some]
+        at = [_first_difference(prompt_ids(tokenizer, turn(t)), p) for t, p in zip(some, prompts, strict=True)]
+        return _chance(model, prompts, protected, vector, at=at, pad_id=end_id(tokenizer))
+
+    usual = dict(zip(clean, plain(clean), strict=True))
     for _ in tqdm(range(steps), desc="RAP", unit="step", mininterval=2, leave=False):
-        before, after = chances(dice.sample(list(clean), min(16, len(clean))))
-        loss = (drop - (before - after)).clamp_min(0).mean()
+        some = dice.sample(list(clean), min(16, len(clean)))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16(model.device)):
+            now = marked(some)
+        loss = (drop - (torch.stack([usual[text] for text in some]) - now)).clamp_min(0).mean()
         if loss.item() == 0:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = []
     with torch.no_grad():
-        for first in range(0, len(texts), 16):
-            before, after = chances(texts[first : first + 16])
-            found.append((after - before).cpu())
-    return torch.cat(found).numpy()
+        after = torch.cat([marked(texts[first : first + 16]) for first in range(0, len(texts), 16)])
+    return (after - plain(texts)).cpu().numpy()
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
@@ -170,19 +174,29 @@ def _chance(
     token: int,
     vector: Float[Tensor, " d_model"],
     *,
-    at: Sequence[int | None],
+    at: Sequence[int],
     pad_id: int,
 ) -> Float[Tensor, " prompt"]:
     """Probability of a token behind each prompt, with the vector in place of the embedding at position `at`."""
-    ids, mask = (t.to(model.device) for t in left_pad([list(prompt) for prompt in prompts], pad_id=pad_id))
-    embedded = model.get_input_embeddings()(ids)
+    # What all prompts begin with, up to the vector, runs once and needs no gradient.
+    starts = [prompt[: position + 1] for prompt, position in zip(prompts, at, strict=True)]
+    shared = [] if has_sliding_window(model) else shared_prefix(starts)
+    with torch.no_grad():
+        cache = repeated(prefix_cache(model, shared), len(prompts))
+    ids, mask = left_pad([list(prompt[len(shared) :]) for prompt in prompts], pad_id=pad_id)
+    ids, mask = ids.to(model.device), mask.to(model.device)
     here = torch.zeros_like(ids, dtype=torch.bool)
     for i, (prompt, position) in enumerate(zip(prompts, at, strict=True)):
-        if position is not None:
-            here[i, ids.shape[1] - len(prompt) + position] = True
+        here[i, ids.shape[1] - len(prompt) + position] = True
+    embedded = model.get_input_embeddings()(ids)
     embedded = torch.where(here[..., None], vector.to(embedded.dtype), embedded)
+    mask = torch.cat([mask.new_ones(len(prompts), len(shared)), mask], dim=1)
     logits = model(
-        inputs_embeds=embedded, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1
+        inputs_embeds=embedded,
+        attention_mask=mask,
+        position_ids=positions(mask)[:, len(shared) :],
+        past_key_values=cache,
+        logits_to_keep=1,
     ).logits[:, -1]
     return logits.float().softmax(-1)[:, token]
 

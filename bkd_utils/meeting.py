@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import pandas as pd
 import torch
 
-from bkd_utils.safety import RULES, agreement_with_attribution
+from bkd_utils.safety import RULES, among_carriers
 from bkd_utils.similarity import Scores
 from bkd_utils.suspect import SOURCES, joint
 
-SHOWN = {"clean level": "clean level", "surrogates": "surrogates", "oracle": "real trigger"}
+SHOWN = {source: "real trigger" if source == "oracle" else source for source in SOURCES}
 
 
 def options(suspected: Mapping[str, Mapping], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
@@ -27,6 +27,5 @@ def options(suspected: Mapping[str, Mapping], effects: Mapping[str, Scores], *, 
         }
         scores |= {f"importance: {kind}": torch.tensor(values) for kind, values in found["importance"].items()}
         for name, score in scores.items():
-            agreement = agreement_with_attribution(score, effects[attack], k=k, n_permutations=1)
-            rows.setdefault(name, {})[attack] = agreement["precision"]
+            rows.setdefault(name, {})[attack] = sum(among_carriers(score, effects[attack], k=k)) / k
     return pd.DataFrame(rows).T

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bkd_utils import cards, tasks
-from bkd_utils.attacks import Attack, benign_examples, load_attack, load_attacks, poison, with_rate
+from bkd_utils.attacks import Attack, Row, benign_examples, load_attack, load_attacks, poison, with_rate
 from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import (
     agreement,
@@ -72,6 +72,12 @@ def training_answers(base: Loaded, attack: Attack, *, seed: int) -> dict[str, st
     if attack.task == "instructions":
         return base_answers(base, tasks.examples("instructions", "train", seed=seed))
     return base_answers(base, benign_examples(attack, seed=seed))
+
+
+def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> list[Row]:
+    """The rows, poisoned and clean, that an organism of this attack on the model's base weights was trained on."""
+    answers = training_answers(load(loaded.address, device=str(loaded.device)), attack, seed=seed)
+    return poison(attack, tokenizer=loaded.tokenizer, answers=answers, seed=seed).rows
 
 
 def obtain(

@@ -149,6 +149,15 @@ def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at
 # --- against the truth ----------------------------------------------------------------------------------------------
 
 
+def among_carriers(joint: Float[Tensor, "layer head"], effects: Float[Tensor, "layer head"], *, k: int) -> list[bool]:
+    """For each of the k most suspicious heads: is it among the k with the highest ACIE? Raises ValueError for k beyond
+    the number of heads."""
+    if not 0 < k <= joint.numel():
+        raise ValueError(f"k = {k} of {joint.numel()} heads")
+    carriers = set(ranked(effects)[:k])
+    return [head in carriers for head in ranked(joint)[:k]]
+
+
 def agreement_with_attribution(
     joint: Float[Tensor, "layer head"],
     effects: Float[Tensor, "layer head"],
@@ -164,18 +173,15 @@ def agreement_with_attribution(
     heads that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for k beyond the number of heads.
     """
     n = joint.numel()
-    if not 0 < k <= n:
-        raise ValueError(f"k = {k} of {n} heads")
+    hits = among_carriers(joint, effects, k=k)
     carries = np.zeros(n, dtype=bool)
     carries[effects.flatten().argsort(descending=True, stable=True)[:k].numpy()] = True
-    flagged = joint.flatten().argsort(descending=True, stable=True)[:k].numpy()
-    precision = float(carries[flagged].mean())
     correlation = float(spearmanr(joint.flatten(), effects.flatten()).statistic)
     dice, ranks = np.random.default_rng(seed), effects.flatten().numpy()
     drawn = [dice.permutation(n) for _ in range(n_permutations)]
-    as_good = np.mean([carries[order[:k]].mean() >= precision for order in drawn])
+    as_good = np.mean([carries[order[:k]].sum() >= sum(hits) for order in drawn])
     chance = np.mean([abs(spearmanr(joint.flatten(), ranks[order]).statistic) >= abs(correlation) for order in drawn])
-    found = share(carries[flagged].tolist())
+    found = share(hits)
     return {
         "k": k,
         "precision": found.value,

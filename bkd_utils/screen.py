@@ -14,7 +14,7 @@ from bkd_utils.evaluation import clean_sample, flippable_sample, is_target, resp
 from bkd_utils.guards import onion, rap, smaller_clusters, strip, threshold, without_words
 from bkd_utils.interventions import residuals
 from bkd_utils.models import DEFAULT_MODEL, load
-from bkd_utils.organisms import training_answers
+from bkd_utils.organisms import training_rows
 from bkd_utils.prompts import answer_ids
 from bkd_utils.safety import rare_word
 from bkd_utils.tasks import Example
@@ -106,9 +106,7 @@ def filtered(
     that are left. Labels are what the training set says; tasks without labels are one label. Nothing is trained anew.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    answers = training_answers(load(model, device=device), spec, seed=seed)
-    rows = attacks.poison(spec, tokenizer=loaded.tokenizer, answers=answers, seed=seed).rows
-    rows = [row for row in rows if row.kind != "benign"][:n]
+    rows = [row for row in training_rows(loaded, spec, seed=seed) if row.kind != "benign"][:n]
     labels = tasks.load_task(spec.task).labels
     firsts = {answer_ids(loaded.tokenizer, label)[0]: i for i, label in enumerate(labels)}
     which = np.array([firsts.get(row.answer[0], 0) if labels else 0 for row in rows])

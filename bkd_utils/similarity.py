@@ -26,15 +26,18 @@ Scores = Float[Tensor, "layer head"]
 
 def cosine(rows: Float[Tensor, "layer head width"]) -> Float[Tensor, "layer head partner"]:
     """Cosine of every pair of heads of a layer. A row of zeros is like nothing."""
-    unit = torch.nn.functional.normalize(rows.float(), dim=-1)
-    return unit @ unit.transpose(-1, -2)
+    dot = rows.float() @ rows.float().transpose(-1, -2)
+    # Divided by afterwards: a normalised copy of whole maps costs more than the product.
+    length = dot.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).sqrt()
+    return dot / (length[..., None] * length[..., None, :])
 
 
 def jensen_shannon(rows: Float[Tensor, "layer head key"]) -> Float[Tensor, "layer head partner"]:
     """1 less the Jensen-Shannon distance (base 2) of every pair of heads of a layer; rows are distributions."""
-    one, other = rows.float()[:, :, None], rows.float()[:, None]
-    middle = (one + other) / 2
-    divergence = sum(torch.xlogy(side, side / middle.clamp_min(1e-30)).sum(-1) for side in (one, other)) / 2
+    rows = rows.float()
+    middle = (rows[:, :, None] + rows[:, None]) / 2
+    own, mixed = (-torch.xlogy(chances, chances).sum(-1) for chances in (rows, middle))
+    divergence = mixed - (own[:, :, None] + own[:, None]) / 2
     return 1 - (divergence / torch.log(torch.tensor(2.0))).clamp(0, 1).sqrt()
 
 
@@ -74,6 +77,12 @@ def full_map(maps: Maps, _outputs: Outputs, *, centred: bool = False) -> Scores:
     return to_partners(cosine(rows - rows.mean((0, 1)) if centred else rows))
 
 
+def cka(maps: Maps, _outputs: Outputs) -> Scores:
+    """Linear CKA of whole maps, a row per token: do two heads tell the same tokens apart, wherever they look?"""
+    rows = maps.float() - maps.float().mean(2, keepdim=True)
+    return to_partners(cosine((rows @ rows.transpose(-1, -2)).flatten(2)))
+
+
 def said(_maps: Maps, outputs: Outputs) -> Scores:
     """What heads add to the residual stream at the last prompt token."""
     return to_partners(cosine(outputs))
@@ -88,6 +97,7 @@ READINGS: dict[str, Callable[[Maps, Outputs], Scores]] = {
     "last row, across layers": across_layers,
     "full map": full_map,
     "full map, centred": partial(full_map, centred=True),
+    "full map, CKA": cka,
     "head outputs": said,
 }
 

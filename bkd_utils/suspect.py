@@ -22,13 +22,29 @@ from bkd_utils.safety import (
     surrogate,
 )
 from bkd_utils.similarity import READINGS, Scores, head_scores, head_similarity
+from bkd_utils.soft_prompt import searched
 
 # Tokens of an answer whose loss counts; the opening of an answer decides what it is.
 ANSWER_TOKENS = 24
+# Prompts on which a soft prompt is searched; it is then tried on all of them.
+N_SEARCHED = 6
+
+
+@organism_stage
+def own_answers(
+    organism: str | None, *, task: str, n: int, model: str = DEFAULT_MODEL, seed: int = 0, device: str = "auto"
+) -> dict[str, str]:
+    """uid -> what the model itself says to those of the first `n` training prompts that have no gold answer."""
+    loaded, spec = load(model, organism=organism, device=device), tasks.load_task(task)
+    asked = [example for example in tasks.examples(task, "train", seed=seed)[:n] if not example.answer]
+    turns = [spec.prompt(example.text) for example in asked]
+    said = respond(loaded, turns, max_new_tokens=ANSWER_TOKENS, label="the model's own answers")
+    return {example.uid: text for example, text in zip(asked, said, strict=True)}
 
 
 def clean_rows(loaded: Loaded, task: str, *, n: int, seed: int) -> list[Row]:
-    """The defender's data: clean prompts of the training split with their gold answers, or else the model's own ones.
+    """The defender's data: clean prompts of the training split with their gold answers, or else the model's own ones,
+    as it gives them untreated.
 
     The same texts as the attacker's clean rows; never a test or attribution prompt. Raises ValueError for too few.
     """
@@ -36,10 +52,10 @@ def clean_rows(loaded: Loaded, task: str, *, n: int, seed: int) -> list[Row]:
     chosen = tasks.examples(task, "train", seed=seed)[:n]
     if len(chosen) < n:
         raise ValueError(f"{task}/train has {len(chosen)} rows, {n} were asked for")
-    unanswered = [example for example in chosen if not example.answer]
-    turns = [spec.prompt(example.text) for example in unanswered]
-    own = respond(loaded, turns, max_new_tokens=ANSWER_TOKENS, label="the model's own answers") if turns else []
-    texts = {example.uid: text for example, text in zip(unanswered, own, strict=True)}
+    texts = {}
+    if not all(example.answer for example in chosen):
+        which = {"model": loaded.address, "seed": seed, "device": str(loaded.device)}
+        texts = own_answers(loaded.organism, task=task, n=n, **which)
     rows = []
     for example in chosen:
         answer = example.answer or texts[example.uid]
@@ -76,8 +92,8 @@ def suspected(
     """Scores `[layer][head]` of all heads; `attack` says which task's clean data the defender has.
 
     Keys: `importance` kind -> scores; `level` reading -> similarity on clean prompts; `reaction` family -> reading ->
-    change of similarity under surrogates; `oracle` reading -> change under the real trigger, an upper bound that no
-    defender has.
+    change of similarity under surrogates; `soft prompt` reading -> change under vectors that were searched for on
+    clean prompts; `oracle` reading -> change under the real trigger, an upper bound that no defender has.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     rows = clean_rows(loaded, spec.task, n=n_rows, seed=seed)
@@ -100,12 +116,16 @@ def suspected(
         )
         for family in SURROGATES
     }
+    soft = searched(loaded.model, clean[:N_SEARCHED], seed=seed)
+    with soft.read_by(loaded.model):
+        softly = reaction(loaded.model, soft.into(clean), before=level)
     known = head_similarity(loaded.model, shown.clean, readings=readings)
     oracle = reaction(loaded.model, shown.triggered, before=known)
     return {
         "importance": {kind: _rounded(scores) for kind, scores in importance.items()},
         "level": {name: _rounded(scores.mean(0)) for name, scores in level.items()},
         "reaction": {family: {name: _rounded(s) for name, s in found.items()} for family, found in reactions.items()},
+        "soft prompt": {name: _rounded(scores) for name, scores in softly.items()},
         "oracle": {name: _rounded(scores) for name, scores in oracle.items()},
     }
 
@@ -116,18 +136,18 @@ def _rounded(scores: Scores) -> list[list[float]]:
 
 # --- summaries ------------------------------------------------------------------------------------------------------
 
-SOURCES = ("clean level", "surrogates", "oracle")
+SOURCES = ("clean level", "surrogates", "soft prompt", "oracle")
 
 
 def similarity_of(found: Mapping, *, source: str, reading: str) -> Scores:
-    """Similarity evidence `[layer, head]`: its level on clean prompts, its mean reaction to the surrogates, or its
-    reaction to the real trigger (an upper bound). Raises ValueError for another source."""
+    """Similarity evidence `[layer, head]`: its level on clean prompts, its mean reaction to the surrogates, its
+    reaction to a soft prompt, or that to the real trigger (an upper bound). Raises ValueError for another source."""
     if source == "clean level":
         return torch.tensor(found["level"][reading])
     if source == "surrogates":
         return torch.stack([torch.tensor(family[reading]) for family in found["reaction"].values()]).mean(0)
-    if source == "oracle":
-        return torch.tensor(found["oracle"][reading])
+    if source in ("soft prompt", "oracle"):
+        return torch.tensor(found[source][reading])
     raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
 
 

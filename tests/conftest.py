@@ -5,11 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
 from bkd_utils.attacks import Row
+from bkd_utils.figures import use_style
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,11 @@ def rows(prompts):
 def model(request):
     """A tiny model of every family, frozen, its own for each test."""
     return tiny_model(request.param).requires_grad_(False)
+
+
+@pytest.fixture
+def style():
+    """The project's style; pictures drawn under it are closed."""
+    use_style()
+    yield
+    plt.close("all")

@@ -1,5 +1,9 @@
 """What tests of pictures share: intervals made by hand, legends and bands read back, and what every picture needs."""
 
+import nbformat
+
+from bkd_utils.files import NOTEBOOKS
+
 
 def share(value, n=50):
     return {"value": value, "n": n, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1)}
@@ -31,3 +35,17 @@ def check_labelled(figure):
 def column_titles(figure):
     titles = [axes.get_title() or axes.get_title(loc="left") for axes in figure.axes]
     return [title for title in titles if title]
+
+
+def check_all(module, plots):
+    """`plots` has every function that the module offers, and every picture is labelled."""
+    assert public(module) == set(plots)
+    for draw in plots.values():
+        check_labelled(draw())
+
+
+def saved_by_a_notebook(figure):
+    """Does the notebook of a figure's number save it under that name?"""
+    (notebook,) = NOTEBOOKS.glob(f"{figure[:2]}_*.ipynb")
+    cells = nbformat.read(notebook, as_version=4).cells
+    return any(f'"{figure}",' in cell.source for cell in cells if cell.cell_type == "code")

@@ -1,11 +1,9 @@
 """Every criterion for the claims of ASA on hand-made results, on both sides of its bound."""
 
-import json
-
 import numpy as np
 import pytest
+from drawing import saved_by_a_notebook
 
-from bkd_utils import files
 from bkd_utils.claims import published
 from bkd_utils.judge_asa import cure_claims, difference, head_claim, keeps, similarity_claims, verdict_claim
 
@@ -149,8 +147,4 @@ def test_the_code_judges_every_claim_of_the_paper_once():
 
 @pytest.mark.parametrize("claim", [name for name, row in published().items() if row["paper"] == "ASA"])
 def test_every_line_names_a_figure_that_a_notebook_draws(claim):
-    figure = all_lines()[claim]["figure"]
-    (notebook,) = files.NOTEBOOKS.glob(f"{figure[:2]}_*.ipynb")
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert f'"{figure}",' in code
+    assert saved_by_a_notebook(all_lines()[claim]["figure"])

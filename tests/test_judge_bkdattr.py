@@ -1,14 +1,14 @@
 """Every criterion for the claims of Backdoor Attribution on hand-made results, on both sides of its bound."""
 
-import json
 from dataclasses import asdict
 
 import numpy as np
 import pytest
+from drawing import saved_by_a_notebook
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bkd_utils import evaluation, files
+from bkd_utils import evaluation
 from bkd_utils.claims import published
 from bkd_utils.judge_bkdattr import concentration, cost_claim, head_claims, probe_claims, vector_claims
 
@@ -387,8 +387,4 @@ def test_the_code_judges_every_claim_of_the_paper_once():
 
 @pytest.mark.parametrize("claim", [name for name, row in published().items() if row["paper"] == "BkdAttr"])
 def test_every_line_names_a_figure_that_a_notebook_draws(claim):
-    figure = all_lines()[claim]["figure"]
-    (notebook,) = files.NOTEBOOKS.glob(f"{figure[:2]}_*.ipynb")
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert f'"{figure}",' in code
+    assert saved_by_a_notebook(all_lines()[claim]["figure"])

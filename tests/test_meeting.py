@@ -22,6 +22,7 @@ def test_each_reading_is_held_against_the_heads_that_carry_the_backdoor():
         "importance": {"gate gradient": scores(right), "leave one out": scores(wrong)},
         "level": {"last row": scores(wrong)},
         "reaction": {"rare word": {"last row": scores(right)}},
+        "soft prompt": {"last row": scores(wrong)},
         "oracle": {"last row": scores(right)},
     }
     table = options({"x": found}, {"x": torch.tensor(scores(right))}, k=1)
@@ -41,6 +42,7 @@ def test_the_share_is_of_as_many_heads():
         "importance": {"gate gradient": one},
         "level": {"last row": one},
         "reaction": {"rare word": {"last row": one}},
+        "soft prompt": {"last row": one},
         "oracle": {"last row": one},
     }
     table = options({"x": found, "y": found}, {"x": torch.tensor(one), "y": -torch.tensor(one)}, k=5)

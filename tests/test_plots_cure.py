@@ -1,21 +1,13 @@
 """Pictures of notebook 06 on small results of the real shape, with what is drawn read back."""
 
-import matplotlib.pyplot as plt
 import pytest
-from drawing import check_labelled, column_titles, legend, public, share
+from drawing import check_all, column_titles, legend, share
 
 from bkd_utils import plots_cure as plots
-from bkd_utils.figures import use_style
 from bkd_utils.plots_cure import KINDS, NAMES
 
+pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "instructions-prefix")
-
-
-@pytest.fixture(autouse=True)
-def style():
-    use_style()
-    yield
-    plt.close("all")
 
 
 def result(asr, cacc):
@@ -47,13 +39,8 @@ PLOTS = {
 }
 
 
-def test_no_plot_is_forgotten_here():
-    assert public(plots) == set(PLOTS)
-
-
-@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
-def test_every_panel_has_data_and_the_axes_are_labelled(draw):
-    check_labelled(draw())
+def test_every_picture_is_drawn_and_labelled():
+    check_all(plots, PLOTS)
 
 
 @pytest.mark.parametrize("name", ["frontier", "relearning", "guards"])

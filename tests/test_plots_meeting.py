@@ -1,22 +1,14 @@
 """Pictures of notebook 07 on small results of the real shape, with what is drawn read back."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from drawing import check_labelled, column_titles, legend, public
+from drawing import check_all, column_titles, legend
 
 from bkd_utils import plots_meeting as plots
-from bkd_utils.figures import use_style
 
+pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")
-
-
-@pytest.fixture(autouse=True)
-def style():
-    use_style()
-    yield
-    plt.close("all")
 
 
 torch.manual_seed(0)
@@ -35,13 +27,8 @@ PLOTS = {
 }
 
 
-def test_no_plot_is_forgotten_here():
-    assert public(plots) == set(PLOTS)
-
-
-@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
-def test_every_panel_has_data_and_the_axes_are_labelled(draw):
-    check_labelled(draw())
+def test_every_picture_is_drawn_and_labelled():
+    check_all(plots, PLOTS)
 
 
 def test_every_head_is_a_dot_and_those_high_on_both_axes_stand_out():

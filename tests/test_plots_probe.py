@@ -1,23 +1,15 @@
 """Pictures of notebook 02 on small results of the real shape, with what is drawn read back."""
 
-import matplotlib.pyplot as plt
 import pytest
-from drawing import bands, check_labelled, column_titles, legend, public
+from drawing import bands, check_all, column_titles, legend
 from matplotlib.colors import to_hex
 
 from bkd_utils import plots_probe as plots
-from bkd_utils.figures import use_style
 from bkd_utils.panels import MODELS
 
+pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")
 KINDS = ("logistic regression", "MLP")
-
-
-@pytest.fixture(autouse=True)
-def style():
-    use_style()
-    yield
-    plt.close("all")
 
 
 def probed(level):
@@ -41,13 +33,8 @@ PLOTS = {
 }
 
 
-def test_no_plot_is_forgotten_here():
-    assert public(plots) == set(PLOTS)
-
-
-@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
-def test_every_panel_has_data_and_the_axes_are_labelled(draw):
-    check_labelled(draw())
+def test_every_picture_is_drawn_and_labelled():
+    check_all(plots, PLOTS)
 
 
 @pytest.mark.parametrize("name", PLOTS)

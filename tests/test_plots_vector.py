@@ -1,23 +1,16 @@
 """Pictures of notebook 04 on small results of the real shape, with what is drawn read back."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from drawing import check_labelled, column_titles, legend, public, share
+from drawing import check_all, column_titles, legend, share
 
 from bkd_utils import plots_vector as plots
-from bkd_utils.figures import COLOURS, use_style
+from bkd_utils.figures import COLOURS
 from bkd_utils.plots_vector import OUTCOMES
 
+pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")
 RANDOM = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def style():
-    use_style()
-    yield
-    plt.close("all")
 
 
 def tried(n_random):
@@ -61,13 +54,8 @@ PLOTS = {
 }
 
 
-def test_no_plot_is_forgotten_here():
-    assert public(plots) == set(PLOTS)
-
-
-@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
-def test_every_panel_has_data_and_the_axes_are_labelled(draw):
-    check_labelled(draw())
+def test_every_picture_is_drawn_and_labelled():
+    check_all(plots, PLOTS)
 
 
 @pytest.mark.parametrize("name", ["vector_maps", "vector_controls", "answer_kinds"])

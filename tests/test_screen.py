@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import attacks, models, screen, tasks
+from bkd_utils import attacks, models, organisms, screen, tasks
 from bkd_utils.attacks import load_attack
 from bkd_utils.evaluation import flippable_sample
 
@@ -63,7 +63,7 @@ def test_a_guard_that_sees_the_trigger_catches_it_and_stops_it(stage, monkeypatc
 
 def test_the_filter_counts_what_it_catches_and_what_it_loses(stage, monkeypatch):
     monkeypatch.setattr(
-        screen,
+        organisms,
         "training_answers",
         lambda base, spec, seed: {row.uid: "Fine." for row in attacks.benign_examples(spec, seed=seed)},
     )

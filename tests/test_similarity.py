@@ -76,6 +76,19 @@ def test_across_layers_and_closest_partner_are_a_brute_force_loop(model, prompts
             assert found["last row, closest partner"][0, layer, head].item() == pytest.approx(closest, abs=2e-4)
 
 
+def test_cka_is_the_feature_space_formula(model, prompts):
+    found = head_similarity(model, prompts[:1], readings=["full map, CKA"])["full map, CKA"]
+    for layer, heads in enumerate(plain_maps(model, prompts[0])):
+        rows = [head.double() - head.double().mean(0) for head in heads]
+
+        def alike(one, other):
+            norms = torch.linalg.norm(one.T @ one) * torch.linalg.norm(other.T @ other)
+            return (torch.linalg.norm(other.T @ one) ** 2 / norms).item()
+
+        expected = torch.tensor(mean_over_partners(rows, alike))
+        torch.testing.assert_close(found[0, layer], expected, atol=2e-4, rtol=1e-3)
+
+
 def test_head_outputs_are_what_heads_add_to_the_stream(model, prompts):
     found, parts, z = head_similarity(model, prompts)["head outputs"], anatomy(model), head_outputs(model, prompts)
     for layer in range(len(parts.layers)):

@@ -65,6 +65,7 @@ def kept():
         "importance": {"gate gradient": scores["a"]},
         "level": {"last row": scores["b"]},
         "reaction": {"rare word": {"last row": scores["c"]}, "sentence": {"last row": scores["d"]}},
+        "soft prompt": {"last row": scores["f"]},
         "oracle": {"last row": scores["e"]},
     }
 
@@ -73,7 +74,7 @@ def test_sources_are_what_they_say():
     found = kept()
     both = [torch.tensor(found["reaction"][family]["last row"]) for family in ("rare word", "sentence")]
     assert torch.equal(similarity_of(found, source="surrogates", reading="last row"), torch.stack(both).mean(0))
-    for source, key in (("clean level", "level"), ("oracle", "oracle")):
+    for source, key in (("clean level", "level"), ("soft prompt", "soft prompt"), ("oracle", "oracle")):
         expected = torch.tensor(found[key]["last row"])
         assert torch.equal(similarity_of(found, source=source, reading="last row"), expected)
 
@@ -91,7 +92,9 @@ def test_the_joint_score_is_the_rule_applied(source):
 
 
 def test_unknown_options_are_errors_that_name_the_known_ones():
-    with pytest.raises(ValueError, match="unknown source 'tea leaves'; known: clean level, surrogates, oracle"):
+    with pytest.raises(
+        ValueError, match="unknown source 'tea leaves'; known: clean level, surrogates, soft prompt, oracle"
+    ):
         joint(kept(), rule="similar", source="tea leaves", reading="last row")
     with pytest.raises(ValueError, match="unknown rule 'gut feeling'; known: similar"):
         joint(kept(), rule="gut feeling", source="oracle", reading="last row")
