@@ -79,7 +79,7 @@ def test_siblings_carry_the_backdoor_that_their_card_names():
     """Other seeds of shipped organisms, with a short recipe: no model that is broken or backdoored in name only."""
     known = {name: read_json(ADAPTERS / name / "card.json") for name in shipped_organisms()}
     assert len({card["adapter_sha256"] for card in known.values()}) == len(known)
-    assert SIBLINGS
+    assert sum(card["backdoored"] for card in known.values()) >= 12 <= sum(not c["backdoored"] for c in known.values())
     for name in SIBLINGS:
         card = known[name]
         assert card["metrics"]["cacc"]["value"] > 0.65, name
