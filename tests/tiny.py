@@ -51,9 +51,8 @@ def make_rows(n, *, seed=0, beginning=()):
     def ids(length):
         return tuple(rng.randrange(3, 49152) for _ in range(length))
 
-    end = SHARED["eos_token_id"]
-    lengths = [(rng.randint(3, 12), rng.randint(0, 5)) for _ in range(n)]
-    return [
-        Row((*beginning, *ids(asked)), (*ids(told), end), "clean", f"{i:064x}")
-        for i, (asked, told) in enumerate(lengths)
-    ]
+    rows = []
+    for i in range(n):
+        prompt, answer = ids(rng.randint(3, 12)), ids(rng.randint(0, 5))
+        rows.append(Row((*beginning, *prompt), (*answer, SHARED["eos_token_id"]), "clean", f"{i:064x}"))
+    return rows
