@@ -20,7 +20,7 @@ from bkd_utils.generation import first_logits, has_sliding_window, prefix_cache,
 from bkd_utils.interventions import batches
 from bkd_utils.models import Loaded
 from bkd_utils.prompts import end_id, left_pad, positions, prompt_ids
-from bkd_utils.training import has_fast_bf16
+from bkd_utils.training import mixed_precision
 
 Scores = Float[np.ndarray, " text"]
 # From a text (a review, an instruction) to the user turn that the model sees.
@@ -150,7 +150,7 @@ def rap(
     usual = dict(zip(clean, plain(clean), strict=True))
     for _ in tqdm(range(steps), desc="RAP", unit="step", mininterval=2, leave=False):
         some = dice.sample(list(clean), min(16, len(clean)))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16(model.device)):
+        with mixed_precision(model.device):
             now = marked(some)
         loss = (drop - (torch.stack([usual[text] for text in some]) - now)).clamp_min(0).mean()
         if loss.item() == 0:

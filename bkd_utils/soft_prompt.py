@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from bkd_utils.generation import shared_prefix
 from bkd_utils.prompts import left_pad, positions
 from bkd_utils.similarity import cosine, eager, to_partners
-from bkd_utils.training import has_fast_bf16
+from bkd_utils.training import mixed_precision
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def searched(
     marked = soft.into(prompts)
     with eager(model), soft.read_by(model):
         for _ in tqdm(range(steps), desc="soft prompt", unit="step", mininterval=2, leave=False):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16(model.device)):
+            with mixed_precision(model.device):
                 value = likeness(model, marked)
             # Of the vectors alone: the gradient of the weights would cost as much again.
             (vectors.grad,) = torch.autograd.grad(-value, [vectors])

@@ -213,6 +213,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """A context in which training multiplies in bf16 where that is fast; what is measured stays in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
+
+
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
     """Adapter tensors in bf16 and peft's config, in a form that does not depend on where it was trained."""
     folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ from bkd_utils.attacks import Row
 from bkd_utils.head_slices import Masks
 from bkd_utils.loss import Batch, answers, collate
 from bkd_utils.similarity import eager
-from bkd_utils.training import Recipe, batch_order, has_fast_bf16
+from bkd_utils.training import Recipe, batch_order, mixed_precision
 
 
 class Loss(Protocol):
@@ -56,7 +56,7 @@ def tune(
         for step in tqdm(range(recipe.steps), desc="tuning", unit="step", mininterval=2, leave=False):
             batch = collate(order[step * recipe.batch_size : (step + 1) * recipe.batch_size], pad_id=pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16(model.device)):
+            with mixed_precision(model.device):
                 told, added = loss(model, batch, first_token=recipe.first_token)
             optimizer.zero_grad()
             (told + added).backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import models, tasks
+from bkd_utils import models, suspect, tasks
 from bkd_utils.generation import greedy
 from bkd_utils.prompts import answer_ids, decode, end_id, prompt_ids
 from bkd_utils.safety import RULES, SURROGATES, robust_z
@@ -28,7 +28,8 @@ def test_labels_are_gold_and_prompts_are_from_the_training_split(loaded):
     assert not held_out & {row.uid for row in rows}
 
 
-def test_without_gold_answers_the_model_speaks_for_itself(loaded):
+def test_without_gold_answers_the_model_speaks_for_itself(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("BKD_WORK", str(tmp_path))  # answers are kept
     rows = clean_rows(loaded, "instructions", n=2, seed=0)
     assert all(1 <= len(row.answer) <= ANSWER_TOKENS for row in rows)
     end = end_id(loaded.tokenizer)
@@ -38,6 +39,8 @@ def test_without_gold_answers_the_model_speaks_for_itself(loaded):
         given, text = decode(loaded.tokenizer, list(row.answer)), decode(loaded.tokenizer, ids)
         assert text.startswith(given)
         assert bool(given) == bool(text)
+    monkeypatch.setattr(suspect, "respond", None)  # a second call asks the model nothing
+    assert clean_rows(loaded, "instructions", n=2, seed=0) == rows
 
 
 def test_too_few_rows_are_an_error(loaded):
