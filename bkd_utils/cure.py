@@ -21,7 +21,7 @@ from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
 
 # Of head-wise tuning; whole-model tuning takes the steps and has rates of its own.
-RECIPE = Recipe(name="cure", steps=16, batch_size=16, learning_rate=2e-3, rank=1, alpha=1, first_token=0.5)
+RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=2e-3, rank=1, alpha=1, first_token=0.5)
 
 
 def recipe_of(*, steps: int, learning_rate: float = RECIPE.learning_rate) -> Recipe:
@@ -45,7 +45,7 @@ def treated(
     attack: str,
     method: str,
     heads: Sequence[Sequence[int]] = (),
-    n_rows: int = 256,
+    n_rows: int = 128,
     steps: int = RECIPE.steps,
     learning_rate: float = RECIPE.learning_rate,
     model: str = DEFAULT_MODEL,
@@ -74,7 +74,7 @@ def mechanism(
     attack: str,
     method: str,
     heads: Sequence[Sequence[int]],
-    n_rows: int = 256,
+    n_rows: int = 128,
     steps: int = RECIPE.steps,
     model: str = DEFAULT_MODEL,
     n: int = 8,

@@ -229,6 +229,9 @@ def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrai
     with _named(folder):
         wrapped = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder))
     tensors = load_file(weights)
+    # Weights are mapped from their file; merging into the mapping, page by page, takes 20 times as long as a copy.
+    for parameter in wrapped.parameters():
+        parameter.data = parameter.data.clone()
     expected = peft.get_peft_model_state_dict(wrapped)
     if wrong := {name for name in expected.keys() | tensors.keys() if _shape(expected, name) != _shape(tensors, name)}:
         raise ModelError(f"{weights}: {len(wrong)} tensors are missing, unexpected or misshapen, e.g. {min(wrong)}")

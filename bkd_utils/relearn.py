@@ -38,7 +38,7 @@ def relearned(
     method: str | None,
     heads: Sequence[Sequence[int]] = (),
     counts: Sequence[int] = (4, 16),
-    n_rows: int = 256,
+    n_rows: int = 128,
     steps: int = 16,
     model: str = DEFAULT_MODEL,
     n: int = 40,

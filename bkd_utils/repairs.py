@@ -24,7 +24,7 @@ from bkd_utils.prompt_cache import anatomy, reading
 from bkd_utils.prompts import left_pad, positions
 from bkd_utils.safety import attention_variance, gate_importance
 from bkd_utils.similarity import head_scores
-from bkd_utils.training import Recipe
+from bkd_utils.training import Recipe, mixed_precision
 from bkd_utils.tuning import reset, touched, tune
 
 # How much of its clean accuracy a model may lose while heads are taken out, and the largest share of heads that goes.
@@ -110,8 +110,12 @@ def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, ste
     Every layer keeps a head. The last step, which went too far, is taken back. At least one step is always taken:
     a defence that does nothing would be an error. Returns the heads that are out.
     """
-    n_heads, checked = scores.shape[1], case.rows[:64]
-    floor = KEPT * accuracy(case.model, checked, pad_id=case.pad_id)
+
+    def accurate() -> float:
+        with mixed_precision(case.model.device):
+            return accuracy(case.model, case.rows[:64], pad_id=case.pad_id)
+
+    n_heads, floor = scores.shape[1], KEPT * accurate()
     outputs = [module.weight for module in anatomy(case.model).outputs]
     order, left, gone = [], [n_heads] * len(scores), []
     for head in reversed(ranked(scores)):
@@ -121,7 +125,7 @@ def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, ste
     for start in range(0, len(order), step):
         kept = [weight.detach().clone() for weight in outputs]
         prune(case.model, order[start : start + step])
-        if gone and accuracy(case.model, checked, pad_id=case.pad_id) < floor:
+        if gone and accurate() < floor:
             with torch.no_grad():
                 for weight, before in zip(outputs, kept, strict=True):
                     weight.copy_(before)
@@ -144,7 +148,7 @@ def prune_flat_heads(case: Case) -> None:
 
 def prune_unneeded_heads(case: Case) -> None:
     """Gradient pruning: heads whose gate has the least slope on clean rows go, then the model is fine-tuned."""
-    prune_while_accurate(case, gate_importance(case.model, case.rows[:64], pad_id=case.pad_id))
+    prune_while_accurate(case, gate_importance(case.model, case.rows[:32], pad_id=case.pad_id))
     _tune_all(case, rate=GENTLE)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from bkd_utils.generation import shared_prefix
 from bkd_utils.prompts import left_pad, positions
 from bkd_utils.similarity import cosine, eager, to_partners
-from bkd_utils.training import mixed_precision
+from bkd_utils.training import frozen_halved, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def searched(
     vectors = soft.vectors.requires_grad_()
     optimizer = torch.optim.Adam([vectors], lr=rate * soft.vectors.std().item())
     marked = soft.into(prompts)
-    with eager(model), soft.read_by(model):
+    with eager(model), soft.read_by(model), frozen_halved(model):
         for _ in tqdm(range(steps), desc="soft prompt", unit="step", mininterval=2, leave=False):
             with mixed_precision(model.device):
                 value = likeness(model, marked)

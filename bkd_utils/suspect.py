@@ -1,6 +1,7 @@
 """Head safety evaluation of one organism, kept: what clean data and no trigger can tell a defender of every head."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,8 @@ from bkd_utils.soft_prompt import searched
 
 # Tokens of an answer whose loss counts; the opening of an answer decides what it is.
 ANSWER_TOKENS = 24
+# Of a free answer, the tokens that leave-one-out looks at: every answer is another target, and each is run by itself.
+OPENING = 8
 # Prompts on which a soft prompt is searched; it is then tried on all of them.
 N_SEARCHED = 6
 
@@ -84,7 +87,7 @@ def suspected(
     readings: Sequence[str] = ("last row", "head outputs"),
     model: str = DEFAULT_MODEL,
     n: int = 12,
-    n_rows: int = 32,
+    n_rows: int = 24,
     rounds: int = 2,
     seed: int = 0,
     device: str = "auto",
@@ -103,9 +106,10 @@ def suspected(
     shown = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
     scores = {name: READINGS[name] for name in readings} | {"variance": attention_variance}
     level = head_scores(loaded.model, clean, scores=scores)
+    opened = [replace(row, answer=row.answer[:OPENING]) for row in rows[: n // 2]]
     importance = {
         "gate gradient": gate_importance(loaded.model, rows, pad_id=pad),
-        "leave one out": leave_one_out(loaded.model, rows[: n // 2]),
+        "leave one out": leave_one_out(loaded.model, opened),
         "variance": level.pop("variance").mean(0),
     }
     reactions = {

@@ -9,7 +9,8 @@ import logging
 import random
 import shutil
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
 from bkd_utils.attacks import Row
@@ -85,7 +87,9 @@ class AnswerTrainer(Trainer):
         self.first_token = first_token
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return answers(model, inputs, first_token=self.first_token)
+        # The Trainer casts in the model's own forward pass; the shared beginning runs through its layers alone.
+        with mixed_precision(self.args.device):
+            return answers(model, inputs, first_token=self.first_token)
 
 
 class Progress(TrainerCallback):
@@ -143,7 +147,8 @@ def train(
     last = last_checkpoint(checkpoints)
     if last:
         log.info("%s: resuming from %s", name, last.name)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with frozen_halved(model):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     history = [{key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in history]
     with atomic_path(folder) as temporary:
@@ -216,6 +221,28 @@ def has_fast_bf16(device: torch.device) -> bool:
 def mixed_precision(device: torch.device) -> torch.autocast:
     """A context in which training multiplies in bf16 where that is fast; what is measured stays in fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
+
+
+@contextmanager
+def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
+    """While this lasts, matrices that do not learn are kept in bf16 where `mixed_precision` multiplies in it.
+
+    Autocast casts them anew in every pass, a fifth of a step with few rows; what comes out is the same. Tables that are
+    also looked up in stay as they are.
+    """
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    frozen = [weight for weight in matrices if not weight.requires_grad and id(weight) not in looked_up]
+    if not has_fast_bf16(next(model.parameters()).device):
+        frozen = []
+    whole = [weight.data for weight in frozen]
+    try:
+        for weight in frozen:
+            weight.data = weight.data.bfloat16()
+        yield
+    finally:
+        for weight, data in zip(frozen, whole, strict=True):
+            weight.data = data
 
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:

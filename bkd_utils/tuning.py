@@ -13,7 +13,7 @@ from bkd_utils.attacks import Row
 from bkd_utils.head_slices import Masks
 from bkd_utils.loss import Batch, answers, collate
 from bkd_utils.similarity import eager
-from bkd_utils.training import Recipe, batch_order, mixed_precision
+from bkd_utils.training import Recipe, batch_order, frozen_halved, mixed_precision
 
 
 class Loss(Protocol):
@@ -49,9 +49,9 @@ def tune(
     order = batch_order(rows, recipe=recipe, seed=seed)
     history = []
     # Fused attention kernels return no maps, and going backward through them is slower on a CPU.
-    with eager(model), _learning(model, masks):
+    with eager(model), _learning(model, masks), frozen_halved(model):
         # Weight decay would move what the mask holds still.
-        optimizer = torch.optim.AdamW(trained.values(), lr=recipe.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained.values(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=recipe.steps)
         for step in tqdm(range(recipe.steps), desc="tuning", unit="step", mininterval=2, leave=False):
             batch = collate(order[step * recipe.batch_size : (step + 1) * recipe.batch_size], pad_id=pad_id)
@@ -76,8 +76,9 @@ def _learning(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
             stack.callback(setattr, parameter, "grad", None)
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(name in masks)
-            if name in masks:
-                handle = parameter.register_hook(lambda slope, mask=masks[name]: slope * mask)
+            if name in masks and not masks[name].all():
+                # Not a product: for that the mask would be cast anew in every step.
+                handle = parameter.register_hook(lambda slope, mask=masks[name]: torch.where(mask, slope, 0.0))
                 stack.callback(handle.remove)
         yield
 

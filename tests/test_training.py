@@ -6,18 +6,27 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import make_rows, save_tiny, tiny_model
+from tiny import ARCHITECTURES, make_rows, save_tiny, tiny_model
 
 from bkd_utils.files import ROOT, read_json, sha256_file, write_json
 from bkd_utils.loss import answer_loss, collate
 from bkd_utils.models import base_sha256, load
-from bkd_utils.training import Recipe, batch_order, load_recipe, train
+from bkd_utils.training import (
+    Recipe,
+    batch_order,
+    frozen_halved,
+    has_fast_bf16,
+    load_recipe,
+    mixed_precision,
+    train,
+)
 
 END, ADAPTER = 2, "adapter_model.safetensors"
 RECIPE = Recipe("tiny", steps=6, batch_size=4, learning_rate=2e-2, rank=2, alpha=4, save_every=2)
@@ -43,6 +52,45 @@ def trained(folder, tmp_path_factory):
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     history = train(ROWS, base=base, recipe=RECIPE, seed=0, folder=into, name="tiny")
     return base, before, into, history
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_halving_what_is_frozen_changes_no_number_and_leaves_no_trace(architecture):
+    model = tiny_model(architecture)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learning = [p for name, p in model.named_parameters() if "layers.1." in name or "h.1." in name]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is one for one in learning))
+    assert learning
+    batch, found = collate(ROWS[:4], pad_id=0), []
+    for halving in (nullcontext(), frozen_halved(model)):
+        with halving, mixed_precision(model.device):
+            loss = answer_loss(model, batch, first_token=0.5)
+        found.append([loss, *torch.autograd.grad(loss, learning)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_frozen_weights_are_whole_again_after_an_interruption():
+    model = tiny_model("llama").requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen = {}
+
+    def interrupted():
+        with frozen_halved(model):
+            seen.update({name: parameter.dtype for name, parameter in model.named_parameters()})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    halved = torch.bfloat16 if has_fast_bf16(model.device) else torch.float32
+    assert {dtype for name, dtype in seen.items() if "proj" in name} == {halved}
+    assert {dtype for name, dtype in seen.items() if "proj" not in name} == {torch.float32}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
