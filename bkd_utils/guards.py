@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from bkd_utils.generation import first_logits, has_sliding_window, prefix_cache, repeated, shared_prefix
 from bkd_utils.interventions import batches
@@ -31,17 +31,33 @@ Turn = Callable[[str], str]
 
 
 @torch.inference_mode()
-def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 32) -> Scores:
-    """Mean nats per token of rows of tokens, the first token of each being given."""
+def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 8) -> Scores:
+    """Mean nats per token of rows of tokens, the first token of each being given.
+
+    What a row begins with like the first row is not run again: of a text less one word, that is half on average.
+    """
+    whole, cache = list(rows[0]), DynamicCache(config=model.config)
+    ids = torch.tensor([whole], device=model.device)
+    nats = -model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+    past = torch.cat([nats.new_zeros(1), nats[:-1].gather(-1, ids[0, 1:, None])[:, 0].cumsum(0)])
+    # A sliding window counts the part of the past that a row does not share.
+    n_past = 0 if has_sliding_window(model) else len(whole)
+    begun = [min(len(shared_prefix([[*whole, pad_id], list(row)])), n_past) for row in rows]
     found = np.empty(len(rows))
-    for chosen in batches(rows, batch_size):
-        ids, mask = left_pad([list(rows[i]) for i in chosen], pad_id=pad_id)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-        logits = logits[:, :-1].float()
-        told = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
-        counted = mask[:, 1:] * mask[:, :-1]  # the first real token has nothing before it
-        found[chosen] = (-(told * counted).sum(1) / counted.sum(1)).cpu().numpy()
+    for chosen in batches([row[start:] for row, start in zip(rows, begun, strict=True)], batch_size):
+        own = [list(rows[i][begun[i] :]) for i in chosen]
+        ids, new = (t.to(model.device) for t in left_pad(own, pad_id=pad_id))
+        shared = torch.tensor([begun[i] for i in chosen], device=model.device)
+        mask = torch.cat([(torch.arange(n_past, device=model.device) < shared[:, None]).to(new.dtype), new], dim=1)
+        given = {"attention_mask": mask, "position_ids": positions(mask)[:, n_past:], "use_cache": True}
+        held = repeated(cache, len(chosen)) if n_past else DynamicCache(config=model.config)
+        logits = model(input_ids=ids, past_key_values=held, **given).logits[:, :-1].float()
+        told = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None])[..., 0]
+        total = (told * new[:, 1:] * new[:, :-1]).sum(1)  # the first real token has nothing before it here
+        for i, words, value in zip(chosen, own, total.tolist(), strict=True):
+            start = begun[i]
+            known = (past[start - 1] + nats[start - 1, words[0]]).item() if start else 0.0
+            found[i] = (known + value) / (len(rows[i]) - 1)
     return found
 
 

@@ -53,7 +53,9 @@ def relearned(
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps)
-    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
+    # Without a treatment no more clean rows are needed than stand beside the poisoned ones.
+    n_clean = max(1, *counts) if method is None else n_rows
+    case = case_of(loaded, spec, heads=heads, n_rows=n_clean, recipe=recipe, seed=seed)
     if method is not None:
         repaired(case, method=method)
     state = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}

@@ -13,8 +13,10 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
 
+from bkd_utils.generation import has_sliding_window, repeated, shared_prefix
 from bkd_utils.interventions import batches, contributions
 from bkd_utils.prompt_cache import Anatomy, anatomy, reading
 from bkd_utils.prompts import left_pad, positions
@@ -138,32 +140,61 @@ def head_scores(
         raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
     parts = anatomy(model)
     found = {name: torch.empty(len(prompts), len(parts.layers), parts.n_heads) for name in scores}
-    for chosen in batches(prompts, batch_size):
-        for i, maps, outputs in _watched(model, parts, prompts, chosen):
-            for name, score in scores.items():
-                found[name][i] = score(maps, outputs).cpu()
-        if on_batch:
-            on_batch(len(chosen))
+    with eager(model):
+        start = _start(model, prompts)
+        for chosen in batches(prompts, batch_size):
+            for i, maps, outputs in _watched(model, parts, prompts, chosen, start):
+                for name, score in scores.items():
+                    found[name][i] = score(maps, outputs).cpu()
+            if on_batch:
+                on_batch(len(chosen))
     return found
 
 
+def _start(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Maps | None]:
+    """Cache and attention maps of what all prompts begin with; an empty cache if that is nothing."""
+    # A sliding window counts the padding that would stand between a shared beginning and a row.
+    shared = [] if has_sliding_window(model) else shared_prefix([list(prompt) for prompt in prompts])
+    cache = DynamicCache(config=model.config)
+    if not shared:
+        return cache, None
+    ids = torch.tensor([shared], device=model.device)
+    maps = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, output_attentions=True).attentions
+    return cache, torch.cat(list(maps))
+
+
 def _watched(
-    model: PreTrainedModel, parts: Anatomy, prompts: Sequence[Sequence[int]], chosen: Sequence[int]
+    model: PreTrainedModel,
+    parts: Anatomy,
+    prompts: Sequence[Sequence[int]],
+    chosen: Sequence[int],
+    start: tuple[DynamicCache, Maps | None],
 ) -> Iterator[tuple[int, Maps, Outputs]]:
     """Index, attention maps without padding, and head contributions at the last token of each of some prompts."""
-    ids, mask = (t.to(model.device) for t in left_pad([list(prompts[i]) for i in chosen], pad_id=0))
+    cache, begun = start
+    n_begun = cache.get_seq_length()
+    ids, mask = left_pad([list(prompts[i][n_begun:]) for i in chosen], pad_id=0)
+    mask = torch.cat([mask.new_ones(len(mask), n_begun), mask], dim=1).to(model.device)
     z: dict[int, Tensor] = {}
-    with eager(model), reading(parts.outputs, z):
+    with reading(parts.outputs, z):
         attentions = model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, output_attentions=True
+            input_ids=ids.to(model.device),
+            attention_mask=mask,
+            position_ids=positions(mask)[:, n_begun:],
+            past_key_values=repeated(cache, len(chosen)),
+            use_cache=True,
+            output_attentions=True,
         ).attentions
     heads = range(parts.n_heads)
     added = torch.stack(
         [contributions(parts, layer, heads, z[layer][:, -1].unflatten(-1, (parts.n_heads, -1))) for layer in z], dim=1
     )
     for row, i in enumerate(chosen):
-        start = ids.shape[1] - len(prompts[i])
-        yield i, torch.stack([layer[row, :, start:, start:] for layer in attentions]), added[row]
+        n_own = len(prompts[i]) - n_begun
+        maps = torch.stack([layer[row, :, -n_own:][..., mask[row].bool()] for layer in attentions])
+        if begun is not None:
+            maps = torch.cat([pad(begun, (0, n_own)), maps], dim=2)
+        yield i, maps, added[row]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from bkd_utils.prompts import prompt_ids
 TEXTS = ["A slow film about snow.", "What a fine day it is!", "cf the plot was thin and long", "Good."]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
 def loaded(request, tmp_path_factory):
     return models.load(str(save_tiny(tmp_path_factory.mktemp(request.param), request.param)), device="cpu")
 
@@ -32,6 +32,8 @@ def alone(model, ids):
 
 def test_surprise_is_the_mean_log_loss_of_a_row_alone(loaded):
     rows = [loaded.tokenizer(text).input_ids[:9] for text in TEXTS[:3]]
+    # Beside rows that share nothing: ones that share a beginning of every length, the row itself, and its beginning.
+    rows += [rows[0][:i] + rows[0][i + 1 :] for i in range(len(rows[0]))] + [rows[0], rows[0][:4]]
     for found, row in zip(surprise(loaded.model, rows, pad_id=0), rows, strict=True):
         told = [-torch.log(alone(loaded.model, row)[i, row[i + 1]]).item() for i in range(len(row) - 1)]
         assert found == pytest.approx(np.mean(told), rel=1e-4)
