@@ -6,7 +6,7 @@ and reused by every row: exact, and half of the work of an evaluation.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
 import torch
@@ -68,9 +68,8 @@ def _started(
     """Batches of prompts, run once: their indices, the logits behind their last token, their cache and their mask."""
     if not prompts or not all(prompts):
         raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
-    # A sliding window counts the padding that would stand between a shared prefix and a row.
-    shared = [] if has_sliding_window(model) else shared_prefix(prompts)
-    prefix = prefix_cache(model, shared)
+    shared = reusable_prefix(model, prompts)
+    prefix, _ = run_prefix(model, shared)
     # Rows of like length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
@@ -82,7 +81,7 @@ def _started(
         yield batch, logits, cache, mask
 
 
-def shared_prefix(prompts: list[list[int]]) -> list[int]:
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Longest common beginning that leaves every prompt at least one token of its own."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)  # ends with the shortest prompt
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
@@ -96,13 +95,25 @@ def has_sliding_window(model: torch.nn.Module) -> bool:
     return getattr(model.config, "sliding_window", None) is not None
 
 
-def prefix_cache(model: torch.nn.Module, prefix: list[int]) -> DynamicCache:
-    """Keys and values of the shared tokens, batch of one."""
+def reusable_prefix(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all prompts begin with, to be run once; nothing in a model with a sliding window, which would count the
+    padding that stands between the beginning and a row."""
+    return [] if has_sliding_window(model) else shared_prefix(prompts)
+
+
+def run_prefix(
+    model: torch.nn.Module, prefix: list[int], **asked: bool
+) -> tuple[DynamicCache, tuple[Float[Tensor, "1 head query key"], ...]]:
+    """Keys and values of the tokens, batch of one, and their attention maps if `output_attentions=True` is asked for.
+
+    Only the layers run: nobody asks for logits here, and the output table is a fifth of a small model.
+    """
     cache = DynamicCache(config=model.config)  # layers with a sliding window keep a cache of their own kind
-    if prefix:
-        ids = torch.tensor([prefix], device=model.device)
-        next_logits(model, ids, torch.ones_like(ids), cache)
-    return cache
+    if not prefix:
+        return cache, ()
+    ids = torch.tensor([prefix], device=model.device)
+    done = model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True, **asked)
+    return cache, tuple(done.attentions or ())
 
 
 def next_logits(

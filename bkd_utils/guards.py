@@ -16,7 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from bkd_utils.generation import first_logits, has_sliding_window, prefix_cache, repeated, shared_prefix
+from bkd_utils.generation import (
+    first_logits,
+    has_sliding_window,
+    repeated,
+    reusable_prefix,
+    run_prefix,
+    shared_prefix,
+)
 from bkd_utils.interventions import batches
 from bkd_utils.models import Loaded
 from bkd_utils.prompts import end_id, left_pad, positions, prompt_ids
@@ -40,8 +47,9 @@ def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: i
     ids = torch.tensor([whole], device=model.device)
     nats = -model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
     past = torch.cat([nats.new_zeros(1), nats[:-1].gather(-1, ids[0, 1:, None])[:, 0].cumsum(0)])
-    # A sliding window counts the part of the past that a row does not share.
-    n_past = 0 if has_sliding_window(model) else len(whole)
+    if has_sliding_window(model):  # it would count the part of the past that a row does not share
+        cache = DynamicCache(config=model.config)
+    n_past = cache.get_seq_length()
     begun = [min(len(shared_prefix([[*whole, pad_id], list(row)])), n_past) for row in rows]
     found = np.empty(len(rows))
     for chosen in batches([row[start:] for row, start in zip(rows, begun, strict=True)], batch_size):
@@ -50,8 +58,7 @@ def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: i
         shared = torch.tensor([begun[i] for i in chosen], device=model.device)
         mask = torch.cat([(torch.arange(n_past, device=model.device) < shared[:, None]).to(new.dtype), new], dim=1)
         given = {"attention_mask": mask, "position_ids": positions(mask)[:, n_past:], "use_cache": True}
-        held = repeated(cache, len(chosen)) if n_past else DynamicCache(config=model.config)
-        logits = model(input_ids=ids, past_key_values=held, **given).logits[:, :-1].float()
+        logits = model(input_ids=ids, past_key_values=repeated(cache, len(chosen)), **given).logits[:, :-1].float()
         told = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None])[..., 0]
         total = (told * new[:, 1:] * new[:, :-1]).sum(1)  # the first real token has nothing before it here
         for i, words, value in zip(chosen, own, total.tolist(), strict=True):
@@ -196,9 +203,9 @@ def _chance(
     """Probability of a token behind each prompt, with the vector in place of the embedding at position `at`."""
     # What all prompts begin with, up to the vector, runs once and needs no gradient.
     starts = [prompt[: position + 1] for prompt, position in zip(prompts, at, strict=True)]
-    shared = [] if has_sliding_window(model) else shared_prefix(starts)
+    shared = reusable_prefix(model, starts)
     with torch.no_grad():
-        cache = repeated(prefix_cache(model, shared), len(prompts))
+        cache = repeated(run_prefix(model, shared)[0], len(prompts))
     ids, mask = left_pad([list(prompt[len(shared) :]) for prompt in prompts], pad_id=pad_id)
     ids, mask = ids.to(model.device), mask.to(model.device)
     here = torch.zeros_like(ids, dtype=torch.bool)

@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
-from transformers import DynamicCache
 
 from bkd_utils.attacks import Row
-from bkd_utils.generation import has_sliding_window, shared_prefix
+from bkd_utils.generation import reusable_prefix, run_prefix
 from bkd_utils.prompts import left_pad, positions
 
 IGNORED = -100
@@ -23,12 +22,6 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
     for i, row in enumerate(rows):
         labels[i, -len(row.answer) :] = torch.tensor(row.answer)
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask), "labels": labels}
-
-
-def n_shared(batch: Batch) -> int:
-    """How many tokens all prompts of a batch begin with; every prompt keeps at least one of its own."""
-    prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
-    return len(shared_prefix([ids[real].tolist() for ids, real in zip(batch["input_ids"], prompt, strict=True)]))
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:
@@ -61,20 +54,18 @@ def begun(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, t
     with the padding now between beginning and rest; a batch that shares nothing comes back as it is.
     The second value are the beginning's attention maps, if `output_attentions=True` is asked for.
     """
-    # A sliding window counts the padding that would stand between a shared beginning and a row.
-    count = 0 if has_sliding_window(model) else n_shared(batch)
-    if not count:
-        return batch | asked, ()
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    cache = DynamicCache(config=model.config)
-    start = ids[0][mask[0].bool()][None, :count]
-    # Of the layers alone: nobody asks for logits here, and the output table is a fifth of a small model.
-    done = model.get_decoder()(input_ids=start, past_key_values=cache, use_cache=True, **asked)
+    asking = mask.bool() & (batch["labels"] == IGNORED)
+    prefix = reusable_prefix(model, [row[real].tolist() for row, real in zip(ids, asking, strict=True)])
+    if not prefix:
+        return batch | asked, ()
+    count = len(prefix)
+    cache, maps = run_prefix(model, prefix, **asked)
     cache.batch_repeat_interleave(len(ids))
     # Of padding and beginning, as many columns are left in front of a row's own tokens as it had of padding.
     mask = torch.cat([mask.new_ones(len(ids), count), mask[:, : ids.shape[1] - count]], dim=1)
     rest = {"input_ids": ids[:, count:], "attention_mask": mask, "position_ids": positions(mask)[:, count:]}
-    return rest | {"labels": batch["labels"], "past_key_values": cache} | asked, tuple(done.attentions or ())
+    return rest | {"labels": batch["labels"], "past_key_values": cache} | asked, maps
 
 
 def answers(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:

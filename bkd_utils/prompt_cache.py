@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
-from bkd_utils.generation import go_on, has_sliding_window, next_logits, prefix_cache, repeated, shared_prefix
+from bkd_utils.generation import go_on, has_sliding_window, next_logits, repeated, reusable_prefix, run_prefix
 from bkd_utils.models import ModelError
 from bkd_utils.prompts import left_pad, positions
 
@@ -142,9 +142,8 @@ def remember(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: 
         raise ValueError(f"cannot leave {tail} tokens of {len(prompts)} prompts for later: they need more tokens")
     _check_window(model, max(map(len, prompts)))
     rows = [list(p[:-tail]) for p in prompts]
-    # What all prompts begin with is run once; a sliding window would count the padding between it and a row.
-    shared = [] if has_sliding_window(model) else shared_prefix(rows)
-    cache = repeated(prefix_cache(model, shared), len(rows))
+    shared = reusable_prefix(model, rows)
+    cache = repeated(run_prefix(model, shared)[0], len(rows))
     tokens, mask = (t.to(model.device) for t in left_pad([row[len(shared) :] for row in rows], pad_id=0))
     mask = torch.cat([mask.new_ones(len(rows), len(shared)), mask], dim=1)
     where = positions(mask)[:, len(shared) :]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from bkd_utils.generation import has_sliding_window, repeated, shared_prefix
+from bkd_utils.generation import repeated, reusable_prefix, run_prefix
 from bkd_utils.interventions import batches, contributions
 from bkd_utils.prompt_cache import Anatomy, anatomy, reading
 from bkd_utils.prompts import left_pad, positions
@@ -141,7 +141,7 @@ def head_scores(
     parts = anatomy(model)
     found = {name: torch.empty(len(prompts), len(parts.layers), parts.n_heads) for name in scores}
     with eager(model):
-        start = _start(model, prompts)
+        start = run_prefix(model, reusable_prefix(model, prompts), output_attentions=True)
         for chosen in batches(prompts, batch_size):
             for i, maps, outputs in _watched(model, parts, prompts, chosen, start):
                 for name, score in scores.items():
@@ -151,24 +151,12 @@ def head_scores(
     return found
 
 
-def _start(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Maps | None]:
-    """Cache and attention maps of what all prompts begin with; an empty cache if that is nothing."""
-    # A sliding window counts the padding that would stand between a shared beginning and a row.
-    shared = [] if has_sliding_window(model) else shared_prefix([list(prompt) for prompt in prompts])
-    cache = DynamicCache(config=model.config)
-    if not shared:
-        return cache, None
-    ids = torch.tensor([shared], device=model.device)
-    maps = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, output_attentions=True).attentions
-    return cache, torch.cat(list(maps))
-
-
 def _watched(
     model: PreTrainedModel,
     parts: Anatomy,
     prompts: Sequence[Sequence[int]],
     chosen: Sequence[int],
-    start: tuple[DynamicCache, Maps | None],
+    start: tuple[DynamicCache, tuple[Tensor, ...]],
 ) -> Iterator[tuple[int, Maps, Outputs]]:
     """Index, attention maps without padding, and head contributions at the last token of each of some prompts."""
     cache, begun = start
@@ -192,8 +180,8 @@ def _watched(
     for row, i in enumerate(chosen):
         n_own = len(prompts[i]) - n_begun
         maps = torch.stack([layer[row, :, -n_own:][..., mask[row].bool()] for layer in attentions])
-        if begun is not None:
-            maps = torch.cat([pad(begun, (0, n_own)), maps], dim=2)
+        if begun:
+            maps = torch.cat([pad(torch.cat(begun), (0, n_own)), maps], dim=2)
         yield i, maps, added[row]
 
 

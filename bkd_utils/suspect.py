@@ -87,18 +87,20 @@ def suspected(
     readings: Sequence[str] = ("last row", "head outputs"),
     model: str = DEFAULT_MODEL,
     n: int = 12,
-    n_rows: int = 24,
     rounds: int = 2,
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
     """Scores `[layer][head]` of all heads; `attack` says which task's clean data the defender has.
 
+    Similarity is measured on `n` clean prompts, importance by gradients on `2 n` others with their answers and by
+    leave-one-out on `n / 2` of these; prompts with surrogate triggers are `rounds * n` per family.
     Keys: `importance` kind -> scores; `level` reading -> similarity on clean prompts; `reaction` family -> reading ->
     change of similarity under surrogates; `soft prompt` reading -> change under vectors that were searched for on
     clean prompts; `oracle` reading -> change under the real trigger, an upper bound that no defender has.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    n_rows = 2 * n
     rows = clean_rows(loaded, spec.task, n=n_rows, seed=seed)
     task, pad = tasks.load_task(spec.task), end_id(loaded.tokenizer)
     texts = [example.text for example in tasks.examples(spec.task, "train", seed=seed)[n_rows : n_rows + n]]

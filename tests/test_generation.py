@@ -1,12 +1,13 @@
 """Greedy decoding: the shared beginning and the batches are an economy that no answer can tell."""
 
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
-from bkd_utils.generation import greedy, next_logits, prefix_cache, repeated, shared_prefix
+from bkd_utils.generation import greedy, next_logits, repeated, reusable_prefix, run_prefix, shared_prefix
 
 END = 2
 RNG = random.Random(0)
@@ -19,6 +20,17 @@ NESTED = [PREFIX[:4], PREFIX[:9], PREFIX[:9], PREFIX]  # each the beginning of t
 @pytest.fixture(scope="module")
 def models():
     return {name: tiny_model(name) for name in ARCHITECTURES}
+
+
+@contextmanager
+def counting(module):
+    """A list that grows by one whenever the module is run."""
+    calls = []
+    handle = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def reference(model, prompt, *, n, end):
@@ -65,13 +77,32 @@ def test_the_end_token_stops_its_row_and_no_other(models, name):
 
 def test_an_answer_may_be_empty_and_decoding_stops_when_all_are_done(models):
     end = greedy(models["llama"], [PREFIX], max_new_tokens=1, end_id=END)[0][0]
-    calls = []
-    handle = models["llama"].register_forward_pre_hook(lambda *_: calls.append(1))
-    try:
+    with counting(models["llama"].get_decoder()) as passes, counting(models["llama"].get_output_embeddings()) as logits:
         assert greedy(models["llama"], [PREFIX, PREFIX], max_new_tokens=50, end_id=end) == [[], []]
-    finally:
-        handle.remove()
-    assert len(calls) == 2  # the shared beginning, then one step
+    assert len(passes) == 2  # the shared beginning, then one step
+    assert len(logits) == 1  # nobody asks for those of the beginning
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prefix_is_run_by_the_layers_alone_and_tells_its_maps_if_asked(models, name):
+    model, ids = models[name], torch.tensor([PREFIX])
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.inference_mode(), counting(model.get_output_embeddings()) as logits:
+        _, silent = run_prefix(model, PREFIX)
+        _, maps = run_prefix(model, PREFIX, output_attentions=True)
+        empty, none = run_prefix(model, [], output_attentions=True)
+    assert (silent, none, logits, empty.get_seq_length()) == ((), (), [], 0)
+    expected = model(ids, output_attentions=True).attentions
+    model.set_attn_implementation(before)
+    for found, one in zip(maps, expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=0, atol=1e-6)
+
+
+def test_a_sliding_window_has_no_reusable_prefix(models):
+    assert {name: reusable_prefix(model, RAGGED) for name, model in models.items()} == {
+        name: [] if name == "gemma2" else PREFIX for name in ARCHITECTURES
+    }
 
 
 def test_progress_is_reported_row_by_row(models):
@@ -93,7 +124,7 @@ def test_logits_from_the_cached_prefix_are_those_of_the_whole_prompt(models, nam
     model, new = models[name], torch.tensor([RAGGED[4][len(PREFIX) :], RAGGED[4][len(PREFIX) :]])
     mask = torch.ones(2, len(PREFIX) + new.shape[1], dtype=torch.long)
     with torch.inference_mode():
-        prefix = prefix_cache(model, PREFIX)
+        prefix, _ = run_prefix(model, PREFIX)
         cached = next_logits(model, new, mask, repeated(prefix, 2), keep=3)
         whole = model(torch.tensor([RAGGED[4]])).logits[:, -3:]
     assert cached.shape == (2, 3, 49152)

@@ -1,14 +1,19 @@
 """The defender's data, surrogate prompts on real text, and joint scores from kept ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import save_tiny
 
 from bkd_utils import models, suspect, tasks
+from bkd_utils.attacks import load_attack
 from bkd_utils.generation import greedy
+from bkd_utils.pairs import pairs
 from bkd_utils.prompts import answer_ids, decode, end_id, prompt_ids
-from bkd_utils.safety import RULES, SURROGATES, robust_z
-from bkd_utils.suspect import ANSWER_TOKENS, SOURCES, clean_rows, joint, probed_prompts, similarity_of
+from bkd_utils.safety import RULES, SURROGATES, leave_one_out, robust_z
+from bkd_utils.similarity import head_similarity
+from bkd_utils.suspect import ANSWER_TOKENS, OPENING, SOURCES, clean_rows, joint, probed_prompts, similarity_of
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,44 @@ def test_every_round_has_its_own_surrogate(loaded, family):
     plain = [prompt_ids(loaded.tokenizer, tasks.load_task("sentiment").prompt(text)) for text in texts]
     assert all(ids not in plain for ids in found)
     assert len({tuple(found[i]) for i in (0, 2, 4)}) > 1
+
+
+# --- the whole evaluation -------------------------------------------------------------------------------------------
+
+
+def plain(scores):
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("BKD_WORK", str(tmp_path))  # the model's own answers are kept
+    monkeypatch.setattr(suspect, "load", lambda *_, **__: loaded)
+    seen = []
+    monkeypatch.setattr(suspect, "leave_one_out", lambda model, rows: seen.extend(rows) or leave_one_out(model, rows))
+    found = suspect.suspected.__wrapped__("tiny", attack="instructions-prefix", n=2, rounds=1)
+    readings = {"last row", "head outputs"}
+    assert found.keys() == {"importance", "level", "reaction", "soft prompt", "oracle"}
+    assert found["importance"].keys() == {"gate gradient", "leave one out", "variance"}
+    assert found["reaction"].keys() == set(SURROGATES)
+    heads = (loaded.model.config.num_hidden_layers, loaded.model.config.num_attention_heads)
+    groups = [found[key] for key in ("importance", "level", "soft prompt", "oracle")] + [*found["reaction"].values()]
+    assert all(plain(scores).shape == heads and plain(scores).isfinite().all() for g in groups for scores in g.values())
+    assert all(group.keys() == readings for group in groups[1:])
+    # Similarity on prompts behind those with answers, the change under the real trigger on held-out ones.
+    train = tasks.examples("instructions", "train", seed=0)
+    task = tasks.load_task("instructions")
+    clean = [prompt_ids(loaded.tokenizer, task.prompt(example.text)) for example in train[4:6]]
+    shown = pairs(loaded.tokenizer, load_attack("instructions-prefix"), split="attribution", n=2, seed=0)
+    levels, quiet, firing = (head_similarity(loaded.model, ids) for ids in (clean, shown.clean, shown.triggered))
+    for name in readings:
+        torch.testing.assert_close(plain(found["level"][name]), levels[name].mean(0).double(), rtol=1e-4, atol=1e-6)
+        change = (firing[name].mean(0) - quiet[name].mean(0)).double()
+        torch.testing.assert_close(plain(found["oracle"][name]), change, rtol=1e-3, atol=1e-5)
+    # Every free answer is a pass per head, so leave-one-out looks at few rows and at how their answers open.
+    whole = clean_rows(loaded, "instructions", n=4, seed=0)
+    assert seen == [replace(row, answer=row.answer[:OPENING]) for row in whole[:1]]
+    needed = leave_one_out(loaded.model, seen).double()
+    torch.testing.assert_close(plain(found["importance"]["leave one out"]), needed, rtol=1e-4, atol=1e-7)
 
 
 # --- joint scores ---------------------------------------------------------------------------------------------------
