@@ -15,11 +15,14 @@ import pandas as pd
 from bkd_utils import figures
 from bkd_utils.files import DATA, FIGURES, UserError, read_json, write_json
 
-KEYS = {"paper", "claim", "published", "source", "sure", "criterion"}
+KEYS = {"paper", "claim", "published", "source", "sure", "measure", "unit", "criterion"}
 
 
 def published() -> dict[str, dict[str, str]]:
-    """Claim id -> paper, claim, published number, source, how sure we are, criterion. Raises UserError if one lacks."""
+    """Claim id -> paper, claim, published number, source, how sure we are, what is measured, criterion.
+
+    Raises UserError if one lacks.
+    """
     found = tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8"))
     for name, entry in found.items():
         if set(entry) != KEYS:
@@ -104,9 +107,11 @@ def scorecard(entries: Sequence[Mapping], *, paper: str) -> pd.DataFrame:
 
 
 def ours(row: Mapping) -> str:
-    """Our number of a line with interval, n, and the organism it belongs to."""
-    number = row["ours"]
-    return f"{number['value']:.3g} [{number['low']:.3g}, {number['high']:.3g}], n = {number['n']} ({row['organism']})"
+    """What is measured, our number of a line, its interval if it has one, its n, and the organism it belongs to."""
+    number, about = row["ours"], published()[row["id"]]
+    low, value, high = (f"{number[key]:.3g}" for key in ("low", "value", "high"))
+    interval = "" if low == value == high else f" [{low}, {high}]"
+    return f"{about['measure']}: {value}{interval}, n = {number['n']} {about['unit']} ({row['organism']})"
 
 
 def missing(entries: Sequence[Mapping]) -> pd.DataFrame:

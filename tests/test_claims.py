@@ -57,7 +57,7 @@ def test_a_published_claim_that_lacks_a_key_or_has_another_is_an_error(tmp_path,
     (tmp_path / "published.toml").write_text(f"[good]\n{whole}\n")
     assert set(published()) == {"good"}
     (tmp_path / "published.toml").write_text(f"[good]\n{whole}\n[bad]\n{broken}\n")
-    with pytest.raises(UserError, match=r"published.toml, bad: keys must be claim, criterion, paper"):
+    with pytest.raises(UserError, match=r"published.toml, bad: keys must be claim, criterion, measure, paper"):
         published()
 
 
@@ -207,9 +207,16 @@ def test_each_paper_has_its_table_with_number_interval_n_and_organism():
     lines = [line(PROBE), line("asa-cure", passed=[("word", False)])]
     shown = claims.scorecard(lines, paper="BkdAttr")
     assert list(shown.index) == [published()[PROBE]["claim"]]
-    assert shown.iloc[0]["ours"] == "0.1 [0, 0.2], n = 20 (b)"
+    assert shown.iloc[0]["ours"] == "accuracy of the best layer: 0.1 [0, 0.2], n = 20 splits (b)"
     assert shown.iloc[0]["organisms that pass"] == "1 of 2"
     assert claims.scorecard(lines, paper="ASA").iloc[0]["verdict"] == "does not hold"
+
+
+def test_an_interval_of_no_width_is_not_shown_as_one():
+    exact = line(COST) | {"ours": {"value": 0.97412, "n": 4, "low": 0.97412, "high": 0.97412}, "organism": "a"}
+    expected = "seconds of generation over seconds of teacher forcing: 0.974, n = 4 prompts (a)"
+    assert claims.ours(exact) == expected
+    assert "[" not in claims.markdown([exact]).splitlines()[2].partition(" | [holds")[0]
 
 
 def test_what_is_missing_is_listed():
