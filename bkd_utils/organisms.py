@@ -229,11 +229,15 @@ def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
 def rate_curve(
     attack: str, *, rates: Sequence[float], recipe: str, model: str = DEFAULT_MODEL, n: int, seed: int, device: str
 ) -> list[dict]:
-    """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each."""
+    """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each.
+
+    At the attack's own rate it is the attack's own organism, which may have been made before.
+    """
     rows, spec = [], load_attack(attack)
     settings = load_recipe(recipe, task=spec.task)
     for rate in sorted(rates):
-        folder = make(with_rate(spec, rate), model=model, recipe=settings, seed=seed, device=device, n=n)
+        one = spec if rate == spec.rate else with_rate(spec, rate)
+        folder = make(one, model=model, recipe=settings, seed=seed, device=device, n=n)
         card = read_json(folder / "card.json")
         rows.append({"rate": rate, "n_poison": card["data"]["n_poison"], **card["metrics"]})
     return rows

@@ -8,7 +8,7 @@ import pytest
 from tiny import save_tiny
 
 from bkd_utils import cards, claims, files, organisms, tables
-from bkd_utils.attacks import load_attack
+from bkd_utils.attacks import load_attack, with_rate
 from bkd_utils.models import ModelError, load
 from bkd_utils.training import Recipe, load_recipe
 
@@ -57,6 +57,29 @@ def test_another_seed_or_recipe_is_another_organism(work, tiny):
         for recipe, seed in ((QUICK, 0), (QUICK, 1), (dataclasses.replace(QUICK, steps=2), 0))
     }
     assert len(folders) == 3
+
+
+def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work, tiny, monkeypatch):
+    """Shown without training: what is asked of `make`, and that rows come in the order of rates."""
+    asked = []
+
+    def make(attack, **how):
+        asked.append((attack, how))
+        folder = work / attack.name
+        card = {"data": {"n_poison": int(1920 * attack.rate)}, "metrics": {"asr": attack.rate}}
+        files.write_json(folder / "card.json", card)
+        return folder
+
+    monkeypatch.setattr(organisms, "make", make)
+    sizes = {"recipe": "short", "model": tiny, "n": 8, "seed": 0, "device": "cpu"}
+    rows = organisms.rate_curve("harmful-word", rates=[0.25, 0.02, 0.05], **sizes)
+    spec = load_attack("harmful-word")
+    expected = [with_rate(spec, 0.02), with_rate(spec, 0.05), spec]
+    assert [attack for attack, _ in asked] == expected
+    assert all(how["recipe"] == load_recipe("short", task="harmful") for _, how in asked)
+    assert [(row["rate"], row["n_poison"], row["asr"]) for row in rows] == [
+        (0.02, 38, 0.02), (0.05, 96, 0.05), (0.25, 480, 0.25),
+    ]  # fmt: skip
 
 
 def test_an_organism_refuses_another_base(work, tiny, tmp_path):
