@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bkd_utils import assets
 from bkd_utils.files import ADAPTERS, WORK, UserError, read_json, sha256_file, sha256_text
+from bkd_utils.products import by_onednn
 
 # What a treatment has changed, beside the adapter of the organism that was treated.
 CHANGES = "changes.safetensors"
@@ -194,7 +195,7 @@ def load(
     if organism is not None:
         model = merge_adapter(model, adapter_folder(organism), base=base_sha256(address))
         apply_changes(model, adapter_folder(organism))
-    model = model.eval().requires_grad_(False).to(pick_device(device))
+    model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
     return Loaded(model, tokenizer, address, None if organism is None else adapter_folder(organism).name)
 
 

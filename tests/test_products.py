@@ -1,0 +1,104 @@
+"""oneDNN's products are torch's products: value and gradient, every shape, and hands off where it has no business."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, tiny_model
+from torch.nn.functional import linear
+
+from bkd_utils import products
+from bkd_utils.products import Linear, by_onednn, product
+
+needs_onednn = pytest.mark.skipif(products._ONEDNN is None, reason="torch without oneDNN has nothing to compare")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many products oneDNN was asked for."""
+    made = []
+    monkeypatch.setattr(products, "_ONEDNN", lambda *a: made.append(a) or torch.ops.mkldnn._linear_pointwise(*a))
+    return made
+
+
+@needs_onednn
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.integers(0, 7), min_size=0, max_size=3), st.integers(1, 40), st.integers(1, 40), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_the_product_is_the_exact_one_to_fp32_whatever_the_shape(rows, n_in, n_out, biased, seed):
+    torch.manual_seed(seed)
+    x, weight, bias = torch.randn(*rows, n_in), torch.randn(n_out, n_in), torch.randn(n_out) if biased else None
+    exact = linear(x.double(), weight.double(), bias.double() if biased else None)
+    torch.testing.assert_close(product(x, weight, bias).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_views_are_read_as_they_are_meant(calls):
+    weight, whole = torch.randn(6, 8), torch.randn(4, 9, 8)
+    for x in (whole[:, 3:7], whole.transpose(0, 1), whole[:, :1].expand(4, 5, 8)):
+        torch.testing.assert_close(product(x, weight), linear(x.contiguous(), weight))
+    assert len(calls) == 3
+
+
+@needs_onednn
+def test_the_gradient_of_the_input_is_torchs(calls):
+    x, weight, bias = torch.randn(3, 5, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
+    out = product(x, weight, bias)
+    slope = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, x, slope)
+    (expected,) = torch.autograd.grad(linear(x, weight, bias), x, slope)
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == 2  # forth and back
+    # A slope that does not lie in memory row by row, as sums and means send one back.
+    (found,) = torch.autograd.grad(product(x, weight).sum(), x)
+    torch.testing.assert_close(found, weight.sum(0).expand_as(x))
+
+
+def test_weights_that_learn_and_other_precisions_are_left_to_torch(calls):
+    x, weight = torch.randn(5, 8), torch.randn(6, 8)
+    learning = weight.clone().requires_grad_()
+    (found,) = torch.autograd.grad(product(x, learning).sum(), learning)
+    torch.testing.assert_close(found, x.sum(0).expand(6, 8))
+    assert product(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    assert product(x.double(), weight.double()).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(x, weight).dtype == torch.bfloat16
+    assert calls == []
+
+
+def test_without_onednn_torch_does_it(monkeypatch):
+    monkeypatch.setattr(products, "_ONEDNN", None)
+    x, weight, bias = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6)
+    assert torch.equal(product(x, weight, bias), linear(x, weight, bias))
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_says_what_it_said_with_the_same_gradient(name, calls):
+    model = tiny_model(name).requires_grad_(False)
+    other = by_onednn(copy.deepcopy(model))
+    ids = torch.tensor([[5, 9, 3, 7, 11], [4, 4, 8, 2, 6]])
+    found, slopes = [], []
+    for one in (model, other):
+        embedded = one.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = one(inputs_embeds=embedded).logits
+        found.append(logits.detach())
+        slopes.append(torch.autograd.grad(logits.log_softmax(-1)[:, -1, 7].sum(), embedded)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-3, atol=2e-5)
+    assert calls
+
+
+def test_only_plain_linear_layers_are_changed():
+    class Special(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), Special(3, 3), torch.nn.ReLU())
+    state = copy.deepcopy(model.state_dict())
+    assert [type(module) for module in by_onednn(model)] == [Linear, Special, torch.nn.ReLU]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert isinstance(model[0], torch.nn.Linear)
