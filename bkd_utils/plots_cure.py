@@ -1,6 +1,6 @@
 """Pictures of notebook 06: what treatments leave of backdoor and model, and what comes back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,11 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bkd_utils.figures import COLOURS, WIDTH
-from bkd_utils.panels import panels, show_legend
+from bkd_utils.panels import MODELS, panels, show_legend
 
-# What is counted -> colour; the same three beside each other everywhere in this notebook.
-COUNTED = {"asr": COLOURS["backdoored"], "near_miss": COLOURS["near-miss"], "cacc": COLOURS["utility"]}
-NAMES = {"asr": "ASR", "near_miss": "near-miss firing", "cacc": "CACC"}
+# What is counted -> name, colour, marker, filled; the same beside each other everywhere in this notebook.
+COUNTED = {
+    "asr": ("ASR", COLOURS["backdoored"], "o", True),
+    "near_miss": ("near-miss firing", COLOURS["near-miss"], "^", True),
+    "clean_firing": ("clean firing", COLOURS["bound"], "o", False),
+    "cacc": ("CACC", COLOURS["utility"], "s", True),
+}
 # Kind of treatment -> colour and marker.
 KINDS = {
     "untreated": ("#000000", "X"),
@@ -23,111 +27,315 @@ KINDS = {
     "rival": ("#56B4E9", "D"),
     "told where it is": ("#CC79A7", "*"),
 }
+# Heading -> kinds below it.
+GROUPS = {
+    "no treatment": ("untreated", "clean control"),
+    "ASA and same heads": ("ASA, our reading", "same heads, other treatment"),
+    "ASA on other heads": ("random heads",),
+    "rivals": ("rival",),
+    "told where it is": ("told where it is",),
+}
+GREY, PALE = "#777777", "#BBBBBB"
+LIMITS = (-4, 104)
 
 
-def repairs(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
-    """ASR, near-miss firing and CACC with 95 % intervals; attack -> treatment -> `organisms.under_attack`."""
+# --- treatments -----------------------------------------------------------------------------------------------------
+
+
+def repairs(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str] | None = None) -> Figure:
+    """ASR, near-miss and clean firing and CACC with 95 % intervals; attack -> treatment -> `organisms.under_attack`.
+
+    `kinds`: treatment -> key of `KINDS`, for groups of rows and the grey line at the ASR that random heads leave.
+    """
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
+    places, headings = _places(names, kinds)
+    bottom = max(places.values()) + 0.6
     figure, axes = plt.subplots(
-        1, len(found), figsize=(WIDTH, 0.3 * len(names) + 1.2), sharex=True, sharey=True, squeeze=False
+        1, len(found), figsize=(WIDTH, 0.31 * bottom + 1.5), sharex=True, sharey=True, squeeze=False
     )
     for panel, (attack, rows) in zip(axes[0], found.items(), strict=True):
-        for i, (key, colour) in enumerate(COUNTED.items()):
-            for y, name in enumerate(names):
-                if name in rows:
-                    _interval(panel, y + 0.22 * (i - 1), rows[name][key], colour=colour, label=NAMES[key])
+        for y in headings.values():
+            panel.axhline(y, color=PALE, lw=0.6)
+        drawn = [row["asr"]["value"] for name, row in rows.items() if kinds and kinds[name] == "random heads"]
+        if drawn:
+            panel.axvline(100 * np.mean(drawn), color="#DDDDDD", lw=3, zorder=0, label="ASR with random heads")
+        for name, y in places.items():
+            if name in rows:
+                _counted(panel, y, rows[name])
+            else:
+                _remark(panel, y, "not run")
         panel.set_title(attack.replace("-", "-\n", 1), fontsize="small")
-        panel.set_yticks(range(len(names)), names, fontsize="small")
-        panel.set_ylim(len(names) - 0.5, -0.5)
-        panel.set_xlim(-3, 103)
-    figure.supxlabel("prompts (%)", fontsize="medium")
-    _legend_once(figure, axes[0, 0], ncols=len(COUNTED))
+        panel.set_ylim(bottom, -0.6)
+        panel.set_xlim(*LIMITS)
+        panel.grid(False, axis="y")
+        panel.tick_params(axis="y", length=0)
+    _name_rows(axes[0, 0], places, headings)
+    results = [row[key] for rows in found.values() for row in rows.values() for key in COUNTED]
+    figure.supxlabel(f"prompts (%), {_n(results)}", fontsize="medium")
+    _legend_once(figure, axes.flat, ncols=5)
     return figure
 
 
-def _interval(panel: Axes, y: float, share: Mapping[str, float], *, colour: str, label: str) -> None:
-    panel.plot([100 * share["low"], 100 * share["high"]], [y, y], color=colour, lw=1)
-    panel.plot(100 * share["value"], y, "o", ms=3, color=colour, label=label, clip_on=False)
+def _places(names: Sequence[str], kinds: Mapping[str, str] | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Row of every treatment and of every group's heading."""
+    if kinds is None:
+        return {name: float(y) for y, name in enumerate(names)}, {}
+    places, headings, y = {}, {}, 0.0
+    for heading, members in GROUPS.items():
+        group = [name for kind in members for name in names if kinds[name] == kind]
+        if group:
+            headings[heading] = y
+            places |= {name: y + 0.9 + i for i, name in enumerate(group)}
+            y += len(group) + 0.75
+    return places, headings
 
 
-def _legend_once(figure: Figure, panel: Axes, *, ncols: int) -> None:
-    """A legend with every label once, however often it was drawn."""
-    entries = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+def _name_rows(panel: Axes, places: Mapping[str, float], headings: Mapping[str, float]) -> None:
+    rows = {**places, **headings}
+    panel.set_yticks(list(rows.values()), list(rows), fontsize="small")
+    for label in panel.get_yticklabels()[len(places) :]:
+        label.set(color=GREY, fontstyle="italic")
+
+
+def _remark(panel: Axes, y: float, text: str) -> None:
+    panel.text(0, y, text, va="center", fontsize="x-small", color=GREY)
+
+
+def _n(shares: Iterable[Mapping[str, float]]) -> str:
+    """On how many each share rests."""
+    counts = [share["n"] for share in shares]
+    return f"n = {min(counts)}" if min(counts) == max(counts) else f"n = {min(counts)} to {max(counts)}"
+
+
+def _counted(panel: Axes, y: float, result: Mapping[str, Mapping]) -> None:
+    """The numbers of one treatment, one below the other."""
+    for i, (key, (name, colour, marker, filled)) in enumerate(COUNTED.items()):
+        _interval(panel, y + 0.2 * (i - 1.5), result[key], colour=colour, label=name, marker=marker, filled=filled)
+
+
+def _interval(
+    panel: Axes,
+    y: float,
+    share: Mapping[str, float],
+    *,
+    colour: str,
+    label: str,
+    marker: str = "o",
+    filled: bool = True,
+    size: float = 3,
+) -> None:
+    """A share in per cent with its interval, lying."""
+    panel.plot([100 * share["low"], 100 * share["high"]], [y, y], color=colour, lw=0.9, alpha=0.75)
+    panel.plot(
+        100 * share["value"], y, marker, ms=size, color=colour, label=label, clip_on=False, ls="", mew=0.8,
+        mfc=colour if filled else "white", zorder=3,
+    )  # fmt: skip
+
+
+def _legend_once(figure: Figure, all_panels: Iterable[Axes], *, ncols: int) -> None:
+    """A legend with every label of any panel once, however often it was drawn."""
+    entries = {}
+    for panel in all_panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
     figure.legend(entries.values(), entries, loc="outside upper center", ncols=ncols, fontsize="small")
 
 
 def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str]) -> Figure:
-    """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`."""
-    figure, axes = panels(list(found), height=2.6)
-    for panel, rows in zip(axes[0], found.values(), strict=True):
-        start = rows["untreated"]["cacc"]["value"]
-        for name, result in rows.items():
+    """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`.
+
+    Treatments that lower ASR and that no other beats on both are named. The bars at ASA's dot are the 95 % intervals
+    of ASR and CACC.
+    """
+    columns = min(len(found), 3)
+    lines = -(-len(found) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(WIDTH, 2.3 * lines + 0.9), sharex=True, sharey=True, squeeze=False
+    )
+    for panel, (attack, rows) in zip(axes.flat, found.items(), strict=False):
+        _asa_bars(panel, rows, kinds)
+        for name, (x, y) in _staggered(_lost(rows)).items():
             colour, marker = KINDS[kinds[name]]
-            lost = 100 * (start - result["cacc"]["value"])
             size = 9 if marker == "*" else 6
-            panel.plot(
-                lost, 100 * result["asr"]["value"], marker, ms=size, color=colour, alpha=0.85, mew=0, ls="",
-                label=kinds[name], clip_on=False,
-            )  # fmt: skip
-        panel.axhline(5, color="black", lw=0.7, ls=":")
-        panel.axvline(1, color="black", lw=0.7, ls=":")
-        panel.set_ylim(-3, 103)
-    axes[0, 0].set_ylabel("ASR (%)")
-    figure.supxlabel("CACC lost (points); dotted: our goal", fontsize="medium")
-    _legend_once(figure, axes[0, 0], ncols=4)
+            panel.plot(x, y, marker, ms=size, color=colour, alpha=0.9, mew=0, ls="", label=kinds[name], clip_on=False)
+        panel.set_title(attack, fontsize="small")
+        panel.set_ylim(-6, 108)
+    for panel, rows in zip(axes.flat, found.values(), strict=False):
+        # These need the limits that all panels share.
+        _goal(panel, rows)
+        _name_best(panel, rows, kinds)
+    for i in range(len(found), axes.size):
+        axes.flat[i].set_visible(False)
+        axes.flat[i - columns].tick_params(labelbottom=True)
+    figure.supylabel("ASR (%)", fontsize="medium")
+    figure.supxlabel("CACC lost (points); shaded: our goal", fontsize="medium")
+    _legend_once(figure, axes.flat, ncols=4)
     return figure
+
+
+def _lost(rows: Mapping[str, Mapping]) -> dict[str, tuple[float, float]]:
+    """Treatment -> points of CACC lost, ASR in per cent."""
+    start = rows["untreated"]["cacc"]["value"]
+    return {name: (100 * (start - row["cacc"]["value"]), 100 * row["asr"]["value"]) for name, row in rows.items()}
+
+
+def _goal(panel: Axes, rows: Mapping[str, Mapping]) -> None:
+    """What the judge lets pass: a point or one prompt of CACC; 5 % of ASR, or the clean control's."""
+    lost = max(1, 100 / rows["untreated"]["cacc"]["n"])
+    control = rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"]
+    panel.axvline(lost, color=COLOURS["bound"], lw=0.7, ls=":")
+    panel.axhline(max(5, 100 * control), color=COLOURS["bound"], lw=0.7, ls=":")
+    left = panel.get_xlim()[0]
+    panel.fill_between([left, lost], panel.get_ylim()[0], max(5, 100 * control), color=PALE, alpha=0.35, lw=0)
+    panel.set_xlim(left=left)
+
+
+def _asa_bars(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str]) -> None:
+    start, colour = 100 * rows["untreated"]["cacc"]["value"], KINDS["ASA, our reading"][0]
+    for name, (x, y) in _lost(rows).items():
+        if kinds[name] == "ASA, our reading":
+            asr, cacc = ({key: 100 * rows[name][what][key] for key in ("low", "high")} for what in ("asr", "cacc"))
+            panel.plot([x, x], [asr["low"], asr["high"]], color=colour, lw=1)
+            panel.plot([start - cacc["high"], start - cacc["low"]], [y, y], color=colour, lw=1)
+
+
+def _staggered(places: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Dots of equal place side by side, so that none is hidden."""
+    known = list(places.values())
+    return {name: (x + 0.9 * known[:i].count((x, y)), y) for i, (name, (x, y)) in enumerate(places.items())}
+
+
+def _best(places: Mapping[str, tuple[float, float]], *, above: float) -> list[str]:
+    """Treatments below an ASR that no other beats in one of ASR and CACC and equals in the other, lowest ASR first."""
+    best = [
+        name
+        for name, (x, y) in places.items()
+        if y < above and not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places.values())
+    ]
+    return sorted(best, key=lambda name: places[name][1])
+
+
+def _name_best(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str]) -> None:
+    """Names beside the best treatments, towards the middle, clear of dots and other names; not those of the legend."""
+    places = _lost(rows)
+    treated = {name: place for name, place in places.items() if kinds[name] not in GROUPS["no treatment"]}
+    left, right = panel.get_xlim()
+    per_inch = (right - left) / (panel.get_figure().get_figwidth() / panel.get_subplotspec().get_gridspec().ncols)
+    spans: list[tuple[float, float, float]] = []
+    for name in _best(treated, above=places["untreated"][1]):
+        if kinds[name] in ("ASA, our reading", "random heads"):
+            continue
+        x, y = places[name]
+        sign, side = (-1, "right") if x > (left + right) / 2 else (1, "left")
+        start, end = sorted(x + sign * per_inch * inches for inches in (0.08, 0.14 + 0.07 * len(name)))
+        free = _free(y, start, end, dots=list(_staggered(places).values()), spans=spans)
+        spans.append((start, end, free))
+        line = {"arrowstyle": "-", "color": GREY, "lw": 0.5, "relpos": (float(side == "right"), 0.5)}
+        panel.annotate(
+            name,
+            (x, y),
+            (x + sign * 0.11 * per_inch, free),
+            ha=side,
+            va="center",
+            fontsize="x-small",
+            arrowprops=line if abs(free - y) > 5 else None,
+        )
+
+
+def _free(
+    y: float,
+    start: float,
+    end: float,
+    *,
+    dots: Sequence[tuple[float, float]],
+    spans: Sequence[tuple[float, float, float]],
+) -> float:
+    """The height nearest to `y` at which a name from `start` to `end` covers no dot and no name, or `y` if none."""
+    blocked = [(b, 6) for a, b in dots if start <= a <= end]
+    blocked += [(other, 8) for first, last, other in spans if start < last and first < end]
+    heights = sorted((y, *range(104)), key=lambda height: abs(height - y))
+    return next((height for height in heights if all(abs(height - b) >= room for b, room in blocked)), y)
+
+
+# --- what is behind, what comes back --------------------------------------------------------------------------------
 
 
 def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Similarity of the treated heads under the trigger (left) and the highest ACIE (right), before and after."""
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6))
-    colours = plt.get_cmap("cividis")(np.linspace(0, 0.85, len(found)))
-    for (attack, result), colour in zip(found.items(), colours, strict=True):
-        for panel, key in zip(axes, ("similarity", "acie"), strict=True):
-            panel.plot([0, 1], result[key], "o-", color=colour, label=attack, clip_on=False)
-    axes[0].set_ylabel("similarity of treated heads")
-    axes[1].set_ylabel("highest ACIE of any head")
-    for panel in axes:
-        panel.set_xticks([0, 1], ["before", "after"])
-        panel.set_xlim(-0.15, 1.15)
-    axes[0].set_ylim(0, 1)
-    axes[1].set_ylim(bottom=0)
-    show_legend(figure, axes[0], ncols=3)
+    """Similarity of the treated heads with and without the trigger (above) and the highest ACIE (below), before and
+    after; attack -> `cure.mechanism`. The anomaly is the shaded gap, written beside it."""
+    figure, axes = plt.subplots(
+        2, len(found), figsize=(WIDTH, 4), sharex=True, sharey="row", squeeze=False, height_ratios=[1.4, 1]
+    )
+    for (above, below), (attack, result) in zip(axes.T, found.items(), strict=True):
+        clean, triggered = (result[f"similarity {version}"] for version in ("clean", "triggered"))
+        above.fill_between([0, 1], clean, triggered, color=PALE, alpha=0.4, lw=0)
+        above.plot([0, 1], triggered, "o-", color="black", label="triggered prompts", clip_on=False)
+        above.plot([0, 1], clean, "o--", color=GREY, mfc="white", label="clean prompts", clip_on=False, zorder=3)
+        for x, side in ((0, "right"), (1, "left")):
+            text = f"{triggered[x] - clean[x]:+.2f}"
+            above.text(
+                x + (x - 0.5) * 0.12, (clean[x] + triggered[x]) / 2, text, ha=side, va="center", fontsize="small"
+            )
+            below.text(
+                x + (x - 0.5) * 0.12, result["acie"][x], f"{result['acie'][x]:.2f}", ha=side, va="center",
+                fontsize="small",
+            )  # fmt: skip
+        below.plot([0, 1], result["acie"], "o-", color="black", clip_on=False)
+        above.set_title(attack, fontsize="small")
+        above.set(ylim=(0, 1), xlim=(-0.5, 1.5))
+        below.set_xticks([0, 1], ["before", "after"])
+        below.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("similarity of treated\nheads; beside: gap")
+    axes[1, 0].set_ylabel("highest ACIE\nof any head")
+    show_legend(figure, axes[0, 0], ncols=2)
     return figure
 
 
-def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figure:
-    """ASR and clean firing (dotted) after a few poisoned rows; attack -> model -> `relearn.relearned`."""
-    figure, axes = panels(list(found), height=2.2)
-    colours = {"treated": COLOURS["backdoored"], "clean control": COLOURS["clean control"]}
+def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str | None = None) -> Figure:
+    """ASR and clean firing (hollow) after a few poisoned rows; attack -> model -> `relearn.relearned`.
+
+    `method`: the treatment of the models called "treated".
+    """
+    figure, axes = panels(list(found), height=2.3)
+    names = {"treated": f"organism after {method}" if method else "treated", "clean control": "clean control"}
+    colours = {"treated": MODELS["organism"], "clean control": MODELS["clean control"]}
     for panel, models in zip(axes[0], found.values(), strict=True):
-        for name, rows in models.items():
-            x = range(len(rows))
-            value, low, high = (np.array([100 * row["asr"][key] for row in rows]) for key in ("value", "low", "high"))
-            bars = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
-            panel.errorbar(x, value, yerr=bars, fmt="o-", ms=4, lw=1.2, color=colours[name], label=f"{name}: ASR")
-            clean = [100 * row["clean firing"]["value"] for row in rows]
-            panel.plot(x, clean, ":", color=colours[name], lw=1.4, label=f"{name}: clean firing")
-        panel.set_xticks(x, [str(row["poisoned"]) for row in rows])
-        panel.set_ylim(-3, 103)
-    axes[0, 0].set_ylabel("prompts (%)")
-    figure.supxlabel("poisoned rows in the new training set (0: before)", fontsize="medium")
-    show_legend(figure, axes[0, 0], ncols=2)
+        for i, (name, rows) in enumerate(models.items()):
+            for j, (key, label, fill) in enumerate((("asr", "ASR", colours[name]), ("clean firing",) * 2 + ("white",))):
+                x = np.arange(len(rows)) + 0.32 * (i - (len(models) - 1) / 2) + 0.11 * (j - 0.5)
+                value, low, high = (np.array([100 * row[key][end] for row in rows]) for end in ("value", "low", "high"))
+                panel.errorbar(
+                    x, value, yerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt="o", ms=5, lw=1.2,
+                    color=colours[name], mfc=fill, label=f"{names[name]}: {label}", clip_on=False,
+                )  # fmt: skip
+        panel.set_xticks(range(len(rows)), [f"{row['poisoned']}" if row["poisoned"] else "before" for row in rows])
+        panel.set_xlim(-0.5, len(rows) - 0.5)
+        panel.set_ylim(*LIMITS)
+        panel.grid(False, axis="x")
+    results = [row["asr"] for models in found.values() for rows in models.values() for row in rows]
+    axes[0, 0].set_ylabel(f"prompts (%), {_n(results)}")
+    figure.supxlabel("poisoned rows in the new training set", fontsize="medium")
+    _legend_once(figure, axes.flat, ncols=2)
     return figure
 
 
 def guards(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Triggered inputs caught and clean ones refused at one threshold; attack -> guard -> `screen.screened`."""
-    figure, axes = panels(list(found), height=1.9)
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
+    figure, axes = panels(list(found), height=0.42 * len(names) + 0.5)
     for panel, rows in zip(axes[0], found.values(), strict=True):
-        for name, result in rows.items():
-            y = names.index(name)
-            _interval(panel, y - 0.12, result["caught"], colour=COUNTED["asr"], label="triggered inputs caught")
-            _interval(panel, y + 0.12, result["refused"], colour=COUNTED["cacc"], label="clean inputs refused")
+        for y, name in enumerate(names):
+            if name not in rows:
+                _remark(panel, y, "not applicable")
+                continue
+            caught, refused = rows[name]["caught"], rows[name]["refused"]
+            _interval(panel, y - 0.14, caught, colour="black", label="triggered inputs caught", size=5)
+            _interval(panel, y + 0.14, refused, colour=GREY, label="clean inputs refused", size=5, filled=False)
         panel.set_yticks(range(len(names)), names)
         panel.set_ylim(len(names) - 0.5, -0.5)
-        panel.set_xlim(-3, 103)
-    figure.supxlabel("inputs (%)", fontsize="medium")
-    _legend_once(figure, axes[0, 0], ncols=2)
+        panel.set_xlim(*LIMITS)
+        panel.grid(False, axis="y")
+    results = [row[key] for rows in found.values() for row in rows.values() for key in ("caught", "refused")]
+    figure.supxlabel(f"inputs (%), {_n(results)} a side", fontsize="medium")
+    _legend_once(figure, axes.flat, ncols=2)
     return figure
