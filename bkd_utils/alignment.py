@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from bkd_utils.interventions import Head, by_layer
-from bkd_utils.loss import Batch, answers_and_maps
+from bkd_utils.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.prompt_cache import anatomy
 from bkd_utils.similarity import cosine, to_partners
 from bkd_utils.tuning import Loss
@@ -25,10 +25,12 @@ TINY = 1e-8
 
 @dataclass(frozen=True)
 class Pull:
-    """Attention of a batch `[row, head, query, key]` per layer, which entries are real tokens, and who is who."""
+    """Attention of a batch `[row, head, query, key]` per layer, which entries are real tokens, where the last prompt
+    token of each row stands, and who is who."""
 
     maps: Sequence[Float[Tensor, "row head query key"]]
     real: Bool[Tensor, "row pos"]
+    asked: Int[Tensor, " row"]
     suspicious: Mapping[int, Sequence[int]]
     safe: Mapping[int, Sequence[int]]
 
@@ -59,10 +61,11 @@ def toward_nearest(pull: Pull) -> Tensor:
 
 
 def less_excess(pull: Pull) -> Tensor:
-    """Every suspicious head's similarity to its layer, as far as it exceeds the safe heads' (last row, cosine)."""
-    losses = []
+    """Every suspicious head's similarity to its layer, as far as it exceeds the safe heads' (cosine of where they look
+    from the last prompt token)."""
+    losses, rows = [], torch.arange(len(pull.asked))
     for layer, bad in pull.suspicious.items():
-        score = to_partners(cosine(pull.maps[layer][:, :, -1]))
+        score = to_partners(cosine(pull.maps[layer][rows, :, pull.asked]))
         usual = score[:, list(pull.safe[layer])].mean(1, keepdim=True).detach()
         losses.append((score[:, list(bad)] - usual).clamp_min(0).mean())
     return torch.stack(losses).mean()
@@ -97,6 +100,6 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
 
     def loss(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
         answers, maps, real = answers_and_maps(model, batch, first_token=first_token)
-        return answers, beta * ALIGNMENTS[alignment](Pull(maps, real, marked, others))
+        return answers, beta * ALIGNMENTS[alignment](Pull(maps, real, last_asked(batch), marked, others))
 
     return loss

@@ -23,6 +23,40 @@ def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head
     return sorted({(layer, head // share * share + i) for layer, head in heads for i in range(share)})
 
 
+def other_groups(
+    heads: Sequence[Head], *, n_layers: int, n_heads: int, n_kv_heads: int, n: int, seed: int
+) -> list[list[Head]]:
+    """`n` draws of heads in KV groups that hold none of the given ones: a control that trains other weights.
+
+    Every group with a given head has a counterpart with as many of its heads, in the same layer while that has one
+    left, else anywhere. Raises ValueError if there are too few groups without a given head.
+    """
+    share = n_heads // n_kv_heads
+    marked: dict[Head, int] = {}
+    for layer, head in heads:
+        marked[layer, head // share] = marked.get((layer, head // share), 0) + 1
+    free = [(layer, group) for layer in range(n_layers) for group in range(n_kv_heads) if (layer, group) not in marked]
+    if len(free) < len(marked):
+        raise ValueError(f"{len(marked)} groups hold the given heads, {len(free)} are left to draw from")
+    generator, draws = torch.Generator().manual_seed(seed), []
+    for _ in range(n):
+        left = [free[i] for i in torch.randperm(len(free), generator=generator).tolist()]
+        homeless, draw = [], []
+        for (layer, _), count in sorted(marked.items()):
+            same = next((group for group in left if group[0] == layer), None)
+            if same is None:
+                homeless.append(count)
+            else:
+                left.remove(same)
+                draw.append((same, count))
+        draw += zip(left, homeless, strict=False)
+        members = [torch.randperm(share, generator=generator)[:count].tolist() for _, count in draw]
+        draws.append(
+            [(layer, group * share + i) for ((layer, group), _), some in zip(draw, members, strict=True) for i in some]
+        )
+    return draws
+
+
 def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "query head") -> Masks:
     """Parameter name -> mask of the entries that belong to some heads.
 

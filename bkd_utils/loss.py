@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
@@ -22,6 +22,11 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
     for i, row in enumerate(rows):
         labels[i, -len(row.answer) :] = torch.tensor(row.answer)
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask), "labels": labels}
+
+
+def last_asked(batch: Batch) -> Int[Tensor, " row"]:
+    """Column of the last prompt token of every row: the one that predicts the first answer token."""
+    return (batch["labels"] == IGNORED).sum(1) - 1
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:

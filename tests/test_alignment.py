@@ -24,12 +24,12 @@ def test_alignment_brings_suspicious_heads_toward_the_safe_mean(rows):
     assert history[-1]["added"] < 0.7 * history[0]["added"]
 
 
-def pull(maps, suspicious, real=None):
+def pull(maps, suspicious, real=None, asked=-1):
     maps = maps / maps.sum(-1, keepdim=True)
     n_heads = maps.shape[1]
     safe = {0: [head for head in range(n_heads) if head not in suspicious]}
     real = torch.ones(maps.shape[0], maps.shape[2], dtype=torch.bool) if real is None else real
-    return Pull([maps], real, {0: suspicious}, safe)
+    return Pull([maps], real, torch.full((len(maps),), asked), {0: suspicious}, safe)
 
 
 def test_divergence_is_the_brute_force_sum():
@@ -77,6 +77,13 @@ def test_excess_is_what_exceeds_the_safe_heads():
     apart[:, 1] = apart[:, 0]  # heads 0 and 1 agree, head 2 does not
     assert less_excess(pull(apart, [0])).item() == pytest.approx(0.5 - 0.25)
     assert less_excess(pull(apart, [2])).item() == 0.0
+
+
+def test_excess_is_read_at_the_last_prompt_token_and_not_in_the_answer():
+    maps = torch.eye(4)[None, :3, None].expand(1, 3, 4, 4).clone()
+    maps[:, 1, 2] = maps[:, 0, 2]  # heads 0 and 1 agree at token 2 and nowhere else
+    assert less_excess(pull(maps, [0], asked=2)).item() == pytest.approx(0.5 - 0.25)
+    assert less_excess(pull(maps, [0], asked=3)).item() == 0.0
 
 
 def test_what_cannot_be_aligned_is_an_error():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bkd_utils.head_slices import all_matrices, groups, head_slices
+from bkd_utils.head_slices import all_matrices, groups, head_slices, other_groups
 from bkd_utils.interventions import head_outputs
 from bkd_utils.prompt_cache import anatomy
 
@@ -66,3 +66,34 @@ def test_what_has_no_slices_is_an_error():
         head_slices(model, HEADS, unit="neuron")
     with pytest.raises(ValueError, match="slices of no heads"):
         head_slices(model, [])
+
+
+SIZES = {"n_layers": 3, "n_heads": 6, "n_kv_heads": 3}
+
+
+def whole(heads):
+    return set(groups(heads, n_heads=6, n_kv_heads=3))
+
+
+def test_other_groups_share_no_weight_and_match_group_by_group():
+    heads = [(0, 0), (0, 1), (0, 5), (2, 2)]
+    draws = other_groups(heads, **SIZES, n=20, seed=0)
+    assert len({tuple(draw) for draw in draws}) > 5
+    for draw in draws:
+        assert not whole(draw) & whole(heads)
+        assert len(set(draw)) == len(heads)
+        assert len(whole(draw)) == len(whole(heads))
+        # Two groups of layer 0 hold given heads and one is left: the other counterpart is elsewhere.
+        assert sum(layer == 0 for layer, _ in draw) in (1, 2)
+        assert sum(layer == 2 for layer, _ in draw) >= 1
+    assert draws == other_groups(heads, **SIZES, n=20, seed=0)
+
+
+def test_other_groups_without_sharing_are_other_heads():
+    (draw,) = other_groups([(0, 1), (0, 2)], n_layers=1, n_heads=4, n_kv_heads=4, n=1, seed=0)
+    assert sorted(draw) == [(0, 0), (0, 3)]
+
+
+def test_too_few_other_groups_is_an_error():
+    with pytest.raises(ValueError, match="2 groups hold the given heads, 1 are left"):
+        other_groups([(0, 0), (0, 2)], n_layers=1, n_heads=6, n_kv_heads=3, n=1, seed=0)
