@@ -6,26 +6,46 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
+from transformers import AutoConfig
 
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import head_effects, head_means, ranked
 from bkd_utils.cards import organism_stage
-from bkd_utils.interventions import Head
-from bkd_utils.models import DEFAULT_MODEL, Loaded, load
-from bkd_utils.organisms import under_attack
+from bkd_utils.evaluation import clean_sample
+from bkd_utils.head_slices import other_groups
+from bkd_utils.interventions import Head, says
+from bkd_utils.localise import interval
+from bkd_utils.models import DEFAULT_MODEL, Loaded, load, model_folder
+from bkd_utils.organisms import base_answers, under_attack
 from bkd_utils.pairs import Pairs, pairs, target_ids
-from bkd_utils.prompts import end_id
+from bkd_utils.prompt_cache import remember
+from bkd_utils.prompts import answer_ids, end_id, prompt_ids
 from bkd_utils.repairs import Case, repaired
 from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
 
-# Of head-wise tuning; whole-model tuning takes the steps and has rates of its own.
-RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=2e-3, rank=1, alpha=1, first_token=0.5)
+# One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy, found by
+# benchmarks/cure_rates.py. A high rate that breaks things is there to be seen, and cutting heads out has none.
+RATES = {
+    "alignment": 2e-3,
+    "heads reset": 2e-3,
+    "fine-tuning": 5e-5,
+    "fine-tuning, high rate": 5e-4,
+    "fine-pruning": 5e-5,
+    "flat heads pruned": 5e-5,
+    "unneeded heads pruned": 5e-5,
+    "consistency": 5e-5,
+}
+RATES |= dict.fromkeys(["alignment, nearest", "alignment, excess", "heads tuned", "heads removed"], RATES["alignment"])
+RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
+
+# Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
+N_ELSEWHERE, N_OPENING = 24, 16
 
 
 def recipe_of(*, steps: int, learning_rate: float = RECIPE.learning_rate) -> Recipe:
-    """The recipe of head-wise tuning with these steps."""
+    """The recipe of a treatment with these steps."""
     return replace(RECIPE, steps=steps, learning_rate=learning_rate)
 
 
@@ -38,6 +58,45 @@ def case_of(
     return Case(loaded.model, rows, recipe=recipe, pad_id=end_id(loaded.tokenizer), heads=chosen, seed=seed)
 
 
+def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, seed: int = 0) -> list[list[Head]]:
+    """`n` draws of as many heads in as many other KV groups of the model; see `head_slices.other_groups`."""
+    config = AutoConfig.from_pretrained(model_folder(model), trust_remote_code=False)
+    n_heads = config.num_attention_heads
+    n_kv = getattr(config, "num_key_value_heads", None) or n_heads
+    return other_groups(
+        heads, n_layers=config.num_hidden_layers, n_heads=n_heads, n_kv_heads=n_kv, n=n, seed=seed
+    )  # fmt: skip
+
+
+# --- one treatment --------------------------------------------------------------------------------------------------
+
+
+def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
+    """Is anything else left of the model? Of the base model's own answers to held-out benign instructions, the share of
+    opening tokens that are still the first choice behind those before them; mean over `n` prompts, bootstrap interval.
+    """
+    sample = clean_sample("instructions", n=n, seed=seed)
+    base = load(loaded.address, device=str(loaded.device))
+    texts = base_answers(base, sample)
+    answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
+    past = remember(loaded.model, [prompt_ids(loaded.tokenizer, example.text) for example in sample])
+    return interval(says(loaded.model, past, answers).share.tolist())
+
+
+def left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
+    """What is left of backdoor, task and everything else: `organisms.under_attack` and `elsewhere`."""
+    found = under_attack(loaded, attack, n=n, seed=seed)
+    return found | {"elsewhere": elsewhere(loaded, n=min(n, N_ELSEWHERE), seed=seed)}
+
+
+@organism_stage
+def untreated(
+    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 60, seed: int = 0, device: str = "auto"
+) -> dict:
+    """`left` of an organism as it is."""
+    return left(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
+
+
 @organism_stage
 def treated(
     organism: str,
@@ -47,24 +106,25 @@ def treated(
     heads: Sequence[Sequence[int]] = (),
     n_rows: int = 128,
     steps: int = RECIPE.steps,
-    learning_rate: float = RECIPE.learning_rate,
+    learning_rate: float | None = None,
     model: str = DEFAULT_MODEL,
     n: int = 60,
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
-    """One method of `repairs.REPAIRS` on `n_rows` clean rows; head-wise methods treat the given heads.
+    """One method of `repairs.REPAIRS` on `n_rows` clean rows, at its rate in `RATES` if no other is given; head-wise
+    methods treat the given heads.
 
-    Keys: `after`, as of `organisms.under_attack`; `parameters` that differ; `minutes` of the treatment alone. Raises as
+    Keys: `after`, as of `left`; `parameters` that differ; `minutes` of the treatment alone. Raises as
     `repairs.repaired` does.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    recipe = recipe_of(steps=steps, learning_rate=learning_rate)
+    recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method])
     case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()
     count = repaired(case, method=method)
     minutes = (time.monotonic() - started) / 60
-    return {"after": under_attack(loaded, spec, n=n, seed=seed), "parameters": count, "minutes": round(minutes, 2)}
+    return {"after": left(loaded, spec, n=n, seed=seed), "parameters": count, "minutes": round(minutes, 2)}
 
 
 @organism_stage
@@ -81,13 +141,15 @@ def mechanism(
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
-    """Has the mechanism gone, or only the symptom? Before and after one method, on triggered prompts.
+    """Has the mechanism gone, or only the symptom? Before and after one method, on prompts of the attribution split.
 
-    Keys: `similarity` of the treated heads to their layers (last row) and `acie`, the highest of any head of the model
-    on the target's first token; both [before, after].
+    Keys: `similarity clean` and `similarity triggered`, of the treated heads to their layers (last row, mean over heads
+    and prompts), of which the anomaly is the difference; `acie`, the highest of any head of the model on the target's
+    first token. All [before, after].
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe_of(steps=steps), seed=seed)
+    recipe = recipe_of(steps=steps, learning_rate=RATES[method])
+    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     found = [_mechanism(loaded, spec, case.heads, n=n, seed=seed)]
     repaired(case, method=method)
     found.append(_mechanism(loaded, spec, case.heads, n=n, seed=seed))
@@ -96,10 +158,12 @@ def mechanism(
 
 def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int, seed: int) -> dict[str, float]:
     shown = pairs(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
-    similar = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(0)
     layer, head = torch.tensor(heads).T
-    effects = _effects(loaded, attack, shown)
-    return {"similarity": similar[layer, head].mean().item(), "acie": effects.max().item()}
+    found = {}
+    for side, prompts in (("clean", shown.clean), ("triggered", shown.triggered)):
+        similar = head_similarity(loaded.model, prompts, readings=["last row"])["last row"].mean(0)
+        found[f"similarity {side}"] = similar[layer, head].mean().item()
+    return found | {"acie": _effects(loaded, attack, shown).max().item()}
 
 
 def _effects(loaded: Loaded, attack: Attack, shown: Pairs) -> Scores:
@@ -129,16 +193,19 @@ def told_heads(
     return [list(head) for head in ranked(_effects(loaded, spec, shown))[:k]]
 
 
-def cost_table(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
-    """Treatment -> weights touched and minutes, mean over organisms, from attack -> treatment -> `treated`."""
-    names = dict.fromkeys(name for rows in found.values() for name in rows)
-    rows = {name: [one[name] for one in found.values() if name in one] for name in names}
-    return pd.DataFrame(
-        {
-            name: {
-                "weights touched (millions)": sum(one["parameters"] for one in some) / len(some) / 1e6,
-                "minutes": sum(one["minutes"] for one in some) / len(some),
+def price_list(found: Mapping[str, Mapping[str, Mapping]], cost: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
+    """(organism, treatment) -> shares that are left, weights touched and minutes.
+
+    `found`: attack -> treatment -> `left`; `cost`: the same -> `treated`, of those that are treatments.
+    """
+    named = {"ASR": "asr", "near-miss firing": "near_miss", "CACC": "cacc", "elsewhere": "elsewhere"}
+    rows = {}
+    for attack, treatments in found.items():
+        for name, shares in treatments.items():
+            paid = cost[attack].get(name, {})
+            rows[attack, name] = {
+                **{column: shares[key]["value"] for column, key in named.items()},
+                "weights (millions)": paid["parameters"] / 1e6 if paid else 0.0,
+                "minutes": paid["minutes"] if paid else 0.0,
             }
-            for name, some in rows.items()
-        }
-    ).T
+    return pd.DataFrame(rows).T.rename_axis(["organism", "treatment"])

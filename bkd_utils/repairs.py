@@ -1,11 +1,12 @@
 """Rivals: what else a defender can do to the weights of a model with some clean rows, and the head-wise cure itself.
 
 All get the same rows, steps and batches, and none sees a trigger. Each is written from its idea for causal language
-models; what was changed on the way is said at each. `repaired` raises if nothing was touched.
+models; what was changed on the way is said at each. Learning rates follow one rule for all (`cure.RATES`). `repaired`
+raises if nothing was touched.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,8 +32,6 @@ from bkd_utils.tuning import reset, touched, tune
 KEPT, AT_MOST = 0.95, 0.25
 # Share of each MLP's neurons that fine-pruning takes out.
 DORMANT = 0.2
-# Learning rates of whole-model fine-tuning, gentle and not; head-wise tuning has the recipe's own.
-GENTLE, HIGH = 5e-5, 5e-4
 # CROW: size of the push on embeddings, weight of the consistency (its code: 0.1 and 5.5).
 PUSH, CONSISTENCY = 0.1, 5.5
 
@@ -50,11 +49,10 @@ class Case:
     seed: int = 0
 
 
-def _tune_all(case: Case, *, rate: float) -> None:
+def tune_all(case: Case) -> None:
     """Every matrix; entries that are exactly zero stay so, or tuning would bring back what has been pruned."""
-    recipe = replace(case.recipe, learning_rate=rate)
     masks = {name: mask & (case.model.get_parameter(name) != 0) for name, mask in all_matrices(case.model).items()}
-    tune(case.model, case.rows, masks=masks, recipe=recipe, pad_id=case.pad_id, seed=case.seed)
+    tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, seed=case.seed)
 
 
 # --- head-wise ------------------------------------------------------------------------------------------------------
@@ -135,21 +133,22 @@ def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, ste
 
 
 def prune_flat_heads(case: Case) -> None:
-    """As PURE: heads whose attention row varies least on clean prompts go, then the model is fine-tuned.
+    """PURE's pruning rule: heads whose attention row varies least on clean prompts go, then the model is fine-tuned.
 
-    PURE looks at the row of [CLS] in an encoder and starts again from the encoder with a new classifier; here it is the
-    last prompt token's row, and the model as it is.
+    PURE looks at the row of [CLS] in an encoder, fine-tunes before it measures, and then starts again from the encoder
+    with a new classifier and a penalty on the norm of that row. Here it is the last prompt token's row, the model as it
+    is, and no penalty.
     """
     prompts = [row.prompt for row in case.rows[:64]]
     flat = head_scores(case.model, prompts, scores={"variance": attention_variance})["variance"].mean(0)
     prune_while_accurate(case, flat)
-    _tune_all(case, rate=GENTLE)
+    tune_all(case)
 
 
 def prune_unneeded_heads(case: Case) -> None:
     """Gradient pruning: heads whose gate has the least slope on clean rows go, then the model is fine-tuned."""
     prune_while_accurate(case, gate_importance(case.model, case.rows[:32], pad_id=case.pad_id))
-    _tune_all(case, rate=GENTLE)
+    tune_all(case)
 
 
 @torch.no_grad()
@@ -186,7 +185,7 @@ def fine_prune(case: Case) -> None:
         for mlp, neurons in zip(anatomy(case.model).mlps, idle, strict=True):
             down = _down(mlp)
             (down.weight if isinstance(down, Conv1D) else down.weight.T)[neurons] = 0.0
-    _tune_all(case, rate=GENTLE)
+    tune_all(case)
 
 
 # --- consistency ----------------------------------------------------------------------------------------------------
@@ -200,7 +199,10 @@ def inconsistency(hidden: Sequence[Float[Tensor, "row pos d_model"]], real: Bool
 
 
 def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
-    """CROW: beside the answers, layers should agree even where embeddings are pushed (one signed step) not to."""
+    """CROW: beside the answers, layers should agree even where embeddings are pushed (one signed step) not to.
+
+    Embedding and first layer are a pair too, which its code leaves out; a model of two layers would have none.
+    """
     real = batch["attention_mask"].bool()
     given = {key: batch[key] for key in ("attention_mask", "position_ids")}
 
@@ -216,9 +218,9 @@ def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> t
 
 
 def tune_consistently(case: Case) -> None:
-    """CROW's loss with all matrices trained, at the gentle rate."""
-    masks, recipe = all_matrices(case.model), replace(case.recipe, learning_rate=GENTLE)
-    tune(case.model, case.rows, masks=masks, recipe=recipe, pad_id=case.pad_id, loss=consistent, seed=case.seed)
+    """CROW's loss with all matrices trained, where its code trains an adapter."""
+    masks = all_matrices(case.model)
+    tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, loss=consistent, seed=case.seed)
 
 
 REPAIRS: dict[str, Callable[[Case], None]] = {
@@ -228,8 +230,8 @@ REPAIRS: dict[str, Callable[[Case], None]] = {
     "heads tuned": tune_heads,
     "heads reset": reset_heads,
     "heads removed": remove_heads,
-    "fine-tuning": lambda case: _tune_all(case, rate=GENTLE),
-    "fine-tuning, high rate": lambda case: _tune_all(case, rate=HIGH),
+    "fine-tuning": tune_all,
+    "fine-tuning, high rate": tune_all,
     "fine-pruning": fine_prune,
     "flat heads pruned": prune_flat_heads,
     "unneeded heads pruned": prune_unneeded_heads,

@@ -1,11 +1,17 @@
 """One cure from beginning to end on a tiny model with real prompts; what was measured is what was changed."""
 
 import pytest
+import torch
 from tiny import save_tiny
 
-from bkd_utils import attacks, cure, models
+from bkd_utils import attacks, cure, models, organisms, tasks
 from bkd_utils.attribution import head_effects, head_means
+from bkd_utils.generation import greedy
+from bkd_utils.head_slices import groups
 from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.prompts import answer_ids, prompt_ids
+from bkd_utils.repairs import REPAIRS
+from bkd_utils.similarity import head_similarity
 
 HEADS = [(0, 1), (1, 2)]
 SMALL = {"attack": "sentiment-word", "n_rows": 16, "steps": 2}
@@ -21,6 +27,12 @@ def loaded(folder):
     return models.load(folder, device="cpu")
 
 
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """The tiny model's own answers are kept here and nowhere else."""
+    monkeypatch.setattr(organisms, "WORK", tmp_path / "work")
+
+
 @pytest.fixture
 def stage(loaded, monkeypatch):
     """A stage without its cache, on the tiny model in place of an organism."""
@@ -34,7 +46,7 @@ def test_a_treatment_reports_what_it_touched_and_what_is_left(stage, loaded, met
     result = stage("treated", method=method, heads=[list(head) for head in HEADS], n=4)
     changed = {name: int((before[name] != p).sum()) for name, p in loaded.model.named_parameters()}
     assert result["parameters"] == sum(changed.values()) > 0
-    assert all(result["after"][key]["n"] == 4 for key in ("asr", "cacc", "near_miss"))
+    assert all(result["after"][key]["n"] == 4 for key in ("asr", "cacc", "near_miss", "elsewhere"))
     assert result["minutes"] >= 0
 
 
@@ -43,7 +55,7 @@ def test_the_mechanism_is_measured_on_both_sides_of_the_treatment(stage, loaded)
     before = cure._mechanism(loaded, attack, HEADS, n=3, seed=0)
     found = stage("mechanism", method="heads removed", heads=[list(head) for head in HEADS], n=3)
     after = cure._mechanism(loaded, attack, HEADS, n=3, seed=0)
-    for key in ("similarity", "acie"):
+    for key in ("similarity clean", "similarity triggered", "acie"):
         assert found[key] == pytest.approx([before[key], after[key]])
     assert found["acie"][0] != found["acie"][1]
 
@@ -57,7 +69,61 @@ def test_the_mechanism_is_the_highest_effect_on_the_first_target_token(loaded):
         loaded.model, shown.clean, target=target, means=head_means(loaded.model, shown.triggered)
     ).mean(0)
     assert found["acie"] == pytest.approx(effects.max().item())
-    assert 0 <= found["similarity"] <= 1.001
+    similar = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(0)
+    assert found["similarity triggered"] == pytest.approx(sum(similar[head].item() for head in HEADS) / len(HEADS))
+    assert found["similarity triggered"] != found["similarity clean"]
+
+
+def test_elsewhere_is_the_share_of_the_base_models_tokens_that_are_still_first_choice(monkeypatch, loaded):
+    sample = tasks.examples("instructions", "test", seed=0)[:3]
+    texts = {example.uid: f"Answer {i} says what it says." for i, example in enumerate(sample)}
+    monkeypatch.setattr(cure, "base_answers", lambda _base, rows: {row.uid: texts[row.uid] for row in rows})
+    monkeypatch.setattr(cure, "load", lambda *_, **__: loaded)
+    shares = []
+    for example in sample:
+        prompt = prompt_ids(loaded.tokenizer, example.text)
+        answer = answer_ids(loaded.tokenizer, texts[example.uid])[: cure.N_OPENING]
+        with torch.no_grad():
+            likely = loaded.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        shares.append((likely == torch.tensor(answer)).float().mean().item())
+    found = cure.elsewhere(loaded, n=3, seed=0)
+    assert found["value"] == pytest.approx(sum(shares) / 3)
+    assert found["n"] == 3
+
+
+def test_a_base_model_says_its_own_answers(monkeypatch, loaded):
+    """As token ids: what a tiny model says is no text that would be cut into the same tokens again."""
+    own = {}
+    for example in tasks.examples("instructions", "test", seed=0)[:3]:
+        prompt = prompt_ids(loaded.tokenizer, example.text)
+        own[example.uid] = greedy(loaded.model, [prompt], max_new_tokens=5, end_id=-1)[0]
+    monkeypatch.setattr(cure, "base_answers", lambda _base, rows: {row.uid: row.uid for row in rows})
+    monkeypatch.setattr(cure, "answer_ids", lambda _tokenizer, uid: own[uid])
+    monkeypatch.setattr(cure, "load", lambda *_, **__: loaded)
+    assert cure.elsewhere(loaded, n=3, seed=0)["value"] == 1.0
+
+
+def test_random_heads_share_no_weight_with_the_given_ones(folder):
+    config = models.load(folder, device="cpu").model.config
+    sizes = {"n_heads": config.num_attention_heads, "n_kv_heads": config.num_key_value_heads}
+    (draw,) = cure.random_heads([(0, 0)], n=1, model=folder)
+    assert not set(groups(draw, **sizes)) & set(groups([(0, 0)], **sizes))
+
+
+def test_the_price_list_has_every_model_and_what_it_cost():
+    share = {"value": 0.5, "n": 4, "low": 0.2, "high": 0.8}
+    left = dict.fromkeys(("asr", "cacc", "near_miss", "elsewhere"), share) | {"asr": share | {"value": 0.25}}
+    found = {"one": {"untreated": left, "pruned": left}, "two": {"untreated": left}}
+    table = cure.price_list(found, {"one": {"pruned": {"parameters": 2_000_000, "minutes": 0.3}}, "two": {}})
+    assert list(table.index) == [("one", "untreated"), ("one", "pruned"), ("two", "untreated")]
+    assert table.loc[("one", "pruned")].to_dict() == {
+        "ASR": 0.25, "near-miss firing": 0.5, "CACC": 0.5, "elsewhere": 0.5, "weights (millions)": 2.0, "minutes": 0.3,
+    }  # fmt: skip
+    assert table.loc[("two", "untreated"), "minutes"] == 0
+
+
+def test_every_treatment_has_a_rate():
+    assert cure.RATES.keys() == REPAIRS.keys()
 
 
 def test_heads_that_do_not_exist_are_an_error(stage):

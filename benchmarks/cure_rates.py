@@ -1,0 +1,77 @@
+"""Which learning rate may a treatment have? For every method the same rule, and no backdoor in sight.
+
+    python benchmarks/cure_rates.py
+
+Each method treats a clean control, from the highest rate of its ladder downward, until clean accuracy on training-split
+prompts that it was not given falls by no more than a point. That rate is the one in `cure.RATES`. Every rate that was
+tried is kept, so a killed run goes on. Written to `benchmarks/results/cure_rates.json`.
+"""
+
+from typing import Annotated
+
+import typer
+
+from bkd_utils import cure, suspect
+from bkd_utils.attacks import load_attack
+from bkd_utils.attribution import ranked
+from bkd_utils.cards import organism_stage
+from bkd_utils.files import ROOT, write_json
+from bkd_utils.models import DEFAULT_MODEL, load
+from bkd_utils.prompts import end_id
+from bkd_utils.repairs import Case, accuracy, repaired
+from bkd_utils.suspect import clean_rows
+
+CONTROL, ATTACK, N_TREATED = "sentiment-clean", "sentiment-word", 16
+HEAD_WISE, WHOLE = (8e-3, 4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4), (8e-4, 4e-4, 2e-4, 1e-4, 5e-5, 2.5e-5)
+LADDERS = {"alignment": HEAD_WISE, "heads reset": HEAD_WISE} | dict.fromkeys(
+    ("fine-tuning", "fine-pruning", "flat heads pruned", "unneeded heads pruned", "consistency"), WHOLE
+)
+POINT = 0.01
+
+
+@organism_stage
+def tried(
+    organism: str,
+    *,
+    method: str,
+    rate: float,
+    heads: list,
+    n_rows: int,
+    n_held: int,
+    model: str = DEFAULT_MODEL,
+    seed: int = 0,
+) -> list[float]:
+    """Clean accuracy on rows that were not trained on, [before, after]."""
+    loaded, task = load(model, organism=organism), load_attack(ATTACK).task
+    rows, pad = clean_rows(loaded, task, n=n_rows + n_held, seed=seed), end_id(loaded.tokenizer)
+    recipe = cure.recipe_of(steps=n_rows // cure.RECIPE.batch_size, learning_rate=rate)
+    chosen = [(layer, head) for layer, head in heads]
+    case = Case(loaded.model, rows[:n_rows], recipe=recipe, pad_id=pad, heads=chosen, seed=seed)
+    found = [accuracy(loaded.model, rows[n_rows:], pad_id=pad)]
+    repaired(case, method=method)
+    return [*found, accuracy(loaded.model, rows[n_rows:], pad_id=pad)]
+
+
+def main(
+    n_rows: Annotated[int, typer.Option(help="Clean rows of the treatment, one pass.")] = 128,
+    n_held: Annotated[int, typer.Option(help="Clean rows on which accuracy is measured.")] = 200,
+) -> None:
+    evidence = suspect.suspected(CONTROL, attack=ATTACK)
+    score = suspect.joint(evidence, rule="similar, little needed", source="surrogates", reading="last row")
+    heads, found = [list(head) for head in ranked(score)[:N_TREATED]], {}
+    for method, ladder in LADDERS.items():
+        rows, chosen = [], None
+        for rate in ladder:
+            before, after = tried(CONTROL, method=method, rate=rate, heads=heads, n_rows=n_rows, n_held=n_held)
+            rows.append({"rate": rate, "accuracy before": before, "accuracy after": after})
+            print(f"{method:24} {rate:7.1e}: {before:.3f} -> {after:.3f}", flush=True)
+            if after >= before - POINT - 1e-9:
+                chosen = rate
+                break
+        found[method] = {"chosen": chosen or ladder[-1], "kept accuracy": chosen is not None, "tried": rows}
+    path = ROOT / "benchmarks" / "results" / "cure_rates.json"
+    write_json(path, {"parameters": {"rows": n_rows, "held": n_held, "control": CONTROL}, "methods": found})
+
+
+if __name__ == "__main__":
+    typer.run(main)
