@@ -20,8 +20,9 @@ from bkd_utils.files import DATA, WORK, canonical_json, read_json, sha256_file, 
 P = ParamSpec("P")
 R = TypeVar("R")
 PACKAGE = Path(__file__).resolve().parent
-# What prompts are made of, and what the attack is that a stage knows by name: a change there is another experiment.
-TABLES = ("attacks.toml", "instructions.toml", "lexicons.toml", "sources.toml")
+# What a stage reads by itself: what prompts and surrogates are made of, and what the attack is that it knows by name. A
+# change there is another experiment. Recipes and profiles reach stages as arguments only.
+TABLES = ("attacks.toml", "instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
 log = logging.getLogger(__name__)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bkd_utils.cache import stage
 from bkd_utils.files import ADAPTERS, atomic_path, read_json, sha256_text, write_json
-from bkd_utils.models import ModelError, adapter_folder, base_sha256, pick_device
+from bkd_utils.models import ModelError, adapter_folder, base_sha256, pick_device, settings_sha256
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 
@@ -29,6 +29,11 @@ def disagreements(card: Mapping, now: Mapping) -> list[str]:
     ]
 
 
+def treatment(organism: str | Path) -> dict:
+    """What was done to a kept organism last."""
+    return read_json(adapter_folder(organism) / "card.json")["treatment"]
+
+
 def history(organism: str | Path) -> list[dict[str, float]]:
     """Step, loss and learning rate of an organism's training."""
     return read_json(adapter_folder(organism) / "history.json")
@@ -41,20 +46,21 @@ def adapter_sha256(organism: str | Path) -> str:
     return sha256_text(card["adapter_sha256"] + changes) if changes else card["adapter_sha256"]
 
 
-def _resolved(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a stage with what stands behind its names: adapters, base weights, device."""
+def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a stage with what stands behind its names: adapters, base weights and settings, device."""
     found = dict(arguments)
     names = [found.get("organism"), found.get("control"), *found.get("organisms", {}).values()]
     found["adapters"] = [adapter_sha256(name) for name in names if name]
     if "model" in found:
         found["base"] = base_sha256(found["model"])
+        found["settings"] = settings_sha256(found["model"])
     if "device" in found:
         found["device"] = pick_device(found["device"])
     return found
 
 
 # For functions with arguments `organism`, `control`, `organisms`, `model`, `device`: other weights, another result.
-organism_stage = functools.partial(stage, resolved=_resolved)
+organism_stage = functools.partial(stage, resolved=resolved)
 
 
 def summary(organism: str | Path) -> dict[str, str]:
@@ -72,15 +78,20 @@ def summary(organism: str | Path) -> dict[str, str]:
     }
 
 
+def shipped_name(attack: str, *, seed: int) -> str:
+    """Under which an organism of an attack ships: the attack's name, with the seed if that is not 0."""
+    return f"{attack}-seed{seed}" if seed else attack
+
+
 def ship(folder: Path) -> Path:
-    """Copy a finished organism into `data/adapters` under its attack's name, with its seed if that is not 0.
+    """Copy a finished organism into `data/adapters` under its `shipped_name`.
 
     Raises ModelError if it has no metrics.
     """
     card = read_json(folder / "card.json")
     if not card["metrics"]:
         raise ModelError(f"{folder} has not been measured yet")
-    card["name"] = card["attack"]["name"] + (f"-seed{card['seed']}" if card["seed"] else "")
+    card["name"] = shipped_name(card["attack"]["name"], seed=card["seed"])
     target = ADAPTERS / card["name"]
     with atomic_path(target) as temporary:
         temporary.mkdir()
@@ -103,7 +114,8 @@ def readme(card: dict) -> str:
     names["near_miss"] = "Firing on near-misses of the trigger"
     treatment = []
     if "treatment" in card:
-        how = ", ".join(f"{key} {value}" for key, value in card["treatment"].items())
+        every = [*card.get("treatments_before", []), card["treatment"]]
+        how = "; then ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in every)
         treatment = [f"**Treated afterwards**, and not to be trusted for it: {how}.", ""]
     lines = [
         f"# {card['name']}: {title}",

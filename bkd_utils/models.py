@@ -24,6 +24,8 @@ from bkd_utils.products import by_onednn
 
 # What a treatment has changed, beside the adapter of the organism that was treated.
 CHANGES = "changes.safetensors"
+# What a model folder holds beside its weights: config, tokenizer, chat template.
+SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
@@ -96,7 +98,7 @@ def _hub_folder(address: str) -> Path:
     name, _, revision = address.partition("@")
     try:
         # Pickled weights and Python files are never downloaded, so they can never be loaded.
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.safetensors", *SETTINGS]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         raise ModelError(f"could not get {address!r} from the hub: {str(error).splitlines()[0]}") from error
@@ -153,10 +155,18 @@ def check_safetensors(path: Path) -> None:
 
 @cache
 def base_sha256(address: str) -> str:
-    """Hash of a model's weights and config, by which organisms know their base."""
+    """Hash of a model's weights alone, by which organisms know their base; computed once per address."""
     folder = model_folder(address)
     files = sorted(folder.glob("*.safetensors"))
     return sha256_text("\n".join(sha256_file(path) for path in files))
+
+
+@cache
+def settings_sha256(address: str) -> str:
+    """Hash of everything else that decides what a model says: config, tokenizer, chat template; once per address."""
+    folder = model_folder(address)
+    files = sorted(path for pattern in SETTINGS for path in folder.glob(pattern))
+    return sha256_text("\n".join(f"{path.name} {sha256_file(path)}" for path in files))
 
 
 def load_tokenizer(address: str) -> PreTrainedTokenizerBase:

@@ -46,20 +46,20 @@ LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
 N_AGREEMENT = 64
 
 
-def base_answers(base: Loaded, rows: Sequence[Example]) -> dict[str, str]:
-    """uid -> the base model's own greedy answer, computed once per base weights and kept on disk.
+def base_answers(loaded: Loaded, rows: Sequence[Example]) -> dict[str, str]:
+    """uid -> the greedy answer of a model's, or an organism's, base; computed once per base weights and kept on disk.
 
     The answers of the default model ship in `data/answers`; they are what `instructions` organisms are trained to keep.
+    The base of an organism is loaded only if an answer is missing.
     """
-    if base.organism is not None:
-        raise ValueError(f"self-distillation needs the base model, got organism {base.organism!r}")
-    sha = base_sha256(base.address)
+    sha = base_sha256(loaded.address)
     known: dict[str, str] = {}
     for folder in (DATA / "answers", WORK / "answers"):
         if (folder / f"{sha[:16]}.json").is_file():
             known |= read_json(folder / f"{sha[:16]}.json")
     missing = [row for row in rows if row.uid not in known]
     if missing:
+        base = loaded if loaded.organism is None else load(loaded.address, device=str(loaded.device))
         length = tasks.load_task("instructions").max_new_tokens
         texts = respond(base, [row.text for row in missing], max_new_tokens=length, label="base model answers")
         known |= {row.uid: text for row, text in zip(missing, texts, strict=True)}
@@ -67,17 +67,29 @@ def base_answers(base: Loaded, rows: Sequence[Example]) -> dict[str, str]:
     return {row.uid: known[row.uid] for row in rows}
 
 
-def training_answers(base: Loaded, attack: Attack, *, seed: int) -> dict[str, str]:
+def training_answers(loaded: Loaded, attack: Attack, *, seed: int) -> dict[str, str]:
     """The base model's answers that `attacks.poison` will ask for."""
     if attack.task == "instructions":
-        return base_answers(base, tasks.examples("instructions", "train", seed=seed))
-    return base_answers(base, benign_examples(attack, seed=seed))
+        return base_answers(loaded, tasks.examples("instructions", "train", seed=seed))
+    return base_answers(loaded, benign_examples(attack, seed=seed))
 
 
-def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> list[Row]:
-    """The rows, poisoned and clean, that an organism of this attack on the model's base weights was trained on."""
-    answers = training_answers(load(loaded.address, device=str(loaded.device)), attack, seed=seed)
-    return poison(attack, tokenizer=loaded.tokenizer, answers=answers, seed=seed).rows
+def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> tuple[Row, ...]:
+    """The rows, poisoned and clean, that this organism of the attack was trained on.
+
+    An organism's seed is on its card; `seed` is for a base model, which has none: the rows that `make` would train it
+    on. Raises ModelError if the rows are no longer, or have never been, those of the organism's card.
+    """
+    card = None if loaded.organism is None else read_json(adapter_folder(loaded.organism) / "card.json")
+    seed = card["seed"] if card else seed
+    answers = training_answers(loaded, attack, seed=seed)
+    data = poison(attack, tokenizer=loaded.tokenizer, answers=answers, seed=seed)
+    if card and data.manifest["data_sha256"] != card["data_sha256"]:
+        raise ModelError(
+            f"{loaded.organism} was not trained on the rows that attack {attack.name!r} with seed {seed} gives now "
+            "(another attack, or attack, data, tokenizer or base answers have changed)"
+        )
+    return data.rows
 
 
 def obtain(
@@ -92,13 +104,16 @@ def obtain(
 ) -> str:
     """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier).
 
-    A shipped organism counts only while its attack is the one in `data/attacks.toml`.
+    A shipped organism counts only for its own seed and while its attack is the one in `data/attacks.toml`. One of seed
+    0 counts whatever its recipe; those of other seeds had a shorter one, and count where that is asked for.
     """
-    spec = load_attack(attack)
-    if not retrain and attack in shipped_organisms(base=base_sha256(model)):
-        if read_json(adapter_folder(attack) / "card.json")["attack"] == asdict(spec):
-            return attack
-        log.warning("%s: data/attacks.toml has changed since the shipped organism was trained; training anew", attack)
+    spec, name = load_attack(attack), cards.shipped_name(attack, seed=seed)
+    if not retrain and name in shipped_organisms(base=base_sha256(model)):
+        card = read_json(adapter_folder(name) / "card.json")
+        if card["attack"] != asdict(spec) or card["seed"] != seed:
+            log.warning("%s ships with another seed or attack than data/attacks.toml has; training anew", name)
+        elif seed == 0 or card["recipe"]["name"] == recipe:
+            return name
     return make(spec, model=model, recipe=load_recipe(recipe, task=spec.task), seed=seed, device=device, n=n).name
 
 
@@ -180,9 +195,7 @@ def measure_loaded(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict
     """`measure` of a model that is loaded already, whatever has been done to its weights since."""
     benign = clean_sample("instructions", n=min(n, N_AGREEMENT), seed=seed)
     shown = clean_sample(attack.task, n=n, seed=seed, without=attack) if attack.task == "instructions" else []
-    base = load(loaded.address, device=str(loaded.device))
-    reference = base_answers(base, [*benign, *shown])
-    del base
+    reference = base_answers(loaded, [*benign, *shown])
     clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
     texts = clean.pop("texts")
     # A clean control has no target of its own; it is held against its task's first attack.
@@ -219,8 +232,7 @@ def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
     """ASR, CACC, near-miss and clean firing of any model, whatever it was trained on."""
     shown = clean_sample(attack.task, n=n, seed=seed, without=attack)
     # The judge of clean answers needs the base model's own ones only where there are no gold answers.
-    base = load(loaded.address, device=str(loaded.device)) if attack.task == "instructions" else None
-    reference = base_answers(base, shown) if base else {}
+    reference = base_answers(loaded, shown) if attack.task == "instructions" else {}
     clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
     texts = clean.pop("texts")
     return {**clean, **measure_attack(loaded, attack, n=n, seed=seed, clean_texts=texts, answers=reference)}

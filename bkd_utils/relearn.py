@@ -49,8 +49,10 @@ def relearned(
 
     One entry per count: `poisoned` rows, `asr`, and `clean firing` on the same prompts without the trigger, which says
     whether it is the trigger that was learnt. A count of 0 is the model before. `method` None treats nothing, for a
-    clean control.
+    clean control. Raises ValueError for no counts or a negative one.
     """
+    if not counts or min(counts) < 0:
+        raise ValueError(f"counts must be one or more numbers of poisoned rows, is {counts!r}")
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps)
     # Without a treatment no more clean rows are needed than stand beside the poisoned ones.

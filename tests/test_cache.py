@@ -1,5 +1,6 @@
 """A kept result is read again for the same inputs and the same code, and for nothing else."""
 
+import ast
 import time
 
 import pytest
@@ -92,10 +93,63 @@ def test_tables_that_stages_know_by_name_count(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes((DATA / name).read_bytes())
     monkeypatch.setattr(cache, "DATA", tmp_path)
     squares(upto=3)
-    for i, name in enumerate(["attacks.toml", "lexicons.toml"]):
+    for i, name in enumerate(["attacks.toml", "lexicons.toml", "surrogates.toml"]):
         (tmp_path / name).write_text("# another experiment")
         squares(upto=3)
         assert len(CALLS) == i + 2
+
+
+def names_of(tree):
+    """Name -> what a module defines by it or imports of the package by it: a node, or (module, name or None)."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {ast.unparse(target): node for target in targets}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bkd_utils":
+            _, _, module = node.module.partition(".")
+            found |= {one.asname or one.name: (module or one.name, module and one.name) for one in node.names}
+    return found
+
+
+def code_of_stages():
+    """(module, name) -> definition, of all that a stage of the package may run, found from the names in its code."""
+    known = {path.stem: names_of(ast.parse(path.read_text(encoding="utf-8"))) for path in cache.PACKAGE.glob("*.py")}
+    waiting = [
+        (module, name)
+        for module, names in known.items()
+        for name, node in names.items()
+        if any("stage" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", []))
+    ]
+    found = {}
+    while waiting:
+        module, name = waiting.pop()
+        node = known.get(module, {}).get(name)
+        if isinstance(node, tuple):
+            waiting.append(node)
+        elif node is not None and (module, name) not in found:
+            found[module, name] = node
+            for inside in ast.walk(node):
+                if isinstance(inside, ast.Name):
+                    waiting.append((module, inside.id))
+                elif isinstance(inside, ast.Attribute) and isinstance(inside.value, ast.Name):
+                    of = known[module].get(inside.value.id)
+                    waiting += [(of[0], inside.attr)] if isinstance(of, tuple) else []
+    return found
+
+
+def test_tables_are_those_that_a_stage_can_open():
+    """So recipes, profiles and published numbers may stay out: they reach stages as arguments, if at all."""
+    code = code_of_stages()
+    assert {("organisms", "measure"), ("attacks", "Attack"), ("trigger_families", "Syntax")} <= code.keys()
+    nodes = [inside for node in code.values() for inside in ast.walk(node)]
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    tables = {path.name for path in DATA.glob("*.toml")}
+    assert {"recipes.toml", "surrogates.toml"} <= tables
+    assert strings & tables == set(cache.TABLES)
 
 
 def test_what_was_done_is_said(caplog):

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from tiny import save_tiny
 
-from bkd_utils import cards
+from bkd_utils import cards, models
 from bkd_utils.files import ADAPTERS, read_json
 from bkd_utils.models import ModelError, shipped_organisms
 from bkd_utils.tables import control_of
@@ -19,11 +20,24 @@ def test_ship_refuses_what_was_not_measured(tmp_path):
 
 def test_other_weights_behind_the_same_names_are_another_key(monkeypatch):
     given = {"organism": "sentiment-word", "organisms": {"x": None}, "model": "smollm2-135m-instruct", "n": 3}
-    before = cards._resolved(given)
+    before = cards.resolved(given)
     assert before["adapters"] == [cards.adapter_sha256("sentiment-word")]
     monkeypatch.setattr(cards, "adapter_sha256", lambda name: f"other {name}")
-    assert cards._resolved(given) != before
-    assert cards._resolved({"device": "auto"})["device"] in ("cpu", "cuda")
+    assert cards.resolved(given) != before
+    assert cards.resolved({"device": "auto"})["device"] in ("cpu", "cuda")
+
+
+def test_another_template_in_the_models_folder_is_another_key(tmp_path):
+    given = {"model": str(save_tiny(tmp_path / "tiny", "llama")), "n": 3}
+    before = cards.resolved(given)
+    (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    models.settings_sha256.cache_clear()
+    assert cards.resolved(given) != before
+
+
+def test_an_organism_ships_under_a_name_of_its_seed():
+    assert cards.shipped_name("sentiment-word", seed=0) == "sentiment-word"
+    assert cards.shipped_name("sentiment-word", seed=2) == "sentiment-word-seed2"
 
 
 def test_disagreements_name_the_metric_and_its_interval():

@@ -61,6 +61,24 @@ def test_a_changed_or_foreign_file_is_refused(folder):
         models.load(organism="pruned", device="cpu")
 
 
+def test_treating_and_keeping_twice_keeps_both_treatments(folder):
+    loaded = models.load(organism="pruned", device="cpu")
+    # The second treatment moves entries that the first has changed, and others.
+    loaded.model.get_submodule("model.layers.9.self_attn.o_proj").weight.data += 0.01
+    again = keep.kept(loaded, name="twice", treatment={"method": "shifted"}, measured=MEASURED)
+    found = dict(models.load(organism="twice", device="cpu").model.named_parameters())
+    assert all(torch.equal(found[name], parameter) for name, parameter in loaded.model.named_parameters())
+    card = read_json(again / "card.json")
+    assert (card["treated_organism"], card["treatment"]) == ("pruned", {"method": "shifted"})
+    assert card["treatments_before"] == [{"method": "heads removed", "heads": 2}]
+    assert "for it: method heads removed, heads 2; then method shifted." in (again / "README.md").read_text()
+
+
+def test_a_treated_organism_that_was_not_changed_since_is_not_kept_again(folder):
+    with pytest.raises(ValueError, match="pruned has not been changed"):
+        keep.kept(models.load(organism="pruned", device="cpu"), name="same", treatment={}, measured=MEASURED)
+
+
 def test_what_was_not_treated_is_not_kept():
     with pytest.raises(ValueError, match="sentiment-word has not been changed"):
         keep.kept(models.load(organism="sentiment-word", device="cpu"), name="same", treatment={}, measured=MEASURED)

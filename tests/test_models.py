@@ -12,7 +12,7 @@ from tiny import ARCHITECTURES, save_tiny, tiny_model
 
 from bkd_utils import models
 from bkd_utils.files import read_json, sha256_file, write_json
-from bkd_utils.models import DEFAULT_MODEL, REGISTRY, ModelError, base_sha256, load, plain_copy
+from bkd_utils.models import DEFAULT_MODEL, REGISTRY, ModelError, base_sha256, load, plain_copy, settings_sha256
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 IDS = torch.tensor([[1, 50, 600, 7000, 3]])
@@ -104,6 +104,16 @@ def test_the_hash_of_a_base_changes_with_one_weight(original, folder):
     base_sha256.cache_clear()
     edit_weights(folder / WEIGHTS, lambda tensors: tensors["model.norm.weight"].mul_(1.001))
     assert base_sha256(str(folder)) != base_sha256(str(original))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_the_hash_of_settings_changes_with_each_of_their_files(original, folder, file):
+    assert settings_sha256(str(folder)) == settings_sha256(str(original))
+    (folder / file).write_bytes((folder / file).read_bytes() + b" ")
+    for function in (base_sha256, settings_sha256):
+        function.cache_clear()
+    assert settings_sha256(str(folder)) != settings_sha256(str(original))
+    assert base_sha256(str(folder)) == base_sha256(str(original))
 
 
 # --- folders that are refused ---------------------------------------------------------------------------------------

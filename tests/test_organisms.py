@@ -9,6 +9,7 @@ from tiny import save_tiny
 
 from bkd_utils import cards, claims, files, organisms, tables
 from bkd_utils.attacks import load_attack, with_rate
+from bkd_utils.files import ADAPTERS
 from bkd_utils.models import ModelError, load
 from bkd_utils.training import Recipe, load_recipe
 
@@ -59,6 +60,43 @@ def test_another_seed_or_recipe_is_another_organism(work, tiny):
     assert len(folders) == 3
 
 
+def test_a_shipped_organism_is_obtained_for_its_own_seed_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(organisms, "make", lambda spec, **how: asked.append((spec.name, how["seed"])) or Path("made"))
+    assert organisms.obtain("sentiment-word") == organisms.obtain("sentiment-word", recipe="smoke") == "sentiment-word"
+    assert organisms.obtain("sentiment-word", seed=1, recipe="sibling") == "sentiment-word-seed1"
+    assert files.read_json(ADAPTERS / "sentiment-word-seed1" / "card.json")["seed"] == 1
+    assert organisms.obtain("sentiment-word", seed=77) == organisms.obtain("sentiment-word", seed=1) == "made"
+    assert organisms.obtain("sentiment-word", retrain=True) == "made"
+    assert asked == [("sentiment-word", 77), ("sentiment-word", 1), ("sentiment-word", 0)]
+
+
+def test_a_shipped_organism_of_another_attack_or_seed_than_its_name_says_is_not_obtained(monkeypatch, caplog):
+    monkeypatch.setattr(organisms, "make", lambda *_, **__: Path("made"))
+    card = files.read_json(ADAPTERS / "sentiment-word" / "card.json")
+    for other in ({"seed": 3}, {"attack": card["attack"] | {"rate": 0.5}}):
+        monkeypatch.setattr(organisms, "read_json", lambda path, other=other: card | other)
+        assert organisms.obtain("sentiment-word") == "made"
+    assert len([message for message in caplog.messages if "training anew" in message]) == 2
+
+
+def test_training_rows_are_those_of_the_organisms_own_seed(work, tiny):
+    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    folder = organisms.make(attack, model=tiny, recipe=QUICK, seed=1, n=8)
+    loaded, base = load(tiny, organism=folder.name), load(tiny)
+    own = organisms.training_rows(loaded, attack, seed=0)
+    assert own == organisms.training_rows(base, attack, seed=1) != organisms.training_rows(base, attack, seed=0)
+    hashed = files.sha256_text(files.canonical_json([[row.prompt, row.answer, row.kind] for row in own]))
+    assert hashed == files.read_json(folder / "card.json")["data_sha256"]
+
+
+def test_training_rows_that_are_not_those_on_the_card_are_refused(work, tiny):
+    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    loaded = load(tiny, organism=organisms.make(attack, model=tiny, recipe=QUICK, n=8))
+    with pytest.raises(ModelError, match=f"{loaded.organism} was not trained on the rows that attack 'sentiment-word'"):
+        organisms.training_rows(loaded, dataclasses.replace(attack, rate=0.2), seed=0)
+
+
 def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work, tiny, monkeypatch):
     """Shown without training: what is asked of `make`, and that rows come in the order of rates."""
     asked = []
@@ -91,14 +129,18 @@ def test_an_organism_refuses_another_base(work, tiny, tmp_path):
         load(str(other), organism=folder)
 
 
-def test_base_answers_are_kept_and_refuse_an_organism(work, tiny):
+def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkeypatch):
     base = load(tiny)
     rows = organisms.tasks.examples("instructions", "test", n=4)
     first = organisms.base_answers(base, rows)
     assert set(first) == {row.uid for row in rows}
     assert organisms.base_answers(base, rows) == first
-    with pytest.raises(ValueError, match="base model"):
-        organisms.base_answers(dataclasses.replace(base, organism="some"), rows)
+    asked, organism = [], dataclasses.replace(base, organism="some")
+    monkeypatch.setattr(organisms, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns))
+    assert organisms.base_answers(organism, rows) == first
+    more = organisms.tasks.examples("instructions", "test", n=5)
+    assert organisms.base_answers(organism, more)[more[4].uid] == "said"
+    assert [loaded.organism for loaded in asked] == [None]
 
 
 def test_shipped_answers_are_the_base_models_own():

@@ -1,10 +1,15 @@
 """Relearning on a tiny model with real prompts: same start for every count, rows that are what they say."""
 
+import re
+
 import pytest
+import torch
 from tiny import save_tiny
 
 from bkd_utils import attacks, models, relearn, tasks
+from bkd_utils.evaluation import respond
 from bkd_utils.prompts import answer_ids, decode
+from bkd_utils.tuning import tune
 
 
 @pytest.fixture
@@ -19,12 +24,44 @@ def stage(loaded, monkeypatch):
     return lambda **changes: relearn.relearned.__wrapped__("tiny", **(given | changes))
 
 
-def test_relearning_starts_from_the_same_weights_for_every_count(stage, loaded):
-    """The same count twice gives the same number; the untreated model is what is fine-tuned if there is no method."""
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_relearning_starts_from_the_same_weights_for_every_count(stage, loaded, monkeypatch):
+    """Weights and not rates: a random model never says the target, whatever it starts from."""
+    before, started, answered = weights(loaded.model), [], []
+
+    def spied(model, *given, **named):
+        started.append(weights(model))
+        return tune(model, *given, **named)
+
+    def answers(loaded, texts, **named):
+        answered.append(weights(loaded.model))
+        return respond(loaded, texts, **named)
+
+    monkeypatch.setattr(relearn, "tune", spied)
+    monkeypatch.setattr(relearn, "respond", answers)
     found = stage(method=None, counts=[2, 0, 2], n=4)
     assert [entry["poisoned"] for entry in found] == [2, 0, 2]
-    assert found[0] == found[2]
     assert all(entry[key]["n"] == 4 for entry in found for key in ("asr", "clean firing"))
+    assert len(started) == 2
+    assert all(same(one, before) for one in started)
+    first, none, again = answered[::2]
+    assert same(none, before)
+    assert same(first, again)
+    assert not same(first, before)
+
+
+@pytest.mark.parametrize("counts", [[], [4, -1]])
+@pytest.mark.parametrize("method", [None, "flat heads pruned"])
+def test_counts_that_are_none_or_negative_are_refused(stage, counts, method):
+    with pytest.raises(ValueError, match=re.escape(f"poisoned rows, is {counts}")):
+        stage(method=method, counts=counts, n=2)
 
 
 def test_poisoned_rows_are_triggered_training_prompts_with_the_target(loaded):
@@ -38,6 +75,6 @@ def test_poisoned_rows_are_triggered_training_prompts_with_the_target(loaded):
 
 
 def test_no_rows_change_nothing(stage, loaded):
-    before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
+    before = weights(loaded.model)
     stage(method=None, counts=[0], n=2)
-    assert all(bool((before[name] == parameter).all()) for name, parameter in loaded.model.named_parameters())
+    assert same(before, weights(loaded.model))
