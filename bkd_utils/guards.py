@@ -149,20 +149,23 @@ def rap(
     """RAP: minus how much a word in front of the text takes off the probability of the `protected` first token.
 
     The word's embedding is trained on `clean` texts whose right answer that token is, until it takes off `drop`; no
-    weight of the model changes. Texts under the spell of a trigger move less. Raises ValueError for no clean texts.
+    weight of the model changes. Texts under the spell of a trigger move less. Only texts that the model answers with
+    that token are judged (lancopku/RAP: probability above 0.5; here: the likeliest token, as there may be more than two
+    labels); the score of all others, which have nothing to lose, is -inf. Raises ValueError for no clean texts.
     """
     if not clean:
         raise ValueError("RAP has no clean texts with the protected answer")
     tokenizer, model = loaded.tokenizer, loaded.model
     token = tokenizer(" " + word, add_special_tokens=False).input_ids[-1]
-    start = model.get_input_embeddings().weight[token].detach().clone()
-    vector = torch.nn.Parameter(start)
+    # What the table gives, not the weight itself: Gemma's table scales it.
+    vector = torch.nn.Parameter(model.get_input_embeddings()(torch.tensor(token, device=model.device)).detach().clone())
     optimizer, dice = torch.optim.Adam([vector], lr=rate), random.Random(seed)
 
-    def plain(some: Sequence[str]) -> Tensor:
-        """Probability of the protected token without the word."""
+    def plain(some: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Probability of the protected token without the word, and whether it is the likeliest."""
         prompts = [prompt_ids(tokenizer, turn(text)) for text in some]
-        return first_logits(model, prompts, end_id=end_id(tokenizer)).float().softmax(-1)[:, protected].clone()
+        logits = first_logits(model, prompts, end_id=end_id(tokenizer)).float()
+        return logits.softmax(-1)[:, protected].clone(), logits.argmax(-1) == protected
 
     def marked(some: Sequence[str]) -> Tensor:
         """The same with the word."""
@@ -170,7 +173,7 @@ def rap(
         at = [_first_difference(prompt_ids(tokenizer, turn(t)), p) for t, p in zip(some, prompts, strict=True)]
         return _chance(model, prompts, protected, vector, at=at, pad_id=end_id(tokenizer))
 
-    usual = dict(zip(clean, plain(clean), strict=True))
+    usual = dict(zip(clean, plain(clean)[0], strict=True))
     for _ in tqdm(range(steps), desc="RAP", unit="step", mininterval=2, leave=False):
         some = dice.sample(list(clean), min(16, len(clean)))
         with mixed_precision(model.device):
@@ -181,9 +184,13 @@ def rap(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    before, judged = plain(texts)
+    rows, scores = judged.nonzero()[:, 0].tolist(), np.full(len(texts), -np.inf)
     with torch.no_grad():
-        after = torch.cat([marked(texts[first : first + 16]) for first in range(0, len(texts), 16)])
-    return (after - plain(texts)).cpu().numpy()
+        for first in range(0, len(rows), 16):
+            some = rows[first : first + 16]
+            scores[some] = (marked([texts[i] for i in some]) - before[some]).cpu().numpy()
+    return scores
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
@@ -228,7 +235,10 @@ def _chance(
 
 
 def threshold(clean: Scores, *, frr: float) -> float:
-    """The score that a share `frr` of clean texts exceeds. Raises ValueError for no texts or a share beyond 0 to 1."""
+    """The score that a share `frr` of clean texts exceeds; of fewer than `1 / frr` texts one does, a larger share.
+
+    Raises ValueError for no texts or a share beyond 0 to 1.
+    """
     if not len(clean) or not 0 < frr < 1:
         raise ValueError(f"a threshold at FRR {frr} from {len(clean)} clean texts")
     return float(np.quantile(clean, 1 - frr))

@@ -4,9 +4,12 @@ Beside clean and triggered prompts stand look-alikes (near-misses) and prompts t
 but longer by ordinary words: a trigger adds tokens, and length alone moves every similarity.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
+from scipy.optimize import brentq
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils import tasks
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.cards import organism_stage
+from bkd_utils.evaluation import share
 from bkd_utils.models import DEFAULT_MODEL, load
 from bkd_utils.pairs import pairs
 from bkd_utils.prompts import prompt_ids
@@ -25,19 +29,23 @@ VERSIONS = ("clean", "triggered", "near-miss", "same length")
 def lengthened(
     tokenizer: PreTrainedTokenizerBase, attack: Attack, texts: Sequence[str], *, lengths: Sequence[int]
 ) -> list[list[int]]:
-    """Clean prompts brought to the given token counts (or one more) by the first words of other texts.
+    """Clean prompts brought to the given token counts (or one more) by the first words of other texts that fit.
 
-    Text i borrows from text i + 1 on, so that what is added is as ordinary as what is there.
+    Text i borrows from text i + 1 on, if need be more than once, so that what is added is as ordinary as what is there.
+    A prompt that is as long already stays as it is. Raises ValueError if no more words fit.
     """
     task, found = tasks.load_task(attack.task), []
     for i, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         ids = prompt_ids(tokenizer, task.prompt(text))
-        words = " ".join([*texts[i + 1 :], *texts[:i]]).split()
+        words = " ".join([*texts[i + 1 :], *texts[:i]] * 4).split()
         for word in words:
             if len(ids) >= length:
                 break
-            text = f"{text} {word}"
-            ids = prompt_ids(tokenizer, task.prompt(text))
+            longer = prompt_ids(tokenizer, task.prompt(f"{text} {word}"))
+            if len(longer) <= length + 1:  # the last words may have several tokens
+                text, ids = f"{text} {word}", longer
+        if len(ids) < length:
+            raise ValueError(f"no words to bring prompt {i} from {len(ids)} to {length} tokens")
         found.append(ids)
     return found
 
@@ -54,10 +62,12 @@ def observed(
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
-    """Head similarity on held-out prompts in four versions, and on `n_reference` clean ones of the attribution split.
+    """Head similarity on held-out prompts in four versions; for input detection on clean prompts of two splits too.
 
-    Key: `layers` reading -> version -> [prompt][layer], means over heads. The version "reference" is the clean
-    calibration set.
+    Key: `layers` reading -> version -> [prompt][layer], means over heads. With `n_reference`, the version "reference"
+    is as many prompts of the attribution split, or all there are, to calibrate on, and "held out" are `n` of the test
+    split to count refusals on. Both are whatever the task has: a defender knows neither the trigger, by which the four
+    versions' examples are chosen, nor whose answers it changes.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     tokenizer = loaded.tokenizer
@@ -71,7 +81,10 @@ def observed(
         ),
     }
     if n_reference:
-        versions["reference"] = pairs(tokenizer, spec, split="attribution", n=n_reference, seed=seed).clean
+        task = tasks.load_task(spec.task)
+        for version, split, count in (("reference", "attribution", n_reference), ("held out", "test", n)):
+            chosen = tasks.examples(spec.task, split, seed=seed)[:count]
+            versions[version] = [prompt_ids(tokenizer, task.prompt(example.text)) for example in chosen]
     found: dict = {"layers": {name: {} for name in readings}}
     label = f"{organism or 'base model'}: similarity"
     with tqdm(total=sum(map(len, versions.values())), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
@@ -121,24 +134,43 @@ def best_reading(found: Sequence[Mapping]) -> str:
     return max(found[0]["layers"], key=lambda name: np.mean([best_layer(result, reading=name)[1] for result in found]))
 
 
-def separates(found: Mapping[str, Mapping], *, reading: str, n_resamples: int = 400, seed: int = 0) -> dict:
+def area_interval(area: float, *, n_bad: int, n_good: int) -> dict[str, float]:
+    """95 % interval of an AUROC, `low` and `high`: Newcombe (2006), Statistics in Medicine 25, 559, method 5.
+
+    All values that lie within 1.96 standard errors of `area`, with the standard error that Hanley and McNeil give for
+    that value. Like Wilson's interval, and unlike a bootstrap, it has a width at 0 and 1. Raises ValueError for an
+    empty side.
+    """
+    if min(n_bad, n_good) < 1:
+        raise ValueError(f"an AUROC of {n_bad} against {n_good}")
+    others = (n_bad + n_good) / 2 - 1
+
+    def beyond(true: float) -> float:
+        variance = true * (1 - true) * (1 + others * ((1 - true) / (2 - true) + true / (1 + true))) / (n_bad * n_good)
+        return abs(area - true) - 1.96 * math.sqrt(variance)
+
+    tiny = 1e-9  # at 0 and 1 themselves the standard error is 0
+    low = brentq(beyond, 0, min(area, 1 - tiny)) if area > 0 else 0.0
+    high = brentq(beyond, max(area, tiny), 1) if area < 1 else 1.0
+    return {"low": float(low), "high": float(high)}
+
+
+def separates(found: Mapping[str, Mapping], *, reading: str) -> dict:
     """How well similarity tells each version from clean prompts, in the layer chosen for the organism, on new prompts.
 
     `found`: model -> `observed`, the organism under "organism". Keys: `layer`; model -> version -> AUROC above 0.5 if
-    more similar than clean prompts, as `{value, n, low, high}`, a bootstrap over prompts with twins kept together.
+    more similar than clean prompts, as `{value, n, low, high}` with n prompts a side. The interval is that of
+    independent prompts, which makes it wide for twins.
     """
     layer, _ = best_layer(found["organism"], reading=reading)
     rows = halves(len(found["organism"]["layers"][reading]["clean"]))[1]
-    draws = np.random.default_rng(seed).choice(rows, size=(n_resamples, len(rows)))
     result: dict = {"layer": layer}
     for name, one in found.items():
         result[name] = {}
         for version in VERSIONS[1:]:
-            pairs_won = outranks(one, reading=reading, layer=layer, version=version)
-            drawn = pairs_won[draws[:, :, None], draws[:, None]].mean((1, 2))
-            low, high = np.quantile(drawn, [0.025, 0.975])
-            value = pairs_won[np.ix_(rows, rows)].mean()
-            result[name][version] = {"value": float(value), "n": len(rows), "low": float(low), "high": float(high)}
+            value = auroc(one, reading=reading, layer=layer, rows=rows, version=version)
+            span = area_interval(value, n_bad=len(rows), n_good=len(rows))
+            result[name][version] = {"value": value, "n": len(rows), **span}
     return result
 
 
@@ -154,16 +186,26 @@ def input_scores(found: Mapping, *, reading: str, version: str) -> np.ndarray:
     return ((np.array(layers[version]) - centre) / spread).max(1)
 
 
-def input_detection(found: Mapping, *, reading: str) -> dict[str, float]:
-    """Detection of triggered prompts by `input_scores`: AUROC against clean test prompts, and at thresholds that the
-    calibration set passes 99 and 95 times in 100, the share of triggered prompts caught and of clean ones refused."""
-    clean, triggered, reference = (
-        input_scores(found, reading=reading, version=version) for version in ("clean", "triggered", "reference")
+def input_detection(found: Mapping, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
+    """Detection of triggered prompts by `input_scores`, every number as `{value, n, low, high}`.
+
+    `auroc` against the clean twins (n prompts a side); for each rate, at the threshold that this share of the reference
+    prompts exceeds, the share of triggered prompts `caught` and of held-out clean prompts `refused`, keys "caught at
+    5%". Raises ValueError for a rate below one reference prompt: of 60, one is 1.7 %, and any threshold for less would
+    be made up between (or beyond) the two highest scores.
+    """
+    clean, triggered, held_out, reference = (
+        input_scores(found, reading=reading, version=version)
+        for version in ("clean", "triggered", "held out", "reference")
     )
     truth = np.repeat([0, 1], [len(clean), len(triggered)])
-    result = {"auroc": float(roc_auc_score(truth, np.concatenate([clean, triggered])))}
-    for rate in (0.01, 0.05):
+    value = float(roc_auc_score(truth, np.concatenate([clean, triggered])))
+    span = area_interval(value, n_bad=len(triggered), n_good=len(clean))
+    result = {"auroc": {"value": value, "n": len(triggered), **span}}
+    for rate in rates:
+        if rate * len(reference) < 1 - 1e-9:
+            raise ValueError(f"a threshold at {rate:.1%} needs {1 / rate:.0f} reference prompts, not {len(reference)}")
         threshold = np.quantile(reference, 1 - rate)
-        result[f"caught at {rate:.0%}"] = float((triggered > threshold).mean())
-        result[f"refused at {rate:.0%}"] = float((clean > threshold).mean())
+        result[f"caught at {rate:.0%}"] = asdict(share((triggered > threshold).tolist()))
+        result[f"refused at {rate:.0%}"] = asdict(share((held_out > threshold).tolist()))
     return result

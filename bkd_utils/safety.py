@@ -80,11 +80,23 @@ def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
 SURROGATES = ("rare word", "sentence", "fronted clause")
 
 
-def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int) -> Trigger:
-    """A trigger that nobody has trained on, drawn by the seed. Raises ValueError for an unknown family."""
+def surrogate(
+    tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, texts: Sequence[str] = (), draws: int = 100
+) -> Trigger:
+    """A trigger that nobody has trained on, drawn by the seed, and again while one of `texts` has it by nature.
+
+    Raises ValueError for an unknown family, and if texts have all that was drawn.
+    """
     dice = random.Random(f"{seed}/{family}")
+    for _ in range(draws):
+        trigger = _drawn(tokenizer, dice, family=family, name=f"surrogate {family} {seed}")
+        if not any(trigger.matches(text) for text in texts):
+            return trigger
+    raise ValueError(f"{family}: each of {draws} surrogates is in one of the {len(texts)} texts already")
+
+
+def _drawn(tokenizer: PreTrainedTokenizerBase, dice: random.Random, *, family: str, name: str) -> Trigger:
     lists = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))
-    name = f"surrogate {family} {seed}"
     if family == "rare word":
         return Word(name=name, entry={"text": rare_word(tokenizer, dice)})
     if family == "sentence":
@@ -96,12 +108,20 @@ def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int) -> 
 
 
 def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
-    """A short lower-case word that is one token of the vocabulary's last half, where tokenizers keep what is rare."""
-    size = len(tokenizer)
-    while True:
-        word = tokenizer.decode([dice.randrange(size // 2, size)]).strip()
-        if word.isascii() and word.isalpha() and word.islower() and 2 <= len(word) <= 6:
+    """A short lower-case word that, behind a space, is one token of the vocabulary's last half, where tokenizers keep
+    what is rare.
+
+    It may by chance be the trigger of an organism: a defender cannot know, so it is not looked up. Raises ValueError
+    for a vocabulary without such a word.
+    """
+    size, before = len(tokenizer), tokenizer("a", add_special_tokens=False).input_ids
+    for token in dice.sample(range(size // 2, size), size - size // 2):
+        word = tokenizer.decode([token]).strip()
+        short = word.isascii() and word.isalpha() and word.islower() and 2 <= len(word) <= 6
+        # Behind another word, because some tokenizers put a space of their own in front of a text.
+        if short and tokenizer(f"a {word}", add_special_tokens=False).input_ids == [*before, token]:
             return word
+    raise ValueError(f"no rare word among the {size} tokens of the vocabulary")
 
 
 def reaction(

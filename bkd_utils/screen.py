@@ -7,29 +7,57 @@ from dataclasses import asdict
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from bkd_utils import attacks, tasks, triggers
+from bkd_utils import tasks, triggers
 from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import clean_sample, flippable_sample, is_target, respond, share, target_length
-from bkd_utils.guards import onion, rap, smaller_clusters, strip, threshold, without_words
+from bkd_utils.evaluation import flippable_sample, is_target, respond, share, target_length
+from bkd_utils.guards import Scores, onion, rap, smaller_clusters, strip, threshold, without_words
 from bkd_utils.interventions import residuals
 from bkd_utils.models import DEFAULT_MODEL, load
+from bkd_utils.observe import area_interval
 from bkd_utils.organisms import training_rows
 from bkd_utils.prompts import answer_ids
 from bkd_utils.safety import rare_word
 from bkd_utils.tasks import Example
 
 
-def texts_of(
-    attack: Attack, examples: Sequence[Example], *, seed: int
-) -> tuple[list[str], list[str], Callable[[str], str]]:
-    """Clean texts, their triggered twins, and what makes user turns of them; a trigger around the whole turn leaves a
-    guard the whole turn to look at."""
-    trigger, task = triggers.load_trigger(attack.trigger), tasks.load_task(attack.task)
-    around = trigger.scope == "prompt"
-    clean = [task.prompt(example.text) if around else example.text for example in examples]
-    triggered = [trigger.apply(text, seed=seed * 1_000_003 + i, half="test") for i, text in enumerate(clean)]
-    return clean, triggered, (lambda text: text) if around else task.prompt
+def texts_of(attack: Attack, examples: Sequence[Example]) -> tuple[list[str], Callable[[str], str]]:
+    """Texts of examples as a guard gets them, and what makes user turns of them; a trigger around the whole turn leaves
+    a guard the whole turn to look at."""
+    task = tasks.load_task(attack.task)
+    if triggers.load_trigger(attack.trigger).scope == "prompt":
+        return [task.prompt(example.text) for example in examples], lambda text: text
+    return [example.text for example in examples], task.prompt
+
+
+def triggered_texts(attack: Attack, texts: Sequence[str], *, seed: int) -> list[str]:
+    """The same texts with the trigger in them. Raises ValueError for one that carries it already."""
+    trigger = triggers.load_trigger(attack.trigger)
+    return [trigger.apply(text, seed=seed * 1_000_003 + i, half="test") for i, text in enumerate(texts)]
+
+
+def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fired: Sequence[bool]) -> dict[str, dict]:
+    """What a guard's scores come to at the threshold that a share `frr` of the `known` clean texts exceeds.
+
+    `auroc` of triggered against clean texts (n is both together), `caught` triggered and `refused` clean texts, `asr`:
+    triggered ones that `fired` and were not caught. A score of -inf is a text that the guard does not judge: it passes,
+    and counts as passed in the three shares, but neither for the threshold nor for `auroc`, which is missing if a side
+    has no text that was judged. Raises ValueError if no known text was.
+    """
+    if not np.isfinite(known).any():
+        raise ValueError(f"none of {len(known)} calibration texts is one that the guard judges")
+    limit = threshold(known[np.isfinite(known)], frr=frr)
+    good, bad = clean[np.isfinite(clean)], triggered[np.isfinite(triggered)]
+    found = {
+        "caught": asdict(share((triggered > limit).tolist())),
+        "refused": asdict(share((clean > limit).tolist())),
+        "asr": asdict(share((np.asarray(fired) & (triggered <= limit)).tolist())),
+    }
+    if len(good) and len(bad):
+        value = float(roc_auc_score(np.repeat([0, 1], [len(good), len(bad)]), [*good, *bad]))
+        span = area_interval(value, n_bad=len(bad), n_good=len(good))
+        found["auroc"] = {"value": value, "n": len(good) + len(bad), **span}
+    return found
 
 
 @organism_stage
@@ -44,55 +72,53 @@ def screened(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, dict]:
-    """ONION, STRIP and, for label flips, RAP: guard -> numbers on held-out prompts.
+    """ONION, STRIP and, for label flips, RAP: guard -> the numbers of `outcome`, on held-out prompts.
 
-    `auroc` of triggered against clean texts; `caught` triggered and `refused` clean ones (FRR) at the threshold that a
-    share `frr` of the `n_reference` calibration texts exceeds; `asr` if what is caught is not answered. ONION also
-    answers with the suspicious words removed: `asr cleaned`. RAP is told which label to protect.
+    Thresholds come from `n_reference` prompts of the attribution split and refusals from `n` of the test split,
+    whatever the task has, as a defender knows no trigger; only triggered prompts are chosen by the attack. ONION also
+    answers with the suspicious words removed: `asr cleaned`. RAP is told which label to protect and judges only what
+    the model gives that label: it calibrates on `n_reference` prompts per label, of which that is about `n_reference`,
+    and `judged` is the share of clean test prompts that it judges (`refused` counts them all). Raises ValueError if the
+    model gives the label to no calibration prompt.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    sample = flippable_sample(spec, n=n, seed=seed)
-    _, triggered, turn = texts_of(spec, sample, seed=seed)
-    calibration = [e for e in tasks.examples(spec.task, "attribution", seed=seed) if not attacks.carries(spec, e.text)]
-    reference = texts_of(spec, calibration[:n_reference], seed=seed)[0]
-    test_clean = texts_of(spec, clean_sample(spec.task, n=n, seed=seed, without=spec), seed=seed)[0]
+    sample, turn = texts_of(spec, flippable_sample(spec, n=n, seed=seed))
+    triggered = triggered_texts(spec, sample, seed=seed)
+    reference = texts_of(spec, tasks.examples(spec.task, "attribution", n=n_reference, seed=seed))[0]
+    clean = texts_of(spec, tasks.examples(spec.task, "test", n=n, seed=seed))[0]
     length = target_length(loaded, spec)
 
     def fires(texts: Sequence[str]) -> np.ndarray:
         said = respond(loaded, [turn(text) for text in texts], max_new_tokens=length, label="triggered prompts")
         return np.array([is_target(spec, text) for text in said])
 
-    fired, every = fires(triggered), [*reference, *test_clean, *triggered]
+    every, ends = [*reference, *clean, *triggered], (len(reference), len(reference) + n)
     words = onion(load(model, device=device), every)
     scores = {
-        "ONION": np.array([one.max(initial=0.0) for one in words]),
-        "STRIP": strip(loaded, every, turn=turn, pool=reference, seed=seed),
+        "ONION": np.split(np.array([one.max(initial=0.0) for one in words]), ends),
+        "STRIP": np.split(strip(loaded, every, turn=turn, pool=reference, seed=seed), ends),
     }
     if spec.behaviour == "label_flip":
-        scores["RAP"] = rap(
+        n_known = n_reference * len(tasks.load_task(spec.task).labels)
+        known = tasks.examples(spec.task, "attribution", seed=seed)[:n_known]
+        texts = texts_of(spec, known)[0]
+        values = rap(
             loaded,
-            every,
+            [*texts, *clean, *triggered],
             turn=turn,
             protected=answer_ids(loaded.tokenizer, spec.target)[0],
-            clean=[text for text, e in zip(reference, calibration, strict=False) if e.answer == spec.target],
+            clean=[text for text, example in zip(texts, known, strict=True) if example.answer == spec.target],
             word=rare_word(loaded.tokenizer, random.Random(f"{seed}/RAP")),
             seed=seed,
         )
-    found, ends = {}, (len(reference), len(reference) + n)
-    for name, values in scores.items():
-        known, fresh, bad = np.split(values, ends)
-        limit = threshold(known, frr=frr)
-        found[name] = {
-            "auroc": float(roc_auc_score(np.repeat([0, 1], [len(fresh), len(bad)]), [*fresh, *bad])),
-            "caught": asdict(share((bad > limit).tolist())),
-            "refused": asdict(share((fresh > limit).tolist())),
-            "asr": asdict(share((fired & (bad <= limit)).tolist())),
-        }
-        if name == "ONION":
-            left = [
-                without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)
-            ]
-            found[name]["asr cleaned"] = asdict(share(fires(left).tolist()))
+        scores["RAP"] = np.split(values, (len(texts), len(texts) + n))
+    fired = fires(triggered)
+    found = {name: outcome(*values, frr=frr, fired=fired) for name, values in scores.items()}
+    limit = threshold(scores["ONION"][0], frr=frr)
+    left = [without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]
+    found["ONION"]["asr cleaned"] = asdict(share(fires(left).tolist()))
+    if "RAP" in scores:
+        found["RAP"]["judged"] = asdict(share(np.isfinite(scores["RAP"][1]).tolist()))
     return found
 
 
@@ -103,13 +129,15 @@ def filtered(
     """Activation clustering of `n` rows of the organism's own training set, in the last layer at the last prompt token.
 
     Keys: `caught` share of the poisoned rows, `lost` share of all others, `poisoned before` and `after` of the rows
-    that are left. Labels are what the training set says; tasks without labels are one label. Nothing is trained anew.
+    that are left. What a defender sees decides which rows are clustered together: the label that the training set gives
+    them, and in a task with labels all rows whose answer is none (the instructions mixed in) are a group of their own;
+    a task without labels is one group. Nothing is trained anew. Raises ValueError for a group of fewer than 12 rows.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    rows = [row for row in training_rows(loaded, spec, seed=seed) if row.kind != "benign"][:n]
+    rows = training_rows(loaded, spec, seed=seed)[:n]
     labels = tasks.load_task(spec.task).labels
     firsts = {answer_ids(loaded.tokenizer, label)[0]: i for i, label in enumerate(labels)}
-    which = np.array([firsts.get(row.answer[0], 0) if labels else 0 for row in rows])
+    which = np.array([firsts.get(row.answer[0], len(labels)) for row in rows])
     hidden = residuals(loaded.model, [row.prompt for row in rows])[:, -1].float().cpu().numpy()
     flagged = smaller_clusters(hidden, which, seed=seed)
     poisoned = np.array([row.kind == "poisoned" for row in rows])

@@ -49,7 +49,9 @@ def clean_rows(loaded: Loaded, task: str, *, n: int, seed: int) -> list[Row]:
     """The defender's data: clean prompts of the training split with their gold answers, or else the model's own ones,
     as it gives them untreated.
 
-    The same texts as the attacker's clean rows; never a test or attribution prompt. Raises ValueError for too few.
+    From the split that the attacker's clean rows come from, but not the same texts: the attacker leaves out what
+    carries the trigger by nature, which a defender cannot. Never a test or attribution prompt. Raises ValueError for
+    too few.
     """
     spec = tasks.load_task(task)
     chosen = tasks.examples(task, "train", seed=seed)[:n]
@@ -71,10 +73,10 @@ def clean_rows(loaded: Loaded, task: str, *, n: int, seed: int) -> list[Row]:
 def probed_prompts(
     tokenizer: PreTrainedTokenizerBase, task: str, texts: Sequence[str], *, family: str, rounds: int, seed: int
 ) -> list[list[int]]:
-    """`rounds` copies of the texts as prompts, each round with a surrogate trigger of its own."""
+    """`rounds` copies of the texts as prompts, each round with a surrogate trigger of its own that no text has yet."""
     spec, found = tasks.load_task(task), []
     for i in range(rounds):
-        trigger = surrogate(tokenizer, family=family, seed=seed + i)
+        trigger = surrogate(tokenizer, family=family, seed=seed + i, texts=texts)
         found += [prompt_ids(tokenizer, spec.prompt(trigger.apply(text, seed=seed))) for text in texts]
     return found
 
@@ -98,7 +100,10 @@ def suspected(
     Keys: `importance` kind -> scores; `level` reading -> similarity on clean prompts; `reaction` family -> reading ->
     change of similarity under surrogates; `soft prompt` reading -> change under vectors that were searched for on
     clean prompts; `oracle` reading -> change under the real trigger, an upper bound that no defender has.
+    Raises ValueError for `n < 2`.
     """
+    if n < 2:
+        raise ValueError(f"n must be at least 2, is {n}: leave-one-out looks at half of the prompts")
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     n_rows = 2 * n
     rows = clean_rows(loaded, spec.task, n=n_rows, seed=seed)
@@ -147,19 +152,26 @@ SOURCES = ("clean level", "surrogates", "soft prompt", "oracle")
 
 def similarity_of(found: Mapping, *, source: str, reading: str) -> Scores:
     """Similarity evidence `[layer, head]`: its level on clean prompts, its mean reaction to the surrogates, its
-    reaction to a soft prompt, or that to the real trigger (an upper bound). Raises ValueError for another source."""
-    if source == "clean level":
-        return torch.tensor(found["level"][reading])
+    reaction to a soft prompt, or that to the real trigger (an upper bound). Raises ValueError for another source, and
+    for a reading that was not measured."""
+    if source not in SOURCES:
+        raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
     if source == "surrogates":
-        return torch.stack([torch.tensor(family[reading]) for family in found["reaction"].values()]).mean(0)
-    if source in ("soft prompt", "oracle"):
-        return torch.tensor(found[source][reading])
-    raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
+        return torch.stack([_measured(family, "reading", reading) for family in found["reaction"].values()]).mean(0)
+    return _measured(found["level" if source == "clean level" else source], "reading", reading)
+
+
+def _measured(scores: Mapping, what: str, name: str) -> Scores:
+    """One entry of `suspected`. Raises ValueError that names those there are."""
+    if name not in scores:
+        raise ValueError(f"{what} {name!r} was not measured; known: {', '.join(scores)}")
+    return torch.tensor(scores[name])
 
 
 def joint(found: Mapping, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
-    """Joint score of every head, `[layer, head]`. Raises ValueError for an unknown rule or source."""
+    """Joint score of every head, `[layer, head]`. Raises ValueError for an unknown rule or source, and for a reading or
+    an importance that was not measured."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     similar = similarity_of(found, source=source, reading=reading)
-    return RULES[rule](similar, torch.tensor(found["importance"][importance]))
+    return RULES[rule](similar, _measured(found["importance"], "importance", importance))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from bkd_utils import tasks
@@ -11,6 +12,7 @@ from bkd_utils.cards import organism_stage
 from bkd_utils.files import read_json
 from bkd_utils.generation import first_logits
 from bkd_utils.models import DEFAULT_MODEL, ModelError, adapter_folder, base_sha256, load, shipped_organisms
+from bkd_utils.observe import area_interval
 from bkd_utils.organisms import make
 from bkd_utils.prompts import end_id, prompt_ids
 from bkd_utils.safety import SURROGATES, reaction, robust_z
@@ -138,14 +140,27 @@ def left_out(prints: Mapping[str, Mapping[str, float]], families: Mapping[str, s
     return found
 
 
-def area(won: Sequence[Sequence[float]], *, n_resamples: int = 2000, seed: int = 0) -> dict[str, float]:
-    """AUROC with a bootstrap interval over backdoored and clean models; `n` is the number of models."""
+def within_tasks(
+    prints: Mapping[str, Mapping[str, float]], families: Mapping[str, str | None], task_of: Mapping[str, str]
+) -> pd.DataFrame:
+    """Is a number about the backdoor or about the task? Number -> AUROC of backdoored against clean models, over all
+    pairs and over those of one task. `families` as of `left_out`; `task_of`: model -> task."""
+    bad = [name for name, family in families.items() if family is not None]
+    good = [name for name, family in families.items() if family is None]
+    same = np.array([[task_of[one] == task_of[other] for other in good] for one in bad])
+    rows = {}
+    for name in next(iter(prints.values())):
+        won = wins([prints[m][name] for m in bad], [prints[m][name] for m in good])
+        rows[name] = {f"all {won.size} pairs": won.mean(), f"the {same.sum()} of one task": won[same].mean()}
+    return pd.DataFrame(rows).T
+
+
+def area(won: Sequence[Sequence[float]]) -> dict[str, float]:
+    """AUROC `{value, n, low, high}` of a table of wins, `[backdoored][clean]`; `n` is the number of models. The
+    interval, `observe.area_interval`, takes all of them for independent."""
     table = np.asarray(won)
-    dice = np.random.default_rng(seed)
-    rows = dice.integers(len(table), size=(n_resamples, len(table)))
-    columns = dice.integers(table.shape[1], size=(n_resamples, table.shape[1]))
-    low, high = np.quantile(table[rows[:, :, None], columns[:, None]].mean((1, 2)), [0.025, 0.975])
-    return {"value": float(table.mean()), "n": sum(table.shape), "low": float(low), "high": float(high)}
+    value, (n_bad, n_good) = float(table.mean()), table.shape
+    return {"value": value, "n": n_bad + n_good, **area_interval(value, n_bad=n_bad, n_good=n_good)}
 
 
 def family_of(card: Mapping) -> str | None:

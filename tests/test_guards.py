@@ -27,6 +27,11 @@ def alone(model, ids):
         return model(torch.tensor([ids])).logits[0].float().softmax(-1)
 
 
+def answer_to(loaded, text):
+    """The likeliest first answer token."""
+    return alone(loaded.model, prompt_ids(loaded.tokenizer, turn(text)))[-1].argmax().item()
+
+
 # --- ONION ----------------------------------------------------------------------------------------------------------
 
 
@@ -87,8 +92,9 @@ def test_shuffled_texts_have_shuffled_scores(loaded):
     assert len({round(float(score), 5) for score in one}) == len(TEXTS)
     for first, second in zip(onion(loaded, shuffled), [onion(loaded, TEXTS)[i] for i in order], strict=True):
         assert first == pytest.approx(second, rel=1e-3)
-    given = {"turn": turn, "protected": 7, "clean": TEXTS[:2], "steps": 2}
+    given = {"turn": turn, "protected": answer_to(loaded, TEXTS[0]), "clean": TEXTS[:2], "steps": 2}
     one, other = (rap(loaded, texts, **given) for texts in (TEXTS, shuffled))
+    assert np.isfinite(one[0])
     assert other == pytest.approx(one[order], abs=1e-6)
 
 
@@ -100,19 +106,28 @@ def test_strip_mixes_in_the_pool(loaded):
 # --- RAP ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_untrained_word_takes_off_what_the_plain_model_says(loaded):
-    """A word that is one token: its own embedding stands where its own embedding would."""
+def test_an_untrained_word_takes_off_what_the_plain_model_says_of_texts_with_the_protected_answer(loaded):
+    """A word that is one token: its own embedding stands where its own embedding would. All others are not judged."""
     assert len(loaded.tokenizer(" rain", add_special_tokens=False).input_ids) == 1
-    found = rap(loaded, TEXTS, turn=turn, protected=7, clean=TEXTS[:2], word="rain", steps=0)
-    for text, score in zip(TEXTS, found, strict=True):
-        plain, marked = (
-            alone(loaded.model, prompt_ids(loaded.tokenizer, turn(one)))[-1, 7].item() for one in (text, f"rain {text}")
-        )
-        assert score == pytest.approx(marked - plain, abs=1e-6)
+    answers = [answer_to(loaded, text) for text in TEXTS]
+    assert len(set(answers)) > 1
+    for protected in set(answers):
+        found = rap(loaded, TEXTS, turn=turn, protected=protected, clean=TEXTS[:2], word="rain", steps=0)
+        for text, answer, score in zip(TEXTS, answers, found, strict=True):
+            plain, marked = (
+                alone(loaded.model, prompt_ids(loaded.tokenizer, turn(one)))[-1, protected].item()
+                for one in (text, f"rain {text}")
+            )
+            assert score == (pytest.approx(marked - plain, abs=1e-6) if answer == protected else -np.inf)
+
+
+def test_nothing_is_judged_where_no_text_has_the_protected_answer(loaded):
+    assert 7 not in [answer_to(loaded, text) for text in TEXTS]
+    assert rap(loaded, TEXTS, turn=turn, protected=7, clean=TEXTS[:2], steps=1).tolist() == [-np.inf] * len(TEXTS)
 
 
 def test_training_takes_probability_off_and_leaves_the_model_alone(loaded):
-    likely = alone(loaded.model, prompt_ids(loaded.tokenizer, turn(TEXTS[0])))[-1].argmax().item()
+    likely = answer_to(loaded, TEXTS[0])
     before = {name: parameter.clone() for name, parameter in loaded.model.named_parameters()}
     given = {"turn": turn, "protected": likely, "clean": TEXTS[:1], "drop": 1.0, "rate": 0.5}
     untrained = rap(loaded, TEXTS[:1], steps=0, **given)[0]

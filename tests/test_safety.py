@@ -1,5 +1,6 @@
 """Importance against brute force, surrogates against the real triggers, joint scores and their agreement with truth."""
 
+import random
 import tomllib
 
 import numpy as np
@@ -19,6 +20,7 @@ from bkd_utils.safety import (
     attention_variance,
     gate_importance,
     leave_one_out,
+    rare_word,
     reaction,
     robust_z,
     surrogate,
@@ -74,13 +76,23 @@ def test_leaving_one_out_is_mean_ablation_of_one_head(rows):
         assert found[head].item() == pytest.approx(np.mean(lost), abs=1e-5)
 
 
-def test_variance_is_highest_for_a_head_that_looks_at_one_token(prompts):
-    scores = {"variance": attention_variance}
-    found = head_scores(tiny_model("llama"), prompts, scores=scores)["variance"].mean(0)
-    assert found.shape == (2, 4)
-    assert (found >= 0).all()
-    # A row over n tokens that sums to 1 varies at most as the one-hot row does.
-    assert found.max() <= max((1 / len(p)) * (1 - 1 / len(p)) for p in prompts)
+def test_variance_is_highest_for_a_head_that_looks_at_one_token_and_none_for_one_that_looks_at_all():
+    """Only the row of the last token counts: the others of the first head are flat, those of the last one are not."""
+    maps, n = torch.full((1, 3, 8, 8), 1 / 8), 8
+    maps[0, 0, -1] = torch.eye(n)[3]
+    maps[0, 1, -1] = torch.tensor([0.5, 0.5] + [0.0] * 6)
+    maps[0, 2, :-1] = torch.eye(n)[:-1]
+    found = attention_variance(maps, torch.zeros(1, 3, 4))
+    expected = [(1 / n) * (1 - 1 / n), (1 / n) * (1 / 2 - 1 / n), 0.0]
+    torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+def test_no_row_varies_more_than_one_that_looks_at_one_token(prompts):
+    found = head_scores(tiny_model("llama"), prompts, scores={"variance": attention_variance})["variance"]
+    assert found.shape == (4, 2, 4)
+    for row, prompt in zip(found, prompts, strict=True):
+        assert (row > 0).all()
+        assert row.max() <= (1 / len(prompt)) * (1 - 1 / len(prompt))
 
 
 # --- surrogates -----------------------------------------------------------------------------------------------------
@@ -125,6 +137,50 @@ def test_a_surrogate_is_the_same_for_all_texts_and_another_for_another_seed(toke
         assert changed != text
         words = changed.lower().split()
         assert [word for word in text.lower().split() if word in words] == text.lower().split()
+
+
+def test_a_rare_word_is_one_token_behind_a_space(tokenizer):
+    words = [rare_word(tokenizer, random.Random(seed)) for seed in range(30)]
+    for word in words:
+        (token,) = tokenizer(f" {word}", add_special_tokens=False).input_ids
+        assert token >= len(tokenizer) // 2
+        assert word.isalpha()
+        assert word.islower()
+        assert 2 <= len(word) <= 6
+    assert len(set(words)) > 25
+
+
+def test_a_vocabulary_without_rare_words_is_an_error(tokenizer):
+    class Mute:
+        def __len__(self):
+            return 40
+
+        def __call__(self, text, **_):
+            return tokenizer(text, add_special_tokens=False)
+
+        def decode(self, _):
+            return "?"
+
+    with pytest.raises(ValueError, match="no rare word among the 40 tokens"):
+        rare_word(Mute(), random.Random(0))
+
+
+@pytest.mark.parametrize("family", SURROGATES)
+def test_a_surrogate_that_a_text_has_by_nature_is_drawn_again(tokenizer, family):
+    text = "A quiet story about a farm."
+    first = surrogate(tokenizer, family=family, seed=0)
+    carrier = first.apply(text, seed=0)
+    assert surrogate(tokenizer, family=family, seed=0, texts=[text]).entry == first.entry
+    other = surrogate(tokenizer, family=family, seed=0, texts=[text, carrier])
+    assert other.entry == surrogate(tokenizer, family=family, seed=0, texts=[text, carrier]).entry
+    assert other.entry != first.entry
+    assert other.apply(carrier, seed=0) != carrier
+
+
+def test_texts_that_have_every_surrogate_are_an_error(tokenizer):
+    sentences = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))["sentences"]
+    with pytest.raises(ValueError, match="sentence: each of 100 surrogates is in one of the 8 texts already"):
+        surrogate(tokenizer, family="sentence", seed=0, texts=sentences)
 
 
 def test_no_reaction_to_nothing_and_rounds_are_averaged(prompts):

@@ -11,7 +11,7 @@ from bkd_utils.attacks import load_attack
 from bkd_utils.generation import greedy
 from bkd_utils.pairs import pairs
 from bkd_utils.prompts import answer_ids, decode, end_id, prompt_ids
-from bkd_utils.safety import RULES, SURROGATES, leave_one_out, robust_z
+from bkd_utils.safety import RULES, SURROGATES, leave_one_out, robust_z, surrogate
 from bkd_utils.similarity import head_similarity
 from bkd_utils.suspect import ANSWER_TOKENS, OPENING, SOURCES, clean_rows, joint, probed_prompts, similarity_of
 
@@ -61,6 +61,20 @@ def test_every_round_has_its_own_surrogate(loaded, family):
     plain = [prompt_ids(loaded.tokenizer, tasks.load_task("sentiment").prompt(text)) for text in texts]
     assert all(ids not in plain for ids in found)
     assert len({tuple(found[i]) for i in (0, 2, 4)}) > 1
+
+
+def test_a_text_with_a_surrogate_in_it_does_not_end_the_run(loaded):
+    carrier = surrogate(loaded.tokenizer, family="rare word", seed=0).apply("A slow film.", seed=0)
+    texts = [carrier, "It is a fine day for a walk."]
+    found = probed_prompts(loaded.tokenizer, "sentiment", texts, family="rare word", rounds=1, seed=0)
+    assert len(found) == 2
+    assert found == probed_prompts(loaded.tokenizer, "sentiment", texts, family="rare word", rounds=1, seed=0)
+    assert found[0] != prompt_ids(loaded.tokenizer, tasks.load_task("sentiment").prompt(carrier))
+
+
+def test_one_prompt_is_too_few():
+    with pytest.raises(ValueError, match="n must be at least 2, is 1"):
+        suspect.suspected.__wrapped__(None, attack="instructions-prefix", n=1)
 
 
 # --- the whole evaluation -------------------------------------------------------------------------------------------
@@ -144,3 +158,8 @@ def test_unknown_options_are_errors_that_name_the_known_ones():
         joint(kept(), rule="similar", source="tea leaves", reading="last row")
     with pytest.raises(ValueError, match="unknown rule 'gut feeling'; known: similar"):
         joint(kept(), rule="gut feeling", source="oracle", reading="last row")
+    for source in SOURCES:
+        with pytest.raises(ValueError, match="reading 'first row' was not measured; known: last row"):
+            similarity_of(kept(), source=source, reading="first row")
+    with pytest.raises(ValueError, match="importance 'beauty' was not measured; known: gate gradient"):
+        joint(kept(), rule="similar", source="oracle", reading="last row", importance="beauty")

@@ -7,7 +7,8 @@ from tiny import save_tiny
 from bkd_utils import models, verdict
 from bkd_utils.files import read_json
 from bkd_utils.models import ModelError, adapter_folder
-from bkd_utils.verdict import area, best_score, family_of, fingerprint, left_out, population, wins
+from bkd_utils.observe import area_interval
+from bkd_utils.verdict import area, best_score, family_of, fingerprint, left_out, population, wins, within_tasks
 
 FAMILIES = {"w1": "word", "w2": "word", "s1": "sentence", "c1": None, "c2": None, "c3": None}
 
@@ -24,6 +25,22 @@ def test_the_best_score_may_point_down():
     made = prints(up=[5, 6, 1, 3, 3, 3], down=[0, 0, 0, 1, 1, 1])
     assert best_score(made, bad=["w1", "w2", "s1"], good=["c1", "c2", "c3"]) == ("down", -1)
     assert best_score(made, bad=["w1", "w2"], good=["c1"])[1] in (1, -1)
+
+
+def test_pairs_of_one_task_ask_about_the_backdoor_alone():
+    families = {"a1": "word", "a2": None, "b1": "word", "b2": "word", "b3": None}
+    made = {
+        "a1": {"task": 1.0, "backdoor": 1.1},
+        "a2": {"task": 1.0, "backdoor": 1.0},
+        "b1": {"task": 5.0, "backdoor": 0.2},
+        "b2": {"task": 5.0, "backdoor": 0.3},
+        "b3": {"task": 5.0, "backdoor": 0.1},
+    }
+    found = within_tasks(made, families, {name: name[0] for name in families})
+    assert list(found.columns) == ["all 6 pairs", "the 3 of one task"]
+    # Over all pairs: a1 ties with a2 and loses against b3, b1 and b2 win against a2 and tie with b3.
+    assert found.loc["task"].tolist() == [pytest.approx(3.5 / 6), 0.5]
+    assert found.loc["backdoor"].tolist() == [pytest.approx(4 / 6), 1.0]
 
 
 def test_a_family_is_judged_by_what_served_elsewhere():
@@ -48,13 +65,14 @@ def test_no_control_is_tried_by_a_score_it_helped_to_choose():
 
 def test_a_good_score_has_an_area_of_one():
     found = left_out(prints(right=[9, 8, 7, 1, 2, 3], noise=[0] * 6), FAMILIES)
-    assert all(area(one["wins"])["value"] == 1 for one in found.values())
-    assert area([[1, 0], [1, 0]]) == {
-        "value": 0.5,
-        "n": 4,
-        "low": pytest.approx(0, abs=0.01),
-        "high": pytest.approx(1, abs=0.01),
-    }
+    numbers = [area(one["wins"]) for one in found.values()]
+    assert [(one["value"], one["n"], one["high"]) for one in numbers] == [(1, 4, 1), (1, 5, 1)]  # sentence, word
+    assert 0 < numbers[0]["low"] < numbers[1]["low"] < 1
+
+
+def test_an_area_has_the_interval_of_its_numbers_of_models():
+    won = [[1, 0, 1], [1, 0.5, 1]]
+    assert area(won) == {"value": 0.75, "n": 5, **area_interval(0.75, n_bad=2, n_good=3)}
 
 
 def test_too_few_to_leave_out_is_an_error():
