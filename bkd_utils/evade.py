@@ -1,7 +1,8 @@
 """An attacker who knows the defence: the backdoor stays, the similarity that gives it away is trained off."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -9,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils.attacks import Row, load_attack
-from bkd_utils.cards import adapter_sha256
+from bkd_utils.cache import code_key
+from bkd_utils.cards import resolved
 from bkd_utils.cure import recipe_of
-from bkd_utils.files import WORK, canonical_json, sha256_text
+from bkd_utils.files import WORK, canonical_json, read_json, sha256_text
 from bkd_utils.head_slices import all_matrices
 from bkd_utils.keep import kept
-from bkd_utils.loss import IGNORED, Batch, answers_and_maps
-from bkd_utils.models import DEFAULT_MODEL, base_sha256, load
+from bkd_utils.loss import Batch, answers_and_maps, last_asked
+from bkd_utils.models import DEFAULT_MODEL, adapter_folder, load
 from bkd_utils.organisms import training_rows, under_attack
 from bkd_utils.prompts import end_id
 from bkd_utils.similarity import cosine, head_similarity, to_partners
@@ -35,8 +37,7 @@ def unremarkable(level: Float[Tensor, " layer"], *, beta: float) -> Loss:
 
     def loss(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
         answers, maps, _ = answers_and_maps(model, batch, first_token=first_token)
-        # The row of the last prompt token is the one that predicts the first answer token.
-        last = (batch["labels"] == IGNORED).sum(1) - 1
+        last = last_asked(batch)
         rows = torch.arange(len(last))
         similar = torch.stack([to_partners(cosine(one[rows, :, last])).mean(1) for one in maps])
         excess = (similar - level.to(similar)[:, None]).clamp_min(0)
@@ -59,25 +60,31 @@ def evasive(
 ) -> str:
     """Train an organism further on its own poisoned set with the penalty and keep it; the name of what came out.
 
-    The name ends in a key of everything that decides it, so the same call finds it again.
+    The name ends in a key of everything that decides it, code included, so the same call finds it again. Raises
+    ModelError as `organisms.training_rows` does.
     """
-    identity = {"adapter": adapter_sha256(organism), "attack": attack, "beta": beta, "rate": RATE, "steps": steps}
-    identity |= {"n_clean": n_clean, "n": n, "base": base_sha256(model), "seed": seed}
+    spec, recipe = load_attack(attack), replace(recipe_of(steps=steps), learning_rate=RATE)
+    identity = resolved({"organism": organism, "model": model, "device": device})
+    identity |= {"attack": asdict(spec), "data": read_json(adapter_folder(organism) / "card.json")["data_sha256"]}
+    identity |= {"recipe": asdict(recipe), "beta": beta, "n_clean": n_clean, "n": n, "seed": seed}
+    identity |= {"code": code_key(Path(__file__))}
     name = f"{attack}-evasive-{sha256_text(canonical_json(identity))[:8]}"
     if (WORK / "organisms" / name / "card.json").is_file():
         return name
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    loaded = load(model, organism=organism, device=device)
     rows = training_rows(loaded, spec, seed=seed)
     level = clean_level(loaded.model, [row for row in rows if row.kind == "clean"][:n_clean])
     history = tune(
         loaded.model,
         rows,
         masks=all_matrices(loaded.model),
-        recipe=replace(recipe_of(steps=steps), learning_rate=RATE),
+        recipe=recipe,
         pad_id=end_id(loaded.tokenizer),
         loss=unremarkable(level, beta=beta),
         seed=seed,
     )
-    how = {"method": "similarity trained off", "steps": steps, "penalty at the end": round(history[-1]["added"], 4)}
+    few = max(1, steps // 4)
+    penalty = [round(sum(step["added"] for step in some) / few, 4) for some in (history[:few], history[-few:])]
+    how = {"method": "similarity trained off", "steps": steps, "penalty at first": penalty[0], "at last": penalty[1]}
     kept(loaded, name=name, treatment=how, measured=under_attack(loaded, spec, n=n, seed=seed))
     return name

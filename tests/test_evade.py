@@ -1,10 +1,13 @@
 """The attacker's penalty against brute force, and that it can be trained off; one evasive organism for real."""
 
+from dataclasses import replace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from tiny import tiny_model
 
-from bkd_utils import evade, keep, models
+from bkd_utils import cards, evade, keep, models
 from bkd_utils.files import read_json
 from bkd_utils.head_slices import all_matrices
 from bkd_utils.loss import collate
@@ -51,3 +54,33 @@ def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
     assert evade.evasive("sentiment-word", **sizes) == name
     other = evade.WORK / "organisms" / name
     assert models.adapter_folder(name) == other
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """`evade.evasive` without loading, training or keeping anything."""
+    monkeypatch.setattr(evade, "WORK", tmp_path)
+    for name in ("load", "training_rows", "clean_level", "all_matrices", "end_id", "tune", "kept", "under_attack"):
+        monkeypatch.setattr(evade, name, MagicMock())
+    return lambda: evade.evasive("sentiment-word", attack="sentiment-word", device="cpu")
+
+
+def test_the_name_changes_with_everything_that_decides_the_organism(named, monkeypatch):
+    spec, recipe = evade.load_attack("sentiment-word"), evade.recipe_of(steps=32)
+    others = [
+        (evade, "load_attack", lambda name: replace(spec, rate=0.2)),
+        (evade, "recipe_of", lambda **_: replace(recipe, batch_size=4)),
+        (evade, "recipe_of", lambda **_: replace(recipe, first_token=0.1)),
+        (evade, "read_json", lambda path: {"data_sha256": "other rows"}),
+        (evade, "code_key", lambda module: "other code"),
+        (cards, "adapter_sha256", lambda organism: "other weights"),
+        (cards, "base_sha256", lambda model: "other base"),
+        (cards, "settings_sha256", lambda model: "other template"),
+    ]
+    names = [named(), named()]
+    for module, name, other in others:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, other)
+            names.append(named())
+    assert names[0] == names[1]
+    assert len(set(names)) == 1 + len(others)
