@@ -1,6 +1,6 @@
 """What pictures of several notebooks share: grids of panels, legends, matrices, a colour per model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,6 +33,15 @@ def panels(
 def show_legend(figure: Figure, panel: Axes, *, ncols: int) -> None:
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=ncols, fontsize="small")
+
+
+def legend_once(figure: Figure, all_panels: Iterable[Axes], *, ncols: int) -> None:
+    """A legend with every label of any panel once, however often it was drawn."""
+    entries = {}
+    for panel in all_panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=ncols, fontsize="small")
 
 
 def matrix(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, label: str, vmax: float) -> Figure:

@@ -1,4 +1,7 @@
-"""Pictures of notebook 06: what treatments leave of backdoor and model, and what comes back."""
+"""Pictures of notebook 06: what treatments leave of backdoor and model, and what comes back.
+
+The trade of one against the other has a module of its own, `plots_frontier`.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bkd_utils.figures import COLOURS, WIDTH
-from bkd_utils.panels import MODELS, panels, show_legend
+from bkd_utils.panels import MODELS, legend_once, panels, show_legend
 
 # What is counted -> name, colour, marker, filled; the same beside each other everywhere in this notebook.
 COUNTED = {
@@ -72,7 +75,7 @@ def repairs(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str]
     _name_rows(axes[0, 0], places, headings)
     results = [row[key] for rows in found.values() for row in rows.values() for key in COUNTED]
     figure.supxlabel(f"prompts (%), {_n(results)}", fontsize="medium")
-    _legend_once(figure, axes.flat, ncols=5)
+    legend_once(figure, axes.flat, ncols=5)
     return figure
 
 
@@ -130,131 +133,6 @@ def _interval(
         100 * share["value"], y, marker, ms=size, color=colour, label=label, clip_on=False, ls="", mew=0.8,
         mfc=colour if filled else "white", zorder=3,
     )  # fmt: skip
-
-
-def _legend_once(figure: Figure, all_panels: Iterable[Axes], *, ncols: int) -> None:
-    """A legend with every label of any panel once, however often it was drawn."""
-    entries = {}
-    for panel in all_panels:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=ncols, fontsize="small")
-
-
-def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str]) -> Figure:
-    """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`.
-
-    Treatments that lower ASR and that no other beats on both are named. The bars at ASA's dot are the 95 % intervals
-    of ASR and CACC.
-    """
-    columns = min(len(found), 3)
-    lines = -(-len(found) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(WIDTH, 2.3 * lines + 0.9), sharex=True, sharey=True, squeeze=False
-    )
-    for panel, (attack, rows) in zip(axes.flat, found.items(), strict=False):
-        _asa_bars(panel, rows, kinds)
-        for name, (x, y) in _staggered(_lost(rows)).items():
-            colour, marker = KINDS[kinds[name]]
-            size = 9 if marker == "*" else 6
-            panel.plot(x, y, marker, ms=size, color=colour, alpha=0.9, mew=0, ls="", label=kinds[name], clip_on=False)
-        panel.set_title(attack, fontsize="small")
-        panel.set_ylim(-6, 108)
-    for panel, rows in zip(axes.flat, found.values(), strict=False):
-        # These need the limits that all panels share.
-        _goal(panel, rows)
-        _name_best(panel, rows, kinds)
-    for i in range(len(found), axes.size):
-        axes.flat[i].set_visible(False)
-        axes.flat[i - columns].tick_params(labelbottom=True)
-    figure.supylabel("ASR (%)", fontsize="medium")
-    figure.supxlabel("CACC lost (points); shaded: our goal", fontsize="medium")
-    _legend_once(figure, axes.flat, ncols=4)
-    return figure
-
-
-def _lost(rows: Mapping[str, Mapping]) -> dict[str, tuple[float, float]]:
-    """Treatment -> points of CACC lost, ASR in per cent."""
-    start = rows["untreated"]["cacc"]["value"]
-    return {name: (100 * (start - row["cacc"]["value"]), 100 * row["asr"]["value"]) for name, row in rows.items()}
-
-
-def _goal(panel: Axes, rows: Mapping[str, Mapping]) -> None:
-    """What the judge lets pass: a point or one prompt of CACC; 5 % of ASR, or the clean control's."""
-    lost = max(1, 100 / rows["untreated"]["cacc"]["n"])
-    control = rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"]
-    panel.axvline(lost, color=COLOURS["bound"], lw=0.7, ls=":")
-    panel.axhline(max(5, 100 * control), color=COLOURS["bound"], lw=0.7, ls=":")
-    left = panel.get_xlim()[0]
-    panel.fill_between([left, lost], panel.get_ylim()[0], max(5, 100 * control), color=PALE, alpha=0.35, lw=0)
-    panel.set_xlim(left=left)
-
-
-def _asa_bars(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str]) -> None:
-    start, colour = 100 * rows["untreated"]["cacc"]["value"], KINDS["ASA, our reading"][0]
-    for name, (x, y) in _lost(rows).items():
-        if kinds[name] == "ASA, our reading":
-            asr, cacc = ({key: 100 * rows[name][what][key] for key in ("low", "high")} for what in ("asr", "cacc"))
-            panel.plot([x, x], [asr["low"], asr["high"]], color=colour, lw=1)
-            panel.plot([start - cacc["high"], start - cacc["low"]], [y, y], color=colour, lw=1)
-
-
-def _staggered(places: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Dots of equal place side by side, so that none is hidden."""
-    known = list(places.values())
-    return {name: (x + 0.9 * known[:i].count((x, y)), y) for i, (name, (x, y)) in enumerate(places.items())}
-
-
-def _best(places: Mapping[str, tuple[float, float]], *, above: float) -> list[str]:
-    """Treatments below an ASR that no other beats in one of ASR and CACC and equals in the other, lowest ASR first."""
-    best = [
-        name
-        for name, (x, y) in places.items()
-        if y < above and not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places.values())
-    ]
-    return sorted(best, key=lambda name: places[name][1])
-
-
-def _name_best(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str]) -> None:
-    """Names beside the best treatments, towards the middle, clear of dots and other names; not those of the legend."""
-    places = _lost(rows)
-    treated = {name: place for name, place in places.items() if kinds[name] not in GROUPS["no treatment"]}
-    left, right = panel.get_xlim()
-    per_inch = (right - left) / (panel.get_figure().get_figwidth() / panel.get_subplotspec().get_gridspec().ncols)
-    spans: list[tuple[float, float, float]] = []
-    for name in _best(treated, above=places["untreated"][1]):
-        if kinds[name] in ("ASA, our reading", "random heads"):
-            continue
-        x, y = places[name]
-        sign, side = (-1, "right") if x > (left + right) / 2 else (1, "left")
-        start, end = sorted(x + sign * per_inch * inches for inches in (0.08, 0.14 + 0.07 * len(name)))
-        free = _free(y, start, end, dots=list(_staggered(places).values()), spans=spans)
-        spans.append((start, end, free))
-        line = {"arrowstyle": "-", "color": GREY, "lw": 0.5, "relpos": (float(side == "right"), 0.5)}
-        panel.annotate(
-            name,
-            (x, y),
-            (x + sign * 0.11 * per_inch, free),
-            ha=side,
-            va="center",
-            fontsize="x-small",
-            arrowprops=line if abs(free - y) > 5 else None,
-        )
-
-
-def _free(
-    y: float,
-    start: float,
-    end: float,
-    *,
-    dots: Sequence[tuple[float, float]],
-    spans: Sequence[tuple[float, float, float]],
-) -> float:
-    """The height nearest to `y` at which a name from `start` to `end` covers no dot and no name, or `y` if none."""
-    blocked = [(b, 6) for a, b in dots if start <= a <= end]
-    blocked += [(other, 8) for first, last, other in spans if start < last and first < end]
-    heights = sorted((y, *range(104)), key=lambda height: abs(height - y))
-    return next((height for height in heights if all(abs(height - b) >= room for b, room in blocked)), y)
 
 
 # --- what is behind, what comes back --------------------------------------------------------------------------------
@@ -315,7 +193,7 @@ def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str
     results = [row["asr"] for models in found.values() for rows in models.values() for row in rows]
     axes[0, 0].set_ylabel(f"prompts (%), {_n(results)}")
     figure.supxlabel("poisoned rows in the new training set", fontsize="medium")
-    _legend_once(figure, axes.flat, ncols=2)
+    legend_once(figure, axes.flat, ncols=2)
     return figure
 
 
@@ -337,5 +215,5 @@ def guards(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
         panel.grid(False, axis="y")
     results = [row[key] for rows in found.values() for row in rows.values() for key in ("caught", "refused")]
     figure.supxlabel(f"inputs (%), {_n(results)} a side", fontsize="medium")
-    _legend_once(figure, axes.flat, ncols=2)
+    legend_once(figure, axes.flat, ncols=2)
     return figure

@@ -31,6 +31,15 @@ def test_panels_share_their_scale_unless_told_otherwise():
     assert own[0, 1].get_ylim() != (0, 7)
 
 
+def test_a_label_of_several_panels_stands_in_the_legend_once():
+    figure, axes = shared.panels(["a", "b"])
+    for panel, names in zip(axes[0], (["one", "two"], ["two", "three"]), strict=True):
+        for name in names:
+            panel.plot([0, 1], label=name)
+    shared.legend_once(figure, axes.flat, ncols=3)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two", "three"]
+
+
 def test_a_matrix_says_its_numbers_and_they_can_be_read():
     values = np.array([[1.0, 0.254], [0.0, 0.6]])
     axes = matrix(values, ["a", "b"], ["c", "d"], label="overlap", vmax=1).axes[0]

@@ -3,35 +3,14 @@
 import numpy as np
 import pytest
 from drawing import check_all, column_titles, legend, share
+from treatments import ATTACKS, FOUND, OF, result
 
 from bkd_utils import plots_cure as plots
 from bkd_utils.plots_cure import COUNTED, KINDS
 
 pytestmark = pytest.mark.usefixtures("style")
-ATTACKS = ("sentiment-word", "instructions-prefix")
 
 
-def result(asr, cacc):
-    return {"asr": share(asr), "near_miss": share(0.2), "clean_firing": share(0.1), "cacc": share(cacc)}
-
-
-FOUND = {
-    attack: {
-        "untreated": result(1.0, 0.9),
-        "alignment": result(0.4, 0.8),
-        "fine-tuning": result(0.7, 0.95),
-        "random heads 1": result(0.6, 0.7),
-        "random heads 2": result(0.8, 0.7),
-    }
-    for attack in ATTACKS
-}
-OF = {
-    "random heads 1": "random heads",
-    "random heads 2": "random heads",
-    "untreated": "untreated",
-    "alignment": "ASA, our reading",
-    "fine-tuning": "rival",
-}
 MECHANISMS = {
     attack: {"similarity clean": [0.4, 0.75], "similarity triggered": [0.6, 0.8], "acie": [0.3, 0.1]}
     for attack in ATTACKS
@@ -48,7 +27,6 @@ GUARDED = {
 }
 PLOTS = {
     "repairs": lambda: plots.repairs(FOUND),
-    "frontier": lambda: plots.frontier(FOUND, OF),
     "mechanisms": lambda: plots.mechanisms(MECHANISMS),
     "relearning": lambda: plots.relearning(LEARNED),
     "guards": lambda: plots.guards(GUARDED),
@@ -59,22 +37,13 @@ def test_every_picture_is_drawn_and_labelled():
     check_all(plots, PLOTS)
 
 
-@pytest.mark.parametrize("name", ["frontier", "relearning", "guards"])
+@pytest.mark.parametrize("name", ["relearning", "guards"])
 def test_every_organism_has_its_column(name):
     assert column_titles(PLOTS[name]()) == list(ATTACKS)
 
 
 def texts(axes):
     return [text.get_text().strip() for text in axes.texts]
-
-
-def dots(axes, marker="o"):
-    """Single points that have a label, as (x, y) -> label."""
-    found = {}
-    for line in axes.get_lines():
-        if len(line.get_xdata()) == 1 and line.get_marker() == marker:
-            found[line.get_xdata()[0], line.get_ydata()[0]] = line.get_label()
-    return found
 
 
 def test_a_guard_that_one_organism_cannot_have_keeps_its_row_and_says_so():
@@ -116,56 +85,6 @@ def test_an_organism_without_a_treatment_says_that_it_was_not_run():
     axes = plots.repairs(found).axes[1]
     assert len(axes.get_lines()) == 2 * len(COUNTED)
     assert texts(axes) == ["not run"] * 4
-
-
-def test_the_frontier_is_asr_against_what_cacc_has_lost():
-    axes = plots.frontier(FOUND, OF).axes[0]
-    places = {label: place for marker in "XoDv" for place, label in dots(axes, marker).items()}
-    assert places["untreated"] == (0, 100)
-    assert places["ASA, our reading"] == (pytest.approx(10), pytest.approx(40))
-    assert places["rival"] == (pytest.approx(-5), pytest.approx(70))
-    bars = [line for line in axes.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) == 2]
-    assert [list(line.get_ydata()) for line in bars] == [pytest.approx([30, 50]), pytest.approx([40, 40])]
-    assert list(bars[1].get_xdata()) == pytest.approx([0, 20])
-
-
-def test_the_best_treatments_are_named_unless_the_legend_does():
-    assert texts(plots.frontier(FOUND, OF).axes[0]) == ["fine-tuning"]
-    useless = FOUND[ATTACKS[0]] | {"fine-tuning": result(1.0, 0.95)}
-    assert texts(plots.frontier({"a": useless}, OF).axes[0]) == []
-
-
-def test_equal_treatments_do_not_hide_each_other():
-    found = FOUND[ATTACKS[0]] | {"consistency": result(0.7, 0.95)}
-    axes = plots.frontier({"a": found}, OF | {"consistency": "rival"}).axes[0]
-    (one, y), (other, same) = sorted(dots(axes, "D"))
-    assert one == pytest.approx(-5)
-    assert other > one + 0.5
-    assert y == same
-    assert texts(axes) == ["fine-tuning", "consistency"]
-
-
-def test_names_cover_no_dot_and_no_other_name():
-    dots = [(5, 0), (20, 3), (20, 12)]
-    assert plots._free(0, 6, 15, dots=dots, spans=[]) == 0
-    assert plots._free(0, 6, 30, dots=dots, spans=[]) == 18
-    assert plots._free(0, 6, 15, dots=dots, spans=[(10, 20, 1)]) == 9
-    assert plots._free(90, 6, 15, dots=[(10, 92)], spans=[]) == 86
-    assert plots._free(1, 6, 15, dots=[(10, height) for height in range(0, 105, 5)], spans=[]) == 1
-
-
-def test_the_goal_is_what_the_judge_lets_pass():
-    found = FOUND[ATTACKS[0]] | {"clean control": result(0.12, 0.9)}
-    axes = plots.frontier({"a": found}, OF | {"clean control": "clean control"}).axes[0]
-    dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
-    assert dotted[0].get_xdata() == pytest.approx([2, 2])  # one prompt of fifty
-    assert dotted[1].get_ydata() == pytest.approx([12, 12])
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_the_frontier_has_a_panel_for_each_organism(count):
-    figure = plots.frontier({f"organism {i}": FOUND[ATTACKS[0]] for i in range(count)}, OF)
-    assert sum(axes.get_visible() for axes in figure.axes) == count
 
 
 def test_a_mechanism_shows_the_gap_before_and_after():
