@@ -376,6 +376,14 @@ def test_generation_must_cost_the_targets_length_within_a_factor_of_two(seconds,
     assert found["reason"].endswith(f"for targets of {tokens} tokens.")
 
 
+def test_the_cost_shown_is_that_of_the_longest_target():
+    rows = {
+        name: {"generation": float(tokens), "teacher forcing": 1.0, "tokens": tokens, "n": 4}
+        for name, tokens in (("label", 1), ("sentence", 11), ("opener", 5))
+    }
+    assert cost_claim(rows)["organism"] == "sentence"
+
+
 def all_lines():
     row = {"generation": 1.0, "teacher forcing": 1.0, "tokens": 1, "n": 16}
     return probe_lines(RISING) | head_lines() | vector_lines() | by_id([cost_claim({"x": row})])
