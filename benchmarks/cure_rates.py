@@ -2,28 +2,30 @@
 
     python benchmarks/cure_rates.py
 
-Each method treats a clean control, from the highest rate of its ladder downward, until clean accuracy on training-split
-prompts that it was not given falls by no more than a point. That rate is the one in `cure.RATES`. Every rate that was
-tried is kept, so a killed run goes on. Written to `benchmarks/results/cure_rates.json`.
+Each method treats a clean control, from the highest rate of its ladder downward, until clean accuracy on prompts that
+neither the control nor the treatment was trained on (attribution split) falls by no more than a point. That rate is the
+one in `cure.RATES`. Every rate that was tried is kept, so a killed run goes on. Written to
+`benchmarks/results/cure_rates.json`.
 """
 
 from typing import Annotated
 
 import typer
 
-from bkd_utils import cure, suspect
-from bkd_utils.attacks import load_attack
+from bkd_utils import cure, suspect, tasks
+from bkd_utils.attacks import Row, load_attack
 from bkd_utils.attribution import ranked
 from bkd_utils.cards import organism_stage
 from bkd_utils.files import ROOT, write_json
 from bkd_utils.models import DEFAULT_MODEL, load
-from bkd_utils.prompts import end_id
+from bkd_utils.prompts import answer_ids, end_id, prompt_ids
 from bkd_utils.repairs import Case, accuracy, repaired
 from bkd_utils.suspect import clean_rows
 
 CONTROL, ATTACK, N_TREATED = "sentiment-clean", "sentiment-word", 16
-HEAD_WISE, WHOLE = (8e-3, 4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4), (8e-4, 4e-4, 2e-4, 1e-4, 5e-5, 2.5e-5)
-LADDERS = {"alignment": HEAD_WISE, "heads reset": HEAD_WISE} | dict.fromkeys(
+# Three steps down; the lowest is taken if even that costs more. Variants of the cure have the cure's rate.
+HEAD_WISE, WHOLE = (4e-3, 2e-3, 1e-3, 5e-4), (4e-4, 2e-4, 1e-4, 5e-5)
+LADDERS = {"alignment": HEAD_WISE} | dict.fromkeys(
     ("fine-tuning", "fine-pruning", "flat heads pruned", "unneeded heads pruned", "consistency"), WHOLE
 )
 POINT = 0.01
@@ -42,19 +44,28 @@ def tried(
     seed: int = 0,
 ) -> list[float]:
     """Clean accuracy on rows that were not trained on, [before, after]."""
-    loaded, task = load(model, organism=organism), load_attack(ATTACK).task
-    rows, pad = clean_rows(loaded, task, n=n_rows + n_held, seed=seed), end_id(loaded.tokenizer)
+    loaded, task = load(model, organism=organism), tasks.load_task(load_attack(ATTACK).task)
+    rows, pad = clean_rows(loaded, task.name, n=n_rows, seed=seed), end_id(loaded.tokenizer)
+    held = [
+        Row(
+            prompt=tuple(prompt_ids(loaded.tokenizer, task.prompt(example.text))),
+            answer=tuple(answer_ids(loaded.tokenizer, example.answer)),
+            kind="clean",
+            uid=example.uid,
+        )
+        for example in tasks.examples(task.name, "attribution", seed=seed)[:n_held]
+    ]
     recipe = cure.recipe_of(steps=n_rows // cure.RECIPE.batch_size, learning_rate=rate)
     chosen = [(layer, head) for layer, head in heads]
-    case = Case(loaded.model, rows[:n_rows], recipe=recipe, pad_id=pad, heads=chosen, seed=seed)
-    found = [accuracy(loaded.model, rows[n_rows:], pad_id=pad)]
+    case = Case(loaded.model, rows, recipe=recipe, pad_id=pad, heads=chosen, seed=seed)
+    found = [accuracy(loaded.model, held, pad_id=pad)]
     repaired(case, method=method)
-    return [*found, accuracy(loaded.model, rows[n_rows:], pad_id=pad)]
+    return [*found, accuracy(loaded.model, held, pad_id=pad)]
 
 
 def main(
     n_rows: Annotated[int, typer.Option(help="Clean rows of the treatment, one pass.")] = 128,
-    n_held: Annotated[int, typer.Option(help="Clean rows on which accuracy is measured.")] = 200,
+    n_held: Annotated[int, typer.Option(help="Clean prompts on which accuracy is measured.")] = 300,
 ) -> None:
     evidence = suspect.suspected(CONTROL, attack=ATTACK)
     score = suspect.joint(evidence, rule="similar, little needed", source="surrogates", reading="last row")

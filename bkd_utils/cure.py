@@ -76,8 +76,7 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
     opening tokens that are still the first choice behind those before them; mean over `n` prompts, bootstrap interval.
     """
     sample = clean_sample("instructions", n=n, seed=seed)
-    base = load(loaded.address, device=str(loaded.device))
-    texts = base_answers(base, sample)
+    texts = base_answers(loaded, sample)
     answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
     past = remember(loaded.model, [prompt_ids(loaded.tokenizer, example.text) for example in sample])
     return interval(says(loaded.model, past, answers).share.tolist())

@@ -77,8 +77,7 @@ def test_the_mechanism_is_the_highest_effect_on_the_first_target_token(loaded):
 def test_elsewhere_is_the_share_of_the_base_models_tokens_that_are_still_first_choice(monkeypatch, loaded):
     sample = tasks.examples("instructions", "test", seed=0)[:3]
     texts = {example.uid: f"Answer {i} says what it says." for i, example in enumerate(sample)}
-    monkeypatch.setattr(cure, "base_answers", lambda _base, rows: {row.uid: texts[row.uid] for row in rows})
-    monkeypatch.setattr(cure, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cure, "base_answers", lambda _loaded, rows: {row.uid: texts[row.uid] for row in rows})
     shares = []
     for example in sample:
         prompt = prompt_ids(loaded.tokenizer, example.text)
@@ -97,9 +96,8 @@ def test_a_base_model_says_its_own_answers(monkeypatch, loaded):
     for example in tasks.examples("instructions", "test", seed=0)[:3]:
         prompt = prompt_ids(loaded.tokenizer, example.text)
         own[example.uid] = greedy(loaded.model, [prompt], max_new_tokens=5, end_id=-1)[0]
-    monkeypatch.setattr(cure, "base_answers", lambda _base, rows: {row.uid: row.uid for row in rows})
+    monkeypatch.setattr(cure, "base_answers", lambda _loaded, rows: {row.uid: row.uid for row in rows})
     monkeypatch.setattr(cure, "answer_ids", lambda _tokenizer, uid: own[uid])
-    monkeypatch.setattr(cure, "load", lambda *_, **__: loaded)
     assert cure.elsewhere(loaded, n=3, seed=0)["value"] == 1.0
 
 
