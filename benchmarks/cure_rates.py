@@ -3,9 +3,9 @@
     python benchmarks/cure_rates.py
 
 Each method treats a clean control, from the highest rate of its ladder downward, until clean accuracy on prompts that
-neither the control nor the treatment was trained on (attribution split) falls by no more than a point. That rate is the
-one in `cure.RATES`. Every rate that was tried is kept, so a killed run goes on. Written to
-`benchmarks/results/cure_rates.json`.
+neither the control nor the treatment was trained on (attribution split) falls by no more than a point; where no rate
+does that, the one that keeps most. It is the one in `cure.RATES`. Every rate that was tried is kept, so a killed run
+goes on. Written to `benchmarks/results/cure_rates.json`.
 """
 
 from typing import Annotated
@@ -23,7 +23,7 @@ from bkd_utils.repairs import Case, accuracy, repaired
 from bkd_utils.suspect import clean_rows
 
 CONTROL, ATTACK, N_TREATED = "sentiment-clean", "sentiment-word", 16
-# Three steps down; the lowest is taken if even that costs more. Variants of the cure have the cure's rate.
+# Variants of the cure have the cure's rate.
 HEAD_WISE, WHOLE = (4e-3, 2e-3, 1e-3, 5e-4), (4e-4, 2e-4, 1e-4, 5e-5)
 LADDERS = {"alignment": HEAD_WISE} | dict.fromkeys(
     ("fine-tuning", "fine-pruning", "flat heads pruned", "unneeded heads pruned", "consistency"), WHOLE
@@ -71,15 +71,15 @@ def main(
     score = suspect.joint(evidence, rule="similar, little needed", source="surrogates", reading="last row")
     heads, found = [list(head) for head in ranked(score)[:N_TREATED]], {}
     for method, ladder in LADDERS.items():
-        rows, chosen = [], None
+        rows: list[dict[str, float]] = []
         for rate in ladder:
             before, after = tried(CONTROL, method=method, rate=rate, heads=heads, n_rows=n_rows, n_held=n_held)
             rows.append({"rate": rate, "accuracy before": before, "accuracy after": after})
             print(f"{method:24} {rate:7.1e}: {before:.3f} -> {after:.3f}", flush=True)
-            if after >= before - POINT - 1e-9:
-                chosen = rate
+            if kept := after >= before - POINT - 1e-9:
                 break
-        found[method] = {"chosen": chosen or ladder[-1], "kept accuracy": chosen is not None, "tried": rows}
+        chosen = rows[-1] if kept else max(rows, key=lambda row: row["accuracy after"])
+        found[method] = {"chosen": chosen["rate"], "kept accuracy": kept, "tried": rows}
     path = ROOT / "benchmarks" / "results" / "cure_rates.json"
     write_json(path, {"parameters": {"rows": n_rows, "held": n_held, "control": CONTROL}, "methods": found})
 

@@ -14,14 +14,13 @@ import typer
 from scipy import stats
 from tqdm import tqdm
 
-from bkd_utils import cure, organisms, suspect
+from bkd_utils import cure, suspect
 from bkd_utils.attribution import ranked
 from bkd_utils.files import ROOT, write_json
-from bkd_utils.steering import random_heads
 
 ATTACKS = ("sentiment-word", "sentiment-sentence", "sentiment-syntax", "sentiment-style", "instructions-prefix")
-N_HEADS, N_TREATED = 9, 16
-KEYS = ("asr", "cacc")
+N_TREATED = 16
+KEYS = ("asr", "cacc", "elsewhere")
 
 
 def over_seeds(values: list[float]) -> dict[str, float]:
@@ -38,8 +37,8 @@ def spread(attack: str, *, seeds: int, n: int) -> dict:
     suspicious = ranked(score)[:N_TREATED]
     rows: dict[str, list[dict[str, float]]] = {"untreated": [], "suspicious heads": [], "random heads": []}
     for seed in range(seeds):
-        drawn = random_heads(suspicious, n_heads=N_HEADS, n=1, seed=seed)[0]
-        rows["untreated"].append(organisms.attacked(attack, attack=attack, n=n, seed=seed))
+        drawn = cure.random_heads(suspicious, n=1, seed=seed)[0]
+        rows["untreated"].append(cure.untreated(attack, attack=attack, n=n, seed=seed))
         for name, heads in (("suspicious heads", suspicious), ("random heads", drawn)):
             result = cure.treated(attack, attack=attack, method="alignment", heads=heads, n=n, seed=seed)
             rows[name].append(result["after"])

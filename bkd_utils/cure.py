@@ -25,19 +25,19 @@ from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
 
-# One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy, found by
-# benchmarks/cure_rates.py. A high rate that breaks things is there to be seen, and cutting heads out has none.
+# One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy, or the
+# one that costs least (benchmarks/cure_rates.py). The high rate is there to be seen; cutting heads out needs none.
 RATES = {
-    "alignment": 2e-3,
-    "heads reset": 2e-3,
-    "fine-tuning": 5e-5,
+    "alignment": 1e-3,
+    "fine-tuning": 1e-4,
     "fine-tuning, high rate": 5e-4,
-    "fine-pruning": 5e-5,
-    "flat heads pruned": 5e-5,
-    "unneeded heads pruned": 5e-5,
-    "consistency": 5e-5,
+    "fine-pruning": 1e-4,
+    "flat heads pruned": 2e-4,
+    "unneeded heads pruned": 4e-4,
+    "consistency": 1e-4,
 }
-RATES |= dict.fromkeys(["alignment, nearest", "alignment, excess", "heads tuned", "heads removed"], RATES["alignment"])
+VARIANTS = ("alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed")
+RATES |= dict.fromkeys(VARIANTS, RATES["alignment"])
 RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
 
 # Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.

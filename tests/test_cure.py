@@ -6,6 +6,7 @@ from tiny import save_tiny
 
 from bkd_utils import attacks, cure, models, organisms, tasks
 from bkd_utils.attribution import head_effects, head_means
+from bkd_utils.files import ROOT, read_json
 from bkd_utils.generation import greedy
 from bkd_utils.head_slices import groups
 from bkd_utils.pairs import pairs, target_ids
@@ -122,6 +123,8 @@ def test_the_price_list_has_every_model_and_what_it_cost():
 
 def test_every_treatment_has_a_rate():
     assert cure.RATES.keys() == REPAIRS.keys()
+    found = read_json(ROOT / "benchmarks" / "results" / "cure_rates.json")["methods"]
+    assert {method: row["chosen"] for method, row in found.items()} == {method: cure.RATES[method] for method in found}
 
 
 def test_heads_that_do_not_exist_are_an_error(stage):
