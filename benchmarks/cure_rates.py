@@ -4,8 +4,8 @@
 
 Each method treats a clean control, from the highest rate of its ladder downward, until clean accuracy on prompts that
 neither the control nor the treatment was trained on (attribution split) falls by no more than a point; where no rate
-does that, the one that keeps most. It is the one in `cure.RATES`. Every rate that was tried is kept, so a killed run
-goes on. Written to `benchmarks/results/cure_rates.json`.
+does that, the one that keeps most. It is the one in `cure.RATES`; other treatments have that of one of these three.
+Every rate that was tried is kept, so a killed run goes on. Written to `benchmarks/results/cure_rates.json`.
 """
 
 from typing import Annotated
@@ -23,11 +23,8 @@ from bkd_utils.repairs import Case, accuracy, repaired
 from bkd_utils.suspect import clean_rows
 
 CONTROL, ATTACK, N_TREATED = "sentiment-clean", "sentiment-word", 16
-# Variants of the cure have the cure's rate.
-HEAD_WISE, WHOLE = (4e-3, 2e-3, 1e-3, 5e-4), (4e-4, 2e-4, 1e-4, 5e-5)
-LADDERS = {"alignment": HEAD_WISE} | dict.fromkeys(
-    ("fine-tuning", "fine-pruning", "flat heads pruned", "unneeded heads pruned", "consistency"), WHOLE
-)
+WHOLE = (4e-4, 2e-4, 1e-4, 5e-5)
+LADDERS = {"alignment": (4e-3, 2e-3, 1e-3, 5e-4), "fine-tuning": WHOLE, "consistency": WHOLE}
 POINT = 0.01
 
 

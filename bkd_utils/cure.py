@@ -25,19 +25,14 @@ from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
 
-# One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy, or the
-# one that costs least (benchmarks/cure_rates.py). The high rate is there to be seen; cutting heads out needs none.
-RATES = {
-    "alignment": 1e-3,
-    "fine-tuning": 1e-4,
-    "fine-tuning, high rate": 5e-4,
-    "fine-pruning": 1e-4,
-    "flat heads pruned": 2e-4,
-    "unneeded heads pruned": 4e-4,
-    "consistency": 1e-4,
-}
-VARIANTS = ("alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed")
-RATES |= dict.fromkeys(VARIANTS, RATES["alignment"])
+# One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy
+# (benchmarks/cure_rates.py). What is tuned after pruning has the rate of plain fine-tuning, other treatments of heads
+# have the cure's; cutting heads out needs none. The high rate is there to be seen.
+RATES = {"alignment": 1e-3, "fine-tuning": 1e-4, "fine-tuning, high rate": 5e-4, "consistency": 1e-4}
+RATES |= dict.fromkeys(["fine-pruning", "flat heads pruned", "unneeded heads pruned"], RATES["fine-tuning"])
+RATES |= dict.fromkeys(
+    ["alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed"], RATES["alignment"]
+)
 RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
 
 # Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
