@@ -71,11 +71,16 @@ def entry(
 def record(entries: Sequence[Mapping]) -> Path:
     """Write entries into the scorecard beside the figures; those of the same claims are replaced."""
     path = figures.folder() / "scorecard.json"
-    kept = {row["id"]: row for row in read_json(path) if row["id"] in published()} if path.is_file() else {}
-    order = list(published())
-    kept |= {row["id"]: dict(row) for row in entries}
-    write_json(path, sorted(kept.values(), key=lambda row: order.index(row["id"])))
+    write_json(path, merged(entries, path))
     return path
+
+
+def merged(entries: Sequence[Mapping], path: Path) -> list[dict]:
+    """Entries and, of a scorecard that may be there already, those of other claims, in the order of `published`."""
+    order = list(published())
+    kept = {row["id"]: row for row in read_json(path) if row["id"] in order} if path.is_file() else {}
+    kept |= {row["id"]: dict(row) for row in entries}
+    return sorted(kept.values(), key=lambda row: order.index(row["id"]))
 
 
 def recorded() -> list[dict]:
@@ -87,23 +92,26 @@ def recorded() -> list[dict]:
 
 
 def scorecard(entries: Sequence[Mapping], *, paper: str) -> pd.DataFrame:
-    """What notebook 09 shows of one paper: claims, published numbers, ours with interval and n, verdicts and why."""
-    return pd.DataFrame(
-        [
-            {
-                "claim": row["claim"],
-                "published": row["published"],
-                "ours": ours(row),
-                "criterion": row["criterion"],
-                "verdict": row["verdict"],
-                "organisms that pass": _count(row["by_organism"]),
-                "because": row["reason"],
-                "figure": row["figure"],
-            }
-            for row in entries
-            if row["paper"] == paper
-        ]
-    ).set_index("claim")
+    """What notebook 09 shows of one paper: claims, published numbers, ours with interval and n, verdicts and why.
+
+    Empty if none of the paper's claims was judged, as after a run of some notebooks only.
+    """
+    columns = ["claim", "published", "ours", "criterion", "verdict", "organisms that pass", "because", "figure"]
+    rows = [
+        {
+            "claim": row["claim"],
+            "published": row["published"],
+            "ours": ours(row),
+            "criterion": row["criterion"],
+            "verdict": row["verdict"],
+            "organisms that pass": _count(row["by_organism"]),
+            "because": row["reason"],
+            "figure": row["figure"],
+        }
+        for row in entries
+        if row["paper"] == paper
+    ]
+    return pd.DataFrame(rows, columns=columns).set_index("claim")
 
 
 def ours(row: Mapping) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bkd_utils import notebooks
+from bkd_utils import claims, notebooks
 from bkd_utils.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
 from bkd_utils.models import DEFAULT_MODEL
 from bkd_utils.notebooks import NotebookError
@@ -97,8 +97,9 @@ def run_all(
     if publish:
         write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
         if (figures / "scorecard.json").is_file():
-            with atomic_path(FIGURES / "scorecard.json") as temporary:
-                shutil.copyfile(figures / "scorecard.json", temporary)
+            # Claims of notebooks that this run left out keep their lines.
+            lines = claims.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
+            write_json(FIGURES / "scorecard.json", lines)
     report(runs, console, folder=WORK / "executed" / profile)
     return runs
 

@@ -210,6 +210,15 @@ def test_each_paper_has_its_table_with_number_interval_n_and_organism():
     assert shown.iloc[0]["ours"] == "accuracy of the best layer: 0.1 [0, 0.2], n = 20 splits (b)"
     assert shown.iloc[0]["organisms that pass"] == "1 of 2"
     assert claims.scorecard(lines, paper="ASA").iloc[0]["verdict"] == "does not hold"
+    assert claims.scorecard(lines[:1], paper="ASA").empty
+
+
+def test_a_run_of_some_notebooks_keeps_the_lines_of_the_others(tmp_path):
+    path = tmp_path / "scorecard.json"
+    assert [row["id"] for row in claims.merged([line(COST)], path)] == [COST]
+    files.write_json(path, [line(PROBE), line(COST), {"id": "no claim any more"}])
+    new = line(COST, passed=[("a", False)])
+    assert claims.merged([new], path) == [line(PROBE), new]
 
 
 def test_an_interval_of_no_width_is_not_shown_as_one():
