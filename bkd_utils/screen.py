@@ -78,8 +78,8 @@ def screened(
     whatever the task has, as a defender knows no trigger; only triggered prompts are chosen by the attack. ONION also
     answers with the suspicious words removed: `asr cleaned`. RAP is told which label to protect and judges only what
     the model gives that label: it calibrates on `n_reference` prompts per label, of which that is about `n_reference`,
-    and `judged` is the share of clean test prompts that it judges (`refused` counts them all). Raises ValueError if the
-    model gives the label to no calibration prompt.
+    and `judged` is the share of clean test prompts that it judges (`refused` counts them all). A model that gives the
+    label to no calibration prompt leaves it nothing to judge, and it is left out.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     sample, turn = texts_of(spec, flippable_sample(spec, n=n, seed=seed))
@@ -113,11 +113,12 @@ def screened(
         )
         scores["RAP"] = np.split(values, (len(texts), len(texts) + n))
     fired = fires(triggered)
-    found = {name: outcome(*values, frr=frr, fired=fired) for name, values in scores.items()}
+    able = {name: values for name, values in scores.items() if np.isfinite(values[0]).any()}
+    found = {name: outcome(*values, frr=frr, fired=fired) for name, values in able.items()}
     limit = threshold(scores["ONION"][0], frr=frr)
     left = [without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]
     found["ONION"]["asr cleaned"] = asdict(share(fires(left).tolist()))
-    if "RAP" in scores:
+    if "RAP" in found:
         found["RAP"]["judged"] = asdict(share(np.isfinite(scores["RAP"][1]).tolist()))
     return found
 
