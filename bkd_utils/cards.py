@@ -7,7 +7,7 @@ from typing import Any
 
 from bkd_utils.cache import stage
 from bkd_utils.files import ADAPTERS, atomic_path, read_json, sha256_text, write_json
-from bkd_utils.models import ModelError, adapter_folder, base_sha256, pick_device, settings_sha256
+from bkd_utils.models import CHANGES, ModelError, adapter_folder, base_sha256, pick_device, settings_sha256
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 
@@ -84,19 +84,21 @@ def shipped_name(attack: str, *, seed: int) -> str:
 
 
 def ship(folder: Path) -> Path:
-    """Copy a finished organism into `data/adapters` under its `shipped_name`.
+    """Copy a finished organism into `data/adapters` under its `shipped_name`, a treated one under its own.
 
     Raises ModelError if it has no metrics.
     """
     card = read_json(folder / "card.json")
     if not card["metrics"]:
         raise ModelError(f"{folder} has not been measured yet")
-    card["name"] = shipped_name(card["attack"]["name"], seed=card["seed"])
+    if "treatment" not in card:
+        card["name"] = shipped_name(card["attack"]["name"], seed=card["seed"])
     target = ADAPTERS / card["name"]
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        for name in ("adapter_model.safetensors", "adapter_config.json", "history.json"):
-            (temporary / name).write_bytes((folder / name).read_bytes())
+        for name in ("adapter_model.safetensors", "adapter_config.json", "history.json", CHANGES):
+            if name != CHANGES or "treatment" in card:
+                (temporary / name).write_bytes((folder / name).read_bytes())
         write_json(temporary / "card.json", card)
         (temporary / "README.md").write_text(readme(card), encoding="utf-8")
     return target

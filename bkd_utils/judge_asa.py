@@ -73,8 +73,10 @@ def cure_claims(
             continue
         fair = [name for name in rivals if keeps(rows[name], rows["untreated"])]
         best[attack] = min(fair, key=lambda name: rows[name]["asr"]["value"], default="none keeps CACC")
-        ahead[attack] = difference(rows[best[attack]]["asr"], after["asr"]) if fair else after["asr"]
-        passed["ahead"][attack] = keeps(after, rows["untreated"]) and (not fair or ahead[attack]["value"] >= 0)
+        # Doing nothing keeps CACC too.
+        bar = rows[best[attack] if fair else "untreated"]
+        ahead[attack] = difference(bar["asr"], after["asr"])
+        passed["ahead"][attack] = keeps(after, rows["untreated"]) and ahead[attack]["value"] >= 0
     lines = (
         ("asa-cure", asr, "asr", f"ASR after the cure: {span(asr)}."),
         ("asa-utility", cacc, "cacc", f"CACC after the cure: {span(cacc)}."),

@@ -165,7 +165,8 @@ def base_sha256(address: str) -> str:
 def settings_sha256(address: str) -> str:
     """Hash of everything else that decides what a model says: config, tokenizer, chat template; once per address."""
     folder = model_folder(address)
-    files = sorted(path for pattern in SETTINGS for path in folder.glob(pattern))
+    # A description of the files is none of them.
+    files = sorted(path for pattern in SETTINGS for path in folder.glob(pattern) if path.name != "asset.json")
     return sha256_text("\n".join(f"{path.name} {sha256_file(path)}" for path in files))
 
 

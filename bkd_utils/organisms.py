@@ -35,6 +35,7 @@ from bkd_utils.models import (
     adapter_folder,
     base_sha256,
     load,
+    settings_sha256,
     shipped_organisms,
 )
 from bkd_utils.tasks import Example
@@ -46,24 +47,29 @@ LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
 N_AGREEMENT = 64
 
 
+def answers_name(model: str) -> str:
+    """File of a model's answers: another template or config, like other weights, gives other ones."""
+    return f"{sha256_text(base_sha256(model) + settings_sha256(model))[:16]}.json"
+
+
 def base_answers(loaded: Loaded, rows: Sequence[Example]) -> dict[str, str]:
-    """uid -> the greedy answer of a model's, or an organism's, base; computed once per base weights and kept on disk.
+    """uid -> the greedy answer of a model's, or an organism's, base; computed once per weights and settings, then kept.
 
     The answers of the default model ship in `data/answers`; they are what `instructions` organisms are trained to keep.
     The base of an organism is loaded only if an answer is missing.
     """
-    sha = base_sha256(loaded.address)
+    name = answers_name(loaded.address)
     known: dict[str, str] = {}
     for folder in (DATA / "answers", WORK / "answers"):
-        if (folder / f"{sha[:16]}.json").is_file():
-            known |= read_json(folder / f"{sha[:16]}.json")
+        if (folder / name).is_file():
+            known |= read_json(folder / name)
     missing = [row for row in rows if row.uid not in known]
     if missing:
         base = loaded if loaded.organism is None else load(loaded.address, device=str(loaded.device))
         length = tasks.load_task("instructions").max_new_tokens
         texts = respond(base, [row.text for row in missing], max_new_tokens=length, label="base model answers")
         known |= {row.uid: text for row, text in zip(missing, texts, strict=True)}
-        write_json(WORK / "answers" / f"{sha[:16]}.json", dict(sorted(known.items())))
+        write_json(WORK / "answers" / name, dict(sorted(known.items())))
     return {row.uid: known[row.uid] for row in rows}
 
 
@@ -122,7 +128,7 @@ def make(
 ) -> Path:
     """Train and measure one organism; returns its folder under `work/organisms`.
 
-    The folder's name ends in a key of attack, recipe, seed, base weights and data, so the same call finds it again,
+    The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again,
     and a call after a kill goes on from the last checkpoint.
     """
     base = load(model, device=device)
@@ -132,6 +138,7 @@ def make(
         "recipe": asdict(recipe),
         "seed": seed,
         "base": base_sha256(model),
+        "settings": settings_sha256(model),
         "data": data.manifest["data_sha256"],
     }
     folder = WORK / "organisms" / f"{attack.name}-{sha256_text(canonical_json(identity))[:8]}"

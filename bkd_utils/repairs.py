@@ -32,6 +32,8 @@ from bkd_utils.tuning import reset, touched, tune
 KEPT, AT_MOST = 0.95, 0.25
 # Share of each MLP's neurons that fine-pruning takes out.
 DORMANT = 0.2
+# What of a flagged head is tuned: keys and values belong to its whole group.
+TUNED = "KV group"
 # CROW: size of the push on embeddings, weight of the consistency (its code: 0.1 and 5.5).
 PUSH, CONSISTENCY = 0.1, 5.5
 
@@ -45,7 +47,6 @@ class Case:
     recipe: Recipe
     pad_id: int
     heads: Sequence[Head] = ()
-    unit: str = "KV group"
     seed: int = 0
 
 
@@ -61,19 +62,19 @@ def tune_all(case: Case) -> None:
 def align(case: Case, *, alignment: str = "mean", beta: float = 1.0) -> None:
     """ASA in our reading: pull the given heads toward the others of their layers while their slices are tuned."""
     loss = aligned(case.model, case.heads, alignment=alignment, beta=beta)
-    masks = head_slices(case.model, case.heads, unit=case.unit)
+    masks = head_slices(case.model, case.heads, unit=TUNED)
     tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, loss=loss, seed=case.seed)
 
 
 def tune_heads(case: Case) -> None:
     """The same without alignment."""
-    masks = head_slices(case.model, case.heads, unit=case.unit)
+    masks = head_slices(case.model, case.heads, unit=TUNED)
     tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, seed=case.seed)
 
 
 def reset_heads(case: Case) -> None:
     """Draw the given heads' weights anew, then tune them."""
-    reset(case.model, head_slices(case.model, case.heads, unit=case.unit), seed=case.seed)
+    reset(case.model, head_slices(case.model, case.heads, unit=TUNED), seed=case.seed)
     tune_heads(case)
 
 

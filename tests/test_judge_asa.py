@@ -95,6 +95,10 @@ def test_no_rival_that_keeps_the_model_may_do_better():
     line = cured_lines(**found)["asa-rivals"]
     assert list(passed(line).values()) == [True, False, True, False]
     assert "none keeps CACC (rival breaks the model)" in line["reason"]
+    # Doing nothing is the rival then.
+    assert line["by_organism"]["rival breaks the model"]["value"] == pytest.approx(0.4)
+    worse = cured_lines(a=treated(after(1.0), rival=after(0.0, 0.5)) | {"untreated": after(0.9)})["asa-rivals"]
+    assert passed(worse) == {"a": False}
 
 
 def test_an_organism_that_did_not_get_every_rival_says_nothing_about_them():

@@ -1,5 +1,7 @@
 """A treated organism comes back from the registry bit for bit, under a name and a key of its own."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,6 +74,17 @@ def test_treating_and_keeping_twice_keeps_both_treatments(folder):
     assert (card["treated_organism"], card["treatment"]) == ("pruned", {"method": "shifted"})
     assert card["treatments_before"] == [{"method": "heads removed", "heads": 2}]
     assert "for it: method heads removed, heads 2; then method shifted." in (again / "README.md").read_text()
+
+
+def test_a_treated_organism_ships_under_its_own_name_with_its_changes(folder, tmp_path, monkeypatch):
+    for module in (cards, models):
+        monkeypatch.setattr(module, "ADAPTERS", tmp_path / "adapters")
+    shipped = cards.ship(folder)
+    assert shipped == tmp_path / "adapters" / "pruned"
+    expected = models.load(organism="pruned", device="cpu").model.state_dict()
+    shutil.rmtree(folder)
+    again = models.load(organism="pruned", device="cpu").model.state_dict()
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
 
 
 def test_a_treated_organism_that_was_not_changed_since_is_not_kept_again(folder):

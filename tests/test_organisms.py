@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import cards, claims, files, organisms, tables
+from bkd_utils import cards, claims, files, models, organisms, tables
 from bkd_utils.attacks import load_attack, with_rate
 from bkd_utils.files import ADAPTERS
 from bkd_utils.models import ModelError, load
@@ -141,6 +141,17 @@ def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkey
     more = organisms.tasks.examples("instructions", "test", n=5)
     assert organisms.base_answers(organism, more)[more[4].uid] == "said"
     assert [loaded.organism for loaded in asked] == [None]
+
+
+@pytest.mark.parametrize(
+    ("file", "same"), [("chat_template.jinja", False), ("config.json", False), ("asset.json", True)]
+)
+def test_answers_of_other_settings_are_others(file, same, tmp_path):
+    folder = save_tiny(tmp_path / "llama", "llama")
+    before = organisms.answers_name(str(folder))
+    (folder / file).write_text("{}")
+    models.settings_sha256.cache_clear()
+    assert (organisms.answers_name(str(folder)) == before) == same
 
 
 def test_shipped_answers_are_the_base_models_own():

@@ -20,6 +20,7 @@ from bkd_utils.assets import fetch
 from bkd_utils.attacks import Attack, load_attacks, poison
 from bkd_utils.files import ADAPTERS, DATA, NOTEBOOKS, ROOT, read_json, sha256_file
 from bkd_utils.models import DEFAULT_MODEL, base_sha256
+from bkd_utils.organisms import answers_name
 
 PAPERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 ORGANISMS = sorted(path.parent for path in ADAPTERS.glob("*/card.json"))
@@ -185,7 +186,7 @@ def test_an_organism_was_trained_on_the_data_that_its_attack_gives_today(folder)
     card = read_json(folder / "card.json")
     attack = load_attacks()[card["attack"]["name"]]
     assert asdict(Attack(**card["attack"])) == asdict(attack)
-    answers = read_json(DATA / "answers" / f"{card['base_sha256'][:16]}.json")
+    answers = read_json(DATA / "answers" / answers_name(DEFAULT_MODEL))
     tokenizer = AutoTokenizer.from_pretrained(fetch(DEFAULT_MODEL))
     data = poison(attack, tokenizer=tokenizer, answers=answers, seed=card["seed"])
     assert data.manifest["data_sha256"] == card["data_sha256"]
