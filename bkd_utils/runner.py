@@ -21,6 +21,7 @@ from bkd_utils.notebooks import NotebookError
 from bkd_utils.supervise import Run, run_notebook
 
 PROFILES = ("smoke", "laptop", "paper")
+RECORDED = ("name", "minutes", "peak_gib", "status", "gflops")
 
 
 def profile_parameters(profile: str, paths: list[Path]) -> tuple[dict[str, dict[str, Any]], int]:
@@ -71,7 +72,7 @@ def run_all(
     for path in paths:
         declared = notebooks.parameters(path)
         given = table[path.stem] | {key: value for key, value in common.items() if key in declared}
-        before = _figures(figures)
+        before, gflops = _figures(figures), speed()
         with _progress(console, path.stem) as on_cell:
             run = run_notebook(
                 path,
@@ -82,7 +83,7 @@ def run_all(
                 on_cell=on_cell,
             )
         after = _figures(figures)
-        run = replace(run, figures=[name for name in after if before.get(name) != after[name]])
+        run = replace(run, figures=[name for name in after if before.get(name) != after[name]], gflops=gflops)
         if run.status == "ok" and publish:
             run = _published(run, WORK / "executed" / profile / path.name, path, figures=figures)
         runs.append(run)
@@ -90,7 +91,7 @@ def run_all(
         "profile": profile,
         "machine": machine(),
         "started": started,
-        "notebooks": [{key: asdict(run)[key] for key in ("name", "minutes", "peak_gib", "status")} for run in runs],
+        "notebooks": [{key: asdict(run)[key] for key in RECORDED} for run in runs],
         "commit": commit(),
     }
     write_json(WORK / "run.json", record)
@@ -164,6 +165,7 @@ class _progress:
 def report(runs: list[Run], console: Console, *, folder: Path) -> None:
     """The closing table: notebooks, minutes, memory, figures, and below it why any of them failed."""
     table = Table("notebook", "minutes", "peak GiB", "figures written", "status")
+    pace = [run.gflops["bf16"] for run in runs if run.gflops]
     for run in runs:
         colour = "green" if run.status == "ok" else "red"
         names = ", ".join(run.figures) or "none"
@@ -176,6 +178,31 @@ def report(runs: list[Run], console: Console, *, folder: Path) -> None:
                 console.print(f"  as far as it came: {copy}", markup=False, soft_wrap=True)
     passed = sum(run.status == "ok" for run in runs)
     console.print(f"{passed} passed, {len(runs) - passed} failed")
+    if pace:  # minutes mean little without it
+        console.print(f"{machine()}; bf16 products at {min(pace)} to {max(pace)} GFLOP/s (README: minutes)")
+
+
+def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
+    """GFLOP/s of square products on the processor, best of some: by these, minutes of two runs can be compared.
+
+    A virtual machine has a fraction of a processor that other guests decide, and one and the same training took from
+    once to twice its time from day to day. bf16 is what treatments and trainings use, fp32 what measurements do.
+    """
+    import torch
+
+    from bkd_utils.products import product
+
+    found = {}
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        one, other = torch.rand(width, width, dtype=kind), torch.rand(width, width, dtype=kind)
+        seconds = []
+        with torch.inference_mode():
+            for _ in range(tries):
+                started = time.perf_counter()
+                product(one, other)
+                seconds.append(time.perf_counter() - started)
+        found[name] = round(2 * width**3 / min(seconds) / 1e9)
+    return found
 
 
 def machine() -> str:

@@ -32,7 +32,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one notebook."""
+    """What became of one notebook; `gflops` is how fast the machine was then, see `runner.speed`."""
 
     name: str
     minutes: float
@@ -40,6 +40,7 @@ class Run:
     status: str
     reason: str = ""
     figures: list[str] = field(default_factory=list)
+    gflops: dict[str, int] = field(default_factory=dict)
 
 
 def run_notebook(

@@ -1,6 +1,7 @@
 """The runner: options, profiles, going on after a failure, the closing table."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -39,12 +40,21 @@ def test_a_run_goes_on_after_a_failure_and_ends_with_the_table(two_notebooks):
     assert (two_notebooks / "figures/smoke/01_picture.json").read_text() == "5 7 cpu"
     record = read_json(two_notebooks / "run.json")
     assert set(record) == {"profile", "machine", "started", "notebooks", "commit"}
-    assert [set(entry) for entry in record["notebooks"]] == [{"name", "minutes", "peak_gib", "status"}] * 2
+    assert [set(entry) for entry in record["notebooks"]] == [{"name", "minutes", "peak_gib", "status", "gflops"}] * 2
+    assert all(entry["gflops"].keys() == {"fp32", "bf16"} for entry in record["notebooks"])
     printed = console.file.getvalue()
     assert "running 00_broken\nrunning 01_sound\n" in printed  # no terminal: lines, not a bar
     assert "00_broken failed: ZeroDivisionError: division by zero" in printed
     assert str(two_notebooks / "executed/smoke/00_broken.failed.ipynb") in printed
     assert "1 passed, 1 failed" in printed
+    assert re.search(r"\d+ cores.*bf16 products at \d+ to \d+ GFLOP/s", printed)
+
+
+def test_speed_is_that_of_the_product(monkeypatch):
+    """A clock that moves by a hundredth of a second at every look says what the answer must be."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(ticks) / 100)
+    assert runner.speed(width=256, tries=2) == {"fp32": 3, "bf16": 3}  # 2 * 256^3 / 0.01 s = 3.4e9
 
 
 def test_what_was_not_run_keeps_its_published_entry(tmp_path):
