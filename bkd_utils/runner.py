@@ -179,7 +179,7 @@ def report(runs: list[Run], console: Console, *, folder: Path) -> None:
     passed = sum(run.status == "ok" for run in runs)
     console.print(f"{passed} passed, {len(runs) - passed} failed")
     if pace:  # minutes mean little without it
-        console.print(f"{machine()}; bf16 products at {min(pace)} to {max(pace)} GFLOP/s (README: minutes)")
+        console.print(f"{machine()}; bf16 products at {min(pace)} to {max(pace)} GFLOP/s, by which minutes compare")
 
 
 def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
