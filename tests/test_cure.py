@@ -130,3 +130,12 @@ def test_every_treatment_has_a_rate():
 def test_heads_that_do_not_exist_are_an_error(stage):
     with pytest.raises(ValueError, match="no head 9 in layer 0"):
         stage("treated", method="heads tuned", heads=[[0, 9]], n=4)
+
+
+def test_the_readme_says_what_the_seeds_left():
+    found = read_json(ROOT / "benchmarks" / "results" / "cure_spread.json")["organisms"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for attack, result in found.items():
+        columns = [result["shares"][name]["asr"] for name in ("untreated", "suspicious heads", "random heads")]
+        cells = [", ".join(f"{100 * value:.0f}" for value in column) + " %" for column in columns]
+        assert f"| `{attack}` | " + " | ".join(cells) + " |" in text
