@@ -59,14 +59,14 @@ def main(
     n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 32,
 ) -> None:
     results = {attack: spread(attack, seeds=seeds, n=n) for attack in tqdm(ATTACKS, unit="organism")}
+    overall = mean_interval([result["random less suspicious, asr"]["value"] for result in results.values()])
+    parameters = {"seeds": seeds, "n": n, "heads": N_TREATED}
+    path = ROOT / "benchmarks" / "results" / "cure_spread.json"
+    write_json(path, {"parameters": parameters, "random less suspicious, asr": overall, "organisms": results})
+    # Printed after it is written: a reader that closes the pipe must not cost the results.
     for attack, result in results.items():
         print(attack, {name: [f"{value:.0%}" for value in one["asr"]] for name, one in result["shares"].items()})
-    more = [result["random less suspicious, asr"]["value"] for result in results.values()]
-    overall = mean_interval(more)
     print("random less suspicious, mean over organisms:", overall)
-    path = ROOT / "benchmarks" / "results" / "cure_spread.json"
-    parameters = {"seeds": seeds, "n": n, "heads": N_TREATED}
-    write_json(path, {"parameters": parameters, "random less suspicious, asr": overall, "organisms": results})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from bkd_utils.files import ADAPTERS, atomic_path, read_json, sha256_text, write
 from bkd_utils.models import CHANGES, ModelError, adapter_folder, base_sha256, pick_device, settings_sha256
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
+# What an organism's training leaves beside its card.
+TRAINED = ("adapter_model.safetensors", "adapter_config.json", "history.json")
 
 
 def metrics(organism: str | Path) -> dict:
@@ -91,14 +93,14 @@ def ship(folder: Path) -> Path:
     card = read_json(folder / "card.json")
     if not card["metrics"]:
         raise ModelError(f"{folder} has not been measured yet")
-    if "treatment" not in card:
+    treated = "treatment" in card
+    if not treated:
         card["name"] = shipped_name(card["attack"]["name"], seed=card["seed"])
     target = ADAPTERS / card["name"]
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        for name in ("adapter_model.safetensors", "adapter_config.json", "history.json", CHANGES):
-            if name != CHANGES or "treatment" in card:
-                (temporary / name).write_bytes((folder / name).read_bytes())
+        for name in (*TRAINED, CHANGES) if treated else TRAINED:
+            (temporary / name).write_bytes((folder / name).read_bytes())
         write_json(temporary / "card.json", card)
         (temporary / "README.md").write_text(readme(card), encoding="utf-8")
     return target

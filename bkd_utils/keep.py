@@ -39,7 +39,7 @@ def kept(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float
     folder = WORK / "organisms" / name
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        for file in ("adapter_model.safetensors", "adapter_config.json", "history.json"):
+        for file in cards.TRAINED:
             shutil.copyfile(source / file, temporary / file)
         save_file(changes, temporary / CHANGES, metadata={"format": "pt"})
         card["changes_sha256"] = sha256_file(temporary / CHANGES)

@@ -133,9 +133,19 @@ def test_heads_that_do_not_exist_are_an_error(stage):
 
 
 def test_the_readme_says_what_the_seeds_left():
-    found = read_json(ROOT / "benchmarks" / "results" / "cure_spread.json")["organisms"]
+    found = read_json(ROOT / "benchmarks" / "results" / "cure_spread.json")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for attack, result in found.items():
-        columns = [result["shares"][name]["asr"] for name in ("untreated", "suspicious heads", "random heads")]
-        cells = [", ".join(f"{100 * value:.0f}" for value in column) + " %" for column in columns]
-        assert f"| `{attack}` | " + " | ".join(cells) + " |" in text
+    left = {
+        attack: {name: ", ".join(f"{100 * value:.0f}" for value in one["asr"]) + " %" for name, one in shares.items()}
+        for attack, shares in ((attack, result["shares"]) for attack, result in found["organisms"].items())
+    }
+    for attack, cells in left.items():
+        row = [f"`{attack}`", *(cells[name] for name in ("untreated", "suspicious heads", "random heads"))]
+        assert f"| {' | '.join(row)} |" in text
+    word = left["sentiment-word"]
+    assert f"on the word: {word['fine-pruning']} for" in text
+    assert f"and {word['flat heads pruned']} for" in text
+    assert word["fine-tuning"] == "62, 100, 100 %"
+    more = {key: round(100 * found["random less suspicious, asr"][key]) for key in ("value", "low", "high")}
+    assert f"Random heads leave {-more['value']} points less than" in text
+    assert f"[{more['low']}, {more['high']}] more" in text
