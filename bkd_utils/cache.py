@@ -2,11 +2,12 @@
 
 A rerun after a kill repeats the stage that was running and no other. The code part of the key is the syntax tree of the
 stage's module and of every module of this package that it imports, without docstrings and comments: a changed line
-recomputes, a changed comment does not.
+recomputes, a changed comment does not. Versions of the libraries that compute are part of it, too.
 """
 
 import ast
 import functools
+import importlib.metadata
 import inspect
 import logging
 import os
@@ -23,6 +24,7 @@ PACKAGE = Path(__file__).resolve().parent
 # What a stage reads by itself: what prompts and surrogates are made of, and what the attack is that it knows by name. A
 # change there is another experiment. Recipes and profiles reach stages as arguments only.
 TABLES = ("attacks.toml", "instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
+LIBRARIES = ("torch", "transformers", "peft")
 log = logging.getLogger(__name__)
 
 
@@ -66,7 +68,13 @@ def key(function: Callable, arguments: dict[str, Any]) -> str:
         except (TypeError, ValueError) as error:
             raise TypeError(f"stage {function.__name__}: argument {name} = {value!r} is not a JSON value") from error
     module = Path(inspect.getsourcefile(function))
-    return sha256_text(canonical_json([function.__qualname__, arguments, code_key(module)]))
+    return sha256_text(canonical_json([function.__qualname__, arguments, code_key(module), library_versions()]))
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic a result depends on; an upgrade measures again."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def _kept(path: Path) -> dict | None:
@@ -75,37 +83,75 @@ def _kept(path: Path) -> dict | None:
     try:
         kept = read_json(path)
         return {"result": kept["result"], "when": kept["when"]}
-    except (ValueError, KeyError, TypeError):
-        log.warning("%s is damaged and is computed again", path)
+    except (ValueError, KeyError, TypeError) as error:
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        log.warning("%s is damaged (%s); it was moved to %s and is computed again", path, error, aside.name)
         return None
 
 
 def code_key(module: Path) -> str:
-    """Hash of a module's code and of all modules of this package that it imports, directly or not."""
-    seen: dict[Path, str] = {}
-    waiting = [module]
+    """Hash of a module's code and of the code of all modules of this package that it imports, directly or not.
+
+    Modules are known by their path within the package, so that two of the same name in different folders both count.
+    Raises ImportError for an import of this package that leads to no file: a key that leaves out a dependency would
+    bring back results of old code.
+    """
+    seen: dict[str, str] = {}
+    waiting = [module.resolve()]
     while waiting:
         path = waiting.pop()
-        if path in seen:
+        label = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
+        if label in seen:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        waiting += _imports(tree)
-        seen[path] = sha256_text(ast.dump(_without_docstrings(tree)))
+        waiting += _imports(tree, path)
+        seen[label] = sha256_text(ast.dump(_without_docstrings(tree)))
     tables = [sha256_file(DATA / name) for name in TABLES]
-    return sha256_text(canonical_json([tables, sorted([path.name, code] for path, code in seen.items())]))
+    return sha256_text(canonical_json([tables, sorted(seen.items())]))
 
 
-def _imports(tree: ast.AST) -> list[Path]:
-    names = []
+def _imports(tree: ast.AST, importer: Path) -> list[Path]:
+    """Files of this package that a module imports. Raises ImportError for one that is not there."""
+    found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == PACKAGE.name:
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE.name}."):
-            names.append(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            names += [alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{PACKAGE.name}.")]
-    paths = [PACKAGE / f"{name}.py" for name in names]
-    return [path for path in paths if path.is_file()]
+        if isinstance(node, ast.Import):
+            targets = [(alias.name.split("."), None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            parts = importer.relative_to(PACKAGE.parent).with_suffix("").parts[: -node.level]
+            targets = [([*parts, *(node.module or "").split(".")], alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            targets = [(node.module.split("."), alias.name) for alias in node.names]
+        else:
+            continue
+        for parts, name in targets:
+            parts = [part for part in parts if part]
+            if parts[:1] == [PACKAGE.name]:
+                found.append(_source(parts[1:], name, f"{importer.name}, line {node.lineno}"))
+    return found
+
+
+def _source(parts: list[str], name: str | None, where: str) -> Path:
+    """The file behind `import PACKAGE.parts` or `from PACKAGE.parts import name`; the name may be a module itself."""
+    place = PACKAGE.joinpath(*parts)
+    candidates = [] if name is None else [place / f"{name}.py", place / name / "__init__.py"]
+    candidates += [place.with_suffix(".py")] * bool(parts)
+    for path in candidates:
+        if path.is_file():
+            return path
+    folder = place / "__init__.py"
+    if folder.is_file() and (name is None or name in _names(ast.parse(folder.read_text(encoding="utf-8")))):
+        return folder
+    dotted = ".".join([PACKAGE.name, *parts, *([name] if name else [])])
+    raise ImportError(f"{where}: {dotted} is no module of this package, so the key of a kept result cannot include it")
+
+
+def _names(tree: ast.Module) -> set[str]:
+    """The names that a folder's `__init__` binds."""
+    found = {
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    return found | {name.id for node in tree.body for name in ast.walk(node) if isinstance(name, ast.Name)}
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

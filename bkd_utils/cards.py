@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bkd_utils.cache import stage
 from bkd_utils.files import ADAPTERS, atomic_path, read_json, sha256_text, write_json
 from bkd_utils.models import CHANGES, ModelError, adapter_folder, base_sha256, pick_device, settings_sha256
+from bkd_utils.training import has_fast_bf16
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 # What an organism's training leaves beside its card.
@@ -58,6 +61,8 @@ def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
         found["settings"] = settings_sha256(found["model"])
     if "device" in found:
         found["device"] = pick_device(found["device"])
+        # Training and tuning multiply in bf16 where the machine does so in hardware, and give other weights then.
+        found["fast_bf16"] = has_fast_bf16(torch.device(found["device"]))
     return found
 
 

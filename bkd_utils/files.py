@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +31,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     On success it replaces `target`; on any error, Ctrl-C included, it is removed and `target` stays as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old.part")
-    _remove(temporary)
+    # A name of its own for every writer: two of them may write the same target at once, and one whole file remains.
+    own = f"{secrets.token_hex(4)}.{os.getpid()}.part"
+    temporary, aside = (target.with_name(f".{target.name}.{kind}{own}") for kind in ("", "old."))
     try:
         yield temporary
         if temporary.is_dir() and target.exists():

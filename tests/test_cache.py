@@ -1,15 +1,19 @@
 """A kept result is read again for the same inputs and the same code, and for nothing else."""
 
 import ast
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 
 from bkd_utils import cache
 from bkd_utils.cache import code_key, stage
-from bkd_utils.files import DATA
+from bkd_utils.files import DATA, ROOT, read_json
 
 CALLS = []
+ENV = {"PYTHONPATH": str(ROOT)}
 
 
 @stage
@@ -47,13 +51,44 @@ def test_other_arguments_compute():
     assert CALLS == [3, 3, 4]
 
 
-def test_a_damaged_file_is_computed_again(own_folder, caplog):
+def test_a_damaged_file_is_kept_aside_and_computed_again(own_folder, caplog):
     squares(upto=3)
     (file,) = own_folder.iterdir()
     file.write_text('{"result"')
     assert squares(upto=3)["squares"] == [0, 1, 4]
     assert CALLS == [3, 3]
-    assert "damaged" in caplog.text
+    assert f"{file} is damaged" in caplog.text
+    assert file.with_suffix(".damaged").read_text() == '{"result"'
+
+
+def test_other_libraries_compute(monkeypatch):
+    assert cache.library_versions().keys() == {"torch", "transformers", "peft"}
+    squares(upto=3)
+    monkeypatch.setattr(cache, "library_versions", lambda: {"torch": "0"})
+    squares(upto=3)
+    assert CALLS == [3, 3]
+
+
+SLOW = """
+import sys, time
+from bkd_utils.cache import stage
+
+@stage
+def slow(*, x):
+    time.sleep(0.5)
+    return {"x": x, "who": sys.argv[1] * 100_000}
+
+slow(x=1)
+"""
+
+
+def test_two_processes_that_compute_the_same_key_leave_one_whole_result(tmp_path, own_folder):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    both = [subprocess.Popen([sys.executable, str(script), who], cwd=ROOT, env=os.environ | ENV) for who in "ab"]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    (file,) = own_folder.iterdir()
+    assert read_json(file)["result"]["who"] in ("a" * 100_000, "b" * 100_000)
 
 
 def test_force_computes_what_is_older_than_the_run_and_then_keeps_it(monkeypatch, own_folder):
@@ -175,3 +210,50 @@ def test_code_counts_and_comments_do_not(tmp_path, monkeypatch):
     assert second != first
     main.write_text("from pack.helper import f\n\n\ndef g():\n    return f() + 1\n")
     assert code_key(main) not in (first, second)
+
+
+@pytest.fixture
+def nested(tmp_path, monkeypatch):
+    """A package with a folder, a module of the same name in two places, and a folder that re-exports."""
+    package = tmp_path / "pack"
+    for name, text in {
+        "__init__.py": "",
+        "same.py": "X = 1\n",
+        "one/__init__.py": "from pack.one.inner import f\n",
+        "one/inner.py": "from pack.one.same import X\n\n\ndef f():\n    return X\n",
+        "one/same.py": "X = 2\n",
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    monkeypatch.setattr(cache, "PACKAGE", package)
+    return package
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from pack.one.inner import f",
+        "from pack.one import inner",
+        "from pack.one import f",
+        "import pack.one.inner",
+        "from .one.inner import f",
+        "from .one import inner",
+        "from . import one",
+    ],
+)
+def test_modules_in_folders_count_however_they_are_imported(nested, line):
+    main = nested / "main.py"
+    main.write_text(line + "\n")
+    first = code_key(main)
+    (nested / "same.py").write_text("X = 3\n")
+    assert code_key(main) == first  # another module of that name, which nobody imports
+    (nested / "one" / "same.py").write_text("X = 3\n")
+    assert code_key(main) != first
+
+
+@pytest.mark.parametrize("line", ["from pack import gone", "from pack.one.gone import f", "import pack.gone"])
+def test_an_import_that_leads_nowhere_is_an_error_and_not_left_out_of_the_key(nested, line):
+    main = nested / "main.py"
+    main.write_text("X = 1\n" + line + "\n")
+    with pytest.raises(ImportError, match=r"main.py, line 2: pack.*gone.* is no module of this package"):
+        code_key(main)
