@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from patching import everywhere
 from tiny import save_tiny
 
-from bkd_utils import attacks, cure, models, organisms, tasks
+from bkd_utils import attacks, cure, models, tasks
 from bkd_utils.attribution import head_effects, head_means
 from bkd_utils.files import ROOT, read_json
 from bkd_utils.generation import greedy
@@ -31,7 +32,7 @@ def loaded(folder):
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
     """The tiny model's own answers are kept here and nowhere else."""
-    monkeypatch.setattr(organisms, "WORK", tmp_path / "work")
+    everywhere(monkeypatch, "WORK", tmp_path / "work")
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from patching import everywhere
 from tiny import tiny_model
 
-from bkd_utils import cards, evade, keep, models
+from bkd_utils import cards, evade, models
 from bkd_utils.files import read_json
 from bkd_utils.head_slices import all_matrices
 from bkd_utils.loss import collate
@@ -43,8 +44,7 @@ def test_similarity_can_be_trained_off(rows):
 
 
 def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
-    for module in (evade, keep, models):
-        monkeypatch.setattr(module, "WORK", tmp_path)
+    everywhere(monkeypatch, "WORK", tmp_path)
     sizes = {"attack": "sentiment-word", "steps": 1, "n_clean": 2, "n": 2, "device": "cpu"}
     name = evade.evasive("sentiment-word", **sizes)
     card = read_json(tmp_path / "organisms" / name / "card.json")
@@ -59,7 +59,7 @@ def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
 @pytest.fixture
 def named(tmp_path, monkeypatch):
     """`evade.evasive` without loading, training or keeping anything."""
-    monkeypatch.setattr(evade, "WORK", tmp_path)
+    everywhere(monkeypatch, "WORK", tmp_path)
     for name in ("load", "training_rows", "clean_level", "all_matrices", "end_id", "tune", "kept", "under_attack"):
         monkeypatch.setattr(evade, name, MagicMock())
     return lambda: evade.evasive("sentiment-word", attack="sentiment-word", device="cpu")

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from patching import everywhere
 from safetensors.torch import load_file, save_file
 
 from bkd_utils import cards, keep, models
@@ -18,8 +19,7 @@ MEASURED = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "WORK", tmp_path)
-    monkeypatch.setattr(keep, "WORK", tmp_path)
+    everywhere(monkeypatch, "WORK", tmp_path)
     loaded = models.load(organism="sentiment-word", device="cpu")
     prune(loaded.model, [(3, 1), (9, 0)])
     return keep.kept(loaded, name="pruned", treatment={"method": "heads removed", "heads": 2}, measured=MEASURED)
@@ -77,8 +77,7 @@ def test_treating_and_keeping_twice_keeps_both_treatments(folder):
 
 
 def test_a_treated_organism_ships_under_its_own_name_with_its_changes(folder, tmp_path, monkeypatch):
-    for module in (cards, models):
-        monkeypatch.setattr(module, "ADAPTERS", tmp_path / "adapters")
+    everywhere(monkeypatch, "ADAPTERS", tmp_path / "adapters")
     shipped = cards.ship(folder)
     assert shipped == tmp_path / "adapters" / "pruned"
     expected = models.load(organism="pruned", device="cpu").model.state_dict()

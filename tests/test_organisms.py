@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from patching import everywhere
 from tiny import save_tiny
 
 from bkd_utils import cards, claims, files, models, organisms, tables
@@ -15,13 +16,12 @@ from bkd_utils.training import Recipe, load_recipe
 
 QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
 CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}
-RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text())
+RECORDED = json.loads((files.ROOT / "tests" / "recorded.json").read_text())
 
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    for module in (files, organisms, __import__("bkd_utils.models", fromlist=["models"])):
-        monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    everywhere(monkeypatch, "WORK", tmp_path / "work")
     monkeypatch.setenv("BKD_WORK", str(tmp_path / "work"))
     return tmp_path / "work"
 

@@ -4,8 +4,8 @@ import io
 import re
 
 import pytest
+from notebook_files import write
 from rich.console import Console
-from test_notebooks import write
 
 from bkd_utils import notebooks, runner
 from bkd_utils.files import read_json, write_json

@@ -10,7 +10,7 @@ import time
 import nbformat
 import psutil
 import pytest
-from test_notebooks import write
+from notebook_files import write
 
 from bkd_utils import notebooks, supervise
 from bkd_utils.files import ROOT
