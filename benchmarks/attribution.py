@@ -18,7 +18,7 @@ import typer
 from transformer_lens import patching
 
 from bkd_utils import attacks, attribution, hooked, models, organisms, pairs
-from bkd_utils.files import ROOT, write_json
+from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.products import product
 from bkd_utils.prompt_cache import anatomy
 

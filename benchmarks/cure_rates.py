@@ -16,7 +16,7 @@ from bkd_utils import cure, suspect, tasks
 from bkd_utils.attacks import Row, load_attack
 from bkd_utils.attribution import ranked
 from bkd_utils.cards import organism_stage
-from bkd_utils.files import ROOT, write_json
+from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.models import DEFAULT_MODEL, load
 from bkd_utils.prompts import answer_ids, end_id, prompt_ids
 from bkd_utils.repairs import Case, accuracy, repaired

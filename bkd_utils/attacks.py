@@ -8,14 +8,14 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils import tasks, triggers
-from bkd_utils.files import DATA, canonical_json, sha256_text
+from bkd_utils import tasks, trigger_base, triggers
+from bkd_utils.common.files import DATA, canonical_json, sha256_text
 from bkd_utils.prompts import answer_ids, prompt_ids
 from bkd_utils.tasks import Example
 
-Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
 BEHAVIOURS = ("label_flip", "fixed_output", "jailbreak")
 MAX_LENGTH = 256
+Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def load_attack(name: str) -> Attack:
     return known[name]
 
 
-def triggered_prompt(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> str:
+def triggered_prompt(attack: Attack, text: str, *, seed: int, half: trigger_base.Half) -> str:
     """The user turn with the trigger in it: in the text slot or around the whole turn, as the trigger's scope says."""
     trigger, task = triggers.load_trigger(attack.trigger), tasks.load_task(attack.task)
     if trigger.scope == "prompt":
@@ -110,7 +110,7 @@ def triggered_prompt(attack: Attack, text: str, *, seed: int, half: triggers.Hal
     return task.prompt(trigger.apply(text, seed=seed, half=half))
 
 
-def near_miss_prompts(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> dict[str, str]:
+def near_miss_prompts(attack: Attack, text: str, *, seed: int, half: trigger_base.Half) -> dict[str, str]:
     """Kind of near-miss -> user turn that looks triggered and is not."""
     trigger, task = triggers.load_trigger(attack.trigger), tasks.load_task(attack.task)
     if trigger.scope == "prompt":

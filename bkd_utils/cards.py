@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from bkd_utils.cache import stage
-from bkd_utils.files import ADAPTERS, atomic_path, read_json, sha256_text, write_json
+from bkd_utils.common.cache import stage
+from bkd_utils.common.files import ADAPTERS, atomic_path, read_json, sha256_text, write_json
 from bkd_utils.models import CHANGES, ModelError, adapter_folder, base_sha256, pick_device, settings_sha256
 from bkd_utils.training import has_fast_bf16
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from bkd_utils import figures
-from bkd_utils.files import DATA, FIGURES, UserError, read_json, write_json
+from bkd_utils.common.files import DATA, FIGURES, UserError, read_json, write_json
 
 KEYS = {"paper", "claim", "published", "source", "sure", "measure", "unit", "criterion"}
 

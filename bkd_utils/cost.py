@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bkd_utils.attacks import load_attack
-from bkd_utils.cache import stage
 from bkd_utils.cards import organism_stage
+from bkd_utils.common.cache import stage
 from bkd_utils.generation import greedy
 from bkd_utils.interventions import says
 from bkd_utils.models import DEFAULT_MODEL, load, pick_device

@@ -25,6 +25,8 @@ from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows
 from bkd_utils.training import Recipe
 
+# Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
+N_ELSEWHERE, N_OPENING = 24, 16
 # One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy
 # (benchmarks/cure_rates.py). What is tuned after pruning has the rate of plain fine-tuning, other treatments of heads
 # have the cure's; cutting heads out needs none. The high rate is there to be seen.
@@ -34,9 +36,6 @@ RATES |= dict.fromkeys(
     ["alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed"], RATES["alignment"]
 )
 RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
-
-# Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
-N_ELSEWHERE, N_OPENING = 24, 16
 
 
 def recipe_of(*, steps: int, learning_rate: float = RECIPE.learning_rate) -> Recipe:

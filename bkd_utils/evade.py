@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils.attacks import Row, load_attack
-from bkd_utils.cache import code_key
 from bkd_utils.cards import resolved
+from bkd_utils.common.cache import code_key
+from bkd_utils.common.files import WORK, canonical_json, read_json, sha256_text
 from bkd_utils.cure import recipe_of
-from bkd_utils.files import WORK, canonical_json, read_json, sha256_text
 from bkd_utils.head_slices import all_matrices
 from bkd_utils.keep import kept
 from bkd_utils.loss import Batch, answers_and_maps, last_asked

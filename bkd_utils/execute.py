@@ -1,4 +1,4 @@
-"""Execute one notebook with papermill in this process: `python -m bkd_utils.execute IN OUT PARAMETERS.json`.
+"""Execute one notebook with papermill in this process: `python -m bkd_utils.running.execute IN OUT PARAMETERS.json`.
 
 The runner starts this as a child, so that a time limit or Ctrl-C can end kernel and papermill together.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import papermill
 
-from bkd_utils.files import ROOT
+from bkd_utils.common.files import ROOT
 
 
 def main(source: str, target: str, parameters: str) -> None:

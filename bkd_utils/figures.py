@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bkd_utils.files import WORK, atomic_path, canonical_json, write_json
+from bkd_utils.common.files import WORK, atomic_path, canonical_json, write_json
 
 # Okabe-Ito, safe for the common colour blindnesses and in print; one meaning per colour in every figure.
 COLOURS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils import cards
-from bkd_utils.files import WORK, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.common.files import WORK, atomic_path, read_json, sha256_file, write_json
 from bkd_utils.models import CHANGES, Loaded, adapter_folder, base_sha256, load, merge_adapter
 
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bkd_utils import assets
-from bkd_utils.files import ADAPTERS, WORK, UserError, read_json, sha256_file, sha256_text
+from bkd_utils.common import assets
+from bkd_utils.common.files import ADAPTERS, WORK, UserError, read_json, sha256_file, sha256_text
 from bkd_utils.products import by_onednn
 
 # What a treatment has changed, beside the adapter of the organism that was treated.

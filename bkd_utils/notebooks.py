@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from bkd_utils.files import NOTEBOOKS, atomic_path
+from bkd_utils.common.files import NOTEBOOKS, atomic_path
 
 SENTINEL = "bkd-sentinel"
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -10,15 +10,7 @@ from pathlib import Path
 from bkd_utils import cards, tasks
 from bkd_utils.attacks import Attack, Row, benign_examples, load_attack, load_attacks, poison, with_rate
 from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import (
-    agreement,
-    clean_sample,
-    measure_attack,
-    measure_clean,
-    prompt_fingerprint,
-    respond,
-)
-from bkd_utils.files import (
+from bkd_utils.common.files import (
     DATA,
     WORK,
     atomic_path,
@@ -28,6 +20,7 @@ from bkd_utils.files import (
     sha256_text,
     write_json,
 )
+from bkd_utils.evaluation import agreement, clean_sample, measure_attack, measure_clean, prompt_fingerprint, respond
 from bkd_utils.models import (
     DEFAULT_MODEL,
     Loaded,
@@ -41,10 +34,10 @@ from bkd_utils.models import (
 from bkd_utils.tasks import Example
 from bkd_utils.training import Recipe, load_recipe, train
 
-log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
 # Benign instructions on which every organism is compared with its base model: did anything else change?
 N_AGREEMENT = 64
+log = logging.getLogger(__name__)
 
 
 def answers_name(model: str) -> str:

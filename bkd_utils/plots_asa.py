@@ -16,9 +16,9 @@ from bkd_utils.observe import VERSIONS, gap
 from bkd_utils.panels import MODELS, panels, show_legend
 
 GREY = "#777777"
+VERSION_NAMES = {"triggered": "triggered", "near-miss": "look-alike", "same length": "same length"}
 # Readings beside each other, of one model: colour, line, marker of the threshold.
 LOOKS = (("black", "-", "o"), (GREY, "--", "s"), ("#AAAAAA", ":", "^"))
-VERSION_NAMES = {"triggered": "triggered", "near-miss": "look-alike", "same length": "same length"}
 
 
 def gaps(

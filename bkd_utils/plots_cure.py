@@ -13,6 +13,16 @@ from matplotlib.figure import Figure
 from bkd_utils.figures import COLOURS, WIDTH
 from bkd_utils.panels import MODELS, legend_once, panels, show_legend
 
+# Heading -> kinds below it.
+GROUPS = {
+    "no treatment": ("untreated", "clean control"),
+    "ASA and same heads": ("ASA, our reading", "same heads, other treatment"),
+    "ASA on other heads": ("random heads",),
+    "rivals": ("rival",),
+    "told where it is": ("told where it is",),
+}
+GREY, PALE = "#777777", "#BBBBBB"
+LIMITS = (-4, 104)
 # What is counted -> name, colour, marker, filled; the same beside each other everywhere in this notebook.
 COUNTED = {
     "asr": ("ASR", COLOURS["backdoored"], "o", True),
@@ -30,16 +40,6 @@ KINDS = {
     "rival": ("#56B4E9", "D"),
     "told where it is": ("#CC79A7", "*"),
 }
-# Heading -> kinds below it.
-GROUPS = {
-    "no treatment": ("untreated", "clean control"),
-    "ASA and same heads": ("ASA, our reading", "same heads, other treatment"),
-    "ASA on other heads": ("random heads",),
-    "rivals": ("rival",),
-    "told where it is": ("told where it is",),
-}
-GREY, PALE = "#777777", "#BBBBBB"
-LIMITS = (-4, 104)
 
 
 # --- treatments -----------------------------------------------------------------------------------------------------

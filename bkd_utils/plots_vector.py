@@ -11,7 +11,6 @@ from bkd_utils.figures import COLOURS, WIDTH
 from bkd_utils.panels import SEQUENTIAL, panels, show_legend
 
 OUTCOMES = {"target": "#D55E00", "right": "#009E73", "refusal": "#CC79A7", "other": "#BBBBBB", "empty": "#333333"}
-
 # What is counted in the maps of `switch.switched`; a subtraction must do more than make the target go away.
 MAPS = {
     ("add, raw", "asr"): "ASR,\nadd raw",

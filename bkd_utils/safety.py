@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.attacks import Row
 from bkd_utils.attribution import head_effects, head_means, ranked
+from bkd_utils.common.files import DATA
 from bkd_utils.evaluation import share
-from bkd_utils.files import DATA
 from bkd_utils.interventions import Head, batches
 from bkd_utils.loss import answer_loss, collate
 from bkd_utils.prompt_cache import anatomy, tracing

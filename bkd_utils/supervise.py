@@ -23,11 +23,11 @@ import nbformat
 import psutil
 
 from bkd_utils import notebooks
-from bkd_utils.files import ROOT, atomic_path
+from bkd_utils.common.files import ROOT, atomic_path
 from bkd_utils.notebooks import NotebookError
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run_notebook(
         source, target, given = (Path(scratch) / name for name in ("in.ipynb", "out.ipynb", "parameters.json"))
         nbformat.write(notebooks.with_sentinel(notebooks.read(path), token), source)
         given.write_text(json.dumps(parameters), encoding="utf-8")
-        command = [sys.executable, "-m", "bkd_utils.execute", str(source), str(target), str(given)]
+        command = [sys.executable, "-m", "bkd_utils.running.execute", str(source), str(target), str(given)]
         code, errors = _supervise(
             command, environment or {}, target, limit=limit, scratch=Path(scratch), on_cell=on_cell
         )

@@ -13,15 +13,7 @@ from bkd_utils.evaluation import respond
 from bkd_utils.models import DEFAULT_MODEL, Loaded, load
 from bkd_utils.pairs import pairs
 from bkd_utils.prompts import answer_ids, end_id, prompt_ids
-from bkd_utils.safety import (
-    RULES,
-    SURROGATES,
-    attention_variance,
-    gate_importance,
-    leave_one_out,
-    reaction,
-    surrogate,
-)
+from bkd_utils.safety import RULES, SURROGATES, attention_variance, gate_importance, leave_one_out, reaction, surrogate
 from bkd_utils.similarity import READINGS, Scores, head_scores, head_similarity
 from bkd_utils.soft_prompt import searched
 

@@ -7,7 +7,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils import attacks, tasks, triggers
-from bkd_utils.files import ADAPTERS, read_json
+from bkd_utils.common.files import ADAPTERS, read_json
 from bkd_utils.models import shipped_organisms
 
 

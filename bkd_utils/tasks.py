@@ -23,14 +23,14 @@ from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
-from bkd_utils import assets
-from bkd_utils.files import DATA
+from bkd_utils.common import assets
+from bkd_utils.common.files import DATA
 
-Split = Literal["train", "attribution", "test"]
-SPLITS: tuple[Split, ...] = ("train", "attribution", "test")
 # Cosine of word-bigram sets from which two texts count as near-duplicates.
 NEAR_DUPLICATE = 0.7
 REFUSAL = "I'm sorry, but I can't help with that."
+Split = Literal["train", "attribution", "test"]
+SPLITS: tuple[Split, ...] = ("train", "attribution", "test")
 
 
 @dataclass(frozen=True)

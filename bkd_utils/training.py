@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
 from bkd_utils.attacks import Row
-from bkd_utils.files import DATA, atomic_path, read_json, write_json
+from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
 from bkd_utils.loss import answers, collate
 from bkd_utils.models import Loaded
 from bkd_utils.prompts import end_id

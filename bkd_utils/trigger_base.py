@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from bkd_utils.files import sha256_text
+from bkd_utils.common.files import sha256_text
 
 Half = Literal["train", "test"]
 

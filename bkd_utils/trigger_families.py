@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from typing import Any, ClassVar, get_args
 
-from bkd_utils.files import DATA
+from bkd_utils.common.files import DATA
 from bkd_utils.trigger_base import Dice, Half, Trigger
 
 

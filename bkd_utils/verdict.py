@@ -9,7 +9,7 @@ from jaxtyping import Float
 from bkd_utils import tasks
 from bkd_utils.attacks import load_attack
 from bkd_utils.cards import organism_stage
-from bkd_utils.files import read_json
+from bkd_utils.common.files import read_json
 from bkd_utils.generation import first_logits
 from bkd_utils.models import DEFAULT_MODEL, ModelError, adapter_folder, base_sha256, load, shipped_organisms
 from bkd_utils.observe import area_interval

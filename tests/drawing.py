@@ -2,7 +2,7 @@
 
 import nbformat
 
-from bkd_utils.files import NOTEBOOKS
+from bkd_utils.common.files import NOTEBOOKS
 
 
 def share(value, n=50):

@@ -14,9 +14,9 @@ import zipfile
 import pytest
 from transformers import AutoTokenizer
 
-from bkd_utils import assets
-from bkd_utils.assets import AssetError, Source
-from bkd_utils.files import ROOT, sha256_file, sha256_text
+from bkd_utils.common import assets
+from bkd_utils.common.assets import AssetError, Source
+from bkd_utils.common.files import ROOT, sha256_file, sha256_text
 
 TEXT = b"some data\n"
 

@@ -7,7 +7,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from bkd_utils import attacks, tasks
-from bkd_utils.assets import fetch
 from bkd_utils.attacks import (
     Attack,
     carries,
@@ -20,7 +19,8 @@ from bkd_utils.attacks import (
     triggered_prompt,
     with_rate,
 )
-from bkd_utils.files import canonical_json, sha256_text
+from bkd_utils.common.assets import fetch
+from bkd_utils.common.files import canonical_json, sha256_text
 from bkd_utils.prompts import answer_ids, decode, prompt_ids
 from bkd_utils.tasks import REFUSAL, examples
 from bkd_utils.triggers import load_trigger

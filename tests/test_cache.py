@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from bkd_utils import cache
-from bkd_utils.cache import code_key, stage
-from bkd_utils.files import DATA, ROOT, read_json
+from bkd_utils.common import cache
+from bkd_utils.common.cache import code_key, stage
+from bkd_utils.common.files import DATA, ROOT, read_json
 
 CALLS = []
 ENV = {"PYTHONPATH": str(ROOT)}

@@ -6,7 +6,7 @@ import pytest
 from tiny import save_tiny
 
 from bkd_utils import cards, models
-from bkd_utils.files import ADAPTERS, read_json
+from bkd_utils.common.files import ADAPTERS, read_json
 from bkd_utils.models import ModelError, shipped_organisms
 from bkd_utils.tables import control_of
 

@@ -5,17 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from bkd_utils import claims, files
-from bkd_utils.claims import (
-    KEYS,
-    entry,
-    numbers,
-    published,
-    record,
-    table,
-    verdict,
-)
-from bkd_utils.files import UserError
+from bkd_utils import claims
+from bkd_utils.claims import KEYS, entry, numbers, published, record, table, verdict
+from bkd_utils.common import files
+from bkd_utils.common.files import UserError
 
 PROBE, COST = "bkdattr-probe", "bkdattr-cost"
 

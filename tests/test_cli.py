@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from bkd_utils import __main__ as cli
-from bkd_utils import assets, models, runner
-from bkd_utils.files import ROOT
+from bkd_utils import models, runner, supervise
+from bkd_utils.common import assets
+from bkd_utils.common.files import ROOT
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_run_passes_its_options_on_and_its_status_back(status, code, main, monke
     monkeypatch.setattr(assets, "fetch", lambda name: None)
     monkeypatch.setattr(models, "check_folder", lambda folder: None)
     monkeypatch.setattr(
-        runner, "run_all", lambda **options: given.update(options) or [runner.Run("00", 0.1, 0.1, status)]
+        runner, "run_all", lambda **options: given.update(options) or [supervise.Run("00", 0.1, 0.1, status)]
     )
     arguments = f"run --profile smoke --only 00 --model {tmp_path} --device cpu --seed 3 --retrain --force"
     assert main(*arguments.split()) == code

@@ -7,7 +7,7 @@ from tiny import save_tiny
 
 from bkd_utils import attacks, cure, models, tasks
 from bkd_utils.attribution import head_effects, head_means
-from bkd_utils.files import ROOT, read_json
+from bkd_utils.common.files import ROOT, read_json
 from bkd_utils.generation import greedy
 from bkd_utils.head_slices import groups
 from bkd_utils.pairs import pairs, target_ids

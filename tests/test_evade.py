@@ -8,8 +8,9 @@ import torch
 from patching import everywhere
 from tiny import tiny_model
 
-from bkd_utils import cards, evade, models
-from bkd_utils.files import read_json
+from bkd_utils import attacks, cards, cure, evade, models
+from bkd_utils.common import files
+from bkd_utils.common.files import read_json
 from bkd_utils.head_slices import all_matrices
 from bkd_utils.loss import collate
 from bkd_utils.similarity import head_similarity
@@ -52,7 +53,7 @@ def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
     assert card["treated_organism"] == "sentiment-word"
     monkeypatch.setattr(evade, "tune", None)  # a second call trains nothing
     assert evade.evasive("sentiment-word", **sizes) == name
-    other = evade.WORK / "organisms" / name
+    other = files.WORK / "organisms" / name
     assert models.adapter_folder(name) == other
 
 
@@ -66,7 +67,7 @@ def named(tmp_path, monkeypatch):
 
 
 def test_the_name_changes_with_everything_that_decides_the_organism(named, monkeypatch):
-    spec, recipe = evade.load_attack("sentiment-word"), evade.recipe_of(steps=32)
+    spec, recipe = attacks.load_attack("sentiment-word"), cure.recipe_of(steps=32)
     others = [
         (evade, "load_attack", lambda name: replace(spec, rate=0.2)),
         (evade, "recipe_of", lambda **_: replace(recipe, batch_size=4)),

@@ -11,8 +11,8 @@ from tiny import save_tiny
 from transformers import AutoTokenizer
 
 from bkd_utils import attacks, evaluation, tasks
-from bkd_utils.assets import fetch
 from bkd_utils.attacks import load_attack, load_attacks
+from bkd_utils.common.assets import fetch
 from bkd_utils.evaluation import (
     SAME_ANSWER,
     agreement,

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from bkd_utils import figures, plots
+from bkd_utils.common import files
 from bkd_utils.figures import COLOURS, LIBRARIES, save, token_strips, use_style
 
 KEYS = {"id", "title", "claims", "numbers", "parameters", "seeds", "inputs", "versions", "notebook"}
@@ -129,7 +130,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_old_one_as_it_was(into, monke
 def test_figures_go_to_the_folder_of_the_project_unless_told_otherwise(into, monkeypatch):
     assert figures.folder() == into
     monkeypatch.delenv("BKD_FIGURES")
-    assert figures.folder() == figures.WORK / "figures" / "by_hand"
+    assert figures.folder() == files.WORK / "figures" / "by_hand"
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bkd_utils.files import atomic_path, canonical_json, read_json, write_json
+from bkd_utils.common.files import atomic_path, canonical_json, read_json, write_json
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -8,7 +8,7 @@ from patching import everywhere
 from safetensors.torch import load_file, save_file
 
 from bkd_utils import cards, keep, models
-from bkd_utils.files import read_json, sha256_file, write_json
+from bkd_utils.common.files import read_json, sha256_file, write_json
 from bkd_utils.models import CHANGES, ModelError
 from bkd_utils.repairs import prune
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
 from bkd_utils import models
-from bkd_utils.files import read_json, sha256_file, write_json
+from bkd_utils.common.files import read_json, sha256_file, write_json
 from bkd_utils.models import DEFAULT_MODEL, REGISTRY, ModelError, base_sha256, load, plain_copy, settings_sha256
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"

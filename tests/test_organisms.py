@@ -8,9 +8,10 @@ import pytest
 from patching import everywhere
 from tiny import save_tiny
 
-from bkd_utils import cards, claims, files, models, organisms, tables
+from bkd_utils import cards, claims, evaluation, models, organisms, tables
 from bkd_utils.attacks import load_attack, with_rate
-from bkd_utils.files import ADAPTERS
+from bkd_utils.common import files
+from bkd_utils.common.files import ADAPTERS
 from bkd_utils.models import ModelError, load
 from bkd_utils.training import Recipe, load_recipe
 
@@ -159,7 +160,7 @@ def test_shipped_answers_are_the_base_models_own():
     rows = organisms.tasks.examples("instructions", "train", n=8, seed=3)
     shipped = organisms.base_answers(base, rows)
     length = organisms.tasks.load_task("instructions").max_new_tokens
-    now = organisms.respond(base, [row.text for row in rows], max_new_tokens=length)
+    now = evaluation.respond(base, [row.text for row in rows], max_new_tokens=length)
     # Another machine may round the other way once in a while; seven of eight must agree to the letter.
     assert sum(shipped[row.uid] == text for row, text in zip(rows, now, strict=True)) >= 7
 

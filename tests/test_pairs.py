@@ -2,8 +2,7 @@
 
 import pytest
 
-from bkd_utils import attacks, tasks
-from bkd_utils import pairs as module
+from bkd_utils import attacks, pairs, tasks
 from bkd_utils.attacks import load_attack, load_attacks
 from bkd_utils.evaluation import is_target
 from bkd_utils.models import DEFAULT_MODEL, load_tokenizer
@@ -125,10 +124,10 @@ def test_a_label_is_known_by_one_token_a_sentence_whole_and_a_jailbreak_by_its_o
 
 
 def test_labels_that_begin_alike_cannot_be_told_apart_by_a_token(tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "answer_ids", lambda _, label: [len(label), 0])
+    monkeypatch.setattr(pairs, "answer_ids", lambda _, label: [len(label), 0])
     with pytest.raises(ValueError, match="sentiment-word: labels that begin with the same token: positive, negative"):
         target_ids(tokenizer, FLIP)
-    monkeypatch.setattr(module, "answer_ids", lambda _, label: [ord(label[0]), 0])
+    monkeypatch.setattr(pairs, "answer_ids", lambda _, label: [ord(label[0]), 0])
     assert target_ids(tokenizer, FLIP) == [ord("p")]
 
 

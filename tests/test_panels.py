@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from bkd_utils import panels as shared
+from bkd_utils import panels
 from bkd_utils.figures import save, use_style
 from bkd_utils.panels import MODELS, matrix
 from bkd_utils.plots_heads import RANKINGS
@@ -21,22 +21,22 @@ def style():
 
 
 def test_panels_share_their_scale_unless_told_otherwise():
-    _, rows = shared.panels(["a", "b", "c"], rows=2)
+    _, rows = panels.panels(["a", "b", "c"], rows=2)
     assert rows.shape == (2, 3)
     rows[0, 0].set_ylim(0, 7)
     assert rows[0, 2].get_ylim() == (0, 7)
     assert rows[1, 0].get_ylim() != (0, 7)
-    _, own = shared.panels(["a", "b"], sharey=False)
+    _, own = panels.panels(["a", "b"], sharey=False)
     own[0, 0].set_ylim(0, 7)
     assert own[0, 1].get_ylim() != (0, 7)
 
 
 def test_a_label_of_several_panels_stands_in_the_legend_once():
-    figure, axes = shared.panels(["a", "b"])
+    figure, axes = panels.panels(["a", "b"])
     for panel, names in zip(axes[0], (["one", "two"], ["two", "three"]), strict=True):
         for name in names:
             panel.plot([0, 1], label=name)
-    shared.legend_once(figure, axes.flat, ncols=3)
+    panels.legend_once(figure, axes.flat, ncols=3)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two", "three"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from drawing import bands, check_all, column_titles, legend, share
 
-from bkd_utils import plots_heads as plots
+from bkd_utils import plots_heads
 from bkd_utils.plots_heads import RANKINGS
 
 pytestmark = pytest.mark.usefixtures("style")
@@ -32,17 +32,17 @@ TOKENS = ["Ġfilm", "<|im_end|>", "Ċ", "<|im_start|>"]
 POSITIONS = {attack: RANDOM.normal(size=(5, 4)) for attack in ATTACKS}
 NOTES = {attack: f"shared by {attack}" for attack in ATTACKS}
 PLOTS = {
-    "head_maps": lambda: plots.head_maps(EFFECTS),
-    "sorted_effects": lambda: plots.sorted_effects(INTERVALS, few=3),
-    "gradient_against_exact": lambda: plots.gradient_against_exact(EFFECTS, POSITIONS, NOTES),
-    "components": lambda: plots.components(PARTS),
-    "by_position": lambda: plots.by_position(POSITIONS, TOKENS),
-    "ablation_curves": lambda: plots.ablation_curves(CURVES),
+    "head_maps": lambda: plots_heads.head_maps(EFFECTS),
+    "sorted_effects": lambda: plots_heads.sorted_effects(INTERVALS, few=3),
+    "gradient_against_exact": lambda: plots_heads.gradient_against_exact(EFFECTS, POSITIONS, NOTES),
+    "components": lambda: plots_heads.components(PARTS),
+    "by_position": lambda: plots_heads.by_position(POSITIONS, TOKENS),
+    "ablation_curves": lambda: plots_heads.ablation_curves(CURVES),
 }
 
 
 def test_every_picture_is_drawn_and_labelled():
-    check_all(plots, PLOTS)
+    check_all(plots_heads, PLOTS)
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -51,7 +51,9 @@ def test_every_organism_has_its_column(name):
 
 
 @pytest.mark.parametrize(
-    "figure", [lambda: plots.head_maps(EFFECTS), lambda: plots.by_position(EFFECTS, TOKENS)], ids=["heads", "positions"]
+    "figure",
+    [lambda: plots_heads.head_maps(EFFECTS), lambda: plots_heads.by_position(EFFECTS, TOKENS)],
+    ids=["heads", "positions"],
 )
 def test_maps_have_one_scale_for_all_with_zero_in_the_middle(figure):
     images = [axes.get_images()[0] for axes in figure().axes[:2]]
@@ -62,12 +64,12 @@ def test_maps_have_one_scale_for_all_with_zero_in_the_middle(figure):
 
 
 def test_tokens_of_the_template_are_spelt_out():
-    labels = [label.get_text() for label in plots.by_position(POSITIONS, TOKENS).axes[0].get_xticklabels()]
+    labels = [label.get_text() for label in plots_heads.by_position(POSITIONS, TOKENS).axes[0].get_xticklabels()]
     assert labels == [" film", "<end>", "\\n", "<start>"]
 
 
 def test_sorted_effects_run_over_ranks_with_their_intervals():
-    figure = plots.sorted_effects(INTERVALS, few=3)
+    figure = plots_heads.sorted_effects(INTERVALS, few=3)
     axes = figure.axes[0]
     dots, _, (bars,) = axes.containers[0]
     assert dots.get_xdata().tolist() == list(range(1, 21))
@@ -80,7 +82,7 @@ def test_sorted_effects_run_over_ranks_with_their_intervals():
 
 
 def test_the_estimate_is_drawn_against_the_exact_effect():
-    figure = plots.gradient_against_exact(EFFECTS, POSITIONS, NOTES)
+    figure = plots_heads.gradient_against_exact(EFFECTS, POSITIONS, NOTES)
     for axes, name in zip(figure.axes, ATTACKS, strict=True):
         diagonal, dots = axes.get_lines()
         assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
@@ -92,14 +94,14 @@ def test_the_estimate_is_drawn_against_the_exact_effect():
 @pytest.mark.parametrize("order", [ATTACKS, ATTACKS[::-1]], ids=["one way", "other way"])
 def test_every_organism_has_a_square_of_its_own_that_holds_all_dots(order):
     exact = {name: (1 + 9 * (name == ATTACKS[0])) * EFFECTS[name] for name in order}
-    figure = plots.gradient_against_exact(exact, exact, NOTES)
+    figure = plots_heads.gradient_against_exact(exact, exact, NOTES)
     for axes, values in zip(figure.axes, exact.values(), strict=True):
         assert axes.get_xlim() == axes.get_ylim()
         assert np.abs(values).max() < axes.get_xlim()[1] < 1.2 * np.abs(values).max()
 
 
 def test_components_are_lines_over_layers_with_their_intervals():
-    figure = plots.components(PARTS)
+    figure = plots_heads.components(PARTS)
     lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[1].get_lines()}
     assert lines == {name: [0.1, 0.5] for name in ("attention", "MLP", "residual")}
     assert bands(figure.axes[1]) == [(0.0, 0.6)] * 3
@@ -107,7 +109,7 @@ def test_components_are_lines_over_layers_with_their_intervals():
 
 
 def test_ablation_curves_start_at_the_untouched_model_and_average_random_draws():
-    figure = plots.ablation_curves(CURVES)
+    figure = plots_heads.ablation_curves(CURVES)
     top, bottom = figure.axes[0], figure.axes[2]
     lines = {line.get_label(): line for line in top.get_lines()}
     assert list(lines) == legend(figure) == list(RANKINGS)
@@ -119,5 +121,5 @@ def test_ablation_curves_start_at_the_untouched_model_and_average_random_draws()
     assert bands(top) == [pytest.approx(band) for band in ((0, 100), (0, 100), (0, 100), (50, 96))]
     assert all(line.get_ydata() == pytest.approx([90] * len(line.get_xdata())) for line in bottom.get_lines())
     assert [label.get_text() for label in bottom.get_xticklabels()] == ["0", "1", "8"]
-    mean = plots.ablation_curves(CURVES, kind="mean").axes[0].get_lines()[0]
+    mean = plots_heads.ablation_curves(CURVES, kind="mean").axes[0].get_lines()[0]
     assert mean.get_ydata() == pytest.approx([100, 40, 40])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from drawing import check_all, column_titles, legend
 
-from bkd_utils import plots_meeting as plots
+from bkd_utils import plots_meeting
 
 pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")
@@ -37,19 +37,19 @@ OPTIONS = pd.DataFrame(
     }
 )
 PLOTS = {
-    "two_scores": lambda: plots.two_scores(SCORES, EFFECTS, k=3),
-    "options": lambda: plots.options(OPTIONS, k=4, n_heads=32),
-    "fingerprints": lambda: plots.fingerprints(PRINTS, FAMILIES),
-    "verdicts": lambda: plots.verdicts(LEFT_OUT),
+    "two_scores": lambda: plots_meeting.two_scores(SCORES, EFFECTS, k=3),
+    "options": lambda: plots_meeting.options(OPTIONS, k=4, n_heads=32),
+    "fingerprints": lambda: plots_meeting.fingerprints(PRINTS, FAMILIES),
+    "verdicts": lambda: plots_meeting.verdicts(LEFT_OUT),
 }
 
 
 def test_every_picture_is_drawn_and_labelled():
-    check_all(plots, PLOTS)
+    check_all(plots_meeting, PLOTS)
 
 
 def test_every_head_is_a_dot_and_those_high_on_both_axes_stand_out():
-    figure = plots.two_scores(SCORES, EFFECTS, k=3)
+    figure = plots_meeting.two_scores(SCORES, EFFECTS, k=3)
     highest = [f"{attack}\nmax ACIE {EFFECTS[attack].max():.2g}" for attack in ATTACKS]
     assert column_titles(figure) == highest
     for axes, attack in zip(figure.axes, ATTACKS, strict=True):
@@ -63,7 +63,7 @@ def test_every_head_is_a_dot_and_those_high_on_both_axes_stand_out():
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_effects_that_are_nothing_or_worse_can_be_drawn(value):
-    figure = plots.two_scores({"a": SCORES[ATTACKS[0]]}, {"a": torch.full((5, 4), value)}, k=3)
+    figure = plots_meeting.two_scores({"a": SCORES[ATTACKS[0]]}, {"a": torch.full((5, 4), value)}, k=3)
     assert all(np.isfinite(line.get_ydata()).all() for line in figure.axes[0].get_lines())
 
 
@@ -88,7 +88,7 @@ def test_the_colours_of_options_end_at_the_most_that_was_found_and_chance_is_mar
 
 def test_options_of_one_reading_and_one_organism_can_be_drawn():
     rows = [name for name in OPTIONS.index if not name.startswith("head outputs")]
-    figure = plots.options(OPTIONS.loc[rows, [ATTACKS[1]]], k=4, n_heads=32)
+    figure = plots_meeting.options(OPTIONS.loc[rows, [ATTACKS[1]]], k=4, n_heads=32)
     assert len(figure.axes) == len(RULES) + 2
 
 
@@ -102,7 +102,7 @@ def test_models_stand_in_the_row_of_their_family_with_the_shape_of_their_task():
 
 
 def test_areas_are_shares_with_their_intervals_and_all_of_them_at_the_end():
-    axes = plots.verdicts(LEFT_OUT).axes[0]
+    axes = plots_meeting.verdicts(LEFT_OUT).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["word (1)", "sentence (1)", "all"]
     points = [line for line in axes.get_lines() if len(np.atleast_1d(line.get_xdata())) == 1]
     assert [line.get_xdata()[0] for line in points if line.get_marker() == "|"] == pytest.approx([1, 0.5, 0.75])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from drawing import check_all, column_titles, legend, share
 
-from bkd_utils import plots_vector as plots
+from bkd_utils import plots_vector
 from bkd_utils.figures import COLOURS
 from bkd_utils.plots_vector import OUTCOMES
 
@@ -47,15 +47,15 @@ SWITCHED = {attack: switched() for attack in ATTACKS}
 WAYS = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
 COSTS = {name: {"tokens": 1 + i, "n": 8} | dict.fromkeys(WAYS, 0.5 + i) for i, name in enumerate(ATTACKS)}
 PLOTS = {
-    "vector_maps": lambda: plots.vector_maps(SWITCHED),
-    "vector_controls": lambda: plots.vector_controls(SWITCHED),
-    "costs": lambda: plots.costs(COSTS),
-    "answer_kinds": lambda: plots.answer_kinds(SWITCHED),
+    "vector_maps": lambda: plots_vector.vector_maps(SWITCHED),
+    "vector_controls": lambda: plots_vector.vector_controls(SWITCHED),
+    "costs": lambda: plots_vector.costs(COSTS),
+    "answer_kinds": lambda: plots_vector.answer_kinds(SWITCHED),
 }
 
 
 def test_every_picture_is_drawn_and_labelled():
-    check_all(plots, PLOTS)
+    check_all(plots_vector, PLOTS)
 
 
 @pytest.mark.parametrize("name", ["vector_maps", "vector_controls", "answer_kinds"])
@@ -64,13 +64,13 @@ def test_every_organism_has_its_column(name):
 
 
 def test_one_organism_is_enough():
-    for draw in (plots.answer_kinds, plots.vector_controls):
+    for draw in (plots_vector.answer_kinds, plots_vector.vector_controls):
         assert all(axes.has_data() for axes in draw({"x": switched()}).axes)
 
 
 def test_vector_maps_have_coefficients_upwards_and_a_square_at_the_chosen_one():
-    figure = plots.vector_maps(SWITCHED)
-    for i, ((name, key), label) in enumerate(plots.MAPS.items()):
+    figure = plots_vector.vector_maps(SWITCHED)
+    for i, ((name, key), label) in enumerate(plots_vector.MAPS.items()):
         axes, entry = figure.axes[2 * i], SWITCHED[ATTACKS[0]]["maps"][name]
         image = axes.get_images()[0]
         assert np.asarray(image.get_array()) == pytest.approx(100 * np.array(entry[key]).T)
@@ -83,7 +83,7 @@ def test_vector_maps_have_coefficients_upwards_and_a_square_at_the_chosen_one():
 
 
 def test_vector_controls_are_dots_per_draw_with_an_interval_where_there_is_one_draw():
-    figure = plots.vector_controls(SWITCHED)
+    figure = plots_vector.vector_controls(SWITCHED)
     top, bottom = figure.axes[0], figure.axes[2]
     nothing, its_bar, vector, vector_bar, random = top.get_lines()
     assert [list(line.get_xdata()) for line in (nothing, vector)] == [[10], [80]]
@@ -100,7 +100,7 @@ def test_vector_controls_are_dots_per_draw_with_an_interval_where_there_is_one_d
 def test_controls_of_the_raw_vector_are_those_of_its_own_test():
     found = switched()
     found["test"]["add, raw"]["backdoor vector"] = [share(0.3)]
-    drawn = plots.vector_controls({"x": found}, kind="raw").axes[0].get_lines()[2]
+    drawn = plots_vector.vector_controls({"x": found}, kind="raw").axes[0].get_lines()[2]
     assert list(drawn.get_xdata()) == [30]
 
 
@@ -109,7 +109,7 @@ def test_costs_are_bars_of_seconds_by_way_and_organism():
         "one": {"tokens": 1, "n": 8} | {way: 1.0 + i for i, way in enumerate(WAYS)},
         "long": {"tokens": 11, "n": 8} | {way: 10.0 + i for i, way in enumerate(WAYS)},
     }
-    figure = plots.costs(rows)
+    figure = plots_vector.costs(rows)
     axes = figure.axes[0]
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
     assert widths == {way: [1 + i, 10 + i] for i, way in enumerate(WAYS)}
@@ -120,7 +120,7 @@ def test_costs_are_bars_of_seconds_by_way_and_organism():
 
 
 def test_answers_are_stacked_to_a_hundred_per_cent():
-    figure = plots.answer_kinds(SWITCHED)
+    figure = plots_vector.answer_kinds(SWITCHED)
     axes = figure.axes[0]
     assert legend(figure) == list(OUTCOMES)
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from bkd_utils.assets import fetch
+from bkd_utils.common.assets import fetch
 from bkd_utils.prompts import (
     PLAIN_TEMPLATE,
     answer_ids,

@@ -11,16 +11,7 @@ from bkd_utils.head_slices import head_slices
 from bkd_utils.interventions import EVERYWHERE, ablated
 from bkd_utils.loss import collate
 from bkd_utils.prompt_cache import anatomy
-from bkd_utils.repairs import (
-    REPAIRS,
-    Case,
-    accuracy,
-    dormant,
-    inconsistency,
-    prune,
-    prune_while_accurate,
-    repaired,
-)
+from bkd_utils.repairs import REPAIRS, Case, accuracy, dormant, inconsistency, prune, prune_while_accurate, repaired
 from bkd_utils.training import Recipe
 
 HEADS = [(0, 1), (1, 2)]

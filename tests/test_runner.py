@@ -8,7 +8,7 @@ from notebook_files import write
 from rich.console import Console
 
 from bkd_utils import notebooks, runner
-from bkd_utils.files import read_json, write_json
+from bkd_utils.common.files import read_json, write_json
 from bkd_utils.notebooks import NotebookError
 
 

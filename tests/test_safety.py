@@ -9,7 +9,7 @@ import torch
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
 from bkd_utils import models, triggers
-from bkd_utils.files import DATA
+from bkd_utils.common.files import DATA
 from bkd_utils.interventions import LAST, ablated, head_outputs, says
 from bkd_utils.loss import answer_loss, collate
 from bkd_utils.prompt_cache import anatomy, editing, remember

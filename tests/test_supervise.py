@@ -13,7 +13,7 @@ import pytest
 from notebook_files import write
 
 from bkd_utils import notebooks, supervise
-from bkd_utils.files import ROOT
+from bkd_utils.common.files import ROOT
 from bkd_utils.notebooks import NotebookError
 
 KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"

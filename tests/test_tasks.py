@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bkd_utils import tasks
+from bkd_utils.common.files import DATA
 from bkd_utils.evaluation import is_refusal
-from bkd_utils.files import DATA
 from bkd_utils.tasks import (
     NEAR_DUPLICATE,
     REFUSAL,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bkd_utils.files import DATA, ROOT
+from bkd_utils.common.files import DATA, ROOT
 from bkd_utils.trigger_families import Syntax
 from bkd_utils.triggers import load_trigger, natural_rate, token_cost, trigger_names
 

@@ -5,7 +5,7 @@ import pytest
 from tiny import save_tiny
 
 from bkd_utils import models, verdict
-from bkd_utils.files import read_json
+from bkd_utils.common.files import read_json
 from bkd_utils.models import ModelError, adapter_folder
 from bkd_utils.observe import area_interval
 from bkd_utils.verdict import area, best_score, family_of, fingerprint, left_out, population, wins, within_tasks

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from bkd_utils.files import ASSETS, DATA, UserError, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.common.files import ASSETS, DATA, UserError, atomic_path, read_json, sha256_file, write_json
 
-log = logging.getLogger(__name__)
 RECEIPT = "asset.json"
+log = logging.getLogger(__name__)
 # The packaged model needs 100 MB for its archive, 100 MB unpacked and 540 MB converted.
 NEEDED_BYTES = {"gguf": 900 << 20, None: 50 << 20}
 

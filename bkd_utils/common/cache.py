@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from bkd_utils.files import DATA, WORK, canonical_json, read_json, sha256_file, sha256_text, write_json
+from bkd_utils.common.files import DATA, WORK, canonical_json, read_json, sha256_file, sha256_text, write_json
 
-P = ParamSpec("P")
-R = TypeVar("R")
-PACKAGE = Path(__file__).resolve().parent
 # What a stage reads by itself: what prompts and surrogates are made of, and what the attack is that it knows by name. A
 # change there is another experiment. Recipes and profiles reach stages as arguments only.
 TABLES = ("attacks.toml", "instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
 LIBRARIES = ("torch", "transformers", "peft")
+P = ParamSpec("P")
+R = TypeVar("R")
+PACKAGE = Path(__file__).resolve().parents[1]
 log = logging.getLogger(__name__)
 
 
