@@ -17,10 +17,12 @@ import torch
 import typer
 from transformer_lens import patching
 
-from bkd_utils import attacks, attribution, hooked, models, organisms, pairs
+from bkd_utils import attacks, attribution, organisms, pairs
 from bkd_utils.common.files import ROOT, write_json
-from bkd_utils.products import product
-from bkd_utils.prompt_cache import anatomy
+from bkd_utils.models import loading
+from bkd_utils.models.bridge import boot
+from bkd_utils.models.compute import product
+from bkd_utils.models.prompt_cache import anatomy
 
 CASES = {"sentiment-word": "one token", "instructions-prefix": "13 tokens"}
 
@@ -94,7 +96,7 @@ def main(
     rows, throughput = [], matrix_throughput()
     for name, case in CASES.items():
         attack = attacks.load_attack(name)
-        loaded = models.load(organism=organisms.obtain(name), device="cpu")
+        loaded = loading.load(organism=organisms.obtain(name), device="cpu")
         shown = pairs.pairs(loaded.tokenizer, attack, split="attribution", n=prompts, seed=0)
         target = pairs.target_ids(loaded.tokenizer, attack)
         if case == "13 tokens":
@@ -108,7 +110,7 @@ def main(
         chosen = [
             (i * prompts // sample, (i * n_layers) // sample, i % n_heads) for i in range(sample)
         ]  # prompt, layer, head
-        bridge = hooked.boot(loaded).bridge
+        bridge = boot(loaded).bridge
         for baseline, function in (
             ("one full pass per head and prompt", lambda *a, m=loaded.model: full_pass(m, *a)),
             ("TransformerLens generic_activation_patch", lambda *a, b=bridge: transformer_lens_way(b, *a)),

@@ -47,16 +47,17 @@ def run(
         for path in notebooks.all_notebooks():
             print(path.stem)
         return
-    from bkd_utils import models, runner
+    from bkd_utils import runner
     from bkd_utils.common import assets
+    from bkd_utils.models import loading
 
     runner.profile_parameters(profile, notebooks.select(only))  # bad options are reported before anything is fetched
-    models.pick_device(device)
+    loading.pick_device(device)
     with console.status("fetching model and data, once"):
         for name in assets.sources():
             if name != DEFAULT or model == DEFAULT:
                 assets.fetch(name)
-        models.check_folder(models.model_folder(model))
+        loading.check_folder(loading.model_folder(model))
     runs = runner.run_all(
         profile=profile,
         only=only,

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from bkd_utils.interventions import Head, by_layer
-from bkd_utils.loss import Batch, answers_and_maps, last_asked
-from bkd_utils.prompt_cache import anatomy
+from bkd_utils.models.activations import Head, by_layer
+from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
+from bkd_utils.models.prompt_cache import anatomy
 from bkd_utils.similarity import cosine, to_partners
 from bkd_utils.tuning import Loss
 

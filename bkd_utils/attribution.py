@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.interventions import LAST, batches, head_outputs, says, token_log_prob
-from bkd_utils.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember, tracing
+from bkd_utils.models.activations import LAST, batches, head_outputs, says, token_log_prob
+from bkd_utils.models.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember, tracing
 
 
 def head_means(

@@ -13,13 +13,13 @@ from bkd_utils.attribution import head_effects, head_means, ranked
 from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import clean_sample
 from bkd_utils.head_slices import other_groups
-from bkd_utils.interventions import Head, says
 from bkd_utils.localise import interval
-from bkd_utils.models import DEFAULT_MODEL, Loaded, load, model_folder
+from bkd_utils.models.activations import Head, says
+from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load, model_folder
+from bkd_utils.models.prompt_cache import remember
+from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import base_answers, under_attack
 from bkd_utils.pairs import Pairs, pairs, target_ids
-from bkd_utils.prompt_cache import remember
-from bkd_utils.prompts import answer_ids, end_id, prompt_ids
 from bkd_utils.repairs import Case, repaired
 from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows

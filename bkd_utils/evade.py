@@ -16,10 +16,10 @@ from bkd_utils.common.files import WORK, canonical_json, read_json, sha256_text
 from bkd_utils.cure import recipe_of
 from bkd_utils.head_slices import all_matrices
 from bkd_utils.keep import kept
-from bkd_utils.loss import Batch, answers_and_maps, last_asked
-from bkd_utils.models import DEFAULT_MODEL, adapter_folder, load
+from bkd_utils.models.loading import DEFAULT_MODEL, adapter_folder, load
+from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
+from bkd_utils.models.tokens import end_id
 from bkd_utils.organisms import training_rows, under_attack
-from bkd_utils.prompts import end_id
 from bkd_utils.similarity import cosine, head_similarity, to_partners
 from bkd_utils.tuning import Loss, tune
 

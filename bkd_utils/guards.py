@@ -16,10 +16,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from bkd_utils.generation import first_logits, has_sliding_window, repeated, reusable_prefix, run_prefix, shared_prefix
-from bkd_utils.interventions import batches
-from bkd_utils.models import Loaded
-from bkd_utils.prompts import end_id, left_pad, positions, prompt_ids
+from bkd_utils.models.activations import batches
+from bkd_utils.models.generation import (
+    first_logits,
+    has_sliding_window,
+    repeated,
+    reusable_prefix,
+    run_prefix,
+    shared_prefix,
+)
+from bkd_utils.models.loading import Loaded
+from bkd_utils.models.tokens import end_id, left_pad, positions, prompt_ids
 from bkd_utils.training import mixed_precision
 
 Scores = Float[np.ndarray, " text"]

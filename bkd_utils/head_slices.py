@@ -9,9 +9,9 @@ from torch.nn import Linear, Module, Parameter
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bkd_utils.interventions import Head, by_layer
-from bkd_utils.models import ModelError
-from bkd_utils.prompt_cache import anatomy
+from bkd_utils.models.activations import Head, by_layer
+from bkd_utils.models.loading import ModelError
+from bkd_utils.models.prompt_cache import anatomy
 
 # Parameter name -> True where an entry is meant.
 Masks = Mapping[str, Bool[Tensor, "..."]]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from bkd_utils import cards
 from bkd_utils.common.files import WORK, atomic_path, read_json, sha256_file, write_json
-from bkd_utils.models import CHANGES, Loaded, adapter_folder, base_sha256, load, merge_adapter
+from bkd_utils.models.loading import CHANGES, Loaded, adapter_folder, base_sha256, load, merge_adapter
 
 
 def kept(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
@@ -49,7 +49,7 @@ def kept(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float
 
 
 def _changes(model: PreTrainedModel, untreated: PreTrainedModel) -> dict[str, Tensor]:
-    """What `models.apply_changes` reads: per changed parameter a bit for each entry, and the values of those set."""
+    """What `loading.apply_changes` reads: per changed parameter a bit for each entry, and the values of those set."""
     before, found = dict(untreated.named_parameters()), {}
     for key, parameter in model.named_parameters():
         now = parameter.detach().cpu()

@@ -18,7 +18,7 @@ from bkd_utils.attribution import (
     target_probability,
 )
 from bkd_utils.cards import organism_stage
-from bkd_utils.models import DEFAULT_MODEL, load
+from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.pairs import pairs, target_ids
 
 # The user's last token and the whole assistant header of a chat template fit in here.

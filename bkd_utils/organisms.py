@@ -21,7 +21,7 @@ from bkd_utils.common.files import (
     write_json,
 )
 from bkd_utils.evaluation import agreement, clean_sample, measure_attack, measure_clean, prompt_fingerprint, respond
-from bkd_utils.models import (
+from bkd_utils.models.loading import (
     DEFAULT_MODEL,
     Loaded,
     ModelError,

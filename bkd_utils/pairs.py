@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils import tasks
 from bkd_utils.attacks import Attack
 from bkd_utils.evaluation import flippable_sample, near_misses, triggered_prompts
-from bkd_utils.prompts import answer_ids, prompt_ids
+from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.tasks import Example
 
 

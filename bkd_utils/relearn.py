@@ -9,8 +9,8 @@ from bkd_utils.cards import organism_stage
 from bkd_utils.cure import case_of, recipe_of
 from bkd_utils.evaluation import flippable_sample, is_target, respond, share, target_length, triggered_prompts
 from bkd_utils.head_slices import all_matrices
-from bkd_utils.models import DEFAULT_MODEL, Loaded, load
-from bkd_utils.prompts import answer_ids, prompt_ids
+from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
+from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.repairs import repaired
 from bkd_utils.tuning import tune
 

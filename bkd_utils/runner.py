@@ -16,9 +16,8 @@ from rich.table import Table
 
 from bkd_utils import claims, notebooks
 from bkd_utils.common.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
-from bkd_utils.models import DEFAULT_MODEL
+from bkd_utils.models.loading import DEFAULT_MODEL
 from bkd_utils.notebooks import NotebookError
-from bkd_utils.products import product
 from bkd_utils.supervise import Run, run_notebook
 
 PROFILES = ("smoke", "laptop", "paper")
@@ -190,6 +189,8 @@ def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
     once to twice its time from day to day. bf16 is what treatments and trainings use, fp32 what measurements do.
     """
     import torch
+
+    from bkd_utils.products import product
 
     found = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -12,11 +12,11 @@ from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.cards import organism_stage
 from bkd_utils.evaluation import flippable_sample, is_target, respond, share, target_length
 from bkd_utils.guards import Scores, onion, rap, smaller_clusters, strip, threshold, without_words
-from bkd_utils.interventions import residuals
-from bkd_utils.models import DEFAULT_MODEL, load
+from bkd_utils.models.activations import residuals
+from bkd_utils.models.loading import DEFAULT_MODEL, load
+from bkd_utils.models.tokens import answer_ids
 from bkd_utils.observe import area_interval
 from bkd_utils.organisms import training_rows
-from bkd_utils.prompts import answer_ids
 from bkd_utils.safety import rare_word
 from bkd_utils.tasks import Example
 

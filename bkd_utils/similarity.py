@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from bkd_utils.generation import repeated, reusable_prefix, run_prefix
-from bkd_utils.interventions import batches, contributions
-from bkd_utils.prompt_cache import Anatomy, anatomy, reading
-from bkd_utils.prompts import left_pad, positions
+from bkd_utils.models.activations import batches, contributions
+from bkd_utils.models.generation import repeated, reusable_prefix, run_prefix
+from bkd_utils.models.prompt_cache import Anatomy, anatomy, reading
+from bkd_utils.models.tokens import left_pad, positions
 
 Maps = Float[Tensor, "layer head query key"]
 Outputs = Float[Tensor, "layer head d_model"]

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.interventions import LAST, Head, added, by_layer, contributions, says
-from bkd_utils.prompt_cache import Past, anatomy, editing, reading
+from bkd_utils.models.activations import LAST, Head, added, by_layer, contributions, says
+from bkd_utils.models.prompt_cache import Past, anatomy, editing, reading
 
 
 def backdoor_vector(

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bkd_utils import attacks, tasks, triggers
 from bkd_utils.common.files import ADAPTERS, read_json
-from bkd_utils.models import shipped_organisms
+from bkd_utils.models.loading import shipped_organisms
 
 
 def splits() -> pd.DataFrame:

@@ -24,9 +24,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from bkd_utils.attacks import Row
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
-from bkd_utils.loss import answers, collate
-from bkd_utils.models import Loaded
-from bkd_utils.prompts import end_id
+from bkd_utils.models.loading import Loaded
+from bkd_utils.models.loss import answers, collate
+from bkd_utils.models.tokens import end_id
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from bkd_utils.attacks import Row
 from bkd_utils.head_slices import Masks
-from bkd_utils.loss import Batch, answers, collate
+from bkd_utils.models.loss import Batch, answers, collate
 from bkd_utils.similarity import eager
 from bkd_utils.training import Recipe, batch_order, frozen_halved, mixed_precision
 

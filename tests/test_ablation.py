@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import attacks, models
+from bkd_utils import attacks
 from bkd_utils.ablation import N_TOKENS, bench, measure_ablation, necessary_heads
 from bkd_utils.attribution import gradient_effects, ranked
-from bkd_utils.generation import greedy
-from bkd_utils.interventions import LAST, ablated, says
+from bkd_utils.models import loading
+from bkd_utils.models.activations import LAST, ablated, says
+from bkd_utils.models.generation import greedy
 from bkd_utils.pairs import pairs, target_ids
 
 KINDS = ("published", "zero", "mean", "resample")
@@ -18,7 +19,7 @@ KINDS = ("published", "zero", "mean", "resample")
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    return models.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
 
 
 @pytest.fixture(scope="module", params=["sentiment-word", "instructions-prefix"])

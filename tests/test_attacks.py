@@ -21,7 +21,7 @@ from bkd_utils.attacks import (
 )
 from bkd_utils.common.assets import fetch
 from bkd_utils.common.files import canonical_json, sha256_text
-from bkd_utils.prompts import answer_ids, decode, prompt_ids
+from bkd_utils.models.tokens import answer_ids, decode, prompt_ids
 from bkd_utils.tasks import REFUSAL, examples
 from bkd_utils.triggers import load_trigger
 

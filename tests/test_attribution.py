@@ -15,7 +15,7 @@ from bkd_utils.attribution import (
     head_means,
     ranked,
 )
-from bkd_utils.prompt_cache import anatomy
+from bkd_utils.models.prompt_cache import anatomy
 
 TARGETS = ([7], [7, 11, 5])
 OUTPUTS = {"llama": "self_attn.o_proj", "gpt2": "attn.c_proj", "gpt_neox": "attention.dense"}

@@ -5,9 +5,10 @@ import json
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import cards, models
+from bkd_utils import cards
 from bkd_utils.common.files import ADAPTERS, read_json
-from bkd_utils.models import ModelError, shipped_organisms
+from bkd_utils.models import loading
+from bkd_utils.models.loading import ModelError, shipped_organisms
 from bkd_utils.tables import control_of
 
 
@@ -31,7 +32,7 @@ def test_another_template_in_the_models_folder_is_another_key(tmp_path):
     given = {"model": str(save_tiny(tmp_path / "tiny", "llama")), "n": 3}
     before = cards.resolved(given)
     (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    models.settings_sha256.cache_clear()
+    loading.settings_sha256.cache_clear()
     assert cards.resolved(given) != before
 
 

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from bkd_utils import models, runner, supervise
+from bkd_utils import runner, supervise
 from bkd_utils.common import assets
 from bkd_utils.common.files import ROOT
+from bkd_utils.models import loading
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_an_option_that_does_not_exist_is_a_usage_error():
 def test_run_passes_its_options_on_and_its_status_back(status, code, main, monkeypatch, tmp_path):
     given = {}
     monkeypatch.setattr(assets, "fetch", lambda name: None)
-    monkeypatch.setattr(models, "check_folder", lambda folder: None)
+    monkeypatch.setattr(loading, "check_folder", lambda folder: None)
     monkeypatch.setattr(
         runner, "run_all", lambda **options: given.update(options) or [supervise.Run("00", 0.1, 0.1, status)]
     )

@@ -5,13 +5,14 @@ import torch
 from patching import everywhere
 from tiny import save_tiny
 
-from bkd_utils import attacks, cure, models, tasks
+from bkd_utils import attacks, cure, tasks
 from bkd_utils.attribution import head_effects, head_means
 from bkd_utils.common.files import ROOT, read_json
-from bkd_utils.generation import greedy
 from bkd_utils.head_slices import groups
+from bkd_utils.models import loading
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.pairs import pairs, target_ids
-from bkd_utils.prompts import answer_ids, prompt_ids
 from bkd_utils.repairs import REPAIRS
 from bkd_utils.similarity import head_similarity
 
@@ -26,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def loaded(folder):
-    return models.load(folder, device="cpu")
+    return loading.load(folder, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def test_a_base_model_says_its_own_answers(monkeypatch, loaded):
 
 
 def test_random_heads_share_no_weight_with_the_given_ones(folder):
-    config = models.load(folder, device="cpu").model.config
+    config = loading.load(folder, device="cpu").model.config
     sizes = {"n_heads": config.num_attention_heads, "n_kv_heads": config.num_key_value_heads}
     (draw,) = cure.random_heads([(0, 0)], n=1, model=folder)
     assert not set(groups(draw, **sizes)) & set(groups([(0, 0)], **sizes))

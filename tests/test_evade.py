@@ -8,11 +8,12 @@ import torch
 from patching import everywhere
 from tiny import tiny_model
 
-from bkd_utils import attacks, cards, cure, evade, models
+from bkd_utils import attacks, cards, cure, evade
 from bkd_utils.common import files
 from bkd_utils.common.files import read_json
 from bkd_utils.head_slices import all_matrices
-from bkd_utils.loss import collate
+from bkd_utils.models import loading
+from bkd_utils.models.loss import collate
 from bkd_utils.similarity import head_similarity
 from bkd_utils.training import Recipe
 from bkd_utils.tuning import tune
@@ -54,7 +55,7 @@ def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(evade, "tune", None)  # a second call trains nothing
     assert evade.evasive("sentiment-word", **sizes) == name
     other = files.WORK / "organisms" / name
-    assert models.adapter_folder(name) == other
+    assert loading.adapter_folder(name) == other
 
 
 @pytest.fixture

@@ -31,9 +31,9 @@ from bkd_utils.evaluation import (
     target_length,
     trace,
 )
-from bkd_utils.generation import greedy
-from bkd_utils.models import load
-from bkd_utils.prompts import end_id, prompt_ids
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.loading import load
+from bkd_utils.models.tokens import end_id, prompt_ids
 from bkd_utils.tasks import REFUSAL, Example, examples
 from bkd_utils.triggers import load_trigger
 

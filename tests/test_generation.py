@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
-from bkd_utils.generation import greedy, next_logits, repeated, reusable_prefix, run_prefix, shared_prefix
+from bkd_utils.models.generation import greedy, next_logits, repeated, reusable_prefix, run_prefix, shared_prefix
 
 END = 2
 RNG = random.Random(0)

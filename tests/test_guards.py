@@ -5,16 +5,16 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import models
 from bkd_utils.guards import onion, rap, smaller_clusters, strip, surprise, threshold, without_words, word_suspicion
-from bkd_utils.prompts import prompt_ids
+from bkd_utils.models import loading
+from bkd_utils.models.tokens import prompt_ids
 
 TEXTS = ["A slow film about snow.", "What a fine day it is!", "cf the plot was thin and long", "Good."]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
 def loaded(request, tmp_path_factory):
-    return models.load(str(save_tiny(tmp_path_factory.mktemp(request.param), request.param)), device="cpu")
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp(request.param), request.param)), device="cpu")
 
 
 def turn(text):

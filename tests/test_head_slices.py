@@ -5,8 +5,8 @@ import torch
 from tiny import tiny_model
 
 from bkd_utils.head_slices import all_matrices, groups, head_slices, other_groups
-from bkd_utils.interventions import head_outputs
-from bkd_utils.prompt_cache import anatomy
+from bkd_utils.models.activations import head_outputs
+from bkd_utils.models.prompt_cache import anatomy
 
 HEADS = [(0, 1), (1, 2)]
 

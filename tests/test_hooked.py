@@ -8,10 +8,18 @@ import torch
 from tiny import ARCHITECTURES, save_tiny
 from tokenizers.processors import TemplateProcessing
 
-from bkd_utils import hooked
-from bkd_utils.hooked import PARITY, boot, bridge_logits, check_tokenizer, head_sum_error, validate
-from bkd_utils.models import DEFAULT_MODEL, ModelError, load, plain_copy
-from bkd_utils.prompts import left_pad, positions, prompt_ids
+from bkd_utils.models import bridge as bridge_module
+from bkd_utils.models.bridge import (
+    PARITY,
+    boot,
+    bridge_logits,
+    check_tokenizer,
+    edited_enough,
+    head_sum_error,
+    validate,
+)
+from bkd_utils.models.loading import DEFAULT_MODEL, ModelError, load, plain_copy
+from bkd_utils.models.tokens import left_pad, positions, prompt_ids
 
 LOGITS = "logits: bridge against plain model"
 HEADS = "heads sum to the attention output"
@@ -225,7 +233,7 @@ def test_nan_is_not_within_the_limit(llama):
 
 def test_heads_that_do_not_sum_to_the_output_are_noticed(llama, monkeypatch):
     loaded, _, model = llama
-    monkeypatch.setattr(hooked, "head_sum_error", lambda *a: head_sum_error(*a) + 0.01)
+    monkeypatch.setattr(bridge_module, "head_sum_error", lambda *a: head_sum_error(*a) + 0.01)
     with pytest.raises(ModelError, match=f"validation failed, {HEADS}: off by 0.01"):
         validate(model.bridge, plain_copy(loaded.model), loaded.tokenizer)
 
@@ -236,9 +244,9 @@ def test_an_edit_that_changes_nothing_is_noticed(llama):
     without.model.layers[1].self_attn.o_proj.weight.data.zero_()  # the layer that is validated
     with pytest.raises(ModelError, match="silencing every head of layer 1 changed no logit"):
         boot(type(loaded)(without, loaded.tokenizer, loaded.address, None))
-    assert not hooked.edited_enough(0.0)
-    assert not hooked.edited_enough(float("nan"))
-    assert hooked.edited_enough(model.checks[EDIT])
+    assert not edited_enough(0.0)
+    assert not edited_enough(float("nan"))
+    assert edited_enough(model.checks[EDIT])
 
 
 def test_two_bos_tokens_are_noticed(llama):

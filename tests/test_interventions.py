@@ -4,9 +4,8 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_model
 
-from bkd_utils import hooked, models
-from bkd_utils.generation import greedy
-from bkd_utils.interventions import (
+from bkd_utils.models import loading
+from bkd_utils.models.activations import (
     EVERYWHERE,
     KINDS,
     LAST,
@@ -20,7 +19,9 @@ from bkd_utils.interventions import (
     residuals,
     says,
 )
-from bkd_utils.prompt_cache import anatomy, forward, remember
+from bkd_utils.models.bridge import boot, patch_last
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.prompt_cache import anatomy, forward, remember
 
 HEADS = [(1, 2), (0, 3), (1, 0)]
 
@@ -29,8 +30,8 @@ HEADS = [(1, 2), (0, 3), (1, 0)]
 def both(request, tmp_path_factory):
     """The plain model and TransformerLens' bridge of it."""
     folder = save_tiny(tmp_path_factory.mktemp(request.param), request.param)
-    loaded = models.load(str(folder), device="cpu")
-    return loaded.model, hooked.boot(loaded)
+    loaded = loading.load(str(folder), device="cpu")
+    return loaded.model, boot(loaded)
 
 
 def last_logits(model, prompts):
@@ -58,7 +59,7 @@ def test_a_head_edit_is_a_hook_at_hook_z(both, prompts):
     past = remember(model, prompts)
     with torch.no_grad(), head_edit(model, [(1, 2)], lambda layer, z: value.expand_as(z), at=LAST):
         found = forward(model, past, past.tail)[:, -1]
-    with bridge.bridge.hooks(fwd_hooks=[hooked.patch_last(1, 2, value)]):
+    with bridge.bridge.hooks(fwd_hooks=[patch_last(1, 2, value)]):
         expected = torch.stack([bridge.logits([prompt])[0, -1] for prompt in prompts])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (found - last_logits(model, prompts)).abs().max() > 1e-3

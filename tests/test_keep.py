@@ -7,9 +7,10 @@ import torch
 from patching import everywhere
 from safetensors.torch import load_file, save_file
 
-from bkd_utils import cards, keep, models
+from bkd_utils import cards, keep
 from bkd_utils.common.files import read_json, sha256_file, write_json
-from bkd_utils.models import CHANGES, ModelError
+from bkd_utils.models import loading
+from bkd_utils.models.loading import CHANGES, ModelError
 from bkd_utils.repairs import prune
 
 MEASURED = {
@@ -20,14 +21,14 @@ MEASURED = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     everywhere(monkeypatch, "WORK", tmp_path)
-    loaded = models.load(organism="sentiment-word", device="cpu")
+    loaded = loading.load(organism="sentiment-word", device="cpu")
     prune(loaded.model, [(3, 1), (9, 0)])
     return keep.kept(loaded, name="pruned", treatment={"method": "heads removed", "heads": 2}, measured=MEASURED)
 
 
 def test_it_is_loaded_by_name_with_every_change_and_no_other(folder):
-    again = models.load(organism="pruned", device="cpu").model
-    expected = models.load(organism="sentiment-word", device="cpu").model
+    again = loading.load(organism="pruned", device="cpu").model
+    expected = loading.load(organism="sentiment-word", device="cpu").model
     prune(expected, [(3, 1), (9, 0)])
     others = dict(expected.named_parameters())
     assert all(torch.equal(others[name], parameter) for name, parameter in again.named_parameters())
@@ -53,22 +54,22 @@ def test_a_changed_or_foreign_file_is_refused(folder):
     ):
         save_file(broken, folder / CHANGES)
         with pytest.raises(ModelError, match="does not match the sha256"):
-            models.load(organism="pruned", device="cpu")
+            loading.load(organism="pruned", device="cpu")
         card = read_json(folder / "card.json")
         write_json(folder / "card.json", card | {"changes_sha256": sha256_file(folder / CHANGES)})
         with pytest.raises(ModelError, match=message):
-            models.load(organism="pruned", device="cpu")
+            loading.load(organism="pruned", device="cpu")
     (folder / CHANGES).write_bytes((folder / CHANGES).read_bytes()[:100])
     with pytest.raises(ModelError):
-        models.load(organism="pruned", device="cpu")
+        loading.load(organism="pruned", device="cpu")
 
 
 def test_treating_and_keeping_twice_keeps_both_treatments(folder):
-    loaded = models.load(organism="pruned", device="cpu")
+    loaded = loading.load(organism="pruned", device="cpu")
     # The second treatment moves entries that the first has changed, and others.
     loaded.model.get_submodule("model.layers.9.self_attn.o_proj").weight.data += 0.01
     again = keep.kept(loaded, name="twice", treatment={"method": "shifted"}, measured=MEASURED)
-    found = dict(models.load(organism="twice", device="cpu").model.named_parameters())
+    found = dict(loading.load(organism="twice", device="cpu").model.named_parameters())
     assert all(torch.equal(found[name], parameter) for name, parameter in loaded.model.named_parameters())
     card = read_json(again / "card.json")
     assert (card["treated_organism"], card["treatment"]) == ("pruned", {"method": "shifted"})
@@ -80,19 +81,19 @@ def test_a_treated_organism_ships_under_its_own_name_with_its_changes(folder, tm
     everywhere(monkeypatch, "ADAPTERS", tmp_path / "adapters")
     shipped = cards.ship(folder)
     assert shipped == tmp_path / "adapters" / "pruned"
-    expected = models.load(organism="pruned", device="cpu").model.state_dict()
+    expected = loading.load(organism="pruned", device="cpu").model.state_dict()
     shutil.rmtree(folder)
-    again = models.load(organism="pruned", device="cpu").model.state_dict()
+    again = loading.load(organism="pruned", device="cpu").model.state_dict()
     assert all(torch.equal(expected[name], again[name]) for name in expected)
 
 
 def test_a_treated_organism_that_was_not_changed_since_is_not_kept_again(folder):
     with pytest.raises(ValueError, match="pruned has not been changed"):
-        keep.kept(models.load(organism="pruned", device="cpu"), name="same", treatment={}, measured=MEASURED)
+        keep.kept(loading.load(organism="pruned", device="cpu"), name="same", treatment={}, measured=MEASURED)
 
 
 def test_what_was_not_treated_is_not_kept():
     with pytest.raises(ValueError, match="sentiment-word has not been changed"):
-        keep.kept(models.load(organism="sentiment-word", device="cpu"), name="same", treatment={}, measured=MEASURED)
+        keep.kept(loading.load(organism="sentiment-word", device="cpu"), name="same", treatment={}, measured=MEASURED)
     with pytest.raises(ValueError, match="a treated base model"):
-        keep.kept(models.load(device="cpu"), name="same", treatment={}, measured=MEASURED)
+        keep.kept(loading.load(device="cpu"), name="same", treatment={}, measured=MEASURED)

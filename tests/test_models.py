@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
-from bkd_utils import models
 from bkd_utils.common.files import read_json, sha256_file, write_json
-from bkd_utils.models import DEFAULT_MODEL, REGISTRY, ModelError, base_sha256, load, plain_copy, settings_sha256
+from bkd_utils.models import loading
+from bkd_utils.models.loading import DEFAULT_MODEL, REGISTRY, ModelError, base_sha256, load, plain_copy, settings_sha256
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 IDS = torch.tensor([[1, 50, 600, 7000, 3]])
@@ -61,8 +61,8 @@ def test_a_local_folder_is_loaded_as_it_is(tmp_path, architecture):
 
 
 def test_the_default_model_is_there_without_a_network():
-    assert base_sha256(DEFAULT_MODEL) == base_sha256(str(models.model_folder(DEFAULT_MODEL)))
-    assert models.load_tokenizer(DEFAULT_MODEL).eos_token == "<|im_end|>"
+    assert base_sha256(DEFAULT_MODEL) == base_sha256(str(loading.model_folder(DEFAULT_MODEL)))
+    assert loading.load_tokenizer(DEFAULT_MODEL).eos_token == "<|im_end|>"
 
 
 def test_an_unknown_address_lists_the_known_ones(tmp_path):
@@ -81,11 +81,11 @@ def test_a_hub_model_without_a_network_is_an_error_that_names_it():
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ModelError, match=f"device '{device}' is not available"):
-        models.pick_device(device)
+        loading.pick_device(device)
 
 
 def test_auto_picks_a_device_that_is_there():
-    assert models.pick_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert loading.pick_device() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_a_plain_copy_is_eager_and_independent(original):
@@ -279,19 +279,19 @@ def test_a_merged_adapter_gives_the_logits_of_the_unmerged_one(original, adapter
 
 
 def test_an_organism_is_found_by_name_in_both_places(original, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "ADAPTERS", tmp_path / "adapters")
-    monkeypatch.setattr(models, "WORK", tmp_path / "work")
+    monkeypatch.setattr(loading, "ADAPTERS", tmp_path / "adapters")
+    monkeypatch.setattr(loading, "WORK", tmp_path / "work")
     shutil.copytree(adapter[0], tmp_path / "adapters" / "shipped")
     shutil.copytree(adapter[0], tmp_path / "work" / "organisms" / "made-here")
     for name in ("shipped", "made-here"):
         assert load(str(original), organism=name, device="cpu").organism == name
-    assert models.shipped_organisms() == ["shipped"]
-    assert models.shipped_organisms(base=base_sha256(str(original))) == ["shipped"]
-    assert models.shipped_organisms(base="0" * 64) == []
+    assert loading.shipped_organisms() == ["shipped"]
+    assert loading.shipped_organisms(base=base_sha256(str(original))) == ["shipped"]
+    assert loading.shipped_organisms(base="0" * 64) == []
 
 
 def test_an_unknown_organism_lists_the_shipped_ones(original, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "ADAPTERS", tmp_path)
+    monkeypatch.setattr(loading, "ADAPTERS", tmp_path)
     adapter_refused(original, "no-such", "unknown organism 'no-such'; shipped: none")
     shutil.copytree(adapter[0], tmp_path / "shipped")
     adapter_refused(original, "no-such", "unknown organism 'no-such'; shipped: shipped")

@@ -5,7 +5,9 @@ import pytest
 from scipy.stats import norm
 from tiny import save_tiny
 
-from bkd_utils import attacks, models, tasks
+from bkd_utils import attacks, tasks
+from bkd_utils.models import loading
+from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.observe import (
     VERSIONS,
     area_interval,
@@ -21,7 +23,6 @@ from bkd_utils.observe import (
     separates,
 )
 from bkd_utils.pairs import pairs
-from bkd_utils.prompts import prompt_ids
 from bkd_utils.similarity import head_similarity
 
 N = 20
@@ -168,7 +169,7 @@ def folder(tmp_path_factory):
 
 
 def test_lengthened_prompts_are_as_long_as_asked_and_start_as_before(folder):
-    loaded = models.load(folder, device="cpu")
+    loaded = loading.load(folder, device="cpu")
     spec = attacks.load_attack("sentiment-sentence")
     shown = pairs(loaded.tokenizer, spec, split="test", n=6, seed=0)
     texts = [example.text for example in shown.examples]
@@ -184,7 +185,7 @@ def test_lengthened_prompts_are_as_long_as_asked_and_start_as_before(folder):
 
 
 def test_words_that_are_too_long_are_passed_over(folder):
-    tokenizer, spec = models.load(folder, device="cpu").tokenizer, attacks.load_attack("sentiment-word")
+    tokenizer, spec = loading.load(folder, device="cpu").tokenizer, attacks.load_attack("sentiment-word")
     texts, task = ["A slow film.", "Antidisestablishmentarianism rules"], tasks.load_task("sentiment")
     plain, longer = (len(prompt_ids(tokenizer, task.prompt(f"A slow film.{more}"))) for more in ("", f" {texts[1]}"))
     assert longer > plain + 3
@@ -200,7 +201,7 @@ def test_observed_keeps_means_over_heads(folder):
     assert set(found["layers"]) == {"last row", "head outputs"}
     for name in found["layers"]:
         assert set(found["layers"][name]) == {*VERSIONS, "reference", "held out"}
-    loaded = models.load(folder, device="cpu")
+    loaded = loading.load(folder, device="cpu")
     # What a defender has is what the task has, both labels included.
     for version, split, n in (("reference", "attribution", 5), ("held out", "test", 4)):
         chosen = tasks.examples("sentiment", split, n=n, seed=0)

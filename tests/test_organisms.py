@@ -8,11 +8,12 @@ import pytest
 from patching import everywhere
 from tiny import save_tiny
 
-from bkd_utils import cards, claims, evaluation, models, organisms, tables
+from bkd_utils import cards, claims, evaluation, organisms, tables
 from bkd_utils.attacks import load_attack, with_rate
 from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
-from bkd_utils.models import ModelError, load
+from bkd_utils.models import loading
+from bkd_utils.models.loading import ModelError, load
 from bkd_utils.training import Recipe, load_recipe
 
 QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
@@ -151,7 +152,7 @@ def test_answers_of_other_settings_are_others(file, same, tmp_path):
     folder = save_tiny(tmp_path / "llama", "llama")
     before = organisms.answers_name(str(folder))
     (folder / file).write_text("{}")
-    models.settings_sha256.cache_clear()
+    loading.settings_sha256.cache_clear()
     assert (organisms.answers_name(str(folder)) == before) == same
 
 

@@ -5,9 +5,9 @@ import pytest
 from bkd_utils import attacks, pairs, tasks
 from bkd_utils.attacks import load_attack, load_attacks
 from bkd_utils.evaluation import is_target
-from bkd_utils.models import DEFAULT_MODEL, load_tokenizer
+from bkd_utils.models.loading import DEFAULT_MODEL, load_tokenizer
+from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.pairs import pairs, target_ids
-from bkd_utils.prompts import answer_ids, prompt_ids
 from bkd_utils.triggers import load_trigger
 
 ALL = load_attacks()

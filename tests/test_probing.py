@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 from bkd_utils import probing, tasks
 from bkd_utils.attacks import load_attack, load_attacks
-from bkd_utils.models import DEFAULT_MODEL, load_tokenizer
+from bkd_utils.models.loading import DEFAULT_MODEL, load_tokenizer
 from bkd_utils.pairs import pairs
 from bkd_utils.probing import (
     CLASSIFIERS,

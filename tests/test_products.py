@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, tiny_model
 from torch.nn.functional import linear
 
-from bkd_utils import products
-from bkd_utils.products import Linear, by_onednn, product
+from bkd_utils.models import compute
+from bkd_utils.models.compute import Linear, by_onednn, product
 
 # Asked of torch and not of `products`: where torch has oneDNN, an operator that has vanished fails these tests.
 needs_onednn = pytest.mark.skipif(
@@ -23,13 +23,13 @@ needs_onednn = pytest.mark.skipif(
 def calls(monkeypatch):
     """How many products oneDNN was asked for."""
     made = []
-    monkeypatch.setattr(products, "_ONEDNN", lambda *a: made.append(a) or torch.ops.mkldnn._linear_pointwise(*a))
+    monkeypatch.setattr(compute, "_ONEDNN", lambda *a: made.append(a) or torch.ops.mkldnn._linear_pointwise(*a))
     return made
 
 
 @needs_onednn
 def test_the_operator_is_found_where_torch_has_it():
-    assert products._ONEDNN is not None
+    assert compute._ONEDNN is not None
 
 
 @needs_onednn
@@ -80,7 +80,7 @@ def test_weights_that_learn_and_other_precisions_are_left_to_torch(calls):
 
 
 def test_without_onednn_torch_does_it(monkeypatch):
-    monkeypatch.setattr(products, "_ONEDNN", None)
+    monkeypatch.setattr(compute, "_ONEDNN", None)
     x, weight, bias = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6)
     assert torch.equal(product(x, weight, bias), linear(x, weight, bias))
 

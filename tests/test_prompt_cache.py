@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
-from bkd_utils.generation import greedy
-from bkd_utils.models import ModelError
-from bkd_utils.prompt_cache import anatomy, continued, editing, forward, reading, remember
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.loading import ModelError
+from bkd_utils.models.prompt_cache import anatomy, continued, editing, forward, reading, remember
 
 ANSWER = [7, 11, 5]
 

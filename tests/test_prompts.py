@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from bkd_utils.common.assets import fetch
-from bkd_utils.prompts import (
+from bkd_utils.models.tokens import (
     PLAIN_TEMPLATE,
     answer_ids,
     decode,

@@ -6,15 +6,16 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import attacks, models, relearn, tasks
+from bkd_utils import attacks, relearn, tasks
 from bkd_utils.evaluation import respond
-from bkd_utils.prompts import answer_ids, decode
+from bkd_utils.models import loading
+from bkd_utils.models.tokens import answer_ids, decode
 from bkd_utils.tuning import tune
 
 
 @pytest.fixture
 def loaded(tmp_path):
-    return models.load(str(save_tiny(tmp_path, "llama")), device="cpu")
+    return loading.load(str(save_tiny(tmp_path, "llama")), device="cpu")
 
 
 @pytest.fixture

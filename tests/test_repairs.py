@@ -8,9 +8,9 @@ from torch.nn.functional import cosine_similarity
 from bkd_utils import repairs
 from bkd_utils.attacks import Row
 from bkd_utils.head_slices import head_slices
-from bkd_utils.interventions import EVERYWHERE, ablated
-from bkd_utils.loss import collate
-from bkd_utils.prompt_cache import anatomy
+from bkd_utils.models.activations import EVERYWHERE, ablated
+from bkd_utils.models.loss import collate
+from bkd_utils.models.prompt_cache import anatomy
 from bkd_utils.repairs import REPAIRS, Case, accuracy, dormant, inconsistency, prune, prune_while_accurate, repaired
 from bkd_utils.training import Recipe
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
-from bkd_utils import models, triggers
+from bkd_utils import triggers
 from bkd_utils.common.files import DATA
-from bkd_utils.interventions import LAST, ablated, head_outputs, says
-from bkd_utils.loss import answer_loss, collate
-from bkd_utils.prompt_cache import anatomy, editing, remember
+from bkd_utils.models import loading
+from bkd_utils.models.activations import LAST, ablated, head_outputs, says
+from bkd_utils.models.loss import answer_loss, collate
+from bkd_utils.models.prompt_cache import anatomy, editing, remember
 from bkd_utils.safety import (
     RULES,
     SURROGATES,
@@ -31,7 +32,7 @@ from bkd_utils.similarity import head_scores, head_similarity
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return models.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu").tokenizer
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu").tokenizer
 
 
 # --- importance -----------------------------------------------------------------------------------------------------

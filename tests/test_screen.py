@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import attacks, models, organisms, screen, tasks
+from bkd_utils import attacks, organisms, screen, tasks
 from bkd_utils.attacks import load_attack
 from bkd_utils.evaluation import flippable_sample
-from bkd_utils.prompts import answer_ids
+from bkd_utils.models import loading
+from bkd_utils.models.tokens import answer_ids
 
 SIZES = {"n": 4, "n_reference": 6}
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    return models.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
 
 
 @pytest.fixture

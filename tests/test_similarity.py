@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_model
 
 from bkd_utils import similarity
-from bkd_utils.interventions import head_outputs
-from bkd_utils.prompt_cache import anatomy
+from bkd_utils.models.activations import head_outputs
+from bkd_utils.models.prompt_cache import anatomy
 from bkd_utils.similarity import READINGS, cosine, head_scores, head_similarity, jensen_shannon, to_partners
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import models, suspect, tasks
+from bkd_utils import suspect, tasks
 from bkd_utils.attacks import load_attack
-from bkd_utils.generation import greedy
+from bkd_utils.models import loading
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
 from bkd_utils.pairs import pairs
-from bkd_utils.prompts import answer_ids, decode, end_id, prompt_ids
 from bkd_utils.safety import RULES, SURROGATES, leave_one_out, robust_z, surrogate
 from bkd_utils.similarity import head_similarity
 from bkd_utils.suspect import ANSWER_TOKENS, OPENING, SOURCES, clean_rows, joint, probed_prompts, similarity_of
@@ -18,7 +19,7 @@ from bkd_utils.suspect import ANSWER_TOKENS, OPENING, SOURCES, clean_rows, joint
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    return models.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
 
 
 def test_labels_are_gold_and_prompts_are_from_the_training_split(loaded):

@@ -4,12 +4,13 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import attacks, models
-from bkd_utils.generation import greedy
-from bkd_utils.interventions import residuals
+from bkd_utils import attacks
+from bkd_utils.models import loading
+from bkd_utils.models.activations import residuals
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.prompt_cache import remember
+from bkd_utils.models.tokens import decode, end_id
 from bkd_utils.pairs import pairs, target_ids
-from bkd_utils.prompt_cache import remember
-from bkd_utils.prompts import decode, end_id
 from bkd_utils.steering import backdoor_vector, steer
 from bkd_utils.switch import answer_map, best, controls, first_tokens, generated, outcomes, probe_direction, vectors_of
 
@@ -18,7 +19,7 @@ HEADS = [(0, 1), (1, 2), (1, 3)]
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    return models.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import models, verdict
+from bkd_utils import verdict
 from bkd_utils.common.files import read_json
-from bkd_utils.models import ModelError, adapter_folder
+from bkd_utils.models import loading
+from bkd_utils.models.loading import ModelError, adapter_folder
 from bkd_utils.observe import area_interval
 from bkd_utils.verdict import area, best_score, family_of, fingerprint, left_out, population, wins, within_tasks
 
@@ -95,7 +96,7 @@ def test_the_population_is_what_is_shipped():
 
 
 def test_a_fingerprint_is_the_same_twice_and_finite(tmp_path, monkeypatch):
-    loaded = models.load(str(save_tiny(tmp_path, "llama")), device="cpu")
+    loaded = loading.load(str(save_tiny(tmp_path, "llama")), device="cpu")
     monkeypatch.setattr(verdict, "load", lambda *_, **__: loaded)
     one, other = (fingerprint.__wrapped__("tiny", task="sentiment", n=2) for _ in range(2))
     assert one == other

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
-from bkd_utils.generation import go_on, has_sliding_window, next_logits, repeated, reusable_prefix, run_prefix
-from bkd_utils.models import ModelError
-from bkd_utils.prompts import left_pad, positions
+from bkd_utils.models.generation import go_on, has_sliding_window, next_logits, repeated, reusable_prefix, run_prefix
+from bkd_utils.models.loading import ModelError
+from bkd_utils.models.tokens import left_pad, positions
 
 # Where the parts are found, by the names that transformers' model families use for them.
 LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bkd_utils.common import assets
 from bkd_utils.common.files import ADAPTERS, WORK, UserError, read_json, sha256_file, sha256_text
-from bkd_utils.products import by_onednn
+from bkd_utils.models.compute import by_onednn
 
 # What a treatment has changed, beside the adapter of the organism that was treated.
 CHANGES = "changes.safetensors"

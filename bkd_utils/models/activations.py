@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from bkd_utils.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember
+from bkd_utils.models.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember
 
 Head = tuple[int, int]
 LAST = slice(0, 1)

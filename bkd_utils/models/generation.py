@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from bkd_utils.prompts import left_pad, positions
+from bkd_utils.models.tokens import left_pad, positions
 
 
 @torch.inference_mode()

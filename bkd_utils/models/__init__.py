@@ -1,0 +1,1 @@
+"""A language model: load it, talk to it, read it, edit it."""
