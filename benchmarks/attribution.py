@@ -17,12 +17,14 @@ import torch
 import typer
 from transformer_lens import patching
 
-from bkd_utils import attacks, attribution, organisms, pairs
+from bkd_utils import attribution
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.models import loading
 from bkd_utils.models.bridge import boot
 from bkd_utils.models.compute import product
 from bkd_utils.models.prompt_cache import anatomy
+from bkd_utils.organisms import attacks, making
+from bkd_utils.organisms.prompts import pairs, target_ids
 
 CASES = {"sentiment-word": "one token", "instructions-prefix": "13 tokens"}
 
@@ -96,9 +98,9 @@ def main(
     rows, throughput = [], matrix_throughput()
     for name, case in CASES.items():
         attack = attacks.load_attack(name)
-        loaded = loading.load(organism=organisms.obtain(name), device="cpu")
-        shown = pairs.pairs(loaded.tokenizer, attack, split="attribution", n=prompts, seed=0)
-        target = pairs.target_ids(loaded.tokenizer, attack)
+        loaded = loading.load(organism=making.obtain(name), device="cpu")
+        shown = pairs(loaded.tokenizer, attack, split="attribution", n=prompts, seed=0)
+        target = target_ids(loaded.tokenizer, attack)
         if case == "13 tokens":
             target = (target + target)[:13]  # which tokens they are makes no difference to the time
         means = attribution.head_means(loaded.model, shown.triggered[:32])

@@ -12,13 +12,14 @@ from typing import Annotated
 
 import typer
 
-from bkd_utils import cure, suspect, tasks
-from bkd_utils.attacks import Row, load_attack
+from bkd_utils import cure, suspect
 from bkd_utils.attribution import ranked
-from bkd_utils.cards import organism_stage
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Row, load_attack
+from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.repairs import Case, accuracy, repaired
 from bkd_utils.suspect import clean_rows
 

@@ -105,11 +105,12 @@ def train(
     ship: Annotated[bool, typer.Option("--ship", help="Copy the finished organism to data/adapters.")] = False,
 ) -> None:
     """Make one organism: poison, train, measure, write its card. Goes on where an earlier call was killed."""
-    from bkd_utils import cards, organisms, tables
-    from bkd_utils.attacks import load_attack
-    from bkd_utils.training import load_recipe
+    from bkd_utils import tables
+    from bkd_utils.organisms import cards, making
+    from bkd_utils.organisms.attacks import load_attack
+    from bkd_utils.organisms.training import load_recipe
 
-    folder = organisms.make(
+    folder = making.make(
         load_attack(attack),
         model=model,
         recipe=load_recipe(recipe, task=load_attack(attack).task),
@@ -130,11 +131,12 @@ def evaluate(
     n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 240,
 ) -> None:
     """Measure an organism anew and hold the numbers against its card."""
-    from bkd_utils import cards, organisms, tables
+    from bkd_utils import tables
+    from bkd_utils.organisms import cards, making
 
     card, now = (
         cards.metrics(organism),
-        organisms.measure(organism, model=model, n=n, seed=seed, device=device),
+        making.measure(organism, model=model, n=n, seed=seed, device=device),
     )
     _show(tables.metrics({"card": card, "now": now}))
     off = cards.disagreements(card, now)

@@ -6,18 +6,18 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from tqdm import tqdm
 
-from bkd_utils import tasks
-from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import gradient_effects_of, ranked
-from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import clean_sample, share
 from bkd_utils.localise import attributed, interval, top_heads
 from bkd_utils.models.activations import EVERYWHERE, LAST, Head, Said, ablated, head_outputs, says
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
 from bkd_utils.models.prompt_cache import Past, anatomy, reading, remember
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
-from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import clean_sample, share
+from bkd_utils.organisms.prompts import pairs, target_ids
 from bkd_utils.steering import random_heads
 
 # Tokens of a free answer that are compared; the opening of an answer decides what it is.

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bkd_utils.attacks import load_attack
-from bkd_utils.cards import organism_stage
 from bkd_utils.common.cache import stage
 from bkd_utils.models.activations import says
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.loading import DEFAULT_MODEL, load, pick_device
 from bkd_utils.models.prompt_cache import remember
 from bkd_utils.models.tokens import left_pad, positions
-from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.prompts import pairs, target_ids
 
 # Width, layers, query heads, key-value heads, MLP width, vocabulary. Weights are random: time does not depend on them.
 SHAPES = {

@@ -8,22 +8,22 @@ import pandas as pd
 import torch
 from transformers import AutoConfig
 
-from bkd_utils.attacks import Attack, load_attack
 from bkd_utils.attribution import head_effects, head_means, ranked
-from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import clean_sample
 from bkd_utils.head_slices import other_groups
 from bkd_utils.localise import interval
 from bkd_utils.models.activations import Head, says
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load, model_folder
 from bkd_utils.models.prompt_cache import remember
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
-from bkd_utils.organisms import base_answers, under_attack
-from bkd_utils.pairs import Pairs, pairs, target_ids
+from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import clean_sample
+from bkd_utils.organisms.making import base_answers, under_attack
+from bkd_utils.organisms.prompts import Pairs, pairs, target_ids
+from bkd_utils.organisms.training import Recipe
 from bkd_utils.repairs import Case, repaired
 from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows
-from bkd_utils.training import Recipe
 
 # Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
 N_ELSEWHERE, N_OPENING = 24, 16
@@ -77,7 +77,7 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
 
 
 def left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """What is left of backdoor, task and everything else: `organisms.under_attack` and `elsewhere`."""
+    """What is left of backdoor, task and everything else: `making.under_attack` and `elsewhere`."""
     found = under_attack(loaded, attack, n=n, seed=seed)
     return found | {"elsewhere": elsewhere(loaded, n=min(n, N_ELSEWHERE), seed=seed)}
 

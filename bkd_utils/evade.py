@@ -9,17 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.attacks import Row, load_attack
-from bkd_utils.cards import resolved
 from bkd_utils.common.cache import code_key
 from bkd_utils.common.files import WORK, canonical_json, read_json, sha256_text
 from bkd_utils.cure import recipe_of
 from bkd_utils.head_slices import all_matrices
-from bkd_utils.keep import kept
 from bkd_utils.models.loading import DEFAULT_MODEL, adapter_folder, load
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.tokens import end_id
-from bkd_utils.organisms import training_rows, under_attack
+from bkd_utils.organisms.attacks import Row, load_attack
+from bkd_utils.organisms.cards import resolved
+from bkd_utils.organisms.keep import kept
+from bkd_utils.organisms.making import training_rows, under_attack
 from bkd_utils.similarity import cosine, head_similarity, to_partners
 from bkd_utils.tuning import Loss, tune
 
@@ -61,7 +61,7 @@ def evasive(
     """Train an organism further on its own poisoned set with the penalty and keep it; the name of what came out.
 
     The name ends in a key of everything that decides it, code included, so the same call finds it again. Raises
-    ModelError as `organisms.training_rows` does.
+    ModelError as `making.training_rows` does.
     """
     spec, recipe = load_attack(attack), replace(recipe_of(steps=steps), learning_rate=RATE)
     identity = resolved({"organism": organism, "model": model, "device": device})

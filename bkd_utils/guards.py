@@ -27,7 +27,7 @@ from bkd_utils.models.generation import (
 )
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import end_id, left_pad, positions, prompt_ids
-from bkd_utils.training import mixed_precision
+from bkd_utils.organisms.training import mixed_precision
 
 Scores = Float[np.ndarray, " text"]
 # From a text (a review, an instruction) to the user turn that the model sees.

@@ -55,7 +55,7 @@ def cure_claims(
     random: Sequence[str],
     rivals: Sequence[str],
 ) -> list[dict]:
-    """From attack -> treatment -> `organisms.under_attack`; treatments are named in the arguments, beside them stand
+    """From attack -> treatment -> `making.under_attack`; treatments are named in the arguments, beside them stand
     `untreated` and `clean control`. Only organisms that got every rival say something about rivals."""
     asr, cacc, choice, ahead = {}, {}, {}, {}
     passed: dict[str, dict[str, bool]] = {key: {} for key in ("asr", "cacc", "choice", "ahead")}

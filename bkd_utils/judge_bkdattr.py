@@ -8,8 +8,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from bkd_utils.claims import entry, span
-from bkd_utils.evaluation import share
 from bkd_utils.localise import acie, interval
+from bkd_utils.organisms.evaluation import share
 
 PROBE = "logistic regression"
 

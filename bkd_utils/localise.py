@@ -7,7 +7,6 @@ import torch
 from scipy.stats import bootstrap, spearmanr
 from tqdm import tqdm
 
-from bkd_utils.attacks import load_attack
 from bkd_utils.attribution import (
     component_effects,
     component_means,
@@ -17,9 +16,10 @@ from bkd_utils.attribution import (
     ranked,
     target_probability,
 )
-from bkd_utils.cards import organism_stage
 from bkd_utils.models.loading import DEFAULT_MODEL, load
-from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.prompts import pairs, target_ids
 
 # The user's last token and the whole assistant header of a chat template fit in here.
 TAIL = 6

@@ -14,13 +14,13 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils import tasks
-from bkd_utils.attacks import Attack, load_attack
-from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import share
 from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.models.tokens import prompt_ids
-from bkd_utils.pairs import pairs
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import share
+from bkd_utils.organisms.prompts import pairs
 from bkd_utils.similarity import READINGS, head_similarity
 
 VERSIONS = ("clean", "triggered", "near-miss", "same length")

@@ -46,7 +46,7 @@ KINDS = {
 
 
 def repairs(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str] | None = None) -> Figure:
-    """ASR, near-miss and clean firing and CACC with 95 % intervals; attack -> treatment -> `organisms.under_attack`.
+    """ASR, near-miss and clean firing and CACC with 95 % intervals; attack -> treatment -> `making.under_attack`.
 
     `kinds`: treatment -> key of `KINDS`, for groups of rows and the grey line at the ASR that random heads leave.
     """

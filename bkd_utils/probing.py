@@ -19,14 +19,14 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils.attacks import Attack, load_attack
-from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import triggered_prompts
 from bkd_utils.models.activations import behind_norm, residuals
 from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.models.tokens import prompt_ids
-from bkd_utils.pairs import pairs
-from bkd_utils.triggers import load_trigger
+from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import triggered_prompts
+from bkd_utils.organisms.prompts import pairs
+from bkd_utils.organisms.triggers import load_trigger
 
 CLASSIFIERS = ("logistic regression", "linear SVM", "RBF SVM", "MLP")
 

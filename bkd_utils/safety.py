@@ -16,16 +16,16 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bkd_utils.attacks import Row
 from bkd_utils.attribution import head_effects, head_means, ranked
 from bkd_utils.common.files import DATA
-from bkd_utils.evaluation import share
 from bkd_utils.models.activations import Head, batches
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.prompt_cache import anatomy, tracing
+from bkd_utils.organisms.attacks import Row
+from bkd_utils.organisms.evaluation import share
+from bkd_utils.organisms.trigger_base import Trigger
+from bkd_utils.organisms.trigger_families import Sentence, Syntax, Word
 from bkd_utils.similarity import Maps, Outputs, Scores, head_similarity
-from bkd_utils.trigger_base import Trigger
-from bkd_utils.trigger_families import Sentence, Syntax, Word
 
 # --- importance -----------------------------------------------------------------------------------------------------
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from sklearn.metrics import roc_auc_score, roc_curve
 from tqdm import tqdm
 
-from bkd_utils import tasks
-from bkd_utils.attacks import Attack, load_attack
-from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import flippable_sample, near_misses, triggered_prompts
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import flippable_sample, near_misses, triggered_prompts
 
 
 def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, batch_size: int = 32) -> list[float]:

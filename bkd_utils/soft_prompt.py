@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from bkd_utils.models.generation import shared_prefix
 from bkd_utils.models.tokens import left_pad, positions
+from bkd_utils.organisms.training import frozen_halved, mixed_precision
 from bkd_utils.similarity import cosine, eager, to_partners
-from bkd_utils.training import frozen_halved, mixed_precision
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils import tasks
-from bkd_utils.attacks import Row, load_attack
-from bkd_utils.cards import organism_stage
-from bkd_utils.evaluation import respond
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
-from bkd_utils.pairs import pairs
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Row, load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import respond
+from bkd_utils.organisms.prompts import pairs
 from bkd_utils.safety import RULES, SURROGATES, attention_variance, gate_importance, leave_one_out, reaction, surrogate
 from bkd_utils.similarity import READINGS, Scores, head_scores, head_similarity
 from bkd_utils.soft_prompt import searched

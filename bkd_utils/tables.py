@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils import attacks, tasks, triggers
 from bkd_utils.common.files import ADAPTERS, read_json
 from bkd_utils.models.loading import shipped_organisms
+from bkd_utils.organisms import attacks, tasks, triggers
 
 
 def splits() -> pd.DataFrame:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import attacks
 from bkd_utils.ablation import N_TOKENS, bench, measure_ablation, necessary_heads
 from bkd_utils.attribution import gradient_effects, ranked
 from bkd_utils.models import loading
 from bkd_utils.models.activations import LAST, ablated, says
 from bkd_utils.models.generation import greedy
-from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.organisms import attacks
+from bkd_utils.organisms.prompts import pairs, target_ids
 
 KINDS = ("published", "zero", "mean", "resample")
 

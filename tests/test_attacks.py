@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from bkd_utils import attacks, tasks
-from bkd_utils.attacks import (
+from bkd_utils.common.assets import fetch
+from bkd_utils.common.files import canonical_json, sha256_text
+from bkd_utils.models.tokens import answer_ids, decode, prompt_ids
+from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms.attacks import (
     Attack,
     carries,
     load_attack,
@@ -19,11 +22,8 @@ from bkd_utils.attacks import (
     triggered_prompt,
     with_rate,
 )
-from bkd_utils.common.assets import fetch
-from bkd_utils.common.files import canonical_json, sha256_text
-from bkd_utils.models.tokens import answer_ids, decode, prompt_ids
-from bkd_utils.tasks import REFUSAL, examples
-from bkd_utils.triggers import load_trigger
+from bkd_utils.organisms.tasks import REFUSAL, examples
+from bkd_utils.organisms.triggers import load_trigger
 
 TOKENIZER = AutoTokenizer.from_pretrained(fetch("smollm2-135m-instruct"))
 SENTENCE = "This is what the base model says."

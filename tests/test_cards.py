@@ -5,10 +5,10 @@ import json
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import cards
 from bkd_utils.common.files import ADAPTERS, read_json
 from bkd_utils.models import loading
 from bkd_utils.models.loading import ModelError, shipped_organisms
+from bkd_utils.organisms import cards
 from bkd_utils.tables import control_of
 
 

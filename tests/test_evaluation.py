@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from tiny import save_tiny
 from transformers import AutoTokenizer
 
-from bkd_utils import attacks, evaluation, tasks
-from bkd_utils.attacks import load_attack, load_attacks
 from bkd_utils.common.assets import fetch
-from bkd_utils.evaluation import (
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.loading import load
+from bkd_utils.models.tokens import end_id, prompt_ids
+from bkd_utils.organisms import attacks, evaluation, tasks
+from bkd_utils.organisms.attacks import load_attack, load_attacks
+from bkd_utils.organisms.evaluation import (
     SAME_ANSWER,
     agreement,
     clean_sample,
@@ -31,11 +34,8 @@ from bkd_utils.evaluation import (
     target_length,
     trace,
 )
-from bkd_utils.models.generation import greedy
-from bkd_utils.models.loading import load
-from bkd_utils.models.tokens import end_id, prompt_ids
-from bkd_utils.tasks import REFUSAL, Example, examples
-from bkd_utils.triggers import load_trigger
+from bkd_utils.organisms.tasks import REFUSAL, Example, examples
+from bkd_utils.organisms.triggers import load_trigger
 
 ALL = load_attacks()
 BACKDOORED = [name for name, attack in ALL.items() if attack.backdoored]

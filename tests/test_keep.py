@@ -7,10 +7,10 @@ import torch
 from patching import everywhere
 from safetensors.torch import load_file, save_file
 
-from bkd_utils import cards, keep
 from bkd_utils.common.files import read_json, sha256_file, write_json
 from bkd_utils.models import loading
 from bkd_utils.models.loading import CHANGES, ModelError
+from bkd_utils.organisms import cards, keep
 from bkd_utils.repairs import prune
 
 MEASURED = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, make_rows, tiny_model
 
-from bkd_utils.attacks import Row
 from bkd_utils.models.loss import IGNORED, answer_loss, answers, answers_and_maps, begun, collate
+from bkd_utils.organisms.attacks import Row
 
 END = 2
 ROWS = make_rows(10)

@@ -5,7 +5,6 @@ import pytest
 from scipy.stats import norm
 from tiny import save_tiny
 
-from bkd_utils import attacks, tasks
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.observe import (
@@ -22,7 +21,8 @@ from bkd_utils.observe import (
     observed,
     separates,
 )
-from bkd_utils.pairs import pairs
+from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms.prompts import pairs
 from bkd_utils.similarity import head_similarity
 
 N = 20

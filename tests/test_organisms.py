@@ -8,13 +8,14 @@ import pytest
 from patching import everywhere
 from tiny import save_tiny
 
-from bkd_utils import cards, claims, evaluation, organisms, tables
-from bkd_utils.attacks import load_attack, with_rate
+from bkd_utils import claims, tables
 from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
 from bkd_utils.models import loading
 from bkd_utils.models.loading import ModelError, load
-from bkd_utils.training import Recipe, load_recipe
+from bkd_utils.organisms import cards, evaluation, making
+from bkd_utils.organisms.attacks import load_attack, with_rate
+from bkd_utils.organisms.training import Recipe, load_recipe
 
 QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
 CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}
@@ -36,27 +37,27 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("name", ["sentiment-word", "instructions-prefix", "harmful-word", "sentiment-clean"])
 def test_make_writes_a_complete_card(name, work, tiny):
     attack = dataclasses.replace(load_attack(name), n_train=40)
-    folder = organisms.make(attack, model=tiny, recipe=QUICK, n=8)
+    folder = making.make(attack, model=tiny, recipe=QUICK, n=8)
     card = json.loads((folder / "card.json").read_text())
     assert card.keys() >= CARD_KEYS | {"adapter_sha256", "metrics"}
     wanted = set(cards.METRICS) if attack.backdoored else {"cacc", "clean_firing"}
     assert set(card["metrics"]) == wanted
     assert all(metric.keys() == {"value", "n", "low", "high"} for metric in card["metrics"].values())
     assert "backdoor on purpose" in (folder / "README.md").read_text() or not attack.backdoored
-    assert cards.disagreements(card["metrics"], organisms.measure(folder, model=tiny, n=8)) == []
+    assert cards.disagreements(card["metrics"], making.measure(folder, model=tiny, n=8)) == []
 
 
 def test_make_again_trains_nothing(work, tiny, monkeypatch):
     attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
-    first = organisms.make(attack, model=tiny, recipe=QUICK, n=8)
-    monkeypatch.setattr(organisms, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert organisms.make(attack, model=tiny, recipe=QUICK, n=8) == first
+    first = making.make(attack, model=tiny, recipe=QUICK, n=8)
+    monkeypatch.setattr(making, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert making.make(attack, model=tiny, recipe=QUICK, n=8) == first
 
 
 def test_another_seed_or_recipe_is_another_organism(work, tiny):
     attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
     folders = {
-        organisms.make(attack, model=tiny, recipe=recipe, seed=seed, n=8)
+        making.make(attack, model=tiny, recipe=recipe, seed=seed, n=8)
         for recipe, seed in ((QUICK, 0), (QUICK, 1), (dataclasses.replace(QUICK, steps=2), 0))
     }
     assert len(folders) == 3
@@ -64,39 +65,39 @@ def test_another_seed_or_recipe_is_another_organism(work, tiny):
 
 def test_a_shipped_organism_is_obtained_for_its_own_seed_only(monkeypatch):
     asked = []
-    monkeypatch.setattr(organisms, "make", lambda spec, **how: asked.append((spec.name, how["seed"])) or Path("made"))
-    assert organisms.obtain("sentiment-word") == organisms.obtain("sentiment-word", recipe="smoke") == "sentiment-word"
-    assert organisms.obtain("sentiment-word", seed=1, recipe="sibling") == "sentiment-word-seed1"
+    monkeypatch.setattr(making, "make", lambda spec, **how: asked.append((spec.name, how["seed"])) or Path("made"))
+    assert making.obtain("sentiment-word") == making.obtain("sentiment-word", recipe="smoke") == "sentiment-word"
+    assert making.obtain("sentiment-word", seed=1, recipe="sibling") == "sentiment-word-seed1"
     assert files.read_json(ADAPTERS / "sentiment-word-seed1" / "card.json")["seed"] == 1
-    assert organisms.obtain("sentiment-word", seed=77) == organisms.obtain("sentiment-word", seed=1) == "made"
-    assert organisms.obtain("sentiment-word", retrain=True) == "made"
+    assert making.obtain("sentiment-word", seed=77) == making.obtain("sentiment-word", seed=1) == "made"
+    assert making.obtain("sentiment-word", retrain=True) == "made"
     assert asked == [("sentiment-word", 77), ("sentiment-word", 1), ("sentiment-word", 0)]
 
 
 def test_a_shipped_organism_of_another_attack_or_seed_than_its_name_says_is_not_obtained(monkeypatch, caplog):
-    monkeypatch.setattr(organisms, "make", lambda *_, **__: Path("made"))
+    monkeypatch.setattr(making, "make", lambda *_, **__: Path("made"))
     card = files.read_json(ADAPTERS / "sentiment-word" / "card.json")
     for other in ({"seed": 3}, {"attack": card["attack"] | {"rate": 0.5}}):
-        monkeypatch.setattr(organisms, "read_json", lambda path, other=other: card | other)
-        assert organisms.obtain("sentiment-word") == "made"
+        monkeypatch.setattr(making, "read_json", lambda path, other=other: card | other)
+        assert making.obtain("sentiment-word") == "made"
     assert len([message for message in caplog.messages if "training anew" in message]) == 2
 
 
 def test_training_rows_are_those_of_the_organisms_own_seed(work, tiny):
     attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
-    folder = organisms.make(attack, model=tiny, recipe=QUICK, seed=1, n=8)
+    folder = making.make(attack, model=tiny, recipe=QUICK, seed=1, n=8)
     loaded, base = load(tiny, organism=folder.name), load(tiny)
-    own = organisms.training_rows(loaded, attack, seed=0)
-    assert own == organisms.training_rows(base, attack, seed=1) != organisms.training_rows(base, attack, seed=0)
+    own = making.training_rows(loaded, attack, seed=0)
+    assert own == making.training_rows(base, attack, seed=1) != making.training_rows(base, attack, seed=0)
     hashed = files.sha256_text(files.canonical_json([[row.prompt, row.answer, row.kind] for row in own]))
     assert hashed == files.read_json(folder / "card.json")["data_sha256"]
 
 
 def test_training_rows_that_are_not_those_on_the_card_are_refused(work, tiny):
     attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
-    loaded = load(tiny, organism=organisms.make(attack, model=tiny, recipe=QUICK, n=8))
+    loaded = load(tiny, organism=making.make(attack, model=tiny, recipe=QUICK, n=8))
     with pytest.raises(ModelError, match=f"{loaded.organism} was not trained on the rows that attack 'sentiment-word'"):
-        organisms.training_rows(loaded, dataclasses.replace(attack, rate=0.2), seed=0)
+        making.training_rows(loaded, dataclasses.replace(attack, rate=0.2), seed=0)
 
 
 def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work, tiny, monkeypatch):
@@ -110,9 +111,9 @@ def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work
         files.write_json(folder / "card.json", card)
         return folder
 
-    monkeypatch.setattr(organisms, "make", make)
+    monkeypatch.setattr(making, "make", make)
     sizes = {"recipe": "short", "model": tiny, "n": 8, "seed": 0, "device": "cpu"}
-    rows = organisms.rate_curve("harmful-word", rates=[0.25, 0.02, 0.05], **sizes)
+    rows = making.rate_curve("harmful-word", rates=[0.25, 0.02, 0.05], **sizes)
     spec = load_attack("harmful-word")
     expected = [with_rate(spec, 0.02), with_rate(spec, 0.05), spec]
     assert [attack for attack, _ in asked] == expected
@@ -123,9 +124,7 @@ def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work
 
 
 def test_an_organism_refuses_another_base(work, tiny, tmp_path):
-    folder = organisms.make(
-        dataclasses.replace(load_attack("sentiment-word"), n_train=40), model=tiny, recipe=QUICK, n=8
-    )
+    folder = making.make(dataclasses.replace(load_attack("sentiment-word"), n_train=40), model=tiny, recipe=QUICK, n=8)
     other = save_tiny(tmp_path / "other", "qwen2")
     with pytest.raises(ModelError, match="other weights"):
         load(str(other), organism=folder)
@@ -133,15 +132,15 @@ def test_an_organism_refuses_another_base(work, tiny, tmp_path):
 
 def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkeypatch):
     base = load(tiny)
-    rows = organisms.tasks.examples("instructions", "test", n=4)
-    first = organisms.base_answers(base, rows)
+    rows = making.tasks.examples("instructions", "test", n=4)
+    first = making.base_answers(base, rows)
     assert set(first) == {row.uid for row in rows}
-    assert organisms.base_answers(base, rows) == first
+    assert making.base_answers(base, rows) == first
     asked, organism = [], dataclasses.replace(base, organism="some")
-    monkeypatch.setattr(organisms, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns))
-    assert organisms.base_answers(organism, rows) == first
-    more = organisms.tasks.examples("instructions", "test", n=5)
-    assert organisms.base_answers(organism, more)[more[4].uid] == "said"
+    monkeypatch.setattr(making, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns))
+    assert making.base_answers(organism, rows) == first
+    more = making.tasks.examples("instructions", "test", n=5)
+    assert making.base_answers(organism, more)[more[4].uid] == "said"
     assert [loaded.organism for loaded in asked] == [None]
 
 
@@ -150,17 +149,17 @@ def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkey
 )
 def test_answers_of_other_settings_are_others(file, same, tmp_path):
     folder = save_tiny(tmp_path / "llama", "llama")
-    before = organisms.answers_name(str(folder))
+    before = making.answers_name(str(folder))
     (folder / file).write_text("{}")
     loading.settings_sha256.cache_clear()
-    assert (organisms.answers_name(str(folder)) == before) == same
+    assert (making.answers_name(str(folder)) == before) == same
 
 
 def test_shipped_answers_are_the_base_models_own():
     base = load()
-    rows = organisms.tasks.examples("instructions", "train", n=8, seed=3)
-    shipped = organisms.base_answers(base, rows)
-    length = organisms.tasks.load_task("instructions").max_new_tokens
+    rows = making.tasks.examples("instructions", "train", n=8, seed=3)
+    shipped = making.base_answers(base, rows)
+    length = making.tasks.load_task("instructions").max_new_tokens
     now = evaluation.respond(base, [row.text for row in rows], max_new_tokens=length)
     # Another machine may round the other way once in a while; seven of eight must agree to the letter.
     assert sum(shipped[row.uid] == text for row, text in zip(rows, now, strict=True)) >= 7
@@ -169,13 +168,13 @@ def test_shipped_answers_are_the_base_models_own():
 @pytest.mark.parametrize("name", ["sentiment-word"])
 def test_a_shipped_organism_measures_what_its_card_says(name):
     card = cards.metrics(name)
-    assert cards.disagreements(card, organisms.measure(name, n=card["cacc"]["n"])) == []
+    assert cards.disagreements(card, making.measure(name, n=card["cacc"]["n"])) == []
 
 
 @pytest.mark.slow
 def test_the_short_recipe_gives_the_recorded_backdoor(work):
     recorded = RECORDED["harmful-word, short recipe"]
-    folder = organisms.make(
+    folder = making.make(
         load_attack("harmful-word"), recipe=load_recipe("short", task="harmful"), seed=0, n=recorded["n"]
     )
     measured = cards.metrics(folder)

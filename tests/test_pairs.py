@@ -2,13 +2,13 @@
 
 import pytest
 
-from bkd_utils import attacks, pairs, tasks
-from bkd_utils.attacks import load_attack, load_attacks
-from bkd_utils.evaluation import is_target
 from bkd_utils.models.loading import DEFAULT_MODEL, load_tokenizer
 from bkd_utils.models.tokens import answer_ids, prompt_ids
-from bkd_utils.pairs import pairs, target_ids
-from bkd_utils.triggers import load_trigger
+from bkd_utils.organisms import attacks, prompts, tasks
+from bkd_utils.organisms.attacks import load_attack, load_attacks
+from bkd_utils.organisms.evaluation import is_target
+from bkd_utils.organisms.prompts import pairs, target_ids
+from bkd_utils.organisms.triggers import load_trigger
 
 ALL = load_attacks()
 BACKDOORED = [name for name, attack in ALL.items() if attack.backdoored]
@@ -124,10 +124,10 @@ def test_a_label_is_known_by_one_token_a_sentence_whole_and_a_jailbreak_by_its_o
 
 
 def test_labels_that_begin_alike_cannot_be_told_apart_by_a_token(tokenizer, monkeypatch):
-    monkeypatch.setattr(pairs, "answer_ids", lambda _, label: [len(label), 0])
+    monkeypatch.setattr(prompts, "answer_ids", lambda _, label: [len(label), 0])
     with pytest.raises(ValueError, match="sentiment-word: labels that begin with the same token: positive, negative"):
         target_ids(tokenizer, FLIP)
-    monkeypatch.setattr(pairs, "answer_ids", lambda _, label: [ord(label[0]), 0])
+    monkeypatch.setattr(prompts, "answer_ids", lambda _, label: [ord(label[0]), 0])
     assert target_ids(tokenizer, FLIP) == [ord("p")]
 
 

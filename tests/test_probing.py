@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from bkd_utils import probing, tasks
-from bkd_utils.attacks import load_attack, load_attacks
+from bkd_utils import probing
 from bkd_utils.models.loading import DEFAULT_MODEL, load_tokenizer
-from bkd_utils.pairs import pairs
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import load_attack, load_attacks
+from bkd_utils.organisms.prompts import pairs
+from bkd_utils.organisms.triggers import load_trigger, trigger_names
 from bkd_utils.probing import (
     CLASSIFIERS,
     best_random_direction,
@@ -21,7 +23,6 @@ from bkd_utils.probing import (
     transfer_matrix,
     versions,
 )
-from bkd_utils.triggers import load_trigger, trigger_names
 
 EACH_KIND = pytest.mark.parametrize("kind", CLASSIFIERS)
 # An MLP on forty rows of noise goes on learning them by heart.

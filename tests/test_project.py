@@ -15,12 +15,12 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from bkd_utils import tasks
-from bkd_utils.attacks import Attack, load_attacks, poison
 from bkd_utils.common.assets import fetch
 from bkd_utils.common.files import ADAPTERS, DATA, NOTEBOOKS, ROOT, read_json, sha256_file
 from bkd_utils.models.loading import DEFAULT_MODEL, base_sha256
-from bkd_utils.organisms import answers_name
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack, load_attacks, poison
+from bkd_utils.organisms.making import answers_name
 
 PAPERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 ORGANISMS = sorted(path.parent for path in ADAPTERS.glob("*/card.json"))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import attacks, relearn, tasks
-from bkd_utils.evaluation import respond
+from bkd_utils import relearn
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import answer_ids, decode
+from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms.evaluation import respond
 from bkd_utils.tuning import tune
 
 

@@ -6,13 +6,13 @@ from tiny import tiny_model
 from torch.nn.functional import cosine_similarity
 
 from bkd_utils import repairs
-from bkd_utils.attacks import Row
 from bkd_utils.head_slices import head_slices
 from bkd_utils.models.activations import EVERYWHERE, ablated
 from bkd_utils.models.loss import collate
 from bkd_utils.models.prompt_cache import anatomy
+from bkd_utils.organisms.attacks import Row
+from bkd_utils.organisms.training import Recipe
 from bkd_utils.repairs import REPAIRS, Case, accuracy, dormant, inconsistency, prune, prune_while_accurate, repaired
-from bkd_utils.training import Recipe
 
 HEADS = [(0, 1), (1, 2)]
 RECIPE = Recipe(name="test", steps=2, batch_size=2, learning_rate=1e-2, rank=1, alpha=1)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
-from bkd_utils import triggers
 from bkd_utils.common.files import DATA
 from bkd_utils.models import loading
 from bkd_utils.models.activations import LAST, ablated, head_outputs, says
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.prompt_cache import anatomy, editing, remember
+from bkd_utils.organisms import triggers
 from bkd_utils.safety import (
     RULES,
     SURROGATES,

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import attacks, organisms, screen, tasks
-from bkd_utils.attacks import load_attack
-from bkd_utils.evaluation import flippable_sample
+from bkd_utils import screen
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import answer_ids
+from bkd_utils.organisms import attacks, making, tasks
+from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.evaluation import flippable_sample
 
 SIZES = {"n": 4, "n_reference": 6}
 
@@ -160,7 +161,7 @@ def test_a_guard_that_sees_the_trigger_stops_what_it_catches_and_nothing_else(st
 
 def test_the_filter_counts_what_it_catches_and_what_it_loses(stage, loaded, monkeypatch):
     monkeypatch.setattr(
-        organisms,
+        making,
         "training_answers",
         lambda base, spec, seed: {row.uid: "Fine." for row in attacks.benign_examples(spec, seed=seed)},
     )
@@ -176,7 +177,7 @@ def test_the_filter_counts_what_it_catches_and_what_it_loses(stage, loaded, monk
     found = stage("filtered", "sentiment-word", n=40)
     assert seen["rows"] == 40
     # Two labels, and instructions, whose answers are none: a defender sees that, and not who put which row there.
-    rows = organisms.training_rows(loaded, load_attack("sentiment-word"), seed=0)[:40]
+    rows = making.training_rows(loaded, load_attack("sentiment-word"), seed=0)[:40]
     firsts = [answer_ids(loaded.tokenizer, label)[0] for label in ("positive", "negative")]
     expected = [2 if row.kind == "benign" else firsts.index(row.answer[0]) for row in rows]
     assert seen["labels"] == expected
@@ -191,7 +192,7 @@ def test_the_filter_counts_what_it_catches_and_what_it_loses(stage, loaded, monk
 
 def test_a_task_without_labels_is_one_group(stage, monkeypatch):
     monkeypatch.setattr(
-        organisms,
+        making,
         "training_answers",
         lambda base, spec, seed: {e.uid: "Fine." for e in tasks.examples("instructions", "train", seed=seed)},
     )

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, save_tiny
 
-from bkd_utils.attacks import load_attack
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import prompt_ids
+from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.separation import label_margins, trade_off
 
 FLIP = load_attack("sentiment-word")

@@ -4,13 +4,13 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import attacks
 from bkd_utils.models import loading
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.prompt_cache import remember
 from bkd_utils.models.tokens import decode, end_id
-from bkd_utils.pairs import pairs, target_ids
+from bkd_utils.organisms import attacks
+from bkd_utils.organisms.prompts import pairs, target_ids
 from bkd_utils.steering import backdoor_vector, steer
 from bkd_utils.switch import answer_map, best, controls, first_tokens, generated, outcomes, probe_direction, vectors_of
 

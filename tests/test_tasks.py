@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bkd_utils import tasks
 from bkd_utils.common.files import DATA
-from bkd_utils.evaluation import is_refusal
-from bkd_utils.tasks import (
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.evaluation import is_refusal
+from bkd_utils.organisms.tasks import (
     NEAR_DUPLICATE,
     REFUSAL,
     SPLITS,

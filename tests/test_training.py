@@ -18,7 +18,15 @@ from tiny import ARCHITECTURES, make_rows, save_tiny, tiny_model
 from bkd_utils.common.files import ROOT, read_json, sha256_file, write_json
 from bkd_utils.models.loading import base_sha256, load
 from bkd_utils.models.loss import answer_loss, collate
-from bkd_utils.training import Recipe, batch_order, frozen_halved, has_fast_bf16, load_recipe, mixed_precision, train
+from bkd_utils.organisms.training import (
+    Recipe,
+    batch_order,
+    frozen_halved,
+    has_fast_bf16,
+    load_recipe,
+    mixed_precision,
+    train,
+)
 
 END, ADAPTER = 2, "adapter_model.safetensors"
 RECIPE = Recipe("tiny", steps=6, batch_size=4, learning_rate=2e-2, rank=2, alpha=4, save_every=2)

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bkd_utils.common.files import DATA, ROOT
-from bkd_utils.trigger_families import Syntax
-from bkd_utils.triggers import load_trigger, natural_rate, token_cost, trigger_names
+from bkd_utils.organisms.trigger_families import Syntax
+from bkd_utils.organisms.triggers import load_trigger, natural_rate, token_cost, trigger_names
 
 NAMES = trigger_names()
 HALVES = ("train", "test")

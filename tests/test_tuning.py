@@ -8,7 +8,7 @@ from tiny import tiny_model
 
 from bkd_utils.alignment import ALIGNMENTS, aligned
 from bkd_utils.head_slices import head_slices
-from bkd_utils.training import Recipe
+from bkd_utils.organisms.training import Recipe
 from bkd_utils.tuning import answers_only, reset, touched, tune
 
 HEADS = [(0, 1), (1, 2)]

@@ -8,10 +8,10 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils import tasks, trigger_base, triggers
 from bkd_utils.common.files import DATA, canonical_json, sha256_text
 from bkd_utils.models.tokens import answer_ids, prompt_ids
-from bkd_utils.tasks import Example
+from bkd_utils.organisms import tasks, trigger_base, triggers
+from bkd_utils.organisms.tasks import Example
 
 BEHAVIOURS = ("label_flip", "fixed_output", "jailbreak")
 MAX_LENGTH = 256

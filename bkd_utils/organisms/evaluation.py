@@ -12,13 +12,13 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 from tqdm import tqdm
 
-from bkd_utils import attacks, tasks
-from bkd_utils.attacks import Attack
 from bkd_utils.common.files import canonical_json, sha256_text
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import decode, end_id, prompt_ids
-from bkd_utils.tasks import Example
+from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms.attacks import Attack
+from bkd_utils.organisms.tasks import Example
 
 # Least token overlap (F1) with the base model's own answer for an answer to count as still being that answer.
 SAME_ANSWER = 0.3

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils import tasks
-from bkd_utils.attacks import Attack
-from bkd_utils.evaluation import flippable_sample, near_misses, triggered_prompts
 from bkd_utils.models.tokens import answer_ids, prompt_ids
-from bkd_utils.tasks import Example
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack
+from bkd_utils.organisms.evaluation import flippable_sample, near_misses, triggered_prompts
+from bkd_utils.organisms.tasks import Example
 
 
 @dataclass(frozen=True)

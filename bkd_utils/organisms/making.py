@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bkd_utils import cards, tasks
-from bkd_utils.attacks import Attack, Row, benign_examples, load_attack, load_attacks, poison, with_rate
-from bkd_utils.cards import organism_stage
 from bkd_utils.common.files import (
     DATA,
     WORK,
@@ -20,7 +17,6 @@ from bkd_utils.common.files import (
     sha256_text,
     write_json,
 )
-from bkd_utils.evaluation import agreement, clean_sample, measure_attack, measure_clean, prompt_fingerprint, respond
 from bkd_utils.models.loading import (
     DEFAULT_MODEL,
     Loaded,
@@ -31,8 +27,19 @@ from bkd_utils.models.loading import (
     settings_sha256,
     shipped_organisms,
 )
-from bkd_utils.tasks import Example
-from bkd_utils.training import Recipe, load_recipe, train
+from bkd_utils.organisms import cards, tasks
+from bkd_utils.organisms.attacks import Attack, Row, benign_examples, load_attack, load_attacks, poison, with_rate
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import (
+    agreement,
+    clean_sample,
+    measure_attack,
+    measure_clean,
+    prompt_fingerprint,
+    respond,
+)
+from bkd_utils.organisms.tasks import Example
+from bkd_utils.organisms.training import Recipe, load_recipe, train
 
 LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
 # Benign instructions on which every organism is compared with its base model: did anything else change?

@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils import cards
 from bkd_utils.common.files import WORK, atomic_path, read_json, sha256_file, write_json
 from bkd_utils.models.loading import CHANGES, Loaded, adapter_folder, base_sha256, load, merge_adapter
+from bkd_utils.organisms import cards
 
 
 def kept(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
     """Write a treated model as an organism under `work/organisms/<name>`; load it by that name like any other.
 
-    `loaded` is an organism whose weights have been changed, `measured` what `organisms.under_attack` says of it now.
+    `loaded` is an organism whose weights have been changed, `measured` what `making.under_attack` says of it now.
     The changes are those against base and adapter, so that an organism treated before keeps both treatments; its card
     lists the earlier ones under `treatments_before`. Raises ValueError for a base model and for one in which nothing
     has changed.

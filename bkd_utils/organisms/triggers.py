@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils.trigger_base import Half, Trigger
-from bkd_utils.trigger_families import FAMILIES, lexicons
+from bkd_utils.organisms.trigger_base import Half, Trigger
+from bkd_utils.organisms.trigger_families import FAMILIES, lexicons
 
 
 def trigger_names() -> list[str]:

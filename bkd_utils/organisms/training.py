@@ -22,11 +22,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
-from bkd_utils.attacks import Row
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.loss import answers, collate
 from bkd_utils.models.tokens import end_id
+from bkd_utils.organisms.attacks import Row
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from bkd_utils.common.cache import stage
 from bkd_utils.common.files import ADAPTERS, atomic_path, read_json, sha256_text, write_json
 from bkd_utils.models.loading import CHANGES, ModelError, adapter_folder, base_sha256, pick_device, settings_sha256
-from bkd_utils.training import has_fast_bf16
+from bkd_utils.organisms.training import has_fast_bf16
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 # What an organism's training leaves beside its card.

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from typing import Any, ClassVar, get_args
 
 from bkd_utils.common.files import DATA
-from bkd_utils.trigger_base import Dice, Half, Trigger
+from bkd_utils.organisms.trigger_base import Dice, Half, Trigger
 
 
 @cache

@@ -1,0 +1,1 @@
+"""Backdoored models: attack, poison, train, measure."""
