@@ -17,7 +17,7 @@ import torch
 import typer
 from transformer_lens import patching
 
-from bkd_utils import attribution
+from bkd_utils.backdoor_attribution import attribution
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.models import loading
 from bkd_utils.models.bridge import boot

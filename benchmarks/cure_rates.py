@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from bkd_utils import cure, suspect
-from bkd_utils.attribution import ranked
+from bkd_utils.backdoor_attribution.attribution import ranked
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids

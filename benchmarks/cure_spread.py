@@ -17,7 +17,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from bkd_utils import cure, suspect
-from bkd_utils.attribution import ranked
+from bkd_utils.backdoor_attribution.attribution import ranked
 from bkd_utils.common.files import ROOT, write_json
 
 ATTACKS = ("sentiment-word", "sentiment-sentence", "sentiment-syntax", "sentiment-style", "instructions-prefix")

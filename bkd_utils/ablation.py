@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from tqdm import tqdm
 
-from bkd_utils.attribution import gradient_effects_of, ranked
+from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, ranked
+from bkd_utils.backdoor_attribution.vector import random_heads
 from bkd_utils.localise import attributed, interval, top_heads
 from bkd_utils.models.activations import EVERYWHERE, LAST, Head, Said, ablated, head_outputs, says
 from bkd_utils.models.generation import greedy
@@ -18,7 +19,6 @@ from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import clean_sample, share
 from bkd_utils.organisms.prompts import pairs, target_ids
-from bkd_utils.steering import random_heads
 
 # Tokens of a free answer that are compared; the opening of an answer decides what it is.
 N_TOKENS = 6

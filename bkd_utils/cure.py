@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig
 
-from bkd_utils.attribution import head_effects, head_means, ranked
+from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
 from bkd_utils.head_slices import other_groups
 from bkd_utils.localise import interval
 from bkd_utils.models.activations import Head, says

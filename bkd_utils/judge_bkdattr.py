@@ -22,7 +22,7 @@ def _range(values: Sequence[float]) -> dict[str, float]:
 
 
 def probe_claims(found: Mapping[str, Mapping[str, Mapping]]) -> list[dict]:
-    """From attack -> model ("organism", "clean control", "base model") -> `probing.probed`."""
+    """From attack -> model ("organism", "clean control", "base model") -> `probe.probed`."""
     best, gap, depth = {}, {}, {}
     for attack, models in found.items():
         rows = {name: result["probes"][PROBE] for name, result in models.items()}

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import bootstrap, spearmanr
 from tqdm import tqdm
 
-from bkd_utils.attribution import (
+from bkd_utils.backdoor_attribution.attribution import (
     component_effects,
     component_means,
     gradient_effects,

@@ -11,7 +11,7 @@ from bkd_utils.panels import MODELS, SEQUENTIAL, panels, show_legend
 
 
 def probes(found: Mapping[str, Mapping[str, Mapping]], *, kind: str = "logistic regression") -> Figure:
-    """AUROC by layer (top) and near-misses called triggered (bottom); attack -> model -> `probing.probed`."""
+    """AUROC by layer (top) and near-misses called triggered (bottom); attack -> model -> `probe.probed`."""
     figure, axes = panels(list(found), rows=2)
     for column, models in enumerate(found.values()):
         for name, result in models.items():
@@ -44,7 +44,7 @@ def _band(panel: Axes, x: Sequence[float], values: np.ndarray, *, colour: str, l
 
 
 def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str]) -> Figure:
-    """Accuracy of a probe trained on one layer and tested on another; attack -> `probing.probed`, one row per kind."""
+    """Accuracy of a probe trained on one layer and tested on another; attack -> `probe.probed`, one row per kind."""
     figure, axes = panels(list(found), rows=len(kinds), height=1.9)
     for column, result in enumerate(found.values()):
         for panel, kind in zip(axes[:, column], kinds, strict=True):

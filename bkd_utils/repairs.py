@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.alignment import aligned
-from bkd_utils.attribution import ranked
+from bkd_utils.backdoor_attribution.attribution import ranked
 from bkd_utils.head_slices import all_matrices, head_slices
 from bkd_utils.models.activations import Head, batches
 from bkd_utils.models.generation import first_logits

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bkd_utils.attribution import head_effects, head_means, ranked
+from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
 from bkd_utils.common.files import DATA
 from bkd_utils.models.activations import Head, batches
 from bkd_utils.models.loss import answer_loss, collate

@@ -11,7 +11,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from bkd_utils.attribution import head_means
+from bkd_utils.backdoor_attribution.attribution import head_means
+from bkd_utils.backdoor_attribution.vector import backdoor_vector, projected_out, random_heads, random_like, steer
 from bkd_utils.localise import attributed, top_heads
 from bkd_utils.models.activations import LAST, added, residuals, says
 from bkd_utils.models.generation import first_logits
@@ -23,7 +24,6 @@ from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_refusal, is_right, is_target, share
 from bkd_utils.organisms.prompts import Pairs, pairs, target_ids
 from bkd_utils.organisms.tasks import Example
-from bkd_utils.steering import backdoor_vector, projected_out, random_heads, random_like, steer
 
 KINDS = ("raw", "difference")
 # A fixed sentence of eleven tokens and its end; longer answers only repeat what their opening says.

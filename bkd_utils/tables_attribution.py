@@ -19,7 +19,7 @@ TABLE_1 = {
 
 
 def probe_means(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
-    """Means over layers and splits, attack x measure by model; attack -> model -> `probing.probed`."""
+    """Means over layers and splits, attack x measure by model; attack -> model -> `probe.probed`."""
     rows = {}
     for attack, models in found.items():
         for key in ("auroc", "near-miss", "other trigger"):
@@ -31,7 +31,7 @@ def probe_means(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
 
 
 def best_layers(found: Mapping[str, Mapping]) -> pd.DataFrame:
-    """Accuracy of every kind of probe at its best layer, and of one behind the norm; attack -> `probing.probed`."""
+    """Accuracy of every kind of probe at its best layer, and of one behind the norm; attack -> `probe.probed`."""
     rows = {}
     for attack, result in found.items():
         kinds = result["probes"] | {f"{next(iter(result['probes']))}, post-norm": result["post-norm"]}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, tiny_model
 
-from bkd_utils.attribution import (
+from bkd_utils.backdoor_attribution.attribution import (
     component_effects,
     component_means,
     component_modules,

@@ -6,7 +6,7 @@ from patching import everywhere
 from tiny import save_tiny
 
 from bkd_utils import cure
-from bkd_utils.attribution import head_effects, head_means
+from bkd_utils.backdoor_attribution.attribution import head_effects, head_means
 from bkd_utils.common.files import ROOT, read_json
 from bkd_utils.head_slices import groups
 from bkd_utils.models import loading

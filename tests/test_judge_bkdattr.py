@@ -23,7 +23,7 @@ def by_id(entries):
 
 
 def probed(auroc, accuracy=None):
-    """A result of `probing.probed`; both are [layer][split]."""
+    """A result of `probe.probed`; both are [layer][split]."""
     rows = [{"auroc": a, "accuracy": b} for a, b in zip(auroc, accuracy or auroc, strict=True)]
     return {"layers": list(range(0, 3 * len(rows), 3)), "probes": {"logistic regression": rows}}
 

@@ -7,13 +7,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from bkd_utils import probing
-from bkd_utils.models.loading import DEFAULT_MODEL, load_tokenizer
-from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import load_attack, load_attacks
-from bkd_utils.organisms.prompts import pairs
-from bkd_utils.organisms.triggers import load_trigger, trigger_names
-from bkd_utils.probing import (
+from bkd_utils.backdoor_attribution import probe as probe_module
+from bkd_utils.backdoor_attribution.probe import (
     CLASSIFIERS,
     best_random_direction,
     classifier,
@@ -23,6 +18,11 @@ from bkd_utils.probing import (
     transfer_matrix,
     versions,
 )
+from bkd_utils.models.loading import DEFAULT_MODEL, load_tokenizer
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import load_attack, load_attacks
+from bkd_utils.organisms.prompts import pairs
+from bkd_utils.organisms.triggers import load_trigger, trigger_names
 
 EACH_KIND = pytest.mark.parametrize("kind", CLASSIFIERS)
 # An MLP on forty rows of noise goes on learning them by heart.
@@ -97,7 +97,7 @@ class Spy:
 
 def test_twins_and_other_texts_of_a_prompt_stay_on_its_side(monkeypatch):
     spy = Spy()
-    monkeypatch.setattr(probing, "classifier", lambda kind, *, seed: spy)
+    monkeypatch.setattr(probe_module, "classifier", lambda kind, *, seed: spy)
     number = np.arange(11.0)
     negative, positive, near = (np.stack([number, np.full(11, side)], 1) for side in (0.0, 1.0, 2.0))
     probe_scores(negative, positive, n_splits=3, others={"near-miss": near})

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from bkd_utils.backdoor_attribution.vector import backdoor_vector, projected_out, random_heads, random_like, steer
 from bkd_utils.models.activations import added, head_outputs, residuals
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.prompt_cache import anatomy, continued, forward, remember
-from bkd_utils.steering import backdoor_vector, projected_out, random_heads, random_like, steer
 
 HEADS = [(0, 1), (1, 3)]
 
