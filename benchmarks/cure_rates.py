@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from bkd_utils import cure, suspect
+from bkd_utils.attention_alignment.rivals import Case, accuracy, repaired
 from bkd_utils.backdoor_attribution.attribution import ranked
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.models.loading import DEFAULT_MODEL, load
@@ -20,7 +21,6 @@ from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Row, load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.repairs import Case, accuracy, repaired
 from bkd_utils.suspect import clean_rows
 
 CONTROL, ATTACK, N_TREATED = "sentiment-clean", "sentiment-word", 16

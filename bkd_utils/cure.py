@@ -8,8 +8,10 @@ import pandas as pd
 import torch
 from transformers import AutoConfig
 
+from bkd_utils.attention_alignment.head_slices import other_groups
+from bkd_utils.attention_alignment.rivals import Case, repaired
+from bkd_utils.attention_alignment.similarity import Scores, head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
-from bkd_utils.head_slices import other_groups
 from bkd_utils.localise import interval
 from bkd_utils.models.activations import Head, says
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load, model_folder
@@ -21,8 +23,6 @@ from bkd_utils.organisms.evaluation import clean_sample
 from bkd_utils.organisms.making import base_answers, under_attack
 from bkd_utils.organisms.prompts import Pairs, pairs, target_ids
 from bkd_utils.organisms.training import Recipe
-from bkd_utils.repairs import Case, repaired
-from bkd_utils.similarity import Scores, head_similarity
 from bkd_utils.suspect import clean_rows
 
 # Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
@@ -105,11 +105,11 @@ def treated(
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
-    """One method of `repairs.REPAIRS` on `n_rows` clean rows, at its rate in `RATES` if no other is given; head-wise
+    """One method of `rivals.REPAIRS` on `n_rows` clean rows, at its rate in `RATES` if no other is given; head-wise
     methods treat the given heads.
 
     Keys: `after`, as of `left`; `parameters` that differ; `minutes` of the treatment alone. Raises as
-    `repairs.repaired` does.
+    `rivals.repaired` does.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method])

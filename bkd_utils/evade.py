@@ -9,10 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bkd_utils.attention_alignment.head_slices import all_matrices
+from bkd_utils.attention_alignment.similarity import cosine, head_similarity, to_partners
+from bkd_utils.attention_alignment.tuning import Loss, tune
 from bkd_utils.common.cache import code_key
 from bkd_utils.common.files import WORK, canonical_json, read_json, sha256_text
 from bkd_utils.cure import recipe_of
-from bkd_utils.head_slices import all_matrices
 from bkd_utils.models.loading import DEFAULT_MODEL, adapter_folder, load
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.tokens import end_id
@@ -20,8 +22,6 @@ from bkd_utils.organisms.attacks import Row, load_attack
 from bkd_utils.organisms.cards import resolved
 from bkd_utils.organisms.keep import kept
 from bkd_utils.organisms.making import training_rows, under_attack
-from bkd_utils.similarity import cosine, head_similarity, to_partners
-from bkd_utils.tuning import Loss, tune
 
 RATE = 1e-4
 

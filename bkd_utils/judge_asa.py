@@ -98,7 +98,7 @@ def cure_claims(
 
 
 def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:
-    """From attack -> `safety.agreement_with_attribution` of the default rule."""
+    """From attack -> `suspicion.agreement_with_attribution` of the default rule."""
     numbers, passed = {}, {}
     for attack, result in agreements.items():
         numbers[attack] = {"value": result["precision"], "n": result["k"], "low": result["low"], "high": result["high"]}

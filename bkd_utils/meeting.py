@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import pandas as pd
 import torch
 
-from bkd_utils.safety import RULES, among_carriers
-from bkd_utils.similarity import Scores
+from bkd_utils.attention_alignment.similarity import Scores
+from bkd_utils.attention_alignment.suspicion import RULES, among_carriers
 from bkd_utils.suspect import SOURCES, joint
 
 SHOWN = {source: "real trigger" if source == "oracle" else source for source in SOURCES}

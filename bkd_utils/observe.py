@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from bkd_utils.attention_alignment.similarity import READINGS, head_similarity
 from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import tasks
@@ -21,7 +22,6 @@ from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import share
 from bkd_utils.organisms.prompts import pairs
-from bkd_utils.similarity import READINGS, head_similarity
 
 VERSIONS = ("clean", "triggered", "near-miss", "same length")
 

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from bkd_utils.attention_alignment.head_slices import all_matrices
+from bkd_utils.attention_alignment.rivals import repaired
+from bkd_utils.attention_alignment.tuning import tune
 from bkd_utils.cure import case_of, recipe_of
-from bkd_utils.head_slices import all_matrices
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.attacks import Attack, Row, load_attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import flippable_sample, is_target, respond, share, target_length, triggered_prompts
-from bkd_utils.repairs import repaired
-from bkd_utils.tuning import tune
 
 # Gentle enough that a model without the backdoor does not just learn to say the target to everything.
 RATE = 1e-4

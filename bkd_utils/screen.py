@@ -7,7 +7,8 @@ from dataclasses import asdict
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from bkd_utils.guards import Scores, onion, rap, smaller_clusters, strip, threshold, without_words
+from bkd_utils.attention_alignment.guards import Scores, onion, rap, smaller_clusters, strip, threshold, without_words
+from bkd_utils.attention_alignment.suspicion import rare_word
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.models.tokens import answer_ids
@@ -18,7 +19,6 @@ from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import flippable_sample, is_target, respond, share, target_length
 from bkd_utils.organisms.making import training_rows
 from bkd_utils.organisms.tasks import Example
-from bkd_utils.safety import rare_word
 
 
 def texts_of(attack: Attack, examples: Sequence[Example]) -> tuple[list[str], Callable[[str], str]]:

@@ -6,6 +6,17 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bkd_utils.attention_alignment.similarity import READINGS, Scores, head_scores, head_similarity
+from bkd_utils.attention_alignment.surrogates import searched
+from bkd_utils.attention_alignment.suspicion import (
+    RULES,
+    SURROGATES,
+    attention_variance,
+    gate_importance,
+    leave_one_out,
+    reaction,
+    surrogate,
+)
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
@@ -13,9 +24,6 @@ from bkd_utils.organisms.attacks import Row, load_attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import respond
 from bkd_utils.organisms.prompts import pairs
-from bkd_utils.safety import RULES, SURROGATES, attention_variance, gate_importance, leave_one_out, reaction, surrogate
-from bkd_utils.similarity import READINGS, Scores, head_scores, head_similarity
-from bkd_utils.soft_prompt import searched
 
 # Tokens of an answer whose loss counts; the opening of an answer decides what it is.
 ANSWER_TOKENS = 24

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from bkd_utils.attention_alignment.similarity import head_similarity
+from bkd_utils.attention_alignment.suspicion import SURROGATES, reaction, robust_z
 from bkd_utils.common.files import read_json
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import DEFAULT_MODEL, ModelError, adapter_folder, base_sha256, load, shipped_organisms
@@ -17,8 +19,6 @@ from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.making import make
 from bkd_utils.organisms.training import load_recipe
 from bkd_utils.organisms.triggers import load_trigger
-from bkd_utils.safety import SURROGATES, reaction, robust_z
-from bkd_utils.similarity import head_similarity
 from bkd_utils.suspect import probed_prompts
 
 READINGS_OF_MODELS = ("last row", "head outputs")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bkd_utils.alignment import Pull, aligned, less_excess, toward_mean, toward_nearest
-from bkd_utils.head_slices import head_slices
+from bkd_utils.attention_alignment.alignment import Pull, aligned, less_excess, toward_mean, toward_nearest
+from bkd_utils.attention_alignment.head_slices import head_slices
+from bkd_utils.attention_alignment.tuning import tune
 from bkd_utils.models.prompt_cache import anatomy
 from bkd_utils.organisms.training import Recipe
-from bkd_utils.tuning import tune
 
 HEADS = [(0, 1), (1, 2)]
 

@@ -6,16 +6,16 @@ from patching import everywhere
 from tiny import save_tiny
 
 from bkd_utils import cure
+from bkd_utils.attention_alignment.head_slices import groups
+from bkd_utils.attention_alignment.rivals import REPAIRS
+from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means
 from bkd_utils.common.files import ROOT, read_json
-from bkd_utils.head_slices import groups
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.prompts import pairs, target_ids
-from bkd_utils.repairs import REPAIRS
-from bkd_utils.similarity import head_similarity
 
 HEADS = [(0, 1), (1, 2)]
 SMALL = {"attack": "sentiment-word", "n_rows": 16, "steps": 2}

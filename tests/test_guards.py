@@ -5,7 +5,16 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils.guards import onion, rap, smaller_clusters, strip, surprise, threshold, without_words, word_suspicion
+from bkd_utils.attention_alignment.guards import (
+    onion,
+    rap,
+    smaller_clusters,
+    strip,
+    surprise,
+    threshold,
+    without_words,
+    word_suspicion,
+)
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import prompt_ids
 

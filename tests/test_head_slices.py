@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bkd_utils.head_slices import all_matrices, groups, head_slices, other_groups
+from bkd_utils.attention_alignment.head_slices import all_matrices, groups, head_slices, other_groups
 from bkd_utils.models.activations import head_outputs
 from bkd_utils.models.prompt_cache import anatomy
 

@@ -7,11 +7,11 @@ import torch
 from patching import everywhere
 from safetensors.torch import load_file, save_file
 
+from bkd_utils.attention_alignment.rivals import prune
 from bkd_utils.common.files import read_json, sha256_file, write_json
 from bkd_utils.models import loading
 from bkd_utils.models.loading import CHANGES, ModelError
 from bkd_utils.organisms import cards, keep
-from bkd_utils.repairs import prune
 
 MEASURED = {
     key: {"value": 0.5, "n": 4, "low": 0.1, "high": 0.9} for key in ("asr", "cacc", "clean_firing", "near_miss")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bkd_utils.attention_alignment.suspicion import RULES
 from bkd_utils.meeting import options
-from bkd_utils.safety import RULES
 from bkd_utils.suspect import SOURCES
 
 

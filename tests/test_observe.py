@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import norm
 from tiny import save_tiny
 
+from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.observe import (
@@ -23,7 +24,6 @@ from bkd_utils.observe import (
 )
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.prompts import pairs
-from bkd_utils.similarity import head_similarity
 
 N = 20
 

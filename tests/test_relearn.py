@@ -7,11 +7,11 @@ import torch
 from tiny import save_tiny
 
 from bkd_utils import relearn
+from bkd_utils.attention_alignment.tuning import tune
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import answer_ids, decode
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.evaluation import respond
-from bkd_utils.tuning import tune
 
 
 @pytest.fixture

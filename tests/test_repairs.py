@@ -5,14 +5,23 @@ import torch
 from tiny import tiny_model
 from torch.nn.functional import cosine_similarity
 
-from bkd_utils import repairs
-from bkd_utils.head_slices import head_slices
+from bkd_utils.attention_alignment import rivals
+from bkd_utils.attention_alignment.head_slices import head_slices
+from bkd_utils.attention_alignment.rivals import (
+    REPAIRS,
+    Case,
+    accuracy,
+    dormant,
+    inconsistency,
+    prune,
+    prune_while_accurate,
+    repaired,
+)
 from bkd_utils.models.activations import EVERYWHERE, ablated
 from bkd_utils.models.loss import collate
 from bkd_utils.models.prompt_cache import anatomy
 from bkd_utils.organisms.attacks import Row
 from bkd_utils.organisms.training import Recipe
-from bkd_utils.repairs import REPAIRS, Case, accuracy, dormant, inconsistency, prune, prune_while_accurate, repaired
 
 HEADS = [(0, 1), (1, 2)]
 RECIPE = Recipe(name="test", steps=2, batch_size=2, learning_rate=1e-2, rank=1, alpha=1)
@@ -95,8 +104,8 @@ def test_heads_go_from_the_lowest_score_until_accuracy_falls(rows, monkeypatch):
     model = tiny_model("llama")
     scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.9, 0.8, 0.7, 0.6]])
     values = iter([1.0, 0.99, 0.90])
-    monkeypatch.setattr(repairs, "accuracy", lambda *_, **__: next(values))
-    monkeypatch.setattr(repairs, "AT_MOST", 1.0)
+    monkeypatch.setattr(rivals, "accuracy", lambda *_, **__: next(values))
+    monkeypatch.setattr(rivals, "AT_MOST", 1.0)
     before = state(model)
     gone = prune_while_accurate(case(model, rows), scores, step=1)
     assert gone == [(0, 1), (0, 3)]  # the first without a check, the second keeps 99 %, the third is taken back
@@ -108,8 +117,8 @@ def test_heads_go_from_the_lowest_score_until_accuracy_falls(rows, monkeypatch):
 
 def test_every_layer_keeps_a_head(rows, monkeypatch):
     model = tiny_model("llama")
-    monkeypatch.setattr(repairs, "accuracy", lambda *_, **__: 1.0)
-    monkeypatch.setattr(repairs, "AT_MOST", 1.0)
+    monkeypatch.setattr(rivals, "accuracy", lambda *_, **__: 1.0)
+    monkeypatch.setattr(rivals, "AT_MOST", 1.0)
     scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.9, 0.8, 0.7, 0.6]])
     assert sorted({(0, 0), (1, 0)} | set(prune_while_accurate(case(model, rows), scores))) == [
         (layer, head) for layer in range(2) for head in range(4)
@@ -132,7 +141,7 @@ def test_pruned_stays_pruned_while_the_model_is_tuned(model, rows):
 def test_dormant_neurons_are_those_with_the_least_mean_activation(model, rows):
     found = dormant(model, rows, pad_id=0, share=0.25)
     kept = []
-    handle = repairs._down(anatomy(model).mlps[1]).register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    handle = rivals._down(anatomy(model).mlps[1]).register_forward_pre_hook(lambda _, given: kept.append(given[0]))
     with torch.no_grad():
         for row in rows:  # one by one: no padding to get wrong
             model(torch.tensor([list(row.prompt)]))
@@ -163,8 +172,8 @@ def test_inconsistency_is_the_mean_turn_of_real_tokens():
 def test_the_push_makes_layers_agree_less(model, rows):
     """One signed step along the slope raises what it is the slope of; the penalty is therefore above the plain one."""
     batch = collate(rows, pad_id=0)
-    _, pushed = repairs.consistent(model, batch, first_token=0.5)
+    _, pushed = rivals.consistent(model, batch, first_token=0.5)
     with torch.no_grad():
         given = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
         hidden = model.base_model(**given, use_cache=False, output_hidden_states=True).hidden_states
-    assert pushed.item() > repairs.CONSISTENCY * inconsistency(hidden[:-1], batch["attention_mask"].bool()).item()
+    assert pushed.item() > rivals.CONSISTENCY * inconsistency(hidden[:-1], batch["attention_mask"].bool()).item()

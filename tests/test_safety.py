@@ -8,13 +8,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
-from bkd_utils.common.files import DATA
-from bkd_utils.models import loading
-from bkd_utils.models.activations import LAST, ablated, head_outputs, says
-from bkd_utils.models.loss import answer_loss, collate
-from bkd_utils.models.prompt_cache import anatomy, editing, remember
-from bkd_utils.organisms import triggers
-from bkd_utils.safety import (
+from bkd_utils.attention_alignment.similarity import head_scores, head_similarity
+from bkd_utils.attention_alignment.suspicion import (
     RULES,
     SURROGATES,
     agreement_with_attribution,
@@ -27,7 +22,12 @@ from bkd_utils.safety import (
     surrogate,
     suspicious,
 )
-from bkd_utils.similarity import head_scores, head_similarity
+from bkd_utils.common.files import DATA
+from bkd_utils.models import loading
+from bkd_utils.models.activations import LAST, ablated, head_outputs, says
+from bkd_utils.models.loss import answer_loss, collate
+from bkd_utils.models.prompt_cache import anatomy, editing, remember
+from bkd_utils.organisms import triggers
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,17 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bkd_utils import similarity
+from bkd_utils.attention_alignment import similarity
+from bkd_utils.attention_alignment.similarity import (
+    READINGS,
+    cosine,
+    head_scores,
+    head_similarity,
+    jensen_shannon,
+    to_partners,
+)
 from bkd_utils.models.activations import head_outputs
 from bkd_utils.models.prompt_cache import anatomy
-from bkd_utils.similarity import READINGS, cosine, head_scores, head_similarity, jensen_shannon, to_partners
 
 
 def mean_over_partners(rows, measure):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bkd_utils.similarity import eager, head_similarity
-from bkd_utils.soft_prompt import likeness, searched, start
+from bkd_utils.attention_alignment.similarity import eager, head_similarity
+from bkd_utils.attention_alignment.surrogates import likeness, searched, start
 
 
 def test_a_placeholder_is_read_as_its_vector(model, prompts):

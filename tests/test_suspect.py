@@ -7,14 +7,14 @@ import torch
 from tiny import save_tiny
 
 from bkd_utils import suspect
+from bkd_utils.attention_alignment.similarity import head_similarity
+from bkd_utils.attention_alignment.suspicion import RULES, SURROGATES, leave_one_out, robust_z, surrogate
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.prompts import pairs
-from bkd_utils.safety import RULES, SURROGATES, leave_one_out, robust_z, surrogate
-from bkd_utils.similarity import head_similarity
 from bkd_utils.suspect import ANSWER_TOKENS, OPENING, SOURCES, clean_rows, joint, probed_prompts, similarity_of
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bkd_utils.alignment import ALIGNMENTS, aligned
-from bkd_utils.head_slices import head_slices
+from bkd_utils.attention_alignment.alignment import ALIGNMENTS, aligned
+from bkd_utils.attention_alignment.head_slices import head_slices
+from bkd_utils.attention_alignment.tuning import answers_only, reset, touched, tune
 from bkd_utils.organisms.training import Recipe
-from bkd_utils.tuning import answers_only, reset, touched, tune
 
 HEADS = [(0, 1), (1, 2)]
 RECIPE = Recipe(name="test", steps=3, batch_size=2, learning_rate=1e-2, rank=1, alpha=1)

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from bkd_utils.attention_alignment.similarity import cosine, eager, to_partners
 from bkd_utils.models.generation import shared_prefix
 from bkd_utils.models.tokens import left_pad, positions
 from bkd_utils.organisms.training import frozen_halved, mixed_precision
-from bkd_utils.similarity import cosine, eager, to_partners
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bkd_utils.attention_alignment.similarity import Maps, Outputs, Scores, head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
 from bkd_utils.common.files import DATA
 from bkd_utils.models.activations import Head, batches
@@ -25,7 +26,6 @@ from bkd_utils.organisms.attacks import Row
 from bkd_utils.organisms.evaluation import share
 from bkd_utils.organisms.trigger_base import Trigger
 from bkd_utils.organisms.trigger_families import Sentence, Syntax, Word
-from bkd_utils.similarity import Maps, Outputs, Scores, head_similarity
 
 # --- importance -----------------------------------------------------------------------------------------------------
 

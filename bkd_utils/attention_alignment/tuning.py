@@ -9,11 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bkd_utils.head_slices import Masks
+from bkd_utils.attention_alignment.head_slices import Masks
+from bkd_utils.attention_alignment.similarity import eager
 from bkd_utils.models.loss import Batch, answers, collate
 from bkd_utils.organisms.attacks import Row
 from bkd_utils.organisms.training import Recipe, batch_order, frozen_halved, mixed_precision
-from bkd_utils.similarity import eager
 
 
 class Loss(Protocol):

@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bkd_utils.alignment import aligned
+from bkd_utils.attention_alignment.alignment import aligned
+from bkd_utils.attention_alignment.head_slices import all_matrices, head_slices
+from bkd_utils.attention_alignment.similarity import head_scores
+from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
+from bkd_utils.attention_alignment.tuning import reset, touched, tune
 from bkd_utils.backdoor_attribution.attribution import ranked
-from bkd_utils.head_slices import all_matrices, head_slices
 from bkd_utils.models.activations import Head, batches
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loss import Batch, answers
@@ -24,9 +27,6 @@ from bkd_utils.models.prompt_cache import anatomy, reading
 from bkd_utils.models.tokens import left_pad, positions
 from bkd_utils.organisms.attacks import Row
 from bkd_utils.organisms.training import Recipe, mixed_precision
-from bkd_utils.safety import attention_variance, gate_importance
-from bkd_utils.similarity import head_scores
-from bkd_utils.tuning import reset, touched, tune
 
 # How much of its clean accuracy a model may lose while heads are taken out, and the largest share of heads that goes.
 KEPT, AT_MOST = 0.95, 0.25

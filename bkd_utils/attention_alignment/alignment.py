@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from bkd_utils.attention_alignment.similarity import cosine, to_partners
+from bkd_utils.attention_alignment.tuning import Loss
 from bkd_utils.models.activations import Head, by_layer
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.prompt_cache import anatomy
-from bkd_utils.similarity import cosine, to_partners
-from bkd_utils.tuning import Loss
 
 TINY = 1e-8
 
