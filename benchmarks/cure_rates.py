@@ -12,16 +12,16 @@ from typing import Annotated
 
 import typer
 
-from bkd_utils import cure, suspect
 from bkd_utils.attention_alignment.rivals import Case, accuracy, repaired
 from bkd_utils.backdoor_attribution.attribution import ranked
 from bkd_utils.common.files import ROOT, write_json
+from bkd_utils.experiments import cure, head_safety
+from bkd_utils.experiments.head_safety import clean_rows
 from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Row, load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.suspect import clean_rows
 
 CONTROL, ATTACK, N_TREATED = "sentiment-clean", "sentiment-word", 16
 WHOLE = (4e-4, 2e-4, 1e-4, 5e-5)
@@ -65,8 +65,8 @@ def main(
     n_rows: Annotated[int, typer.Option(help="Clean rows of the treatment, one pass.")] = 128,
     n_held: Annotated[int, typer.Option(help="Clean prompts on which accuracy is measured.")] = 300,
 ) -> None:
-    evidence = suspect.suspected(CONTROL, attack=ATTACK)
-    score = suspect.joint(evidence, rule="similar, little needed", source="surrogates", reading="last row")
+    evidence = head_safety.suspected(CONTROL, attack=ATTACK)
+    score = head_safety.joint(evidence, rule="similar, little needed", source="surrogates", reading="last row")
     heads, found = [list(head) for head in ranked(score)[:N_TREATED]], {}
     for method, ladder in LADDERS.items():
         rows: list[dict[str, float]] = []

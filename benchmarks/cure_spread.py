@@ -16,9 +16,9 @@ import typer
 from scipy import stats
 from tqdm import tqdm
 
-from bkd_utils import cure, suspect
 from bkd_utils.backdoor_attribution.attribution import ranked
 from bkd_utils.common.files import ROOT, write_json
+from bkd_utils.experiments import cure, head_safety
 
 ATTACKS = ("sentiment-word", "sentiment-sentence", "sentiment-syntax", "sentiment-style", "instructions-prefix")
 RIVALS = {"sentiment-word": ("fine-tuning", "fine-pruning", "flat heads pruned")}
@@ -35,8 +35,8 @@ def mean_interval(values: list[float]) -> dict[str, float]:
 
 def spread(attack: str, *, seeds: int, n: int) -> dict:
     """Shares, one per seed, and what random heads leave more than the suspicious ones, seed by seed."""
-    found = suspect.suspected(attack, attack=attack)
-    score = suspect.joint(found, rule="similar, little needed", source="surrogates", reading="last row")
+    found = head_safety.suspected(attack, attack=attack)
+    score = head_safety.joint(found, rule="similar, little needed", source="surrogates", reading="last row")
     suspicious = ranked(score)[:N_TREATED]
     rivals = RIVALS.get(attack, ())
     rows: dict[str, list[dict[str, dict[str, float]]]] = {

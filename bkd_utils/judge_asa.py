@@ -6,15 +6,15 @@ import numpy as np
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from bkd_utils.claims import entry, span
-from bkd_utils.observe import best_reading, separates
-from bkd_utils.verdict import area
+from bkd_utils.experiments.attention_similarity import best_reading, separates
+from bkd_utils.experiments.model_detection import area
 
 # One prompt more or less is no loss; a point is less than a prompt in most samples.
 POINT = 0.01
 
 
 def similarity_claims(found: Mapping[str, Mapping[str, Mapping]], *, families: Sequence[str]) -> list[dict]:
-    """From attack -> model -> `observe.observed`; `families` are the attacks that differ in their trigger only."""
+    """From attack -> model -> `attention_similarity.observed`; `families` are the attacks that differ in their trigger only."""
     lines = []
     for claim, members, figure in (
         ("asa-similarity", list(found), "05_readings"),
@@ -109,7 +109,7 @@ def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:
 
 
 def verdict_claim(found: Mapping[str, Mapping]) -> dict:
-    """From family -> `verdict.left_out`."""
+    """From family -> `model_detection.left_out`."""
     numbers = {family: area(result["wins"]) for family, result in found.items()}
     passed = {family: number["value"] >= 0.95 for family, number in numbers.items()}
     pooled = area([row for result in found.values() for row in result["wins"]])

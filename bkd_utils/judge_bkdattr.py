@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from bkd_utils.claims import entry, span
-from bkd_utils.localise import acie, interval
+from bkd_utils.experiments.localise import acie, interval
 from bkd_utils.organisms.evaluation import share
 
 PROBE = "logistic regression"
@@ -143,7 +143,7 @@ def _drop(before: float, after: float) -> float:
 
 
 def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, float]) -> list[dict]:
-    """From attack -> `switch.switched`; the better of the two vectors on the development half speaks for the claim.
+    """From attack -> `backdoor_vector.switched`; the better of the two vectors on the development half speaks for the claim.
 
     ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
     `control_right`: share of right answers that each task's clean control gives to clean prompts.
@@ -202,7 +202,7 @@ def _better(result: Mapping, direction: str) -> str:
 
 
 def cost_claim(rows: Mapping[str, Mapping[str, float]]) -> dict:
-    """From attack -> `cost.target_cost`."""
+    """From attack -> `attribution_cost.target_cost`."""
     numbers = {}
     for name, row in rows.items():
         ratio = row["generation"] / row["teacher forcing"]

@@ -11,8 +11,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_auc_score
 
+from bkd_utils.experiments.attention_similarity import VERSIONS, gap
 from bkd_utils.figures import WIDTH
-from bkd_utils.observe import VERSIONS, gap
 from bkd_utils.panels import MODELS, panels, show_legend
 
 GREY = "#777777"
@@ -28,10 +28,10 @@ def gaps(
     separated: Mapping[str, Mapping[str, Mapping]] | None = None,
     limits: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
-    """What a trigger does to similarity, by layer, one row per reading; attack -> model -> `observe.observed`.
+    """What a trigger does to similarity, by layer, one row per reading; attack -> model -> `attention_similarity.observed`.
 
     Mean over prompts of triggered less clean, and the range that holds the middle half of the prompts. `separated`:
-    reading -> attack -> `observe.separates`, to mark its layer; `limits`: as of `gap_limits`, to draw several figures
+    reading -> attack -> `attention_similarity.separates`, to mark its layer; `limits`: as of `gap_limits`, to draw several figures
     on one scale.
     """
     figure, axes = panels(list(found), rows=len(readings), height=1.9, sharey="row")
@@ -102,7 +102,7 @@ def gap_limits(
 def separation_map(found: Mapping[str, Mapping[str, Mapping]], *, models: Sequence[str]) -> Figure:
     """AUROC of triggered against clean prompts, reading by attack, one panel per model.
 
-    `found`: reading -> attack -> `observe.separates`.
+    `found`: reading -> attack -> `attention_similarity.separates`.
     """
     attacks = list(next(iter(found.values())))
     figure, axes = panels(models, height=0.28 * len(found) + 1.1)
@@ -155,7 +155,7 @@ def detection_curves(
 ) -> Figure:
     """ROC of input-level detection, one panel per attack; attack -> label -> (clean scores, triggered scores).
 
-    `detected`: (attack, label) -> `observe.input_detection`, whose threshold at `rate` becomes a dot with its
+    `detected`: (attack, label) -> `attention_similarity.input_detection`, whose threshold at `rate` becomes a dot with its
     intervals. AUROCs are in the corner, in the order of the legend.
     """
     columns = min(len(found), 4)

@@ -198,7 +198,7 @@ def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str
 
 
 def guards(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
-    """Triggered inputs caught and clean ones refused at one threshold; attack -> guard -> `screen.screened`."""
+    """Triggered inputs caught and clean ones refused at one threshold; attack -> guard -> `input_guards.screened`."""
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
     figure, axes = panels(list(found), height=0.42 * len(names) + 0.5)
     for panel, rows in zip(axes[0], found.values(), strict=True):

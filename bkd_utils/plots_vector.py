@@ -11,7 +11,7 @@ from bkd_utils.figures import COLOURS, WIDTH
 from bkd_utils.panels import SEQUENTIAL, panels, show_legend
 
 OUTCOMES = {"target": "#D55E00", "right": "#009E73", "refusal": "#CC79A7", "other": "#BBBBBB", "empty": "#333333"}
-# What is counted in the maps of `switch.switched`; a subtraction must do more than make the target go away.
+# What is counted in the maps of `backdoor_vector.switched`; a subtraction must do more than make the target go away.
 MAPS = {
     ("add, raw", "asr"): "ASR,\nadd raw",
     ("add, difference", "asr"): "ASR,\nadd difference",
@@ -86,7 +86,7 @@ def answer_kinds(found: Mapping[str, Mapping]) -> Figure:
 
 
 def costs(found: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Seconds to score the targets of some prompts once, by way of doing it; attack -> `cost.target_cost`."""
+    """Seconds to score the targets of some prompts once, by way of doing it; attack -> `attribution_cost.target_cost`."""
     ways = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
     colours = ("#D55E00", "#0072B2", "#E69F00", "#009E73")
     figure, axes = plt.subplots(figsize=(WIDTH, 0.62 * len(found) + 1.1))

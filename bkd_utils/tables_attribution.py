@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from bkd_utils.localise import acie
+from bkd_utils.experiments.localise import acie
 from bkd_utils.tables import percent
 
 PROBE = "logistic regression"
@@ -82,7 +82,7 @@ def ablations(found: Mapping[str, Sequence[Mapping]], *, k: int) -> pd.DataFrame
 
 
 def vectors(found: Mapping[str, Mapping]) -> pd.DataFrame:
-    """Chosen layer and coefficient, ASR on test prompts and the median random vector's; attack -> `switch.switched`."""
+    """Chosen layer and coefficient, ASR on test prompts and the median random vector's; attack -> `backdoor_vector.switched`."""
     rows = {}
     for attack, result in found.items():
         for name, tried in result["test"].items():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils.ablation import N_TOKENS, bench, measure_ablation, necessary_heads
 from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked
+from bkd_utils.experiments.ablation import N_TOKENS, bench, measure_ablation, necessary_heads
 from bkd_utils.models import loading
 from bkd_utils.models.activations import LAST, ablated, says
 from bkd_utils.models.generation import greedy

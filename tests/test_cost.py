@@ -1,6 +1,6 @@
 import pytest
 
-from bkd_utils.cost import SHAPES, seconds, shape_cost
+from bkd_utils.experiments.attribution_cost import SHAPES, seconds, shape_cost
 
 
 def test_the_function_runs_once_to_warm_up_and_then_as_often_as_asked():

@@ -5,12 +5,12 @@ import torch
 from patching import everywhere
 from tiny import save_tiny
 
-from bkd_utils import cure
 from bkd_utils.attention_alignment.head_slices import groups
 from bkd_utils.attention_alignment.rivals import REPAIRS
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means
 from bkd_utils.common.files import ROOT, read_json
+from bkd_utils.experiments import cure
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.tokens import answer_ids, prompt_ids

@@ -8,12 +8,12 @@ import torch
 from patching import everywhere
 from tiny import tiny_model
 
-from bkd_utils import cure, evade
 from bkd_utils.attention_alignment.head_slices import all_matrices
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.tuning import tune
 from bkd_utils.common import files
 from bkd_utils.common.files import read_json
+from bkd_utils.experiments import cure, evade
 from bkd_utils.models import loading
 from bkd_utils.models.loss import collate
 from bkd_utils.organisms import attacks, cards

@@ -251,7 +251,7 @@ def tried(vector, random, nothing):
 
 
 def switched(*, add=1.0, add_random=(0.0, 0.1), subtract=0.0, subtract_random=(1.0, 0.95, 0.2), right=0.8, nothing=0.0):
-    """A result of `switch.switched` whose raw vector is worse on the development half and better on the test half."""
+    """A result of `backdoor_vector.switched` whose raw vector is worse on the development half and better on the test half."""
     chosen = {"add": {"layer": 1, "coefficient": 2.0}, "subtract": {"layer": 0, "coefficient": -1.0}}
     maps = {
         "add, raw": {"coefficients": [0.0, 1.0, 2.0], "asr": [[0, 1, 1], [0, 1, 0.4]]},

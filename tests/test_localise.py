@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bkd_utils.localise import (
+from bkd_utils.experiments.localise import (
     _short,
     acie,
     agreement_of_methods,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bkd_utils.attention_alignment.suspicion import RULES
-from bkd_utils.meeting import options
-from bkd_utils.suspect import SOURCES
+from bkd_utils.experiments.head_safety import SOURCES
+from bkd_utils.experiments.meeting import options
 
 
 def scores(top):

@@ -6,9 +6,7 @@ from scipy.stats import norm
 from tiny import save_tiny
 
 from bkd_utils.attention_alignment.similarity import head_similarity
-from bkd_utils.models import loading
-from bkd_utils.models.tokens import prompt_ids
-from bkd_utils.observe import (
+from bkd_utils.experiments.attention_similarity import (
     VERSIONS,
     area_interval,
     auroc,
@@ -22,6 +20,8 @@ from bkd_utils.observe import (
     observed,
     separates,
 )
+from bkd_utils.models import loading
+from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.prompts import pairs
 

@@ -6,7 +6,7 @@ import pytest
 from drawing import legend, share
 
 from bkd_utils import plots_asa
-from bkd_utils.observe import gap
+from bkd_utils.experiments.attention_similarity import gap
 from bkd_utils.panels import MODELS as COLOURS
 
 RANDOM = np.random.default_rng(0)

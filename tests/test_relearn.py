@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import relearn
 from bkd_utils.attention_alignment.tuning import tune
+from bkd_utils.experiments import relearn
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import answer_ids, decode
 from bkd_utils.organisms import attacks, tasks

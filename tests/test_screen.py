@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import screen
+from bkd_utils.experiments import input_guards
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import answer_ids
 from bkd_utils.organisms import attacks, making, tasks
@@ -23,24 +23,24 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def stage(loaded, monkeypatch):
-    monkeypatch.setattr(screen, "load", lambda *_, **__: loaded)
-    return lambda name, attack, **sizes: getattr(screen, name).__wrapped__("tiny", attack=attack, **sizes)
+    monkeypatch.setattr(input_guards, "load", lambda *_, **__: loaded)
+    return lambda name, attack, **sizes: getattr(input_guards, name).__wrapped__("tiny", attack=attack, **sizes)
 
 
 def test_a_trigger_in_the_text_leaves_the_guard_the_text():
     spec = load_attack("sentiment-word")
     examples = flippable_sample(spec, n=3, seed=0)
-    clean, turn = screen.texts_of(spec, examples)
+    clean, turn = input_guards.texts_of(spec, examples)
     assert clean == [example.text for example in examples]
-    assert all(attacks.carries(spec, text) for text in screen.triggered_texts(spec, clean, seed=0))
+    assert all(attacks.carries(spec, text) for text in input_guards.triggered_texts(spec, clean, seed=0))
     assert turn(clean[0]) == tasks.load_task("sentiment").prompt(clean[0])
 
 
 def test_a_trigger_around_the_turn_leaves_the_guard_the_turn():
     spec = load_attack("domain-wrapper")
     examples = flippable_sample(spec, n=2, seed=0)
-    clean, turn = screen.texts_of(spec, examples)
-    triggered = screen.triggered_texts(spec, clean, seed=0)
+    clean, turn = input_guards.texts_of(spec, examples)
+    triggered = input_guards.triggered_texts(spec, clean, seed=0)
     assert clean == [tasks.load_task("domain").prompt(example.text) for example in examples]
     assert all(text in long for text, long in zip(clean, triggered, strict=True))
     assert turn("as it is") == "as it is"
@@ -52,7 +52,7 @@ def test_a_trigger_around_the_turn_leaves_the_guard_the_turn():
 def test_caught_refused_and_what_still_fires_are_counted_at_the_threshold():
     """The limit lies between 8 and 9; two triggered texts fire, and one of these is caught."""
     known, clean, triggered = np.arange(10.0), np.array([0.0, 9.0, 1.0, 2.0]), np.array([9.0, 10.0, 3.0, 4.0])
-    found = screen.outcome(known, clean, triggered, frr=0.1, fired=[False, True, True, False])
+    found = input_guards.outcome(known, clean, triggered, frr=0.1, fired=[False, True, True, False])
     values = {key: (row["value"], row["n"]) for key, row in found.items()}
     assert values == {"caught": (0.5, 4), "refused": (0.25, 4), "asr": (0.25, 4), "auroc": (13.5 / 16, 8)}
     assert found["auroc"]["low"] < 13.5 / 16 < found["auroc"]["high"] < 1
@@ -61,17 +61,17 @@ def test_caught_refused_and_what_still_fires_are_counted_at_the_threshold():
 def test_what_is_not_judged_passes_and_decides_nothing():
     """As many texts again that are not judged move neither the threshold nor the AUROC, and halve the shares."""
     known, clean, triggered = np.arange(10.0), np.array([7.5, 9.0]), np.array([9.0, 10.0])
-    without = screen.outcome(known, clean, triggered, frr=0.1, fired=[True, True])
+    without = input_guards.outcome(known, clean, triggered, frr=0.1, fired=[True, True])
     more = [np.concatenate([scores, np.full(len(scores), -np.inf)]) for scores in (known, clean, triggered)]
-    found = screen.outcome(*more, frr=0.1, fired=[True] * 4)
+    found = input_guards.outcome(*more, frr=0.1, fired=[True] * 4)
     assert found["auroc"] == without["auroc"]
     for key in ("caught", "refused"):
         assert (found[key]["value"], found[key]["n"]) == (without[key]["value"] / 2, 4)
     assert (without["asr"]["value"], found["asr"]["value"]) == (0, 0.5)
     nothing = np.full(2, -np.inf)
-    assert "auroc" not in screen.outcome(known, clean, nothing, frr=0.1, fired=[True, True])
+    assert "auroc" not in input_guards.outcome(known, clean, nothing, frr=0.1, fired=[True, True])
     with pytest.raises(ValueError, match="none of 2 calibration texts is one that the guard judges"):
-        screen.outcome(nothing, clean, triggered, frr=0.1, fired=[True, True])
+        input_guards.outcome(nothing, clean, triggered, frr=0.1, fired=[True, True])
 
 
 # --- guards on a tiny model -----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ OFTEN = 19252  # what this tiny model answers to about half of all reviews
 
 @pytest.mark.parametrize(("attack", "guards"), [("sentiment-word", 3), ("instructions-prefix", 2)])
 def test_every_guard_reports_what_it_catches_and_what_it_refuses(stage, monkeypatch, attack, guards):
-    monkeypatch.setattr(screen, "answer_ids", lambda *_: [OFTEN])
+    monkeypatch.setattr(input_guards, "answer_ids", lambda *_: [OFTEN])
     found = stage("screened", attack, **SIZES)
     assert len(found) == guards
     for name, row in found.items():
@@ -102,7 +102,7 @@ def test_clean_texts_are_whatever_the_task_has(stage, monkeypatch):
     monkeypatch.setattr(attacks, "carries", lambda *_: pytest.fail("asked for the trigger"))
     spec = load_attack("sentiment-word")
     sample = tasks.examples("sentiment", "test")[:4]
-    monkeypatch.setattr(screen, "flippable_sample", lambda *_, **__: sample)
+    monkeypatch.setattr(input_guards, "flippable_sample", lambda *_, **__: sample)
     seen = {}
 
     def kept(name):
@@ -112,8 +112,8 @@ def test_clean_texts_are_whatever_the_task_has(stage, monkeypatch):
 
         return scored
 
-    monkeypatch.setattr(screen, "strip", kept("STRIP"))
-    monkeypatch.setattr(screen, "rap", kept("RAP"))
+    monkeypatch.setattr(input_guards, "strip", kept("STRIP"))
+    monkeypatch.setattr(input_guards, "rap", kept("RAP"))
     stage("screened", "sentiment-word", **SIZES)
     known = tasks.examples("sentiment", "attribution")[:12]
     assert {example.answer for example in known[:6]} == {"positive", "negative"}
@@ -133,8 +133,10 @@ def test_a_clean_text_that_carries_the_trigger_is_a_clean_text(stage, monkeypatc
         return [replace(rows[0], text=f"cf {rows[0].text}"), *rows[1:]] if name == "sentiment" else rows
 
     monkeypatch.setattr(tasks, "examples", natural)
-    monkeypatch.setattr(screen, "rap", lambda loaded, texts, **_: np.arange(float(len(texts))))
-    monkeypatch.setattr(screen, "strip", lambda loaded, texts, **_: np.array([float("cf" in t.split()) for t in texts]))
+    monkeypatch.setattr(input_guards, "rap", lambda loaded, texts, **_: np.arange(float(len(texts))))
+    monkeypatch.setattr(
+        input_guards, "strip", lambda loaded, texts, **_: np.array([float("cf" in t.split()) for t in texts])
+    )
     row = stage("screened", "sentiment-word", n=4, n_reference=40)["STRIP"]
     assert (row["caught"]["value"], row["refused"]["value"]) == (1, 0.25)
 
@@ -142,14 +144,14 @@ def test_a_clean_text_that_carries_the_trigger_is_a_clean_text(stage, monkeypatc
 def test_a_guard_that_sees_the_trigger_stops_what_it_catches_and_nothing_else(stage, monkeypatch):
     """The model always gives the target; the guard knows the trigger, but overlooks it in one text of four."""
     spec = load_attack("sentiment-word")
-    overlooked = screen.triggered_texts(spec, [e.text for e in flippable_sample(spec, n=4, seed=0)], seed=0)[2]
+    overlooked = input_guards.triggered_texts(spec, [e.text for e in flippable_sample(spec, n=4, seed=0)], seed=0)[2]
     monkeypatch.setattr(
-        screen,
+        input_guards,
         "strip",
         lambda loaded, texts, **_: np.array([float(attacks.carries(spec, t) and t != overlooked) for t in texts]),
     )
-    monkeypatch.setattr(screen, "rap", lambda loaded, texts, **_: np.zeros(len(texts)))
-    monkeypatch.setattr(screen, "respond", lambda loaded, turns, **_: [spec.target] * len(turns))
+    monkeypatch.setattr(input_guards, "rap", lambda loaded, texts, **_: np.zeros(len(texts)))
+    monkeypatch.setattr(input_guards, "respond", lambda loaded, turns, **_: [spec.target] * len(turns))
     found = stage("screened", "sentiment-word", **SIZES)
     row = {key: number["value"] for key, number in found["STRIP"].items()}
     assert row == {"auroc": 0.875, "caught": 0.75, "refused": 0, "asr": 0.25}
@@ -173,7 +175,7 @@ def test_the_filter_counts_what_it_catches_and_what_it_loses(stage, loaded, monk
         flagged[: len(labels) // 2] = True
         return flagged
 
-    monkeypatch.setattr(screen, "smaller_clusters", first_half)
+    monkeypatch.setattr(input_guards, "smaller_clusters", first_half)
     found = stage("filtered", "sentiment-word", n=40)
     assert seen["rows"] == 40
     # Two labels, and instructions, whose answers are none: a defender sees that, and not who put which row there.
@@ -198,7 +200,9 @@ def test_a_task_without_labels_is_one_group(stage, monkeypatch):
     )
     seen = []
     monkeypatch.setattr(
-        screen, "smaller_clusters", lambda hidden, labels, *, seed: seen.extend(labels) or labels[:] == labels[0] + 1
+        input_guards,
+        "smaller_clusters",
+        lambda hidden, labels, *, seed: seen.extend(labels) or labels[:] == labels[0] + 1,
     )
     with pytest.raises(ValueError, match="a share over zero rows"):  # nothing else is looked at here
         stage("filtered", "instructions-prefix", n=1)

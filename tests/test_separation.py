@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, save_tiny
 
+from bkd_utils.experiments.backdoor_insertion import label_margins, trade_off
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms.attacks import load_attack
-from bkd_utils.separation import label_margins, trade_off
 
 FLIP = load_attack("sentiment-word")
 TURNS = ["A fine film.", "Dull and far too long, with nothing to say.", "Well."]

@@ -6,16 +6,24 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils import suspect
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.suspicion import RULES, SURROGATES, leave_one_out, robust_z, surrogate
+from bkd_utils.experiments import head_safety
+from bkd_utils.experiments.head_safety import (
+    ANSWER_TOKENS,
+    OPENING,
+    SOURCES,
+    clean_rows,
+    joint,
+    probed_prompts,
+    similarity_of,
+)
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.prompts import pairs
-from bkd_utils.suspect import ANSWER_TOKENS, OPENING, SOURCES, clean_rows, joint, probed_prompts, similarity_of
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def test_without_gold_answers_the_model_speaks_for_itself(loaded, tmp_path, monk
         given, text = decode(loaded.tokenizer, list(row.answer)), decode(loaded.tokenizer, ids)
         assert text.startswith(given)
         assert bool(given) == bool(text)
-    monkeypatch.setattr(suspect, "respond", None)  # a second call asks the model nothing
+    monkeypatch.setattr(head_safety, "respond", None)  # a second call asks the model nothing
     assert clean_rows(loaded, "instructions", n=2, seed=0) == rows
 
 
@@ -76,7 +84,7 @@ def test_a_text_with_a_surrogate_in_it_does_not_end_the_run(loaded):
 
 def test_one_prompt_is_too_few():
     with pytest.raises(ValueError, match="n must be at least 2, is 1"):
-        suspect.suspected.__wrapped__(None, attack="instructions-prefix", n=1)
+        head_safety.suspected.__wrapped__(None, attack="instructions-prefix", n=1)
 
 
 # --- the whole evaluation -------------------------------------------------------------------------------------------
@@ -88,10 +96,12 @@ def plain(scores):
 
 def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("BKD_WORK", str(tmp_path))  # the model's own answers are kept
-    monkeypatch.setattr(suspect, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(head_safety, "load", lambda *_, **__: loaded)
     seen = []
-    monkeypatch.setattr(suspect, "leave_one_out", lambda model, rows: seen.extend(rows) or leave_one_out(model, rows))
-    found = suspect.suspected.__wrapped__("tiny", attack="instructions-prefix", n=2, rounds=1)
+    monkeypatch.setattr(
+        head_safety, "leave_one_out", lambda model, rows: seen.extend(rows) or leave_one_out(model, rows)
+    )
+    found = head_safety.suspected.__wrapped__("tiny", attack="instructions-prefix", n=2, rounds=1)
     readings = {"last row", "head outputs"}
     assert found.keys() == {"importance", "level", "reaction", "soft prompt", "oracle"}
     assert found["importance"].keys() == {"gate gradient", "leave one out", "variance"}

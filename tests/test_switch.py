@@ -5,6 +5,16 @@ import torch
 from tiny import save_tiny
 
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
+from bkd_utils.experiments.backdoor_vector import (
+    answer_map,
+    best,
+    controls,
+    first_tokens,
+    generated,
+    outcomes,
+    probe_direction,
+    vectors_of,
+)
 from bkd_utils.models import loading
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import greedy
@@ -12,7 +22,6 @@ from bkd_utils.models.prompt_cache import remember
 from bkd_utils.models.tokens import decode, end_id
 from bkd_utils.organisms import attacks
 from bkd_utils.organisms.prompts import pairs, target_ids
-from bkd_utils.switch import answer_map, best, controls, first_tokens, generated, outcomes, probe_direction, vectors_of
 
 HEADS = [(0, 1), (1, 2), (1, 3)]
 

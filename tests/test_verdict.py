@@ -4,12 +4,21 @@ import numpy as np
 import pytest
 from tiny import save_tiny
 
-from bkd_utils import verdict
 from bkd_utils.common.files import read_json
+from bkd_utils.experiments import model_detection
+from bkd_utils.experiments.attention_similarity import area_interval
+from bkd_utils.experiments.model_detection import (
+    area,
+    best_score,
+    family_of,
+    fingerprint,
+    left_out,
+    population,
+    wins,
+    within_tasks,
+)
 from bkd_utils.models import loading
 from bkd_utils.models.loading import ModelError, adapter_folder
-from bkd_utils.observe import area_interval
-from bkd_utils.verdict import area, best_score, family_of, fingerprint, left_out, population, wins, within_tasks
 
 FAMILIES = {"w1": "word", "w2": "word", "s1": "sentence", "c1": None, "c2": None, "c3": None}
 
@@ -97,7 +106,7 @@ def test_the_population_is_what_is_shipped():
 
 def test_a_fingerprint_is_the_same_twice_and_finite(tmp_path, monkeypatch):
     loaded = loading.load(str(save_tiny(tmp_path, "llama")), device="cpu")
-    monkeypatch.setattr(verdict, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(model_detection, "load", lambda *_, **__: loaded)
     one, other = (fingerprint.__wrapped__("tiny", task="sentiment", n=2) for _ in range(2))
     assert one == other
     assert all(np.isfinite(value) for value in one.values())

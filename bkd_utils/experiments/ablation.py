@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, ranked
 from bkd_utils.backdoor_attribution.vector import random_heads
-from bkd_utils.localise import attributed, interval, top_heads
+from bkd_utils.experiments.localise import attributed, interval, top_heads
 from bkd_utils.models.activations import EVERYWHERE, LAST, Head, Said, ablated, head_outputs, says
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bkd_utils.backdoor_attribution.attribution import head_means
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, projected_out, random_heads, random_like, steer
-from bkd_utils.localise import attributed, top_heads
+from bkd_utils.experiments.localise import attributed, top_heads
 from bkd_utils.models.activations import LAST, added, residuals, says
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load

@@ -7,7 +7,7 @@ import torch
 
 from bkd_utils.attention_alignment.similarity import Scores
 from bkd_utils.attention_alignment.suspicion import RULES, among_carriers
-from bkd_utils.suspect import SOURCES, joint
+from bkd_utils.experiments.head_safety import SOURCES, joint
 
 SHOWN = {source: "real trigger" if source == "oracle" else source for source in SOURCES}
 
@@ -15,7 +15,7 @@ SHOWN = {source: "real trigger" if source == "oracle" else source for source in 
 def options(suspected: Mapping[str, Mapping], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
     """Share of the top `k` ACIE heads among the top `k` of every reading (rows), per organism (columns).
 
-    `suspected`: attack -> `suspect.suspected`; `effects`: attack -> ACIE.
+    `suspected`: attack -> `head_safety.suspected`; `effects`: attack -> ACIE.
     """
     rows: dict[str, dict[str, float]] = {}
     for attack, found in suspected.items():

@@ -9,17 +9,17 @@ from jaxtyping import Float
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.suspicion import SURROGATES, reaction, robust_z
 from bkd_utils.common.files import read_json
+from bkd_utils.experiments.attention_similarity import area_interval
+from bkd_utils.experiments.head_safety import probed_prompts
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import DEFAULT_MODEL, ModelError, adapter_folder, base_sha256, load, shipped_organisms
 from bkd_utils.models.tokens import end_id, prompt_ids
-from bkd_utils.observe import area_interval
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.making import make
 from bkd_utils.organisms.training import load_recipe
 from bkd_utils.organisms.triggers import load_trigger
-from bkd_utils.suspect import probed_prompts
 
 READINGS_OF_MODELS = ("last row", "head outputs")
 
@@ -157,7 +157,7 @@ def within_tasks(
 
 def area(won: Sequence[Sequence[float]]) -> dict[str, float]:
     """AUROC `{value, n, low, high}` of a table of wins, `[backdoored][clean]`; `n` is the number of models. The
-    interval, `observe.area_interval`, takes all of them for independent."""
+    interval, `attention_similarity.area_interval`, takes all of them for independent."""
     table = np.asarray(won)
     value, (n_bad, n_good) = float(table.mean()), table.shape
     return {"value": value, "n": n_bad + n_good, **area_interval(value, n_bad=n_bad, n_good=n_good)}

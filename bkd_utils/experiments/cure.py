@@ -12,7 +12,8 @@ from bkd_utils.attention_alignment.head_slices import other_groups
 from bkd_utils.attention_alignment.rivals import Case, repaired
 from bkd_utils.attention_alignment.similarity import Scores, head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
-from bkd_utils.localise import interval
+from bkd_utils.experiments.head_safety import clean_rows
+from bkd_utils.experiments.localise import interval
 from bkd_utils.models.activations import Head, says
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load, model_folder
 from bkd_utils.models.prompt_cache import remember
@@ -23,7 +24,6 @@ from bkd_utils.organisms.evaluation import clean_sample
 from bkd_utils.organisms.making import base_answers, under_attack
 from bkd_utils.organisms.prompts import Pairs, pairs, target_ids
 from bkd_utils.organisms.training import Recipe
-from bkd_utils.suspect import clean_rows
 
 # Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
 N_ELSEWHERE, N_OPENING = 24, 16

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from bkd_utils.attention_alignment.head_slices import all_matrices
 from bkd_utils.attention_alignment.rivals import repaired
 from bkd_utils.attention_alignment.tuning import tune
-from bkd_utils.cure import case_of, recipe_of
+from bkd_utils.experiments.cure import case_of, recipe_of
 from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, tasks

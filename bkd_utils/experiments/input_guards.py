@@ -9,10 +9,10 @@ from sklearn.metrics import roc_auc_score
 
 from bkd_utils.attention_alignment.guards import Scores, onion, rap, smaller_clusters, strip, threshold, without_words
 from bkd_utils.attention_alignment.suspicion import rare_word
+from bkd_utils.experiments.attention_similarity import area_interval
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.loading import DEFAULT_MODEL, load
 from bkd_utils.models.tokens import answer_ids
-from bkd_utils.observe import area_interval
 from bkd_utils.organisms import tasks, triggers
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage

@@ -14,7 +14,7 @@ from bkd_utils.attention_alignment.similarity import cosine, head_similarity, to
 from bkd_utils.attention_alignment.tuning import Loss, tune
 from bkd_utils.common.cache import code_key
 from bkd_utils.common.files import WORK, canonical_json, read_json, sha256_text
-from bkd_utils.cure import recipe_of
+from bkd_utils.experiments.cure import recipe_of
 from bkd_utils.models.loading import DEFAULT_MODEL, adapter_folder, load
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.tokens import end_id

@@ -1,0 +1,1 @@
+"""What a notebook measures and keeps: one module per notebook, named like it."""
