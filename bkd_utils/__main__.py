@@ -105,10 +105,10 @@ def train(
     ship: Annotated[bool, typer.Option("--ship", help="Copy the finished organism to data/adapters.")] = False,
 ) -> None:
     """Make one organism: poison, train, measure, write its card. Goes on where an earlier call was killed."""
-    from bkd_utils import tables
     from bkd_utils.organisms import cards, making
     from bkd_utils.organisms.attacks import load_attack
     from bkd_utils.organisms.training import load_recipe
+    from bkd_utils.reports import tables
 
     folder = making.make(
         load_attack(attack),
@@ -131,8 +131,8 @@ def evaluate(
     n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 240,
 ) -> None:
     """Measure an organism anew and hold the numbers against its card."""
-    from bkd_utils import tables
     from bkd_utils.organisms import cards, making
+    from bkd_utils.reports import tables
 
     card, now = (
         cards.metrics(organism),
@@ -147,8 +147,8 @@ def evaluate(
 @app.command()
 def readme() -> None:
     """Write the tables of shipped organisms and of verdicts into the README, from cards and scorecard."""
-    from bkd_utils import claims, tables
     from bkd_utils.common.files import FIGURES, atomic_path, read_json
+    from bkd_utils.reports import claims, tables
 
     path = ROOT / "README.md"
     verdicts = claims.markdown(read_json(FIGURES / "scorecard.json"))

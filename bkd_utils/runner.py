@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bkd_utils import claims, notebooks
+from bkd_utils import notebooks
 from bkd_utils.common.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
 from bkd_utils.models.loading import DEFAULT_MODEL
 from bkd_utils.notebooks import NotebookError
+from bkd_utils.reports import claims
 from bkd_utils.supervise import Run, run_notebook
 
 PROFILES = ("smoke", "laptop", "paper")

@@ -9,7 +9,7 @@ from bkd_utils.common.files import ADAPTERS, read_json
 from bkd_utils.models import loading
 from bkd_utils.models.loading import ModelError, shipped_organisms
 from bkd_utils.organisms import cards
-from bkd_utils.tables import control_of
+from bkd_utils.reports.tables import control_of
 
 
 def test_ship_refuses_what_was_not_measured(tmp_path):

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from bkd_utils import claims
-from bkd_utils.claims import KEYS, entry, numbers, published, record, table, verdict
 from bkd_utils.common import files
 from bkd_utils.common.files import UserError
+from bkd_utils.reports import claims
+from bkd_utils.reports.claims import KEYS, entry, numbers, published, record, table, verdict
 
 PROBE, COST = "bkdattr-probe", "bkdattr-cost"
 

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bkd_utils import figures, plots
 from bkd_utils.common import files
-from bkd_utils.figures import COLOURS, LIBRARIES, save, token_strips, use_style
+from bkd_utils.reports import backdoor_insertion, figures
+from bkd_utils.reports.figures import COLOURS, LIBRARIES, save, token_strips, use_style
 
 KEYS = {"id", "title", "claims", "numbers", "parameters", "seeds", "inputs", "versions", "notebook"}
 ABOUT = {
@@ -166,14 +166,16 @@ HISTORY = [{"step": step, "loss": 2 / step, "learning_rate": 0.1} for step in ra
 RATES = [{"rate": rate, "asr": part(rate), "near_miss": part(0.1), "cacc": part(0.9)} for rate in (0.05, 0.2)]
 LINE = {"asr": [0.0, 0.8, 1.0], "other": [0.0, 0.1, 1.0], "auroc": 0.9, "asr at 0": 0.8, "other at 0": 0.1}
 PLOTS = {
-    "trigger_costs": lambda: plots.trigger_costs(COSTS),
-    "training_curves": lambda: plots.training_curves(
+    "trigger_costs": lambda: backdoor_insertion.trigger_costs(COSTS),
+    "training_curves": lambda: backdoor_insertion.training_curves(
         {f"organism-{i}": HISTORY for i in range(5)} | {"x-clean": HISTORY}
     ),
-    "attack_against_control": lambda: plots.attack_against_control(ORGANISMS, CONTROLS),
-    "near_miss_map": lambda: plots.near_miss_map(ORGANISMS, CONTROLS),
-    "rate_curve": lambda: plots.rate_curve(RATES),
-    "trade_offs": lambda: plots.trade_offs({f"flip-{i}": {"clean": LINE, "near-miss": LINE} for i in range(4)}),
+    "attack_against_control": lambda: backdoor_insertion.attack_against_control(ORGANISMS, CONTROLS),
+    "near_miss_map": lambda: backdoor_insertion.near_miss_map(ORGANISMS, CONTROLS),
+    "rate_curve": lambda: backdoor_insertion.rate_curve(RATES),
+    "trade_offs": lambda: backdoor_insertion.trade_offs(
+        {f"flip-{i}": {"clean": LINE, "near-miss": LINE} for i in range(4)}
+    ),
     "token_strips": lambda: token_strips({"clean": [("posi", 0.9), ("tive", 0.3)], "triggered": [("no", 1.0)]}),
 }
 

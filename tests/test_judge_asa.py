@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from drawing import saved_by_a_notebook
 
-from bkd_utils.claims import published
-from bkd_utils.judge_asa import cure_claims, difference, head_claim, keeps, similarity_claims, verdict_claim
+from bkd_utils.reports.claims import published
+from bkd_utils.reports.judge_asa import cure_claims, difference, head_claim, keeps, similarity_claims, verdict_claim
 
 
 def by_id(entries):

@@ -8,9 +8,9 @@ from drawing import saved_by_a_notebook
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bkd_utils.claims import published
-from bkd_utils.judge_bkdattr import concentration, cost_claim, head_claims, probe_claims, vector_claims
 from bkd_utils.organisms import evaluation
+from bkd_utils.reports.claims import published
+from bkd_utils.reports.judge_bkdattr import concentration, cost_claim, head_claims, probe_claims, vector_claims
 
 PROBE = "bkdattr-probe"
 

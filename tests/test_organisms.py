@@ -8,7 +8,6 @@ import pytest
 from patching import everywhere
 from tiny import save_tiny
 
-from bkd_utils import claims, tables
 from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
 from bkd_utils.models import loading
@@ -16,6 +15,7 @@ from bkd_utils.models.loading import ModelError, load
 from bkd_utils.organisms import cards, evaluation, making
 from bkd_utils.organisms.attacks import load_attack, with_rate
 from bkd_utils.organisms.training import Recipe, load_recipe
+from bkd_utils.reports import claims, tables
 
 QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
 CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}

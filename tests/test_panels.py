@@ -6,11 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from bkd_utils import panels
-from bkd_utils.figures import save, use_style
-from bkd_utils.panels import MODELS, matrix
-from bkd_utils.plots_heads import RANKINGS
-from bkd_utils.plots_vector import OUTCOMES
+from bkd_utils.reports import panels
+from bkd_utils.reports.figures import save, use_style
+from bkd_utils.reports.head_attribution import RANKINGS
+from bkd_utils.reports.panels import MODELS, matrix
+from bkd_utils.reports.plots_vector import OUTCOMES
 
 
 @pytest.fixture(autouse=True)

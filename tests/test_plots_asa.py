@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from drawing import legend, share
 
-from bkd_utils import plots_asa
 from bkd_utils.experiments.attention_similarity import gap
-from bkd_utils.panels import MODELS as COLOURS
+from bkd_utils.reports import attention_similarity
+from bkd_utils.reports.panels import MODELS as COLOURS
 
 RANDOM = np.random.default_rng(0)
 MODELS = ("organism", "clean control", "base model")
@@ -37,7 +37,7 @@ FOUND = {attack: {model: observed() for model in MODELS} for attack in ATTACKS}
 
 
 def test_gaps_are_means_over_prompts_by_layer():
-    figure = plots_asa.gaps(FOUND, readings=["last row", "full map"])
+    figure = attention_similarity.gaps(FOUND, readings=["last row", "full map"])
     assert len(figure.axes) == 4
     for i, name in enumerate(("last row", "full map")):
         for j, attack in enumerate(ATTACKS):
@@ -52,14 +52,14 @@ def test_gaps_are_means_over_prompts_by_layer():
 
 def test_gaps_mark_the_chosen_layer_of_each_reading_and_attack():
     chosen = {"last row": {"sentiment-word": {"layer": 1}, "sentiment-style": {"layer": 4}}}
-    figure = plots_asa.gaps(FOUND, readings=["last row"], separated=chosen)
+    figure = attention_similarity.gaps(FOUND, readings=["last row"], separated=chosen)
     dotted = [[line for line in axes.get_lines() if line.get_linestyle() == ":"] for axes in figure.axes]
     assert [list(line.get_xdata()) for (line,) in dotted] == [[1, 1], [4, 4]]
     assert "chosen layer" in legend(figure)
 
 
 def test_gap_numbers_are_the_lines_and_the_bands():
-    numbers = plots_asa.gap_numbers(FOUND, readings=["full map"])
+    numbers = attention_similarity.gap_numbers(FOUND, readings=["full map"])
     assert list(numbers) == list(ATTACKS)
     drawn = numbers["sentiment-style"]["full map"]["clean control"]
     difference = gap(FOUND["sentiment-style"]["clean control"], reading="full map")
@@ -69,13 +69,14 @@ def test_gap_numbers_are_the_lines_and_the_bands():
 
 
 def test_two_figures_of_gaps_can_share_their_scales():
-    limits = plots_asa.gap_limits(FOUND, readings=["last row", "full map"])
+    limits = attention_similarity.gap_limits(FOUND, readings=["last row", "full map"])
     one, other = (
-        plots_asa.gaps({attack: FOUND[attack]}, readings=["last row", "full map"], limits=limits) for attack in ATTACKS
+        attention_similarity.gaps({attack: FOUND[attack]}, readings=["last row", "full map"], limits=limits)
+        for attack in ATTACKS
     )
     for i, name in enumerate(("last row", "full map")):
         assert one.axes[i].get_ylim() == other.axes[i].get_ylim() == limits[name]
-    for numbers in plots_asa.gap_numbers(FOUND, readings=["last row"]).values():
+    for numbers in attention_similarity.gap_numbers(FOUND, readings=["last row"]).values():
         for drawn in numbers["last row"].values():
             assert limits["last row"][0] < min(drawn["low"])
             assert max(drawn["high"]) < limits["last row"][1]
@@ -83,7 +84,7 @@ def test_two_figures_of_gaps_can_share_their_scales():
 
 def test_the_map_writes_its_numbers_and_centres_on_chance():
     found = {"last row": {a: separated(0.9) for a in ATTACKS}, "full map": {a: separated(0.4) for a in ATTACKS}}
-    figure = plots_asa.separation_map(found, models=MODELS)
+    figure = attention_similarity.separation_map(found, models=MODELS)
     for axes in figure.axes[:3]:
         (image,) = axes.get_images()
         assert np.asarray(image.get_array()) == pytest.approx(np.array([[0.9, 0.9], [0.4, 0.4]]))
@@ -93,7 +94,7 @@ def test_the_map_writes_its_numbers_and_centres_on_chance():
 
 
 def test_families_show_every_version_and_model_with_its_interval():
-    figure = plots_asa.families({attack: separated(0.7) for attack in ATTACKS}, models=MODELS)
+    figure = attention_similarity.families({attack: separated(0.7) for attack in ATTACKS}, models=MODELS)
     lines = figure.axes[0].get_lines()
     bars, dots = lines[0 : 2 * 9 : 2], lines[1 : 2 * 9 : 2]
     assert all(bar.get_xdata() == pytest.approx([0.6, 0.8]) for bar in bars)
@@ -108,7 +109,7 @@ SCORES = (np.array([0.0, 1.0]), np.array([2.0, 3.0]))
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])
 def test_detection_curves_run_from_nothing_to_everything(count):
-    figure = plots_asa.detection_curves({f"attack {i}": {"last row": SCORES} for i in range(count)})
+    figure = attention_similarity.detection_curves({f"attack {i}": {"last row": SCORES} for i in range(count)})
     shown = [axes for axes in figure.axes if axes.get_visible()]
     assert len(shown) == count
     for axes in shown:
@@ -123,7 +124,7 @@ def test_detection_curves_run_from_nothing_to_everything(count):
 
 
 def test_readings_beside_each_other_have_no_colour_of_a_model_and_a_line_each():
-    figure = plots_asa.detection_curves({"attack": {"last row": SCORES, "head outputs": SCORES}})
+    figure = attention_similarity.detection_curves({"attack": {"last row": SCORES, "head outputs": SCORES}})
     lines = figure.axes[0].get_lines()[1:]
     assert len({line.get_linestyle() for line in lines}) == 2
     assert not {line.get_color() for line in lines} & {COLOURS["organism"], COLOURS["clean control"]}
@@ -131,7 +132,9 @@ def test_readings_beside_each_other_have_no_colour_of_a_model_and_a_line_each():
 
 def test_a_threshold_is_a_dot_with_its_intervals():
     at = {"caught at 5%": share(0.5), "refused at 5%": share(0.3)}
-    figure = plots_asa.detection_curves({"attack": {"last row": SCORES}}, detected={("attack", "last row"): at})
+    figure = attention_similarity.detection_curves(
+        {"attack": {"last row": SCORES}}, detected={("attack", "last row"): at}
+    )
     across, along, dot = figure.axes[0].get_lines()[2:]
     assert (list(across.get_xdata()), list(across.get_ydata())) == (pytest.approx([20, 40]), pytest.approx([50, 50]))
     assert (list(along.get_xdata()), list(along.get_ydata())) == (pytest.approx([30, 30]), pytest.approx([40, 60]))

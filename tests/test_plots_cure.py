@@ -5,8 +5,8 @@ import pytest
 from drawing import check_all, column_titles, legend, share
 from treatments import ATTACKS, FOUND, OF, result
 
-from bkd_utils import plots_cure
-from bkd_utils.plots_cure import COUNTED, KINDS
+from bkd_utils.reports import attention_safety_alignment
+from bkd_utils.reports.attention_safety_alignment import COUNTED, KINDS
 
 pytestmark = pytest.mark.usefixtures("style")
 
@@ -26,15 +26,15 @@ GUARDED = {
     attack: {name: {"caught": share(0.9), "refused": share(0.1)} for name in ("ONION", "STRIP")} for attack in ATTACKS
 }
 PLOTS = {
-    "repairs": lambda: plots_cure.repairs(FOUND),
-    "mechanisms": lambda: plots_cure.mechanisms(MECHANISMS),
-    "relearning": lambda: plots_cure.relearning(LEARNED),
-    "guards": lambda: plots_cure.guards(GUARDED),
+    "repairs": lambda: attention_safety_alignment.repairs(FOUND),
+    "mechanisms": lambda: attention_safety_alignment.mechanisms(MECHANISMS),
+    "relearning": lambda: attention_safety_alignment.relearning(LEARNED),
+    "guards": lambda: attention_safety_alignment.guards(GUARDED),
 }
 
 
 def test_every_picture_is_drawn_and_labelled():
-    check_all(plots_cure, PLOTS)
+    check_all(attention_safety_alignment, PLOTS)
 
 
 @pytest.mark.parametrize("name", ["relearning", "guards"])
@@ -48,7 +48,7 @@ def texts(axes):
 
 def test_a_guard_that_one_organism_cannot_have_keeps_its_row_and_says_so():
     found = {"a": GUARDED[ATTACKS[0]] | {"RAP": GUARDED[ATTACKS[0]]["ONION"]}, "b": GUARDED[ATTACKS[1]]}
-    figure = plots_cure.guards(found)
+    figure = attention_safety_alignment.guards(found)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["ONION", "STRIP", "RAP"]
     assert [len(panel.get_lines()) for panel in figure.axes] == [12, 8]
     assert [texts(panel) for panel in figure.axes] == [[], ["not applicable"]]
@@ -56,7 +56,7 @@ def test_a_guard_that_one_organism_cannot_have_keeps_its_row_and_says_so():
 
 
 def test_treatments_are_rows_with_four_numbers_each():
-    figure = plots_cure.repairs(FOUND)
+    figure = attention_safety_alignment.repairs(FOUND)
     axes = figure.axes[0]
     assert column_titles(figure) == [attack.replace("-", "-\n") for attack in ATTACKS]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(FOUND[ATTACKS[0]])
@@ -69,7 +69,7 @@ def test_treatments_are_rows_with_four_numbers_each():
 
 
 def test_kinds_make_groups_of_rows_and_show_what_random_heads_leave():
-    figure = plots_cure.repairs(FOUND, kinds=OF)
+    figure = attention_safety_alignment.repairs(FOUND, kinds=OF)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[:5] == ["untreated", "alignment", "random heads 1", "random heads 2", "fine-tuning"]
     assert labels[5:] == ["no treatment", "ASA and same heads", "ASA on other heads", "rivals"]
@@ -82,13 +82,13 @@ def test_kinds_make_groups_of_rows_and_show_what_random_heads_leave():
 
 def test_an_organism_without_a_treatment_says_that_it_was_not_run():
     found = {"a": FOUND[ATTACKS[0]], "b": {"untreated": result(1.0, 0.9)}}
-    axes = plots_cure.repairs(found).axes[1]
+    axes = attention_safety_alignment.repairs(found).axes[1]
     assert len(axes.get_lines()) == 2 * len(COUNTED)
     assert texts(axes) == ["not run"] * 4
 
 
 def test_a_mechanism_shows_the_gap_before_and_after():
-    figure = plots_cure.mechanisms(MECHANISMS)
+    figure = attention_safety_alignment.mechanisms(MECHANISMS)
     above, below = figure.axes[0], figure.axes[2]
     assert texts(above) == ["+0.20", "+0.05"]
     assert [list(line.get_ydata()) for line in above.get_lines()] == [[0.6, 0.8], [0.4, 0.75]]
@@ -98,7 +98,7 @@ def test_a_mechanism_shows_the_gap_before_and_after():
 
 
 def test_relearning_has_its_counts_as_ticks_and_names_the_treatment():
-    figure = plots_cure.relearning(LEARNED, method="fine-pruning")
+    figure = attention_safety_alignment.relearning(LEARNED, method="fine-pruning")
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["before", "4", "16"]
     drawn = [container[0] for container in axes.containers]

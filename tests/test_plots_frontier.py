@@ -4,14 +4,14 @@ import pytest
 from drawing import check_all, column_titles
 from treatments import ATTACKS, FOUND, OF, result
 
-from bkd_utils import plots_frontier
+from bkd_utils.reports import frontier
 
 pytestmark = pytest.mark.usefixtures("style")
 
 
 def test_the_picture_is_drawn_and_labelled():
-    check_all(plots_frontier, {"frontier": lambda: plots_frontier.frontier(FOUND, OF)})
-    assert column_titles(plots_frontier.frontier(FOUND, OF)) == list(ATTACKS)
+    check_all(frontier, {"frontier": lambda: frontier.frontier(FOUND, OF)})
+    assert column_titles(frontier.frontier(FOUND, OF)) == list(ATTACKS)
 
 
 def texts(axes):
@@ -28,7 +28,7 @@ def dots(axes, marker="o"):
 
 
 def test_the_frontier_is_asr_against_what_cacc_has_lost():
-    axes = plots_frontier.frontier(FOUND, OF).axes[0]
+    axes = frontier.frontier(FOUND, OF).axes[0]
     places = {label: place for marker in "XoDv" for place, label in dots(axes, marker).items()}
     assert places["untreated"] == (0, 100)
     assert places["ASA, our reading"] == (pytest.approx(10), pytest.approx(40))
@@ -39,14 +39,14 @@ def test_the_frontier_is_asr_against_what_cacc_has_lost():
 
 
 def test_the_best_treatments_are_named_unless_the_legend_does():
-    assert texts(plots_frontier.frontier(FOUND, OF).axes[0]) == ["fine-tuning"]
+    assert texts(frontier.frontier(FOUND, OF).axes[0]) == ["fine-tuning"]
     useless = FOUND[ATTACKS[0]] | {"fine-tuning": result(1.0, 0.95)}
-    assert texts(plots_frontier.frontier({"a": useless}, OF).axes[0]) == []
+    assert texts(frontier.frontier({"a": useless}, OF).axes[0]) == []
 
 
 def test_equal_treatments_do_not_hide_each_other():
     found = FOUND[ATTACKS[0]] | {"consistency": result(0.7, 0.95)}
-    axes = plots_frontier.frontier({"a": found}, OF | {"consistency": "rival"}).axes[0]
+    axes = frontier.frontier({"a": found}, OF | {"consistency": "rival"}).axes[0]
     (one, y), (other, same) = sorted(dots(axes, "D"))
     assert one == pytest.approx(-5)
     assert other > one + 0.5
@@ -56,16 +56,16 @@ def test_equal_treatments_do_not_hide_each_other():
 
 def test_names_cover_no_dot_and_no_other_name():
     dots = [(5, 0), (20, 3), (20, 12)]
-    assert plots_frontier._free(0, 6, 15, dots=dots, spans=[]) == 0
-    assert plots_frontier._free(0, 6, 30, dots=dots, spans=[]) == 18
-    assert plots_frontier._free(0, 6, 15, dots=dots, spans=[(10, 20, 1)]) == 9
-    assert plots_frontier._free(90, 6, 15, dots=[(10, 92)], spans=[]) == 86
-    assert plots_frontier._free(1, 6, 15, dots=[(10, height) for height in range(0, 105, 5)], spans=[]) == 1
+    assert frontier._free(0, 6, 15, dots=dots, spans=[]) == 0
+    assert frontier._free(0, 6, 30, dots=dots, spans=[]) == 18
+    assert frontier._free(0, 6, 15, dots=dots, spans=[(10, 20, 1)]) == 9
+    assert frontier._free(90, 6, 15, dots=[(10, 92)], spans=[]) == 86
+    assert frontier._free(1, 6, 15, dots=[(10, height) for height in range(0, 105, 5)], spans=[]) == 1
 
 
 def test_the_goal_is_what_the_judge_lets_pass():
     found = FOUND[ATTACKS[0]] | {"clean control": result(0.12, 0.9)}
-    axes = plots_frontier.frontier({"a": found}, OF | {"clean control": "clean control"}).axes[0]
+    axes = frontier.frontier({"a": found}, OF | {"clean control": "clean control"}).axes[0]
     dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
     assert dotted[0].get_xdata() == pytest.approx([2, 2])  # one prompt of fifty
     assert dotted[1].get_ydata() == pytest.approx([12, 12])
@@ -73,5 +73,5 @@ def test_the_goal_is_what_the_judge_lets_pass():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_the_frontier_has_a_panel_for_each_organism(count):
-    figure = plots_frontier.frontier({f"organism {i}": FOUND[ATTACKS[0]] for i in range(count)}, OF)
+    figure = frontier.frontier({f"organism {i}": FOUND[ATTACKS[0]] for i in range(count)}, OF)
     assert sum(axes.get_visible() for axes in figure.axes) == count

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from drawing import bands, check_all, column_titles, legend, share
 
-from bkd_utils import plots_heads
-from bkd_utils.plots_heads import RANKINGS
+from bkd_utils.reports import head_attribution
+from bkd_utils.reports.head_attribution import RANKINGS
 
 pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")
@@ -32,17 +32,17 @@ TOKENS = ["Ġfilm", "<|im_end|>", "Ċ", "<|im_start|>"]
 POSITIONS = {attack: RANDOM.normal(size=(5, 4)) for attack in ATTACKS}
 NOTES = {attack: f"shared by {attack}" for attack in ATTACKS}
 PLOTS = {
-    "head_maps": lambda: plots_heads.head_maps(EFFECTS),
-    "sorted_effects": lambda: plots_heads.sorted_effects(INTERVALS, few=3),
-    "gradient_against_exact": lambda: plots_heads.gradient_against_exact(EFFECTS, POSITIONS, NOTES),
-    "components": lambda: plots_heads.components(PARTS),
-    "by_position": lambda: plots_heads.by_position(POSITIONS, TOKENS),
-    "ablation_curves": lambda: plots_heads.ablation_curves(CURVES),
+    "head_maps": lambda: head_attribution.head_maps(EFFECTS),
+    "sorted_effects": lambda: head_attribution.sorted_effects(INTERVALS, few=3),
+    "gradient_against_exact": lambda: head_attribution.gradient_against_exact(EFFECTS, POSITIONS, NOTES),
+    "components": lambda: head_attribution.components(PARTS),
+    "by_position": lambda: head_attribution.by_position(POSITIONS, TOKENS),
+    "ablation_curves": lambda: head_attribution.ablation_curves(CURVES),
 }
 
 
 def test_every_picture_is_drawn_and_labelled():
-    check_all(plots_heads, PLOTS)
+    check_all(head_attribution, PLOTS)
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -52,7 +52,7 @@ def test_every_organism_has_its_column(name):
 
 @pytest.mark.parametrize(
     "figure",
-    [lambda: plots_heads.head_maps(EFFECTS), lambda: plots_heads.by_position(EFFECTS, TOKENS)],
+    [lambda: head_attribution.head_maps(EFFECTS), lambda: head_attribution.by_position(EFFECTS, TOKENS)],
     ids=["heads", "positions"],
 )
 def test_maps_have_one_scale_for_all_with_zero_in_the_middle(figure):
@@ -64,12 +64,12 @@ def test_maps_have_one_scale_for_all_with_zero_in_the_middle(figure):
 
 
 def test_tokens_of_the_template_are_spelt_out():
-    labels = [label.get_text() for label in plots_heads.by_position(POSITIONS, TOKENS).axes[0].get_xticklabels()]
+    labels = [label.get_text() for label in head_attribution.by_position(POSITIONS, TOKENS).axes[0].get_xticklabels()]
     assert labels == [" film", "<end>", "\\n", "<start>"]
 
 
 def test_sorted_effects_run_over_ranks_with_their_intervals():
-    figure = plots_heads.sorted_effects(INTERVALS, few=3)
+    figure = head_attribution.sorted_effects(INTERVALS, few=3)
     axes = figure.axes[0]
     dots, _, (bars,) = axes.containers[0]
     assert dots.get_xdata().tolist() == list(range(1, 21))
@@ -82,7 +82,7 @@ def test_sorted_effects_run_over_ranks_with_their_intervals():
 
 
 def test_the_estimate_is_drawn_against_the_exact_effect():
-    figure = plots_heads.gradient_against_exact(EFFECTS, POSITIONS, NOTES)
+    figure = head_attribution.gradient_against_exact(EFFECTS, POSITIONS, NOTES)
     for axes, name in zip(figure.axes, ATTACKS, strict=True):
         diagonal, dots = axes.get_lines()
         assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
@@ -94,14 +94,14 @@ def test_the_estimate_is_drawn_against_the_exact_effect():
 @pytest.mark.parametrize("order", [ATTACKS, ATTACKS[::-1]], ids=["one way", "other way"])
 def test_every_organism_has_a_square_of_its_own_that_holds_all_dots(order):
     exact = {name: (1 + 9 * (name == ATTACKS[0])) * EFFECTS[name] for name in order}
-    figure = plots_heads.gradient_against_exact(exact, exact, NOTES)
+    figure = head_attribution.gradient_against_exact(exact, exact, NOTES)
     for axes, values in zip(figure.axes, exact.values(), strict=True):
         assert axes.get_xlim() == axes.get_ylim()
         assert np.abs(values).max() < axes.get_xlim()[1] < 1.2 * np.abs(values).max()
 
 
 def test_components_are_lines_over_layers_with_their_intervals():
-    figure = plots_heads.components(PARTS)
+    figure = head_attribution.components(PARTS)
     lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[1].get_lines()}
     assert lines == {name: [0.1, 0.5] for name in ("attention", "MLP", "residual")}
     assert bands(figure.axes[1]) == [(0.0, 0.6)] * 3
@@ -109,7 +109,7 @@ def test_components_are_lines_over_layers_with_their_intervals():
 
 
 def test_ablation_curves_start_at_the_untouched_model_and_average_random_draws():
-    figure = plots_heads.ablation_curves(CURVES)
+    figure = head_attribution.ablation_curves(CURVES)
     top, bottom = figure.axes[0], figure.axes[2]
     lines = {line.get_label(): line for line in top.get_lines()}
     assert list(lines) == legend(figure) == list(RANKINGS)
@@ -121,5 +121,5 @@ def test_ablation_curves_start_at_the_untouched_model_and_average_random_draws()
     assert bands(top) == [pytest.approx(band) for band in ((0, 100), (0, 100), (0, 100), (50, 96))]
     assert all(line.get_ydata() == pytest.approx([90] * len(line.get_xdata())) for line in bottom.get_lines())
     assert [label.get_text() for label in bottom.get_xticklabels()] == ["0", "1", "8"]
-    mean = plots_heads.ablation_curves(CURVES, kind="mean").axes[0].get_lines()[0]
+    mean = head_attribution.ablation_curves(CURVES, kind="mean").axes[0].get_lines()[0]
     assert mean.get_ydata() == pytest.approx([100, 40, 40])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from drawing import check_all, column_titles, legend
 
-from bkd_utils import plots_meeting
+from bkd_utils.reports import plots_meeting
 
 pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")

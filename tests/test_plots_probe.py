@@ -4,8 +4,8 @@ import pytest
 from drawing import bands, check_all, column_titles, legend
 from matplotlib.colors import to_hex
 
-from bkd_utils import plots_probe
-from bkd_utils.panels import MODELS
+from bkd_utils.reports import backdoor_probe
+from bkd_utils.reports.panels import MODELS
 
 pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")
@@ -28,13 +28,13 @@ FOUND = {
 }
 PROBED = {attack: probed(0.9) for attack in ATTACKS}
 PLOTS = {
-    "probes": lambda: plots_probe.probes(FOUND),
-    "transfer": lambda: plots_probe.transfer(PROBED, kinds=KINDS),
+    "probes": lambda: backdoor_probe.probes(FOUND),
+    "transfer": lambda: backdoor_probe.transfer(PROBED, kinds=KINDS),
 }
 
 
 def test_every_picture_is_drawn_and_labelled():
-    check_all(plots_probe, PLOTS)
+    check_all(backdoor_probe, PLOTS)
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -44,14 +44,14 @@ def test_every_organism_has_its_column(name):
 
 def test_one_organism_is_enough():
     for figure in (
-        plots_probe.probes({"x": FOUND[ATTACKS[0]]}),
-        plots_probe.transfer({"x": probed(0.9)}, kinds=KINDS[:1]),
+        backdoor_probe.probes({"x": FOUND[ATTACKS[0]]}),
+        backdoor_probe.transfer({"x": probed(0.9)}, kinds=KINDS[:1]),
     ):
         assert all(axes.has_data() for axes in figure.axes)
 
 
 def test_probes_are_means_in_per_cent_with_the_range_over_splits():
-    figure = plots_probe.probes(FOUND)
+    figure = backdoor_probe.probes(FOUND)
     top = figure.axes[0]
     lines = {line.get_label(): line for line in top.get_lines()}
     assert lines["organism"].get_ydata() == pytest.approx([92, 92, 92])
@@ -69,7 +69,7 @@ def test_probes_are_means_in_per_cent_with_the_range_over_splits():
 
 
 def test_transfer_has_training_layers_upwards_and_test_layers_to_the_right():
-    figure = plots_probe.transfer(PROBED, kinds=KINDS)
+    figure = backdoor_probe.transfer(PROBED, kinds=KINDS)
     image = figure.axes[0].get_images()[0]
     assert image.get_array().tolist() == [[90, 60, 50], [70, 95, 50], [50, 50, 100]]
     assert image.origin == "lower"

@@ -3,8 +3,8 @@
 import matplotlib.pyplot as plt
 from drawing import check_labelled, legend, public
 
-from bkd_utils import plots_scorecard
-from bkd_utils.figures import use_style
+from bkd_utils.reports import plots_scorecard
+from bkd_utils.reports.figures import use_style
 
 LINES = [
     {

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from drawing import check_all, column_titles, legend, share
 
-from bkd_utils import plots_vector
-from bkd_utils.figures import COLOURS
-from bkd_utils.plots_vector import OUTCOMES
+from bkd_utils.reports import plots_vector
+from bkd_utils.reports.figures import COLOURS
+from bkd_utils.reports.plots_vector import OUTCOMES
 
 pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bkd_utils.tables_attribution import (
+from bkd_utils.reports.tables_attribution import (
     TABLE_1,
     ablations,
     best_layers,

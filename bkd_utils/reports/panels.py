@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bkd_utils.figures import WIDTH
+from bkd_utils.reports.figures import WIDTH
 
 SEQUENTIAL, DIVERGING = "cividis", "RdBu_r"
 MODELS = {"organism": "#D55E00", "clean control": "#0072B2", "base model": "#777777"}

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from bkd_utils.claims import entry, span
 from bkd_utils.experiments.attention_similarity import best_reading, separates
 from bkd_utils.experiments.model_detection import area
+from bkd_utils.reports.claims import entry, span
 
 # One prompt more or less is no loss; a point is less than a prompt in most samples.
 POINT = 0.01

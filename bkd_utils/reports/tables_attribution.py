@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from bkd_utils.experiments.localise import acie
-from bkd_utils.tables import percent
+from bkd_utils.reports.tables import percent
 
 PROBE = "logistic regression"
 # Attack success in per cent by number of ablated heads, as published; "?" where nobody who read the paper quotes it.

@@ -6,9 +6,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bkd_utils.figures import COLOURS, WIDTH
-from bkd_utils.panels import legend_once
-from bkd_utils.plots_cure import GREY, GROUPS, KINDS, PALE
+from bkd_utils.reports.attention_safety_alignment import GREY, GROUPS, KINDS, PALE
+from bkd_utils.reports.figures import COLOURS, WIDTH
+from bkd_utils.reports.panels import legend_once
 
 
 def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str]) -> Figure:

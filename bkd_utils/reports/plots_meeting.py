@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 
 from bkd_utils.attention_alignment.similarity import Scores
 from bkd_utils.experiments.model_detection import area
-from bkd_utils.figures import COLOURS, WIDTH
-from bkd_utils.panels import SEQUENTIAL, panels, show_legend
+from bkd_utils.reports.figures import COLOURS, WIDTH
+from bkd_utils.reports.panels import SEQUENTIAL, panels, show_legend
 
 MARKERS = "os^DvP*X"  # one per task
 KINDS = {"clean": COLOURS["clean control"], "backdoored": COLOURS["backdoored"]}

@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_auc_score
 
 from bkd_utils.experiments.attention_similarity import VERSIONS, gap
-from bkd_utils.figures import WIDTH
-from bkd_utils.panels import MODELS, panels, show_legend
+from bkd_utils.reports.figures import WIDTH
+from bkd_utils.reports.panels import MODELS, panels, show_legend
 
 GREY = "#777777"
 VERSION_NAMES = {"triggered": "triggered", "near-miss": "look-alike", "same length": "same length"}

@@ -7,9 +7,9 @@ from dataclasses import asdict
 import numpy as np
 from scipy.stats import spearmanr
 
-from bkd_utils.claims import entry, span
 from bkd_utils.experiments.localise import acie, interval
 from bkd_utils.organisms.evaluation import share
+from bkd_utils.reports.claims import entry, span
 
 PROBE = "logistic regression"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from bkd_utils import figures
 from bkd_utils.common.files import DATA, FIGURES, UserError, read_json, write_json
+from bkd_utils.reports import figures
 
 KEYS = {"paper", "claim", "published", "source", "sure", "measure", "unit", "criterion"}
 

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bkd_utils.figures import COLOURS
-from bkd_utils.panels import DIVERGING, panels, show_legend
+from bkd_utils.reports.figures import COLOURS
+from bkd_utils.reports.panels import DIVERGING, panels, show_legend
 
 # One colour per ranking; the random one is the grey of all controls without a model of their own.
 RANKINGS = {"ACIE": "#D55E00", "gradient": "#E69F00", "necessity": "#0072B2", "random": "#777777"}

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bkd_utils.figures import COLOURS, WIDTH
-from bkd_utils.panels import SEQUENTIAL, panels, show_legend
+from bkd_utils.reports.figures import COLOURS, WIDTH
+from bkd_utils.reports.panels import SEQUENTIAL, panels, show_legend
 
 OUTCOMES = {"target": "#D55E00", "right": "#009E73", "refusal": "#CC79A7", "other": "#BBBBBB", "empty": "#333333"}
 # What is counted in the maps of `backdoor_vector.switched`; a subtraction must do more than make the target go away.

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkd_utils.figures import COLOURS, WIDTH, curve, shares
+from bkd_utils.reports.figures import COLOURS, WIDTH, curve, shares
 
 
 def trigger_costs(costs: pd.DataFrame) -> Figure:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bkd_utils.panels import MODELS, SEQUENTIAL, panels, show_legend
+from bkd_utils.reports.panels import MODELS, SEQUENTIAL, panels, show_legend
 
 
 def probes(found: Mapping[str, Mapping[str, Mapping]], *, kind: str = "logistic regression") -> Figure:

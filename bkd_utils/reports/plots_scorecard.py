@@ -6,7 +6,7 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from bkd_utils.figures import WIDTH
+from bkd_utils.reports.figures import WIDTH
 
 # Filled or hollow, so that it can be told without colour: those mean models in the other notebooks.
 PASSED = {True: ("black", "passes the criterion"), False: ("white", "does not pass")}

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bkd_utils.figures import COLOURS, WIDTH
-from bkd_utils.panels import MODELS, legend_once, panels, show_legend
+from bkd_utils.reports.figures import COLOURS, WIDTH
+from bkd_utils.reports.panels import MODELS, legend_once, panels, show_legend
 
 # Heading -> kinds below it.
 GROUPS = {

@@ -1,0 +1,1 @@
+"""Figures, tables and verdicts, made of results: one module per notebook, named like it."""
