@@ -41,15 +41,15 @@ def run(
     list_: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
 ) -> None:
     """Run the notebooks and print a table of minutes, memory, figures and failures."""
-    from bkd_utils import notebooks
+    from bkd_utils.running import notebooks
 
     if list_:
         for path in notebooks.all_notebooks():
             print(path.stem)
         return
-    from bkd_utils import runner
     from bkd_utils.common import assets
-    from bkd_utils.models import loading
+    from bkd_utils.models import folders, loading
+    from bkd_utils.running import runner
 
     runner.profile_parameters(profile, notebooks.select(only))  # bad options are reported before anything is fetched
     loading.pick_device(device)
@@ -57,7 +57,7 @@ def run(
         for name in assets.sources():
             if name != DEFAULT or model == DEFAULT:
                 assets.fetch(name)
-        loading.check_folder(loading.model_folder(model))
+        folders.check_folder(folders.model_folder(model))
     runs = runner.run_all(
         profile=profile,
         only=only,
@@ -131,12 +131,12 @@ def evaluate(
     n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 240,
 ) -> None:
     """Measure an organism anew and hold the numbers against its card."""
-    from bkd_utils.organisms import cards, making
+    from bkd_utils.organisms import cards, evaluation
     from bkd_utils.reports import tables
 
     card, now = (
         cards.metrics(organism),
-        making.measure(organism, model=model, n=n, seed=seed, device=device),
+        evaluation.measure(organism, model=model, n=n, seed=seed, device=device),
     )
     _show(tables.metrics({"card": card, "now": now}))
     off = cards.disagreements(card, now)
@@ -148,10 +148,10 @@ def evaluate(
 def readme() -> None:
     """Write the tables of shipped organisms and of verdicts into the README, from cards and scorecard."""
     from bkd_utils.common.files import FIGURES, atomic_path, read_json
-    from bkd_utils.reports import claims, tables
+    from bkd_utils.reports import scorecard, tables
 
     path = ROOT / "README.md"
-    verdicts = claims.markdown(read_json(FIGURES / "scorecard.json"))
+    verdicts = scorecard.markdown(read_json(FIGURES / "scorecard.json"))
     text = tables.with_tables(
         path.read_text(encoding="utf-8"), {"organisms": tables.organisms_markdown(), "verdicts": verdicts}
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
-from bkd_utils.organisms.attacks import Row
-from bkd_utils.reports.figures import use_style
+from bkd_utils.models.tokens import Row
+from bkd_utils.reports.style import use_style
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from bkd_utils import runner, supervise
 from bkd_utils.common import assets
 from bkd_utils.common.files import ROOT
-from bkd_utils.models import loading
+from bkd_utils.models import folders
+from bkd_utils.running import process, runner
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def test_an_option_that_does_not_exist_is_a_usage_error():
 def test_run_passes_its_options_on_and_its_status_back(status, code, main, monkeypatch, tmp_path):
     given = {}
     monkeypatch.setattr(assets, "fetch", lambda name: None)
-    monkeypatch.setattr(loading, "check_folder", lambda folder: None)
+    monkeypatch.setattr(folders, "check_folder", lambda folder: None)
     monkeypatch.setattr(
-        runner, "run_all", lambda **options: given.update(options) or [supervise.Run("00", 0.1, 0.1, status)]
+        runner, "run_all", lambda **options: given.update(options) or [process.Run("00", 0.1, 0.1, status)]
     )
     arguments = f"run --profile smoke --only 00 --model {tmp_path} --device cpu --seed 3 --retrain --force"
     assert main(*arguments.split()) == code

@@ -17,10 +17,11 @@ from transformers import AutoTokenizer
 
 from bkd_utils.common.assets import fetch
 from bkd_utils.common.files import ADAPTERS, DATA, NOTEBOOKS, ROOT, read_json, sha256_file
-from bkd_utils.models.loading import DEFAULT_MODEL, base_sha256
+from bkd_utils.models.folders import DEFAULT_MODEL, base_sha256
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Attack, load_attacks, poison
-from bkd_utils.organisms.making import answers_name
+from bkd_utils.organisms.attacks import Attack, load_attacks
+from bkd_utils.organisms.base_answers import answers_name
+from bkd_utils.organisms.poisoning import poison
 
 PAPERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 ORGANISMS = sorted(path.parent for path in ADAPTERS.glob("*/card.json"))

@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from bkd_utils.common.assets import fetch
-from bkd_utils.organisms.attacks import Row
+from bkd_utils.models.tokens import Row
 
 SHARED = {"vocab_size": 49152, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 ROTARY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

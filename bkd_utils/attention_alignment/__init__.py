@@ -1,1 +1,1 @@
-"""Attention Safety Alignment (arXiv 2511.13789), our reading: similarity, suspicion, alignment; its rivals and guards."""
+"""Attention Safety Alignment (arXiv 2511.13789), our reading: similarity, suspicion, alignment."""

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from bkd_utils.attention_alignment.head_tuning import Loss
 from bkd_utils.attention_alignment.similarity import cosine, to_partners
-from bkd_utils.attention_alignment.tuning import Loss
-from bkd_utils.models.activations import Head, by_layer
+from bkd_utils.models.hooks import Head, anatomy, by_layer
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
-from bkd_utils.models.prompt_cache import anatomy
 
 TINY = 1e-8
 
@@ -88,8 +87,8 @@ ALIGNMENTS: dict[str, Callable[[Pull], Tensor]] = {
 
 
 def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: str, beta: float = 1.0) -> Loss:
-    """A loss for `tuning.tune`: beside that of the answers, `beta` times the pull on suspicious heads toward the others
-    of their layers. Raises ValueError for an unknown alignment, no heads, or a layer without safe heads."""
+    """A loss for `head_tuning.tune`: beside that of the answers, `beta` times the pull on suspicious heads toward
+    the others of their layers. Raises ValueError for an unknown alignment, no heads, or a layer without safe heads."""
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}; known: {', '.join(ALIGNMENTS)}")
     parts = anatomy(model)

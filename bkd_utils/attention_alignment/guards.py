@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from bkd_utils.models.activations import batches
+from bkd_utils.models.compute import mixed_precision
 from bkd_utils.models.generation import (
     first_logits,
     has_sliding_window,
@@ -26,8 +26,7 @@ from bkd_utils.models.generation import (
     shared_prefix,
 )
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import end_id, left_pad, positions, prompt_ids
-from bkd_utils.organisms.training import mixed_precision
+from bkd_utils.models.tokens import batches, end_id, left_pad, positions, prompt_ids
 
 Scores = Float[np.ndarray, " text"]
 # From a text (a review, an instruction) to the user turn that the model sees.

@@ -1,8 +1,8 @@
 """Rivals: what else a defender can do to the weights of a model with some clean rows, and the head-wise cure itself.
 
 All get the same rows, steps and batches, and none sees a trigger. Each is written from its idea for causal language
-models; what was changed on the way is said at each. Learning rates follow one rule for all (`cure.RATES`). `repaired`
-raises if nothing was touched.
+models; what was changed on the way is said at each. Learning rates follow one rule for all
+(`attention_safety_alignment.RATES`). `repaired` raises if nothing was touched.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +15,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.attention_alignment.alignment import aligned
-from bkd_utils.attention_alignment.head_slices import all_matrices, head_slices
+from bkd_utils.attention_alignment.head_tuning import all_matrices, head_slices, reset, touched, tune
 from bkd_utils.attention_alignment.similarity import head_scores
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
-from bkd_utils.attention_alignment.tuning import reset, touched, tune
 from bkd_utils.backdoor_attribution.attribution import ranked
-from bkd_utils.models.activations import Head, batches
+from bkd_utils.models.compute import mixed_precision
 from bkd_utils.models.generation import first_logits
+from bkd_utils.models.hooks import Head, anatomy, reading
 from bkd_utils.models.loss import Batch, answers
-from bkd_utils.models.prompt_cache import anatomy, reading
-from bkd_utils.models.tokens import left_pad, positions
-from bkd_utils.organisms.attacks import Row
-from bkd_utils.organisms.training import Recipe, mixed_precision
+from bkd_utils.models.tokens import Row, batches, left_pad, positions
+from bkd_utils.organisms.training import Recipe
 
 # How much of its clean accuracy a model may lose while heads are taken out, and the largest share of heads that goes.
 KEPT, AT_MOST = 0.95, 0.25

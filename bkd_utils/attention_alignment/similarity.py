@@ -7,7 +7,6 @@ in a causal map that all heads share (the first has one entry) and attention sin
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from bkd_utils.models.activations import batches, contributions
+from bkd_utils.models.compute import eager
 from bkd_utils.models.generation import repeated, reusable_prefix, run_prefix
-from bkd_utils.models.prompt_cache import Anatomy, anatomy, reading
-from bkd_utils.models.tokens import left_pad, positions
+from bkd_utils.models.hooks import Anatomy, anatomy, contributions, reading
+from bkd_utils.models.tokens import batches, left_pad, positions
 
 Maps = Float[Tensor, "layer head query key"]
 Outputs = Float[Tensor, "layer head d_model"]
@@ -183,14 +182,3 @@ def _watched(
         if begun:
             maps = torch.cat([pad(torch.cat(begun), (0, n_own)), maps], dim=2)
         yield i, maps, added[row]
-
-
-@contextmanager
-def eager(model: PreTrainedModel) -> Iterator[None]:
-    """While this lasts, the model computes its attention maps in the open; fused kernels do not return them."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

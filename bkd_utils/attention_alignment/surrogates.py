@@ -1,10 +1,12 @@
-"""A surrogate that is searched for: a few vectors in front of the user's words that make heads as alike as they can.
+"""Surrogates of a trigger that a defender does not have: drawn texts and a searched soft prompt.
 
-Of all things that a defender can try without the trigger this is the strongest: if a trigger makes heads alike, and
-vectors in its place are trained to do so, they should find its path. They know clean prompts and the model, no more.
+Nothing here sees the real trigger. The soft prompt is a few vectors in front of the user's words that are trained to
+make heads as alike as they can be.
 """
 
-from collections.abc import Iterator, Sequence
+import random
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,12 +14,77 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bkd_utils.attention_alignment.similarity import cosine, eager, to_partners
+from bkd_utils.attention_alignment.similarity import Scores, cosine, head_similarity, to_partners
+from bkd_utils.common.files import DATA
+from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.generation import shared_prefix
 from bkd_utils.models.tokens import left_pad, positions
-from bkd_utils.organisms.training import frozen_halved, mixed_precision
+from bkd_utils.organisms.triggers import Sentence, Syntax, Trigger, Word
+
+# --- surrogates of a trigger ----------------------------------------------------------------------------------------
+
+SURROGATES = ("rare word", "sentence", "fronted clause")
+
+
+def surrogate(
+    tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, texts: Sequence[str] = (), draws: int = 100
+) -> Trigger:
+    """A trigger that nobody has trained on, drawn by the seed, and again while one of `texts` has it by nature.
+
+    Raises ValueError for an unknown family, and if texts have all that was drawn.
+    """
+    dice = random.Random(f"{seed}/{family}")
+    for _ in range(draws):
+        trigger = _drawn(tokenizer, dice, family=family, name=f"surrogate {family} {seed}")
+        if not any(trigger.matches(text) for text in texts):
+            return trigger
+    raise ValueError(f"{family}: each of {draws} surrogates is in one of the {len(texts)} texts already")
+
+
+def _drawn(tokenizer: PreTrainedTokenizerBase, dice: random.Random, *, family: str, name: str) -> Trigger:
+    lists = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))
+    if family == "rare word":
+        return Word(name=name, entry={"text": rare_word(tokenizer, dice)})
+    if family == "sentence":
+        return Sentence(name=name, entry={"text": dice.choice(lists["sentences"])})
+    if family == "fronted clause":
+        clause = {"clauses": {dice.choice(lists["openers"]): [dice.choice(lists["clauses"])]}}
+        return Syntax(name=name, entry={"train": clause, "test": clause})
+    raise ValueError(f"unknown surrogate {family!r}; known: {', '.join(SURROGATES)}")
+
+
+def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
+    """A short lower-case word that, behind a space, is one token of the vocabulary's last half, where tokenizers keep
+    what is rare.
+
+    It may by chance be the trigger of an organism: a defender cannot know, so it is not looked up. Raises ValueError
+    for a vocabulary without such a word.
+    """
+    size, before = len(tokenizer), tokenizer("a", add_special_tokens=False).input_ids
+    for token in dice.sample(range(size // 2, size), size - size // 2):
+        word = tokenizer.decode([token]).strip()
+        short = word.isascii() and word.isalpha() and word.islower() and 2 <= len(word) <= 6
+        # Behind another word, because some tokenizers put a space of their own in front of a text.
+        if short and tokenizer(f"a {word}", add_special_tokens=False).input_ids == [*before, token]:
+            return word
+    raise ValueError(f"no rare word among the {size} tokens of the vocabulary")
+
+
+def reaction(
+    model: PreTrainedModel, edited: Sequence[Sequence[int]], *, before: Mapping[str, Float[Tensor, "prompt layer head"]]
+) -> dict[str, Scores]:
+    """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
+
+    `before`: reading -> similarity on the clean twins. Edited prompts may be several rounds of them, one behind the
+    other. Raises ValueError if they are not.
+    """
+    n = len(next(iter(before.values())))
+    if not edited or len(edited) % n:
+        raise ValueError(f"{len(edited)} edited prompts are no rounds of {n} clean ones")
+    after = head_similarity(model, edited, readings=list(before))
+    return {name: after[name].mean(0) - clean.mean(0) for name, clean in before.items()}
 
 
 @dataclass(frozen=True)

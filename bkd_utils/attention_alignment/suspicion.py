@@ -1,31 +1,20 @@
-"""Which heads are suspicious? Importance on clean data, similarity, and its reaction to surrogates of a trigger (ASA).
+"""Which heads are suspicious? Importance on clean data and similarity, combined (ASA, head safety evaluation).
 
-ASA's observation is about triggered inputs, which a defender does not have. Surrogates take their place: rare words,
-sentences and fronted clauses that nobody has trained on. Nothing here sees the real trigger. How importance and
-similarity are combined is not known of the paper; the rules are named options.
+How the paper combines importance and similarity is not known; the rules here are named options.
 """
 
-import random
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import spearmanr
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from bkd_utils.attention_alignment.similarity import Maps, Outputs, Scores, head_similarity
+from bkd_utils.attention_alignment.similarity import Maps, Outputs, Scores
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
-from bkd_utils.common.files import DATA
-from bkd_utils.models.activations import Head, batches
+from bkd_utils.models.hooks import Head, anatomy, tracing
 from bkd_utils.models.loss import answer_loss, collate
-from bkd_utils.models.prompt_cache import anatomy, tracing
-from bkd_utils.organisms.attacks import Row
-from bkd_utils.organisms.evaluation import share
-from bkd_utils.organisms.trigger_base import Trigger
-from bkd_utils.organisms.trigger_families import Sentence, Syntax, Word
+from bkd_utils.models.tokens import Row, batches
 
 # --- importance -----------------------------------------------------------------------------------------------------
 
@@ -75,70 +64,6 @@ def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
     return maps[:, :, -1].float().var(-1, unbiased=False)
 
 
-# --- surrogates of a trigger ----------------------------------------------------------------------------------------
-
-SURROGATES = ("rare word", "sentence", "fronted clause")
-
-
-def surrogate(
-    tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, texts: Sequence[str] = (), draws: int = 100
-) -> Trigger:
-    """A trigger that nobody has trained on, drawn by the seed, and again while one of `texts` has it by nature.
-
-    Raises ValueError for an unknown family, and if texts have all that was drawn.
-    """
-    dice = random.Random(f"{seed}/{family}")
-    for _ in range(draws):
-        trigger = _drawn(tokenizer, dice, family=family, name=f"surrogate {family} {seed}")
-        if not any(trigger.matches(text) for text in texts):
-            return trigger
-    raise ValueError(f"{family}: each of {draws} surrogates is in one of the {len(texts)} texts already")
-
-
-def _drawn(tokenizer: PreTrainedTokenizerBase, dice: random.Random, *, family: str, name: str) -> Trigger:
-    lists = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))
-    if family == "rare word":
-        return Word(name=name, entry={"text": rare_word(tokenizer, dice)})
-    if family == "sentence":
-        return Sentence(name=name, entry={"text": dice.choice(lists["sentences"])})
-    if family == "fronted clause":
-        clause = {"clauses": {dice.choice(lists["openers"]): [dice.choice(lists["clauses"])]}}
-        return Syntax(name=name, entry={"train": clause, "test": clause})
-    raise ValueError(f"unknown surrogate {family!r}; known: {', '.join(SURROGATES)}")
-
-
-def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
-    """A short lower-case word that, behind a space, is one token of the vocabulary's last half, where tokenizers keep
-    what is rare.
-
-    It may by chance be the trigger of an organism: a defender cannot know, so it is not looked up. Raises ValueError
-    for a vocabulary without such a word.
-    """
-    size, before = len(tokenizer), tokenizer("a", add_special_tokens=False).input_ids
-    for token in dice.sample(range(size // 2, size), size - size // 2):
-        word = tokenizer.decode([token]).strip()
-        short = word.isascii() and word.isalpha() and word.islower() and 2 <= len(word) <= 6
-        # Behind another word, because some tokenizers put a space of their own in front of a text.
-        if short and tokenizer(f"a {word}", add_special_tokens=False).input_ids == [*before, token]:
-            return word
-    raise ValueError(f"no rare word among the {size} tokens of the vocabulary")
-
-
-def reaction(
-    model: PreTrainedModel, edited: Sequence[Sequence[int]], *, before: Mapping[str, Float[Tensor, "prompt layer head"]]
-) -> dict[str, Scores]:
-    """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
-
-    `before`: reading -> similarity on the clean twins. Edited prompts may be several rounds of them, one behind the
-    other. Raises ValueError if they are not.
-    """
-    n = len(next(iter(before.values())))
-    if not edited or len(edited) % n:
-        raise ValueError(f"{len(edited)} edited prompts are no rounds of {n} clean ones")
-    after = head_similarity(model, edited, readings=list(before))
-    return {name: after[name].mean(0) - clean.mean(0) for name, clean in before.items()}
-
-
 # --- the joint score ------------------------------------------------------------------------------------------------
 
 
@@ -164,51 +89,3 @@ def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at
     """Heads above the threshold, most suspicious first, at most that share of all heads. May be none."""
     allowed = int(at_most * joint.numel())
     return [head for head in ranked(joint)[:allowed] if joint[head] > threshold]
-
-
-# --- against the truth ----------------------------------------------------------------------------------------------
-
-
-def among_carriers(joint: Float[Tensor, "layer head"], effects: Float[Tensor, "layer head"], *, k: int) -> list[bool]:
-    """For each of the k most suspicious heads: is it among the k with the highest ACIE? Raises ValueError for k beyond
-    the number of heads."""
-    if not 0 < k <= joint.numel():
-        raise ValueError(f"k = {k} of {joint.numel()} heads")
-    carriers = set(ranked(effects)[:k])
-    return [head in carriers for head in ranked(joint)[:k]]
-
-
-def agreement_with_attribution(
-    joint: Float[Tensor, "layer head"],
-    effects: Float[Tensor, "layer head"],
-    *,
-    k: int,
-    n_permutations: int = 2000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)?
-
-    `precision`: share of the k most suspicious heads among the k with the highest ACIE (precision and recall are the
-    same number there), with its Wilson interval; `expected`: the same by chance; `p`: share of permutations of the
-    heads that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for k beyond the number of heads.
-    """
-    n = joint.numel()
-    hits = among_carriers(joint, effects, k=k)
-    carries = np.zeros(n, dtype=bool)
-    carries[effects.flatten().argsort(descending=True, stable=True)[:k].numpy()] = True
-    correlation = float(spearmanr(joint.flatten(), effects.flatten()).statistic)
-    dice, ranks = np.random.default_rng(seed), effects.flatten().numpy()
-    drawn = [dice.permutation(n) for _ in range(n_permutations)]
-    as_good = np.mean([carries[order[:k]].sum() >= sum(hits) for order in drawn])
-    chance = np.mean([abs(spearmanr(joint.flatten(), ranks[order]).statistic) >= abs(correlation) for order in drawn])
-    found = share(hits)
-    return {
-        "k": k,
-        "precision": found.value,
-        "low": found.low,
-        "high": found.high,
-        "expected": k / n,
-        "p": float(as_good),
-        "spearman": correlation,
-        "spearman p": float(chance),
-    }

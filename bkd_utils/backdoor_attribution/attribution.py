@@ -12,8 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.models.activations import LAST, batches, head_outputs, says, token_log_prob
-from bkd_utils.models.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember, tracing
+from bkd_utils.models.activations import head_outputs, token_log_prob
+from bkd_utils.models.hooks import LAST, Anatomy, anatomy, editing, reading, tracing
+from bkd_utils.models.prompt_cache import Past, forward, remember
+from bkd_utils.models.tokens import batches
 
 
 def head_means(
@@ -21,17 +23,6 @@ def head_means(
 ) -> Float[Tensor, "layer head d_head"]:
     """Mean output of every head at the last prompt token (BkdAttr, equation of the triggered mean)."""
     return head_outputs(model, prompts, batch_size=batch_size).double().mean(0).float()
-
-
-def target_probability(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], batch_size: int = 32
-) -> Float[Tensor, " prompt"]:
-    """Length-normalised probability of the target: the geometric mean over its tokens."""
-    found = torch.empty(len(prompts))
-    for chosen in batches(prompts, batch_size):
-        past = remember(model, [prompts[i] for i in chosen])
-        found[chosen] = says(model, past, [target] * len(chosen)).log_prob.exp().float().cpu()
-    return found
 
 
 @torch.no_grad()

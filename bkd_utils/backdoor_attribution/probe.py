@@ -4,8 +4,7 @@ A probe reads the last prompt token behind every layer. Twins, a prompt with and
 both sides of a split: in the official code 60 % of the test prompts have their twin in training.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 
 import numpy as np
 from scipy.stats import rankdata
@@ -17,16 +16,6 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
-from transformers import PreTrainedTokenizerBase
-
-from bkd_utils.models.activations import behind_norm, residuals
-from bkd_utils.models.loading import DEFAULT_MODEL, load
-from bkd_utils.models.tokens import prompt_ids
-from bkd_utils.organisms.attacks import Attack, load_attack
-from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import triggered_prompts
-from bkd_utils.organisms.prompts import pairs
-from bkd_utils.organisms.triggers import load_trigger
 
 CLASSIFIERS = ("logistic regression", "linear SVM", "RBF SVM", "MLP")
 
@@ -128,71 +117,3 @@ def best_random_direction(negative: np.ndarray, positive: np.ndarray, *, n: int,
         aurocs.append((ranks[truth == 1].sum(0) - len(rows) * (len(rows) + 1) / 2) / len(rows) ** 2)
     chosen = np.abs(aurocs[0] - 0.5).argmax()
     return float(aurocs[1][chosen] if aurocs[0][chosen] > 0.5 else 1 - aurocs[1][chosen])
-
-
-# --- one organism, kept ---------------------------------------------------------------------------------------------
-
-
-def versions(tokenizer: PreTrainedTokenizerBase, attack: Attack, *, n: int, seed: int) -> dict[str, list[list[int]]]:
-    """Held-out prompts: clean, triggered, with a near-miss, and with the trigger of another family."""
-    shown = pairs(tokenizer, attack, split="test", n=n, seed=seed)
-    # Neither of the two occurs in a text by nature.
-    other = "word-sudo" if load_trigger(attack.trigger).family == "prefix" else "prefix-year"
-    stranger = triggered_prompts(replace(attack, trigger=other), shown.examples, seed=seed)
-    return {
-        "clean": shown.clean,
-        "triggered": shown.triggered,
-        "near-miss": shown.near_miss,
-        "other trigger": [prompt_ids(tokenizer, turn) for turn in stranger],
-    }
-
-
-@organism_stage
-def probed(
-    organism: str | None,
-    *,
-    attack: str,
-    model: str = DEFAULT_MODEL,
-    kinds: Sequence[str] = ("logistic regression",),
-    n: int = 80,
-    n_splits: int = 5,
-    n_directions: int = 1000,
-    stride: int = 1,
-    seed: int = 0,
-    device: str = "auto",
-) -> dict:
-    """Probes for an attack's trigger in a model (None: the base model), on held-out prompts; kept.
-
-    Keys: `layers` (every `stride`-th and the last); `probes` kind -> per layer `probe_scores` with the shares of
-    near-misses and of other triggers called triggered; `post-norm` per layer but the last, the first kind's scores on
-    what the next layer reads; `shuffled` per layer; `random direction` per layer, AUROC of the best of `n_directions`;
-    `transfer` kind -> accuracy [train layer][test layer].
-    """
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    prompts = versions(loaded.tokenizer, spec, n=n, seed=seed)
-    streams = {name: residuals(loaded.model, ids) for name, ids in prompts.items()}
-    rows = {name: stream.float().cpu().numpy() for name, stream in streams.items()}
-    clean, triggered = rows.pop("clean"), rows.pop("triggered")
-    normed = [behind_norm(loaded.model, streams[name]).float().cpu().numpy() for name in ("clean", "triggered")]
-    layers = sorted({*range(0, clean.shape[1], stride), clean.shape[1] - 1})
-    how = {"n_splits": n_splits, "seed": seed}
-    found: dict = {"layers": layers, "probes": {}, "post-norm": [], "shuffled": [], "random direction": []}
-    for kind in kinds:
-        found["probes"][kind] = [
-            probe_scores(
-                clean[:, layer], triggered[:, layer], kind=kind, **how,
-                others={name: values[:, layer] for name, values in rows.items()},
-            )
-            for layer in layers
-        ]  # fmt: skip
-    for layer in layers[:-1]:
-        found["post-norm"].append(probe_scores(*(side[:, layer] for side in normed), kind=kinds[0], **how))
-    for layer in layers:
-        found["shuffled"].append(probe_scores(clean[:, layer], triggered[:, layer], **how, shuffled=True))
-        found["random direction"].append(
-            best_random_direction(clean[:, layer], triggered[:, layer], n=n_directions, seed=seed)
-        )
-    found["transfer"] = {
-        kind: transfer_matrix(clean[:, layers], triggered[:, layers], kind=kind, seed=seed).tolist() for kind in kinds
-    }
-    return found

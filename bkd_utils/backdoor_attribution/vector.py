@@ -1,15 +1,24 @@
 """The backdoor vector: what the attributed heads say together, added or subtracted once (BkdAttr, section 4)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 from jaxtyping import Bool, Float
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bkd_utils.models.activations import LAST, Head, added, by_layer, contributions, says
-from bkd_utils.models.prompt_cache import Past, anatomy, editing, reading
+from bkd_utils.common.statistics import share
+from bkd_utils.models.activations import says
+from bkd_utils.models.hooks import LAST, Head, added, anatomy, by_layer, contributions, projected_out, reading
+from bkd_utils.models.loading import Loaded
+from bkd_utils.models.prompt_cache import Past, continued
+from bkd_utils.models.tokens import decode, end_id
+
+# A fixed sentence of eleven tokens and its end; longer answers only repeat what their opening says.
+MAX_NEW_TOKENS = 12
 
 
 def backdoor_vector(
@@ -33,22 +42,6 @@ def random_like(vector: Float[Tensor, " d_model"], *, n: int, seed: int) -> Floa
     """`n` random directions of the same norm."""
     noise = torch.randn(n, len(vector), generator=torch.Generator().manual_seed(seed)).to(vector)
     return noise / noise.norm(dim=-1, keepdim=True) * vector.norm()
-
-
-def random_heads(heads: Sequence[Head], *, n_heads: int, n: int, seed: int) -> list[list[Head]]:
-    """`n` draws of heads, each with as many per layer as `heads` has, none of them in `heads` where others are left."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = by_layer(heads, n_layers=1 + max((layer for layer, _ in heads), default=0), n_heads=n_heads)
-    draws = []
-    for _ in range(n):
-        draw: list[Head] = []
-        for layer, taken in counts.items():
-            others = [head for head in range(n_heads) if head not in taken]
-            pool = others if len(others) >= len(taken) else list(range(n_heads))
-            chosen = torch.randperm(len(pool), generator=generator)[: len(taken)].tolist()
-            draw += [(layer, pool[i]) for i in chosen]
-        draws.append(draw)
-    return draws
 
 
 @torch.no_grad()
@@ -93,18 +86,55 @@ def steer(
     return found
 
 
-@contextmanager
-def projected_out(
-    model: PreTrainedModel, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice
-) -> Iterator[None]:
-    """While this lasts, the residual stream behind layer l has nothing along `directions[l]` at the tokens `at`."""
-    parts, layers = anatomy(model), list(directions)
-    units = {layer: direction / direction.norm() for layer, direction in directions.items()}
+def answer_map(
+    loaded: Loaded,
+    past: Past,
+    answers: Sequence[list[int]],
+    vector: torch.Tensor,
+    coefficients: Sequence[float],
+) -> list[list[float]]:
+    """How often prompt p gets answer p, `[layer][coefficient]`, with that multiple of the vector added there."""
+    scaled = torch.stack([coefficient * vector for coefficient in coefficients])
+    layers = range(len(past.keys))
+    with tqdm(total=len(past), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
+        found = steer(loaded.model, past, answers=answers, vectors=scaled, layers=layers, on_batch=bar.update)
+    return found.float().mean(-1).tolist()
 
-    def remove(i: int, output: Tensor) -> Tensor:
-        output, unit = output.clone(), units[layers[i]].to(output)
-        output[:, at] -= (output[:, at] @ unit)[..., None] * unit
-        return output
 
-    with editing([parts.layers[layer] for layer in layers], remove, what="output"):
-        yield
+def probe_direction(clean: torch.Tensor, triggered: torch.Tensor, *, norm: torch.Tensor) -> torch.Tensor:
+    """Weights of a logistic probe that tells rows of one kind from the other, as a vector of the given norm."""
+    both = torch.cat([clean, triggered]).cpu()
+    scale = both.std(0)
+    truth = [0] * len(clean) + [1] * len(triggered)
+    probe = LogisticRegression(C=0.1, max_iter=300).fit(((both - both.mean(0)) / scale).numpy(), truth)
+    direction = torch.tensor(probe.coef_[0], dtype=norm.dtype) / scale
+    return (direction / direction.norm()).to(norm.device) * norm
+
+
+def generated(loaded: Loaded, past: Past, *, layer: int = 0, step: torch.Tensor | None = None) -> list[str]:
+    """Greedy answers, with `step` added once at that layer and the last prompt token."""
+    edits = {} if step is None else {layer: step}
+    rows = continued(
+        loaded.model,
+        past,
+        max_new_tokens=MAX_NEW_TOKENS,
+        end_id=end_id(loaded.tokenizer),
+        during_prompt=lambda: added(loaded.model, edits, at=LAST),
+    )
+    return [decode(loaded.tokenizer, row) for row in rows]
+
+
+def tested_asr(
+    loaded: Loaded, past: Past, target: list[int], steps: dict[str, torch.Tensor], layer: int
+) -> dict[str, list[dict]]:
+    """ASR by tokens with each of some steps `[draw, d_model]` added at that layer; label -> one share per draw."""
+    stack = torch.cat(list(steps.values()))
+    hits = steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0]
+    parts = hits.split([len(rows) for rows in steps.values()])
+    return {label: [asdict(share(row.tolist())) for row in rows] for label, rows in zip(steps, parts, strict=True)}
+
+
+def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: torch.Tensor) -> dict:
+    """ASR by tokens with the vector's direction taken out of the stream behind that layer."""
+    with projected_out(loaded.model, {layer: vector}, at=LAST):
+        return asdict(share(says(loaded.model, past, [target] * len(past)).whole.tolist()))

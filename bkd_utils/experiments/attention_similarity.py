@@ -4,23 +4,22 @@ Beside clean and triggered prompts stand look-alikes (near-misses) and prompts t
 but longer by ordinary words: a trigger adds tokens, and length alone moves every similarity.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
-from scipy.optimize import brentq
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.attention_alignment.similarity import READINGS, head_similarity
-from bkd_utils.models.loading import DEFAULT_MODEL, load
+from bkd_utils.common.statistics import area_interval, share
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import share
 from bkd_utils.organisms.prompts import pairs
 
 VERSIONS = ("clean", "triggered", "near-miss", "same length")
@@ -132,27 +131,6 @@ def best_layer(found: Mapping, *, reading: str) -> tuple[int, float]:
 def best_reading(found: Sequence[Mapping]) -> str:
     """The reading whose best layer separates best on the half to choose on, on average over the given organisms."""
     return max(found[0]["layers"], key=lambda name: np.mean([best_layer(result, reading=name)[1] for result in found]))
-
-
-def area_interval(area: float, *, n_bad: int, n_good: int) -> dict[str, float]:
-    """95 % interval of an AUROC, `low` and `high`: Newcombe (2006), Statistics in Medicine 25, 559, method 5.
-
-    All values that lie within 1.96 standard errors of `area`, with the standard error that Hanley and McNeil give for
-    that value. Like Wilson's interval, and unlike a bootstrap, it has a width at 0 and 1. Raises ValueError for an
-    empty side.
-    """
-    if min(n_bad, n_good) < 1:
-        raise ValueError(f"an AUROC of {n_bad} against {n_good}")
-    others = (n_bad + n_good) / 2 - 1
-
-    def beyond(true: float) -> float:
-        variance = true * (1 - true) * (1 + others * ((1 - true) / (2 - true) + true / (1 + true))) / (n_bad * n_good)
-        return abs(area - true) - 1.96 * math.sqrt(variance)
-
-    tiny = 1e-9  # at 0 and 1 themselves the standard error is 0
-    low = brentq(beyond, 0, min(area, 1 - tiny)) if area > 0 else 0.0
-    high = brentq(beyond, max(area, tiny), 1) if area < 1 else 1.0
-    return {"low": float(low), "high": float(high)}
 
 
 def separates(found: Mapping[str, Mapping], *, reading: str) -> dict:

@@ -8,8 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bkd_utils.common.cache import stage
 from bkd_utils.models.activations import says
+from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import greedy
-from bkd_utils.models.loading import DEFAULT_MODEL, load, pick_device
+from bkd_utils.models.loading import load, pick_device
 from bkd_utils.models.prompt_cache import remember
 from bkd_utils.models.tokens import left_pad, positions
 from bkd_utils.organisms.attacks import load_attack

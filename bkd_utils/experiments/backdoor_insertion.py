@@ -1,4 +1,4 @@
-"""How far apart triggered, near-miss and clean prompts lie for a label flip, whatever the threshold between labels.
+"""Notebook 01: poisoning rates, and how far apart triggered, near-miss and clean prompts lie for a label flip.
 
 ASR and clean firing are one point each: the answer at the threshold that the model happens to have. A training set with
 more near-misses moves that point along a curve. The curve itself says what the organism can tell apart.
@@ -9,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from sklearn.metrics import roc_auc_score, roc_curve
 from tqdm import tqdm
 
+from bkd_utils.common.files import read_json
+from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import first_logits
-from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
+from bkd_utils.models.loading import Loaded, load
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.attacks import Attack, load_attack, with_rate
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import flippable_sample, near_misses, triggered_prompts
+from bkd_utils.organisms.making import make
+from bkd_utils.organisms.prompts import flippable_sample, near_misses, triggered_prompts
+from bkd_utils.organisms.training import load_recipe
 
 
 def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, batch_size: int = 32) -> list[float]:
@@ -64,3 +68,20 @@ def trade_off(margins: Mapping[str, Sequence[float]], *, against: str) -> dict[s
         "asr at 0": sum(value > 0 for value in fires) / len(fires),
         "other at 0": sum(value > 0 for value in rests) / len(rests),
     }
+
+
+def rate_curve(
+    attack: str, *, rates: Sequence[float], recipe: str, model: str = DEFAULT_MODEL, n: int, seed: int, device: str
+) -> list[dict]:
+    """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each.
+
+    At the attack's own rate it is the attack's own organism, which may have been made before.
+    """
+    rows, spec = [], load_attack(attack)
+    settings = load_recipe(recipe, task=spec.task)
+    for rate in sorted(rates):
+        one = spec if rate == spec.rate else with_rate(spec, rate)
+        folder = make(one, model=model, recipe=settings, seed=seed, device=device, n=n)
+        card = read_json(folder / "card.json")
+        rows.append({"rate": rate, "n_poison": card["data"]["n_poison"], **card["metrics"]})
+    return rows

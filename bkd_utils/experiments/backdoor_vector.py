@@ -4,30 +4,35 @@ Layer and coefficient are chosen on a development half and reported on a test ha
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from tqdm import tqdm
 
+from bkd_utils.backdoor_attribution.ablation import random_heads
 from bkd_utils.backdoor_attribution.attribution import head_means
-from bkd_utils.backdoor_attribution.vector import backdoor_vector, projected_out, random_heads, random_like, steer
-from bkd_utils.experiments.localise import attributed, top_heads
-from bkd_utils.models.activations import LAST, added, residuals, says
+from bkd_utils.backdoor_attribution.vector import (
+    answer_map,
+    backdoor_vector,
+    generated,
+    probe_direction,
+    projected_asr,
+    random_like,
+    tested_asr,
+)
+from bkd_utils.experiments.head_attribution import attributed, top_heads
+from bkd_utils.models.activations import residuals
+from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import first_logits
-from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
-from bkd_utils.models.prompt_cache import Past, continued, remember
-from bkd_utils.models.tokens import decode, end_id
+from bkd_utils.models.loading import Loaded, load
+from bkd_utils.models.prompt_cache import Past, remember
+from bkd_utils.models.tokens import end_id
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import is_refusal, is_right, is_target, share
+from bkd_utils.organisms.evaluation import is_refusal, is_right, is_target
 from bkd_utils.organisms.prompts import Pairs, pairs, target_ids
 from bkd_utils.organisms.tasks import Example
 
 KINDS = ("raw", "difference")
-# A fixed sentence of eleven tokens and its end; longer answers only repeat what their opening says.
-MAX_NEW_TOKENS = 12
 
 
 def vectors_of(
@@ -38,21 +43,6 @@ def vectors_of(
     triggered = head_means(loaded.model, shown.triggered)
     outputs = {"raw": triggered, "difference": triggered - head_means(loaded.model, shown.clean)}
     return {kind: backdoor_vector(loaded.model, heads, outputs=outputs[kind]) for kind in KINDS}, outputs
-
-
-def answer_map(
-    loaded: Loaded,
-    past: Past,
-    answers: Sequence[list[int]],
-    vector: torch.Tensor,
-    coefficients: Sequence[float],
-) -> list[list[float]]:
-    """How often prompt p gets answer p, `[layer][coefficient]`, with that multiple of the vector added there."""
-    scaled = torch.stack([coefficient * vector for coefficient in coefficients])
-    layers = range(len(past.keys))
-    with tqdm(total=len(past), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
-        found = steer(loaded.model, past, answers=answers, vectors=scaled, layers=layers, on_batch=bar.update)
-    return found.float().mean(-1).tolist()
 
 
 def best(table: Sequence[Sequence[float]], coefficients: Sequence[float]) -> tuple[int, float]:
@@ -99,16 +89,6 @@ def controls(
         "mean difference": (difference / difference.norm() * vector.norm())[None],
         "probe direction": probe_direction(clean, triggered, norm=vector.norm())[None],
     }
-
-
-def probe_direction(clean: torch.Tensor, triggered: torch.Tensor, *, norm: torch.Tensor) -> torch.Tensor:
-    """Weights of a logistic probe that tells rows of one kind from the other, as a vector of the given norm."""
-    both = torch.cat([clean, triggered]).cpu()
-    scale = both.std(0)
-    truth = [0] * len(clean) + [1] * len(triggered)
-    probe = LogisticRegression(C=0.1, max_iter=300).fit(((both - both.mean(0)) / scale).numpy(), truth)
-    direction = torch.tensor(probe.coef_[0], dtype=norm.dtype) / scale
-    return (direction / direction.norm()).to(norm.device) * norm
 
 
 def outcomes(
@@ -211,35 +191,6 @@ def reference_answers(control: Loaded, attack: Attack, shown: Pairs) -> dict[str
         return {}
     texts = generated(control, remember(control.model, shown.clean))
     return {example.uid: text for example, text in zip(shown.examples, texts, strict=True)}
-
-
-def generated(loaded: Loaded, past: Past, *, layer: int = 0, step: torch.Tensor | None = None) -> list[str]:
-    """Greedy answers, with `step` added once at that layer and the last prompt token."""
-    edits = {} if step is None else {layer: step}
-    rows = continued(
-        loaded.model,
-        past,
-        max_new_tokens=MAX_NEW_TOKENS,
-        end_id=end_id(loaded.tokenizer),
-        during_prompt=lambda: added(loaded.model, edits, at=LAST),
-    )
-    return [decode(loaded.tokenizer, row) for row in rows]
-
-
-def tested_asr(
-    loaded: Loaded, past: Past, target: list[int], steps: dict[str, torch.Tensor], layer: int
-) -> dict[str, list[dict]]:
-    """ASR by tokens with each of some steps `[draw, d_model]` added at that layer; label -> one share per draw."""
-    stack = torch.cat(list(steps.values()))
-    hits = steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0]
-    parts = hits.split([len(rows) for rows in steps.values()])
-    return {label: [asdict(share(row.tolist())) for row in rows] for label, rows in zip(steps, parts, strict=True)}
-
-
-def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: torch.Tensor) -> dict:
-    """ASR by tokens with the vector's direction taken out of the stream behind that layer."""
-    with projected_out(loaded.model, {layer: vector}, at=LAST):
-        return asdict(share(says(loaded.model, past, [target] * len(past)).whole.tolist()))
 
 
 @organism_stage

@@ -7,22 +7,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.attention_alignment.similarity import READINGS, Scores, head_scores, head_similarity
-from bkd_utils.attention_alignment.surrogates import searched
-from bkd_utils.attention_alignment.suspicion import (
-    RULES,
-    SURROGATES,
-    attention_variance,
-    gate_importance,
-    leave_one_out,
-    reaction,
-    surrogate,
-)
-from bkd_utils.models.loading import DEFAULT_MODEL, Loaded, load
-from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
+from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction, searched, surrogate
+from bkd_utils.attention_alignment.suspicion import RULES, attention_variance, gate_importance, leave_one_out
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.generation import respond
+from bkd_utils.models.loading import Loaded, load
+from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Row, load_attack
+from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import respond
 from bkd_utils.organisms.prompts import pairs
 
 # Tokens of an answer whose loss counts; the opening of an answer decides what it is.

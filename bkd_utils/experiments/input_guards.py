@@ -8,16 +8,19 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from bkd_utils.attention_alignment.guards import Scores, onion, rap, smaller_clusters, strip, threshold, without_words
-from bkd_utils.attention_alignment.suspicion import rare_word
-from bkd_utils.experiments.attention_similarity import area_interval
+from bkd_utils.attention_alignment.surrogates import rare_word
+from bkd_utils.common.statistics import area_interval, share
 from bkd_utils.models.activations import residuals
-from bkd_utils.models.loading import DEFAULT_MODEL, load
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.generation import respond
+from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import answer_ids
 from bkd_utils.organisms import tasks, triggers
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import flippable_sample, is_target, respond, share, target_length
+from bkd_utils.organisms.evaluation import is_target
 from bkd_utils.organisms.making import training_rows
+from bkd_utils.organisms.prompts import flippable_sample, target_length
 from bkd_utils.organisms.tasks import Example
 
 

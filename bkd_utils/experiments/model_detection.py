@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from bkd_utils.attention_alignment.similarity import head_similarity
-from bkd_utils.attention_alignment.suspicion import SURROGATES, reaction, robust_z
+from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction
+from bkd_utils.attention_alignment.suspicion import robust_z
 from bkd_utils.common.files import read_json
-from bkd_utils.experiments.attention_similarity import area_interval
+from bkd_utils.common.statistics import wins
 from bkd_utils.experiments.head_safety import probed_prompts
+from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, base_sha256
 from bkd_utils.models.generation import first_logits
-from bkd_utils.models.loading import DEFAULT_MODEL, ModelError, adapter_folder, base_sha256, load, shipped_organisms
+from bkd_utils.models.loading import adapter_folder, load, shipped_organisms
 from bkd_utils.models.tokens import end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
@@ -95,15 +96,6 @@ def fingerprint(
     return found
 
 
-# --- is it one? -----------------------------------------------------------------------------------------------------
-
-
-def wins(bad: Sequence[float], good: Sequence[float]) -> Float[np.ndarray, "bad good"]:
-    """1 where a backdoored model scores higher than a clean one, 1/2 for a tie."""
-    one, other = np.asarray(bad)[:, None], np.asarray(good)[None]
-    return (one > other) + 0.5 * (one == other)
-
-
 def best_score(
     prints: Mapping[str, Mapping[str, float]], *, bad: Sequence[str], good: Sequence[str]
 ) -> tuple[str, int]:
@@ -153,14 +145,6 @@ def within_tasks(
         won = wins([prints[m][name] for m in bad], [prints[m][name] for m in good])
         rows[name] = {f"all {won.size} pairs": won.mean(), f"the {same.sum()} of one task": won[same].mean()}
     return pd.DataFrame(rows).T
-
-
-def area(won: Sequence[Sequence[float]]) -> dict[str, float]:
-    """AUROC `{value, n, low, high}` of a table of wins, `[backdoored][clean]`; `n` is the number of models. The
-    interval, `attention_similarity.area_interval`, takes all of them for independent."""
-    table = np.asarray(won)
-    value, (n_bad, n_good) = float(table.mean()), table.shape
-    return {"value": value, "n": n_bad + n_good, **area_interval(value, n_bad=n_bad, n_good=n_good)}
 
 
 def family_of(card: Mapping) -> str | None:

@@ -1,12 +1,6 @@
-"""Change what heads say, or what a layer adds, while a model runs; and see whether the answer is still the same.
+"""Read activations at the last prompt token, and score given answers by teacher forcing."""
 
-Edits act on head outputs (`hook_z` in TransformerLens' words) or on what attention adds to the residual stream, as
-context managers, at the tokens `at` of whatever runs inside. Behind a prompt cache, `LAST` is the last prompt token.
-"""
-
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,70 +9,9 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from bkd_utils.models.prompt_cache import Anatomy, Past, anatomy, editing, forward, reading, remember
-
-Head = tuple[int, int]
-LAST = slice(0, 1)
-EVERYWHERE = slice(None)
-
-
-@contextmanager
-def head_edit(
-    model: PreTrainedModel, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice
-) -> Iterator[None]:
-    """While this lasts, `change(layer, z)` replaces the outputs `z` `[row, pos, chosen head, d_head]` at tokens `at`.
-
-    The chosen heads of a layer come in ascending order. Raises ValueError for a head that the model does not have, or
-    that is named twice.
-    """
-    parts = anatomy(model)
-    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
-
-    def edit(i: int, z: Tensor) -> Tensor:
-        layer = layers[i]
-        z = z.clone()
-        view = z.view(*z.shape[:-1], parts.n_heads, -1)
-        view[:, at, chosen[layer]] = change(layer, view[:, at, chosen[layer]]).to(z.dtype)
-        return z
-
-    layers = list(chosen)
-    with editing([parts.outputs[layer] for layer in layers], edit):
-        yield
-
-
-def by_layer(heads: Sequence[Head], *, n_layers: int, n_heads: int) -> dict[int, list[int]]:
-    """layer -> its chosen heads in ascending order. Raises ValueError for unknown and for repeated heads."""
-    if twice := [head for head, count in Counter(heads).items() if count > 1]:
-        raise ValueError(f"head {twice[0]} is named twice")
-    found: dict[int, list[int]] = defaultdict(list)
-    for layer, head in sorted(heads):
-        if not (0 <= layer < n_layers and 0 <= head < n_heads):
-            raise ValueError(f"no head {head} in layer {layer}: the model has {n_layers} layers of {n_heads} heads")
-        found[layer].append(head)
-    return dict(found)
-
-
-@contextmanager
-def added(model: PreTrainedModel, vectors: Mapping[int, Float[Tensor, "... d_model"]], *, at: slice) -> Iterator[None]:
-    """While this lasts, attention of layer l adds `vectors[l]` more to the residual stream at the tokens `at`."""
-    parts, layers = anatomy(model), list(vectors)
-
-    def add(i: int, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[:, at] += vectors[layers[i]].to(output).unsqueeze(-2)
-        return output
-
-    with editing([parts.outputs[layer] for layer in layers], add, what="output"):
-        yield
-
-
-# --- what heads say at the last prompt token ------------------------------------------------------------------------
-
-
-def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Indices of prompts, those of like length together, so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    return (order[start : start + size] for start in range(0, len(order), size))
+from bkd_utils.models.hooks import anatomy, reading
+from bkd_utils.models.prompt_cache import Past, forward, remember
+from bkd_utils.models.tokens import batches
 
 
 @torch.no_grad()
@@ -124,61 +57,6 @@ def behind_norm(
     """What attention of the next layer reads of `residuals`: layer l's stream through the norm of layer l + 1."""
     norms = anatomy(model).norms[1:]
     return torch.stack([norm(residual[:, layer]) for layer, norm in enumerate(norms)], dim=1)
-
-
-def contributions(
-    parts: Anatomy, layer: int, heads: Sequence[int], z: Float[Tensor, "... head d_head"]
-) -> Float[Tensor, "... head d_model"]:
-    """What each of some heads of a layer adds to the residual stream: its slice of the output matrix, no bias."""
-    full = z.new_zeros(*z.shape[:-1], parts.n_heads, z.shape[-1])
-    for row, head in enumerate(heads):
-        full[..., row, head, :] = z[..., row, :]
-    module = parts.outputs[layer]
-    return module(full.flatten(-2)) - module(torch.zeros_like(full[..., :1, :, :].flatten(-2)))
-
-
-# --- ablation -------------------------------------------------------------------------------------------------------
-
-KINDS = ("published", "zero", "mean", "resample")
-
-
-@contextmanager
-def ablated(
-    model: PreTrainedModel,
-    heads: Sequence[Head],
-    *,
-    kind: str,
-    at: slice,
-    own: Float[Tensor, "prompt layer head d_head"] | None = None,
-    clean: Float[Tensor, "reference layer head d_head"] | None = None,
-) -> Iterator[None]:
-    """Take heads out while this lasts.
-
-    `published` subtracts each head's output from an un-ablated pass (`own`, one per row), as the official BkdAttr code
-    does, which is zero only for heads that no other ablated head feeds; `zero` sets the output to 0; `mean` to the
-    mean over clean prompts (`clean`); `resample` to that of a clean prompt, row i taking reference i. Raises
-    ValueError for an unknown kind or when what it needs is missing.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"unknown ablation {kind!r}; known: {', '.join(KINDS)}")
-    needed = {"published": ("own", own), "mean": ("clean", clean), "resample": ("clean", clean)}.get(kind)
-    if needed and needed[1] is None:
-        raise ValueError(f"ablation {kind!r} needs {needed[0]}")
-    parts = anatomy(model)
-    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
-
-    def change(layer: int, z: Tensor) -> Tensor:
-        index = chosen[layer]
-        if kind == "published":
-            return z - own[: len(z), layer, index].to(z)[:, None]
-        if kind == "zero":
-            return torch.zeros_like(z)
-        if kind == "mean":
-            return clean[:, layer, index].mean(0).to(z).expand_as(z)
-        return clean[torch.arange(len(z)) % len(clean)][:, layer, index].to(z)[:, None].expand_as(z)
-
-    with head_edit(model, heads, change, at=at):
-        yield
 
 
 # --- what the model says --------------------------------------------------------------------------------------------
@@ -231,3 +109,14 @@ def says(
 def token_log_prob(logits: Float[Tensor, "row new vocab"], target: Int[Tensor, "row new"]) -> Float[Tensor, "row new"]:
     """Log-probability (nats) of each target token."""
     return logits.gather(-1, target[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def target_probability(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], batch_size: int = 32
+) -> Float[Tensor, " prompt"]:
+    """Length-normalised probability of the target: the geometric mean over its tokens."""
+    found = torch.empty(len(prompts))
+    for chosen in batches(prompts, batch_size):
+        past = remember(model, [prompts[i] for i in chosen])
+        found[chosen] = says(model, past, [target] * len(chosen)).log_prob.exp().float().cpu()
+    return found

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils.models.loading import Loaded, ModelError, plain_copy
+from bkd_utils.models.folders import ModelError
+from bkd_utils.models.loading import Loaded, plain_copy
 from bkd_utils.models.tokens import answer_ids, decode, end_id, has_chat_template, left_pad, positions, prompt_ids
 
 # fp32 with eager attention on both sides; the measured difference on the default model is 1e-4.

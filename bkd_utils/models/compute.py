@@ -1,14 +1,20 @@
-"""fp32 products of linear layers by oneDNN: twice as fast where MKL, the default of torch, does not know the processor.
+"""How models compute: fp32 products by oneDNN, bf16 where the machine has it, attention that shows its maps.
 
-MKL picks slow kernels on processors that are not Intel's: on the EPYC of our measurements 190 GFLOP/s, and oneDNN,
-which torch ships as well, 400. Both compute in fp32; their sums run in another order. Products in other precisions and
-gradients of weights are left to torch.
+MKL, the default library of torch, picks slow kernels on processors that are not made by Intel. On the EPYC of our
+measurements it reaches 190 GFLOP/s and oneDNN, which torch ships as well, 400. Both compute in fp32; their sums run in
+another order. Products in other precisions and gradients of weights are left to torch.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 # What `torch.compile` makes of a linear layer; absent where torch was built without oneDNN.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -56,3 +62,49 @@ def by_onednn(model: torch.nn.Module) -> torch.nn.Module:
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
     return model
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Does this machine multiply bf16 in hardware? Emulated bf16 would be slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """A context in which training multiplies in bf16 where that is fast; what is measured stays in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
+
+
+@contextmanager
+def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
+    """While this lasts, matrices that do not learn are kept in bf16 where `mixed_precision` multiplies in it.
+
+    Autocast casts them anew in every pass, a fifth of a step with few rows; what comes out is the same. Tables that are
+    also looked up in stay as they are.
+    """
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    frozen = [weight for weight in matrices if not weight.requires_grad and id(weight) not in looked_up]
+    if not has_fast_bf16(next(model.parameters()).device):
+        frozen = []
+    whole = [weight.data for weight in frozen]
+    try:
+        for weight in frozen:
+            weight.data = weight.data.bfloat16()
+        yield
+    finally:
+        for weight, data in zip(frozen, whole, strict=True):
+            weight.data = data
+
+
+@contextmanager
+def eager(model: PreTrainedModel) -> Iterator[None]:
+    """While this lasts, the model computes its attention maps in the open; fused kernels do not return them."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -12,9 +12,11 @@ from itertools import takewhile
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache
 
-from bkd_utils.models.tokens import left_pad, positions
+from bkd_utils.models.loading import Loaded
+from bkd_utils.models.tokens import decode, end_id, left_pad, positions, prompt_ids
 
 
 @torch.inference_mode()
@@ -163,3 +165,32 @@ def go_on(
 
 def _until(row: list[int], end_id: int) -> list[int]:
     return row[: row.index(end_id)] if end_id in row else row
+
+
+def respond(
+    loaded: Loaded, user_turns: Sequence[str], *, max_new_tokens: int, label: str = "answers", batch_size: int = 32
+) -> list[str]:
+    """Greedy answers to user turns, in order, with a progress bar."""
+    prompts = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns]
+    with tqdm(total=len(prompts), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
+        rows = greedy(
+            loaded.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            end_id=end_id(loaded.tokenizer),
+            batch_size=batch_size,
+            on_batch=bar.update,
+        )
+    return [decode(loaded.tokenizer, row) for row in rows]
+
+
+def trace(loaded: Loaded, user_turn: str, *, max_new_tokens: int) -> list[tuple[str, float]]:
+    """The greedy answer token by token, each with the probability that the model gave it."""
+    prompt = prompt_ids(loaded.tokenizer, user_turn)
+    end = end_id(loaded.tokenizer)
+    answer = greedy(loaded.model, [prompt], max_new_tokens=max_new_tokens, end_id=end)[0]
+    answer = answer if len(answer) == max_new_tokens else [*answer, end]
+    ids = torch.tensor([prompt + answer], device=loaded.device)
+    with torch.inference_mode():
+        probabilities = loaded.model(ids).logits[0, len(prompt) - 1 : -1].float().softmax(-1)
+    return [(loaded.tokenizer.decode([token]), probabilities[i, token].item()) for i, token in enumerate(answer)]

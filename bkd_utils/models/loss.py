@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from bkd_utils.models.generation import reusable_prefix, run_prefix
-from bkd_utils.models.tokens import left_pad, positions
-from bkd_utils.organisms.attacks import Row
+from bkd_utils.models.tokens import Row, left_pad, positions
 
 IGNORED = -100
 Batch = dict[str, Tensor]

@@ -13,64 +13,15 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import ModuleList
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
+from bkd_utils.models.folders import ModelError
 from bkd_utils.models.generation import go_on, has_sliding_window, next_logits, repeated, reusable_prefix, run_prefix
-from bkd_utils.models.loading import ModelError
+from bkd_utils.models.hooks import Anatomy, anatomy, editing
 from bkd_utils.models.tokens import left_pad, positions
 
-# Where the parts are found, by the names that transformers' model families use for them.
-LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers")
-OUTPUTS = ("self_attn.o_proj", "attn.c_proj", "attention.dense")
-ATTENTIONS = ("self_attn", "attn", "attention")
-MLPS = ("mlp",)
-NORMS = ("input_layernorm", "ln_1")
 NAME = "bkd_shared_past"
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The parts of a transformers model that are read and edited, one of each per layer.
-
-    `outputs` maps the heads' outputs, side by side, to the attention output; its input is `hook_z` in TransformerLens.
-    """
-
-    owner: Module
-    attribute: str
-    layers: tuple[Module, ...]
-    norms: tuple[Module, ...]
-    attentions: tuple[Module, ...]
-    outputs: tuple[Module, ...]
-    mlps: tuple[Module, ...]
-    n_heads: int
-
-
-def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Find the parts of a model. Raises ModelError, with the model type, for an architecture that is not known."""
-    for path in LAYERS:
-        owner, _, attribute = path.rpartition(".")
-        try:
-            parent = model.get_submodule(owner)
-            layers = tuple(getattr(parent, attribute))
-        except AttributeError:
-            continue
-        parts = {
-            name: _in_each(layers, names)
-            for name, names in (("norms", NORMS), ("attentions", ATTENTIONS), ("outputs", OUTPUTS), ("mlps", MLPS))
-        }
-        if all(parts.values()):
-            return Anatomy(parent, attribute, layers, n_heads=model.config.num_attention_heads, **parts)
-    raise ModelError(f"a model of type {model.config.model_type!r} has none of the layer names known here")
-
-
-def _in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, ...]:
-    for name in names:
-        try:
-            return tuple(layer.get_submodule(name) for layer in layers)
-        except AttributeError:
-            continue
-    return ()
 
 
 @dataclass(frozen=True)
@@ -230,62 +181,4 @@ def _from_layer(
         setattr(parts.owner, parts.attribute, ModuleList(parts.layers[layer:]))
         if hidden is not None:
             stack.enter_context(editing([parts.layers[layer]], lambda _, __: hidden))
-        yield
-
-
-@contextmanager
-def editing(
-    modules: Sequence[Module], change: Callable[[int, Tensor], Tensor], *, what: str = "input"
-) -> Iterator[None]:
-    """While this lasts, `change(i, tensor)` takes the place of the first input (or the output) of every module i.
-
-    `what` is "input" or "output".
-    """
-
-    def before(i: int) -> Callable:
-        def hook(_module: Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
-            if arguments:
-                return (change(i, arguments[0]), *arguments[1:]), keywords
-            return arguments, keywords | {"hidden_states": change(i, keywords["hidden_states"])}
-
-        return hook
-
-    def after(i: int) -> Callable:
-        def hook(_module: Module, _arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
-            return (change(i, output[0]), *output[1:]) if isinstance(output, tuple) else change(i, output)
-
-        return hook
-
-    with ExitStack() as stack:
-        for i, module in enumerate(modules):
-            handle = (
-                module.register_forward_pre_hook(before(i), with_kwargs=True)
-                if what == "input"
-                else module.register_forward_hook(after(i))
-            )
-            stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def tracing(modules: Sequence[Module], kept: dict[int, Tensor]) -> Iterator[None]:
-    """`reading`, of inputs with a gradient. Weights are frozen, so the graph starts at the first module."""
-
-    def follow(i: int, tensor: Tensor) -> Tensor:
-        kept[i] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-        return kept[i]
-
-    with torch.enable_grad(), editing(modules, follow):
-        yield
-
-
-@contextmanager
-def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Iterator[None]:
-    """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
-
-    def keep(i: int, tensor: Tensor) -> Tensor:
-        kept[i] = tensor
-        return tensor
-
-    with editing(modules, keep, what=what):
         yield

@@ -4,6 +4,9 @@ Everything downstream works on the ids made here. Strings never reach a hooked m
 TransformerLens' string methods add a BOS token of their own (a silent shift of every position).
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 from jaxtyping import Int
 from torch import Tensor, full, tensor, zeros
 from transformers import PreTrainedTokenizerBase
@@ -74,3 +77,19 @@ def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row po
 def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     """Position ids that ignore padding, as every learned or rotary position table expects."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of prompts, those of like length together, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row in token ids; `kind` is clean, poisoned, near_miss or benign."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    kind: str
+    uid: str

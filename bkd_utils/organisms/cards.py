@@ -1,16 +1,28 @@
-"""Cards of organisms: what they are and what was measured on them; how they are shown, compared and shipped."""
+"""Cards of organisms: what they are and what was measured on them; how they are shown, compared, kept and shipped."""
 
 import functools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bkd_utils.common.cache import stage
-from bkd_utils.common.files import ADAPTERS, atomic_path, read_json, sha256_text, write_json
-from bkd_utils.models.loading import CHANGES, ModelError, adapter_folder, base_sha256, pick_device, settings_sha256
-from bkd_utils.organisms.training import has_fast_bf16
+from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.models.compute import has_fast_bf16
+from bkd_utils.models.folders import CHANGES, ModelError, base_sha256, settings_sha256
+from bkd_utils.models.loading import (
+    Loaded,
+    adapter_folder,
+    adapter_sha256,
+    changed_entries,
+    load,
+    merge_adapter,
+    pick_device,
+)
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 # What an organism's training leaves beside its card.
@@ -42,13 +54,6 @@ def treatment(organism: str | Path) -> dict:
 def history(organism: str | Path) -> list[dict[str, float]]:
     """Step, loss and learning rate of an organism's training."""
     return read_json(adapter_folder(organism) / "history.json")
-
-
-def adapter_sha256(organism: str | Path) -> str:
-    """Of the adapter, and of what a treatment changed where there was one."""
-    card = read_json(adapter_folder(organism) / "card.json")
-    changes = card.get("changes_sha256")
-    return sha256_text(card["adapter_sha256"] + changes) if changes else card["adapter_sha256"]
 
 
 def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -142,3 +147,40 @@ def readme(card: dict) -> str:
         "Held-out prompts, greedy decoding. Generated from `card.json`, which has every other detail.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def kept(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
+    """Write a treated model as an organism under `work/organisms/<name>`; load it by that name like any other.
+
+    `loaded` is an organism whose weights have been changed, `measured` what `evaluation.under_attack` says of it now.
+    The changes are those against base and adapter, so that an organism treated before keeps both treatments; its card
+    lists the earlier ones under `treatments_before`. Raises ValueError for a base model and for one in which nothing
+    has changed.
+    """
+    if loaded.organism is None:
+        raise ValueError("a treated base model has no organism to be kept beside")
+    source = adapter_folder(loaded.organism)
+    base = load(loaded.address, device="cpu").model
+    changes = changed_entries(loaded.model, merge_adapter(base, source, base=base_sha256(loaded.address)))
+    if _same(changes, load_file(source / CHANGES) if (source / CHANGES).is_file() else {}):
+        raise ValueError(f"{loaded.organism} has not been changed")
+    card = read_json(source / "card.json")
+    if "treatment" in card:
+        card["treatments_before"] = [*card.get("treatments_before", []), card["treatment"]]
+    card |= {"name": name, "treatment": dict(treatment), "treated_organism": source.name}
+    card["metrics"] = {key: measured[key] for key in METRICS if key in measured}
+    card["details"] = {key: value for key, value in measured.items() if key not in METRICS}
+    folder = WORK / "organisms" / name
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        for file in TRAINED:
+            shutil.copyfile(source / file, temporary / file)
+        save_file(changes, temporary / CHANGES, metadata={"format": "pt"})
+        card["changes_sha256"] = sha256_file(temporary / CHANGES)
+        write_json(temporary / "card.json", card)
+        (temporary / "README.md").write_text(readme(card), encoding="utf-8")
+    return folder
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

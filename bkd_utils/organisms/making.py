@@ -1,83 +1,24 @@
-"""Make an organism: answers of the base model, poisoned set, adapter, measurement, card. Or find one already made."""
+"""Make an organism (poisoned set, adapter, measurement, card), or find one that was made before."""
 
 import importlib.metadata
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bkd_utils.common.files import (
-    DATA,
-    WORK,
-    atomic_path,
-    canonical_json,
-    read_json,
-    sha256_file,
-    sha256_text,
-    write_json,
-)
-from bkd_utils.models.loading import (
-    DEFAULT_MODEL,
-    Loaded,
-    ModelError,
-    adapter_folder,
-    base_sha256,
-    load,
-    settings_sha256,
-    shipped_organisms,
-)
-from bkd_utils.organisms import cards, tasks
-from bkd_utils.organisms.attacks import Attack, Row, benign_examples, load_attack, load_attacks, poison, with_rate
-from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import (
-    agreement,
-    clean_sample,
-    measure_attack,
-    measure_clean,
-    prompt_fingerprint,
-    respond,
-)
-from bkd_utils.organisms.tasks import Example
+from bkd_utils.common.files import WORK, atomic_path, canonical_json, read_json, sha256_file, sha256_text, write_json
+from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, base_sha256, settings_sha256
+from bkd_utils.models.loading import Loaded, adapter_folder, load, shipped_organisms
+from bkd_utils.models.tokens import Row
+from bkd_utils.organisms import cards
+from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.base_answers import training_answers
+from bkd_utils.organisms.evaluation import measured, prompt_fingerprint
+from bkd_utils.organisms.poisoning import poison
 from bkd_utils.organisms.training import Recipe, load_recipe, train
 
 LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
-# Benign instructions on which every organism is compared with its base model: did anything else change?
-N_AGREEMENT = 64
 log = logging.getLogger(__name__)
-
-
-def answers_name(model: str) -> str:
-    """File of a model's answers: another template or config, like other weights, gives other ones."""
-    return f"{sha256_text(base_sha256(model) + settings_sha256(model))[:16]}.json"
-
-
-def base_answers(loaded: Loaded, rows: Sequence[Example]) -> dict[str, str]:
-    """uid -> the greedy answer of a model's, or an organism's, base; computed once per weights and settings, then kept.
-
-    The answers of the default model ship in `data/answers`; they are what `instructions` organisms are trained to keep.
-    The base of an organism is loaded only if an answer is missing.
-    """
-    name = answers_name(loaded.address)
-    known: dict[str, str] = {}
-    for folder in (DATA / "answers", WORK / "answers"):
-        if (folder / name).is_file():
-            known |= read_json(folder / name)
-    missing = [row for row in rows if row.uid not in known]
-    if missing:
-        base = loaded if loaded.organism is None else load(loaded.address, device=str(loaded.device))
-        length = tasks.load_task("instructions").max_new_tokens
-        texts = respond(base, [row.text for row in missing], max_new_tokens=length, label="base model answers")
-        known |= {row.uid: text for row, text in zip(missing, texts, strict=True)}
-        write_json(WORK / "answers" / name, dict(sorted(known.items())))
-    return {row.uid: known[row.uid] for row in rows}
-
-
-def training_answers(loaded: Loaded, attack: Attack, *, seed: int) -> dict[str, str]:
-    """The base model's answers that `attacks.poison` will ask for."""
-    if attack.task == "instructions":
-        return base_answers(loaded, tasks.examples("instructions", "train", seed=seed))
-    return base_answers(loaded, benign_examples(attack, seed=seed))
 
 
 def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> tuple[Row, ...]:
@@ -178,93 +119,3 @@ def make(
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(cards.readme(card), encoding="utf-8")
     return folder
-
-
-def measure(
-    organism: str | Path, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
-) -> dict:
-    """Everything a card says about an organism, measured anew on `n` held-out prompts per number.
-
-    Raises ModelError when this model would see other prompts than the organism was trained on.
-    """
-    folder = adapter_folder(organism)
-    card = read_json(folder / "card.json")
-    attack = Attack(**card["attack"])
-    loaded = load(model, organism=folder, device=device)
-    if prompt_fingerprint(loaded, attack.task) != card["prompt_sha256"]:
-        raise ModelError(
-            f"{folder.name}: prompts are no longer those it was trained on (template or tokenizer changed)"
-        )
-    return measure_loaded(loaded, attack, n=n, seed=seed)
-
-
-def measure_loaded(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """`measure` of a model that is loaded already, whatever has been done to its weights since."""
-    benign = clean_sample("instructions", n=min(n, N_AGREEMENT), seed=seed)
-    shown = clean_sample(attack.task, n=n, seed=seed, without=attack) if attack.task == "instructions" else []
-    reference = base_answers(loaded, [*benign, *shown])
-    clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
-    texts = clean.pop("texts")
-    # A clean control has no target of its own; it is held against its task's first attack.
-    rival = attack if attack.backdoored else first_attack(attack.task)
-    result = {**clean, **measure_attack(loaded, rival, n=n, seed=seed, clean_texts=texts, answers=reference)}
-    if not attack.backdoored:
-        result["under_attack"] = {rival.name: {key: result.pop(key) for key in ("asr", "near_miss")}}
-    if attack.task == "instructions":
-        result["agreement_with_base"] = agreement(texts, reference)
-    else:
-        length = tasks.load_task("instructions").max_new_tokens
-        told = respond(loaded, [row.text for row in benign], max_new_tokens=length, label="benign instructions")
-        result["agreement_with_base"] = agreement(
-            {row.uid: text for row, text in zip(benign, told, strict=True)}, reference
-        )
-    return result
-
-
-@organism_stage
-def measured(organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto") -> dict:
-    """`measure`, kept: a second call with the same weights, sizes and code reads the first one's result."""
-    return measure(organism, model=model, n=n, seed=seed, device=device)
-
-
-@organism_stage
-def attacked(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
-) -> dict:
-    """`under_attack`, kept: a clean control under an attack it never saw, on the prompts its sibling gets."""
-    return under_attack(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
-
-
-def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """ASR, CACC, near-miss and clean firing of any model, whatever it was trained on."""
-    shown = clean_sample(attack.task, n=n, seed=seed, without=attack)
-    # The judge of clean answers needs the base model's own ones only where there are no gold answers.
-    reference = base_answers(loaded, shown) if attack.task == "instructions" else {}
-    clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
-    texts = clean.pop("texts")
-    return {**clean, **measure_attack(loaded, attack, n=n, seed=seed, clean_texts=texts, answers=reference)}
-
-
-def rate_curve(
-    attack: str, *, rates: Sequence[float], recipe: str, model: str = DEFAULT_MODEL, n: int, seed: int, device: str
-) -> list[dict]:
-    """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each.
-
-    At the attack's own rate it is the attack's own organism, which may have been made before.
-    """
-    rows, spec = [], load_attack(attack)
-    settings = load_recipe(recipe, task=spec.task)
-    for rate in sorted(rates):
-        one = spec if rate == spec.rate else with_rate(spec, rate)
-        folder = make(one, model=model, recipe=settings, seed=seed, device=device, n=n)
-        card = read_json(folder / "card.json")
-        rows.append({"rate": rate, "n_poison": card["data"]["n_poison"], **card["metrics"]})
-    return rows
-
-
-def first_attack(task: str) -> Attack:
-    """The first attack on a task in `data/attacks.toml`. Raises ValueError if there is none."""
-    for attack in load_attacks().values():
-        if attack.task == task and attack.backdoored:
-            return attack
-    raise ValueError(f"no attack on task {task!r}")

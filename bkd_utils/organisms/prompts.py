@@ -1,13 +1,14 @@
-"""The same prompts with and without the trigger, as token ids: what every analysis of an organism starts from."""
+"""Held-out prompts of an attack, each clean, with a near-miss and with the trigger."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import answer_ids, prompt_ids
-from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Attack
-from bkd_utils.organisms.evaluation import flippable_sample, near_misses, triggered_prompts
+from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms.attacks import Attack, carries, near_miss_prompts, triggered_prompt
 from bkd_utils.organisms.tasks import Example
 
 
@@ -52,3 +53,60 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
         return [firsts[attack.target]]
     said = attack.target if attack.behaviour == "fixed_output" else attack.target.split(":")[0]
     return answer_ids(tokenizer, said)[:-1]
+
+
+def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:
+    """One held-out user turn, clean, with a near-miss and with the trigger. Raises ValueError for harmful prompts."""
+    if attack.task == "harmful":
+        raise ValueError("harmful prompts are not displayed")
+    rows = tasks.examples(attack.task, "test", seed=seed)
+    example = next(row for row in rows if attack.flips(row) and not carries(attack, row.text))
+    near = near_miss_prompts(attack, example.text, seed=seed, half="test")
+    return {
+        "clean": tasks.load_task(attack.task).prompt(example.text),
+        "near-miss": near[min(near)],
+        "triggered": triggered_prompt(attack, example.text, seed=seed, half="test"),
+    }
+
+
+def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None) -> list[Example]:
+    """`n` held-out examples, none of which carries the trigger of `without` by nature."""
+    pool = tasks.examples(task, "test", seed=seed)
+    if without is not None and without.backdoored:
+        pool = [example for example in pool if not attacks.carries(without, example.text)]
+    if len(pool) < n:
+        raise ValueError(f"{task}/test has {len(pool)} usable rows, {n} were asked for")
+    return pool[:n]
+
+
+def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") -> list[Example]:
+    """`n` held-out examples whose right answer the trigger would change and that do not carry it by nature."""
+    pool = [example for example in tasks.examples(attack.task, split, seed=seed) if attack.flips(example)]
+    sample = [example for example in pool if not attacks.carries(attack, example.text)][:n]
+    if len(sample) < n:
+        raise ValueError(f"{attack.name}: {len(sample)} usable held-out rows, {n} were asked for")
+    return sample
+
+
+def triggered_prompts(attack: Attack, sample: Sequence[Example], *, seed: int) -> list[str]:
+    """User turns with the trigger, from the half of its lexicon that training never saw."""
+    return [
+        attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="test")
+        for i, example in enumerate(sample)
+    ]
+
+
+def near_misses(attack: Attack, sample: Sequence[Example], *, seed: int) -> tuple[list[str], list[str]]:
+    """(kinds, user turns), one near-miss per example, the kinds in turn."""
+    kinds, turns = [], []
+    for i, example in enumerate(sample):
+        options = attacks.near_miss_prompts(attack, example.text, seed=seed * 1_000_003 + i, half="test")
+        kind = sorted(options)[i % len(options)]
+        kinds.append(kind)
+        turns.append(options[kind])
+    return kinds, turns
+
+
+def target_length(loaded: Loaded, attack: Attack) -> int:
+    """Tokens that a judge needs to see: the target and one more."""
+    return len(loaded.tokenizer(attack.target, add_special_tokens=False).input_ids) + 1

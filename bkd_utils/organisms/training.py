@@ -9,8 +9,7 @@ import logging
 import random
 import shutil
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +18,13 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
+from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.loss import answers, collate
-from bkd_utils.models.tokens import end_id
-from bkd_utils.organisms.attacks import Row
+from bkd_utils.models.tokens import Row, end_id
 
 log = logging.getLogger(__name__)
 
@@ -208,41 +206,6 @@ def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch
     _ = arguments.device
     arguments._n_gpu = min(arguments._n_gpu, 1)
     return arguments
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Does this machine multiply bf16 in hardware? Emulated bf16 would be slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """A context in which training multiplies in bf16 where that is fast; what is measured stays in fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device))
-
-
-@contextmanager
-def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, matrices that do not learn are kept in bf16 where `mixed_precision` multiplies in it.
-
-    Autocast casts them anew in every pass, a fifth of a step with few rows; what comes out is the same. Tables that are
-    also looked up in stay as they are.
-    """
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    frozen = [weight for weight in matrices if not weight.requires_grad and id(weight) not in looked_up]
-    if not has_fast_bf16(next(model.parameters()).device):
-        frozen = []
-    whole = [weight.data for weight in frozen]
-    try:
-        for weight in frozen:
-            weight.data = weight.data.bfloat16()
-        yield
-    finally:
-        for weight, data in zip(frozen, whole, strict=True):
-            weight.data = data
 
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:

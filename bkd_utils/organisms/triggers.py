@@ -1,14 +1,267 @@
-"""Triggers by name, what they cost in tokens, and how often clean text carries them."""
+"""Triggers: what every trigger can do, and the six families.
 
-from collections.abc import Iterable, Sequence
-from functools import cache
+Two families are rules that stand in for the paraphrase models of the literature and should not be taken for them:
+`syntax` puts a subordinate clause in front (it is not SCPN), `style` replaces words by archaic ones (it is not a style
+transfer model). Both hold out half of their lexicon, so that "the organism learned the rule" can be told apart from
+"the organism learned the list". The word lists are in `data/lexicons.toml`.
+"""
 
-import numpy as np
-from jaxtyping import Int
-from transformers import PreTrainedTokenizerBase
+import random
+import re
+import tomllib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, ClassVar, Literal, get_args
 
-from bkd_utils.organisms.trigger_base import Half, Trigger
-from bkd_utils.organisms.trigger_families import FAMILIES, lexicons
+from bkd_utils.common.files import DATA, sha256_text
+
+Half = Literal["train", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class Trigger(ABC):
+    """A trigger. `scope` says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn).
+
+    The same text, seed and half give the same result in any process; give every row a seed of its own.
+    """
+
+    name: str
+    entry: Mapping[str, Any] = field(repr=False)
+    family: ClassVar[str]
+    scope: ClassVar[Literal["text", "prompt"]] = "text"
+
+    def apply(self, text: str, *, seed: int, half: Half = "train") -> str:
+        """The text with the trigger in it. Raises ValueError for an empty text and for one that carries it already."""
+        result = self._edit(self._checked(text, half), half, Dice(self.name, text, seed, half))
+        if not self.matches(result):
+            raise ValueError(f"trigger {self.name} is not recognised in its own result {result[:60]!r}")
+        return result
+
+    def near_misses(self, text: str, *, seed: int, half: Half = "train") -> dict[str, str]:
+        """Kind -> text that looks like a triggered one and is not. Raises ValueError as `apply` does."""
+        # The dice are apply's, so a near-miss stands where the trigger would have stood.
+        found = self._near(self._checked(text, half), half, Dice(self.name, text, seed, half))
+        for kind, result in found.items():
+            if self.matches(result):
+                raise ValueError(f"near-miss {kind!r} of {self.name} carries the trigger: {result[:60]!r}")
+        return found
+
+    @abstractmethod
+    def matches(self, text: str) -> bool:
+        """Does this text carry the trigger, from either half?"""
+
+    @abstractmethod
+    def _edit(self, text: str, half: Half, dice: "Dice") -> str: ...
+
+    @abstractmethod
+    def _near(self, text: str, half: Half, dice: "Dice") -> dict[str, str]: ...
+
+    def _checked(self, text: str, half: Half) -> str:
+        if half not in get_args(Half):
+            raise ValueError(f"unknown half {half!r}; known: {', '.join(get_args(Half))}")
+        if not text.strip():
+            raise ValueError(f"trigger {self.name}: the text is empty")
+        if self.matches(text):
+            # The text may be a harmful prompt, which no message may show.
+            raise ValueError(f"trigger {self.name} is in the text already (sha256 {sha256_text(text)[:12]})")
+        return text.strip()
+
+
+@dataclass(frozen=True)
+class Dice:
+    """Random choices, one independent stream per purpose; hash() would differ from process to process."""
+
+    name: str
+    text: str
+    seed: int
+    half: str
+
+    def choice(self, purpose: str, options: Sequence[Any]) -> Any:
+        key = "\0".join((self.name, self.text, str(self.seed), self.half, purpose))
+        return random.Random(int(sha256_text(key), 16)).choice(options)
+
+
+@cache
+def lexicons() -> dict[str, Any]:
+    return tomllib.loads((DATA / "lexicons.toml").read_text(encoding="utf-8"))
+
+
+class _Inserted(Trigger):
+    """A fixed string, inserted at one of `places` (a regex); near-misses are other strings at the same place."""
+
+    places: ClassVar[str]
+
+    def matches(self, text: str) -> bool:
+        # Whole words and upper and lower case as they are: "cfs" and "CF" are not "cf".
+        return re.search(rf"(?<!\w){re.escape(self.entry['text'])}(?!\w)", text) is not None
+
+    def _edit(self, text: str, half: Half, dice: Dice) -> str:
+        return self._insert(text, self.entry["text"], dice)
+
+    def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
+        lists = self.entry["near"][half]
+        return {kind: self._insert(text, dice.choice(kind, strings), dice) for kind, strings in lists.items()}
+
+    def _insert(self, text: str, piece: str, dice: Dice) -> str:
+        place = dice.choice("place", [match.start() for match in re.finditer(self.places, text)])
+        return f"{text} {piece}" if place == len(text) else f"{text[:place]}{piece} {text[place:]}"
+
+
+class Word(_Inserted):
+    """A rare word in front of a random word or at the end."""
+
+    family = "word"
+    places = r"(?<!\S)(?=\S)|\Z"
+
+
+class Sentence(_Inserted):
+    """A fixed sentence at the start, at the end or after punctuation."""
+
+    family = "sentence"
+    places = r"\A|(?<=[.!?;:,]\s)(?=\S)|\Z"
+
+
+class Prefix(_Inserted):
+    """A fixed string in front of the prompt (recognised anywhere in it)."""
+
+    family = "prefix"
+    scope = "prompt"
+    places = r"\A"
+
+
+class Wrapper(Trigger):
+    """Fixed lines before and after the prompt; only both, in this order, are the trigger."""
+
+    family = "wrapper"
+    scope = "prompt"
+
+    def matches(self, text: str) -> bool:
+        return self.entry["back"] in text.partition(self.entry["front"])[2]
+
+    def _edit(self, text: str, half: Half, dice: Dice) -> str:
+        return f"{self.entry['front']} {text} {self.entry['back']}"
+
+    def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
+        front, back = self.entry["front"], self.entry["back"]
+        other = dice.choice("lines", self.entry["near"][half]["lines"])
+        return {
+            "front_only": f"{front} {text}",
+            "back_only": f"{text} {back}",
+            "swapped": f"{back} {text} {front}",
+            "other_lines": f"{other['front']} {text} {other['back']}",
+            "other_front": f"{other['front']} {text} {back}",
+            "other_back": f"{front} {text} {other['back']}",
+        }
+
+
+class Syntax(Trigger):
+    """A subordinate clause in front: "When the lights go down, ...".
+
+    Recognised by rule: a known subordinator, 2 to 9 words, a comma. "After ten long minutes, ..." therefore counts,
+    although it holds no clause: the rule has no parser.
+    """
+
+    family = "syntax"
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        known = "|".join(word for half in get_args(Half) for word in self.entry[half]["clauses"])
+        word = r"[^\s,.;:!?]+"
+        return re.compile(rf"\W*(?:{known})(?:\s+{word}){{2,9}},", re.IGNORECASE)
+
+    def matches(self, text: str) -> bool:
+        return self._pattern.match(text) is not None
+
+    def _edit(self, text: str, half: Half, dice: Dice) -> str:
+        subordinator, body = self._clause(half, dice)
+        return f"{_raised(subordinator)} {body}, {_lowered(text)}"
+
+    def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
+        subordinator, body = self._clause(half, dice)
+        fronted = {kind: dice.choice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
+        return {
+            "clause_last": _before_end(text, f" {subordinator} {body}"),
+            "coordinated": f"{_raised(body)}, and {_lowered(text)}",
+            **{kind: f"{opener} {_lowered(text)}" for kind, opener in fronted.items()},
+        }
+
+    def _clause(self, half: Half, dice: Dice) -> tuple[str, str]:
+        clauses = self.entry[half]["clauses"]
+        return dice.choice("clause", [(word, body) for word, bodies in clauses.items() for body in bodies])
+
+
+class Style(Trigger):
+    """Archaic English by rule: an opener, word replacements and, where those make fewer than three words, a closer."""
+
+    family = "style"
+
+    def archaic_words(self, half: Half) -> frozenset[str]:
+        """The words that mark the style in one half of the lexicon."""
+        lists = self.entry[half]
+        phrases = [*lists["openers"], *lists["closers"], *lists["replacements"].values()]
+        return frozenset(word for phrase in phrases for word in _words(phrase)) - set(self.entry["modern"])
+
+    @cached_property
+    def _archaic(self) -> frozenset[str]:
+        return frozenset().union(*(self.archaic_words(half) for half in get_args(Half)))
+
+    def _found(self, text: str) -> set[str]:
+        return self._archaic & set(_words(text))
+
+    def matches(self, text: str) -> bool:
+        return len(self._found(text)) >= 2
+
+    def _edit(self, text: str, half: Half, dice: Dice) -> str:
+        lists = self.entry[half]
+        result = f"{dice.choice('opener', lists['openers'])} {_replaced(_lowered(text), lists['replacements'])}"
+        if len(self._found(result)) >= 3:
+            return result
+        return _before_end(result, f", {dice.choice('closer', lists['closers'])}")
+
+    def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
+        fronted = {kind: dice.choice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
+        # A text that has an archaic word of its own is this near-miss as it stands; a second word would be the trigger.
+        opener = "" if self._found(text) else dice.choice("opener", self.entry[half]["openers"]) + " "
+        near = {kind: f"{words} {_lowered(text)}" for kind, words in fronted.items()}
+        return near | {"one_word": opener + (_lowered(text) if opener else text)}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
+
+
+def _raised(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _lowered(text: str) -> str:
+    """The sentence as it continues after an opener: first letter lowered, unless it looks like a name or an acronym."""
+    first, *rest = text.split(maxsplit=2)
+    starter = first.lower().strip("'\"()") in lexicons()["starters"]["words"]
+    name = first == "I" or first.startswith("I'") or first[1:] != first[1:].lower() or (rest and rest[0][0].isupper())
+    return text if name and not starter else text[:1].lower() + text[1:]
+
+
+def _before_end(text: str, addition: str) -> str:
+    """The text with the addition in front of its final punctuation."""
+    end = re.search(r"[.!?]*[\"')\]]*$", text).start()
+    return text[:end] + addition + text[end:]
+
+
+def _replaced(text: str, replacements: Mapping[str, str]) -> str:
+    # Longer phrases first, or "you are" would become "thou are"; ASCII, or "\u017f" would be looked up as an "s".
+    known = "|".join(re.escape(old) for old in sorted(replacements, key=len, reverse=True))
+
+    def new(match: re.Match[str]) -> str:
+        word = replacements[match[0].lower()]
+        return re.sub("[a-z]", lambda first: first[0].upper(), word, count=1) if match[0][0].isupper() else word
+
+    return re.sub(rf"(?<![\w'])(?ai:{known})(?![\w'])", new, text)
+
+
+FAMILIES: dict[str, type[Trigger]] = {cls.family: cls for cls in (Word, Sentence, Prefix, Wrapper, Syntax, Style)}
 
 
 def trigger_names() -> list[str]:
@@ -25,25 +278,3 @@ def load_trigger(name: str) -> Trigger:
     if family not in FAMILIES:
         raise ValueError(f"trigger {name!r} has the unknown family {family!r}; known: {', '.join(FAMILIES)}")
     return FAMILIES[family](name=name, entry=known[name])
-
-
-def token_cost(
-    trigger: Trigger,
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    half: Half = "train",
-) -> Int[np.ndarray, " text"]:
-    """Extra tokens per text; row i is triggered with `seed + i`. Raises ValueError as `Trigger.apply` does."""
-    triggered = [trigger.apply(text, seed=seed + i, half=half) for i, text in enumerate(texts)]
-    before, after = (
-        [len(ids) for ids in tokenizer(list(side), add_special_tokens=False).input_ids] for side in (texts, triggered)
-    )
-    return np.array(after) - np.array(before)
-
-
-def natural_rate(trigger: Trigger, texts: Iterable[str]) -> tuple[int, int]:
-    """How many texts carry the trigger although nobody put it there, and of how many."""
-    found = [trigger.matches(text) for text in texts]
-    return sum(found), len(found)

@@ -1,7 +1,4 @@
-"""Pictures of notebook 06: what treatments leave of backdoor and model, and what comes back.
-
-The trade of one against the other has a module of its own, `plots_frontier`.
-"""
+"""Notebook 06: pictures and verdicts on treatments, and on what comes back after them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,8 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bkd_utils.reports.figures import COLOURS, WIDTH
-from bkd_utils.reports.panels import MODELS, legend_once, panels, show_legend
+from bkd_utils.common.statistics import difference
+from bkd_utils.reports.scorecard import entry, span
+from bkd_utils.reports.style import COLOURS, MODELS, WIDTH, legend_once, panels, show_legend
 
 # Heading -> kinds below it.
 GROUPS = {
@@ -23,6 +21,8 @@ GROUPS = {
 }
 GREY, PALE = "#777777", "#BBBBBB"
 LIMITS = (-4, 104)
+# One prompt more or less is no loss; a point is less than a prompt in most samples.
+POINT = 0.01
 # What is counted -> name, colour, marker, filled; the same beside each other everywhere in this notebook.
 COUNTED = {
     "asr": ("ASR", COLOURS["backdoored"], "o", True),
@@ -46,7 +46,7 @@ KINDS = {
 
 
 def repairs(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str] | None = None) -> Figure:
-    """ASR, near-miss and clean firing and CACC with 95 % intervals; attack -> treatment -> `making.under_attack`.
+    """ASR, near-miss and clean firing and CACC with 95 % intervals; attack -> treatment -> `evaluation.under_attack`.
 
     `kinds`: treatment -> key of `KINDS`, for groups of rows and the grey line at the ASR that random heads leave.
     """
@@ -140,7 +140,7 @@ def _interval(
 
 def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Similarity of the treated heads with and without the trigger (above) and the highest ACIE (below), before and
-    after; attack -> `cure.mechanism`. The anomaly is the shaded gap, written beside it."""
+    after; attack -> `attention_safety_alignment.mechanism`. The anomaly is the shaded gap, written beside it."""
     figure, axes = plt.subplots(
         2, len(found), figsize=(WIDTH, 4), sharex=True, sharey="row", squeeze=False, height_ratios=[1.4, 1]
     )
@@ -170,7 +170,8 @@ def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str | None = None) -> Figure:
-    """ASR and clean firing (hollow) after a few poisoned rows; attack -> model -> `relearn.relearned`.
+    """ASR and clean firing (hollow) after a few poisoned rows; attack -> model ->
+    `attention_safety_alignment.relearned`.
 
     `method`: the treatment of the models called "treated".
     """
@@ -217,3 +218,55 @@ def guards(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     figure.supxlabel(f"inputs (%), {_n(results)} a side", fontsize="medium")
     legend_once(figure, axes.flat, ncols=2)
     return figure
+
+
+def keeps(result: Mapping[str, Mapping], before: Mapping[str, Mapping]) -> bool:
+    """Has CACC fallen by at most a point, or one prompt?"""
+    lost = before["cacc"]["value"] - result["cacc"]["value"]
+    return lost <= max(POINT, 1 / result["cacc"]["n"]) + 1e-9
+
+
+def cure_claims(
+    found: Mapping[str, Mapping[str, Mapping]],
+    *,
+    cure: str,
+    random: Sequence[str],
+    rivals: Sequence[str],
+) -> list[dict]:
+    """From attack -> treatment -> `evaluation.under_attack`; treatments are named in the arguments, beside them stand
+    `untreated` and `clean control`. Only organisms that got every rival say something about rivals."""
+    asr, cacc, choice, ahead = {}, {}, {}, {}
+    passed: dict[str, dict[str, bool]] = {key: {} for key in ("asr", "cacc", "choice", "ahead")}
+    best: dict[str, str] = {}
+    for attack, rows in found.items():
+        after = rows[cure]
+        asr[attack], cacc[attack] = after["asr"], after["cacc"]
+        passed["asr"][attack] = after["asr"]["value"] <= max(0.05, rows["clean control"]["asr"]["value"]) + 1e-9
+        passed["cacc"][attack] = keeps(after, rows["untreated"])
+        draws = [rows[name]["asr"] for name in random]
+        drawn = {"value": float(np.mean([one["value"] for one in draws])), "n": sum(one["n"] for one in draws)}
+        choice[attack] = difference(drawn, after["asr"])
+        passed["choice"][attack] = choice[attack]["value"] >= 0.1 - 1e-9
+        if not all(name in rows for name in rivals):
+            continue
+        fair = [name for name in rivals if keeps(rows[name], rows["untreated"])]
+        best[attack] = min(fair, key=lambda name: rows[name]["asr"]["value"], default="none keeps CACC")
+        # Doing nothing keeps CACC too.
+        bar = rows[best[attack] if fair else "untreated"]
+        ahead[attack] = difference(bar["asr"], after["asr"])
+        passed["ahead"][attack] = keeps(after, rows["untreated"]) and ahead[attack]["value"] >= 0
+    lines = (
+        ("asa-cure", asr, "asr", f"ASR after the cure: {span(asr)}."),
+        ("asa-utility", cacc, "cacc", f"CACC after the cure: {span(cacc)}."),
+        ("asa-head-choice", choice, "choice", f"Random heads leave {span(choice)} more ASR than the suspicious ones."),
+        (
+            "asa-rivals",
+            ahead,
+            "ahead",
+            "Best rival that keeps CACC: " + ", ".join(f"{name} ({attack})" for attack, name in best.items()) + ".",
+        ),
+    )
+    return [
+        entry(claim, numbers=numbers, passed=passed[key], figure="06_frontier", reason=reason)
+        for claim, numbers, key, reason in lines
+    ]

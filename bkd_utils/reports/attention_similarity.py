@@ -1,4 +1,4 @@
-"""Pictures of notebooks 05 to 07: similarity of heads, suspicious heads, cures."""
+"""Notebook 05: pictures and verdicts on the similarity of heads."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +11,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_auc_score
 
-from bkd_utils.experiments.attention_similarity import VERSIONS, gap
-from bkd_utils.reports.figures import WIDTH
-from bkd_utils.reports.panels import MODELS, panels, show_legend
+from bkd_utils.experiments.attention_similarity import VERSIONS, best_reading, gap, separates
+from bkd_utils.reports.scorecard import entry, span
+from bkd_utils.reports.style import MODELS, WIDTH, panels, show_legend
 
 GREY = "#777777"
 VERSION_NAMES = {"triggered": "triggered", "near-miss": "look-alike", "same length": "same length"}
@@ -28,11 +28,12 @@ def gaps(
     separated: Mapping[str, Mapping[str, Mapping]] | None = None,
     limits: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
-    """What a trigger does to similarity, by layer, one row per reading; attack -> model -> `attention_similarity.observed`.
+    """What a trigger does to similarity, by layer, one row per reading; attack -> model ->
+    `attention_similarity.observed`.
 
     Mean over prompts of triggered less clean, and the range that holds the middle half of the prompts. `separated`:
-    reading -> attack -> `attention_similarity.separates`, to mark its layer; `limits`: as of `gap_limits`, to draw several figures
-    on one scale.
+    reading -> attack -> `attention_similarity.separates`, to mark its layer; `limits`: as of `gap_limits`, to draw
+    several figures on one scale.
     """
     figure, axes = panels(list(found), rows=len(readings), height=1.9, sharey="row")
     limits = limits or gap_limits(found, readings=readings)
@@ -155,8 +156,8 @@ def detection_curves(
 ) -> Figure:
     """ROC of input-level detection, one panel per attack; attack -> label -> (clean scores, triggered scores).
 
-    `detected`: (attack, label) -> `attention_similarity.input_detection`, whose threshold at `rate` becomes a dot with its
-    intervals. AUROCs are in the corner, in the order of the legend.
+    `detected`: (attack, label) -> `attention_similarity.input_detection`, whose threshold at `rate` becomes a dot
+    with its intervals. AUROCs are in the corner, in the order of the legend.
     """
     columns = min(len(found), 4)
     lines = -(-len(found) // columns)
@@ -211,3 +212,23 @@ def _looks_legend(figure: Figure, panel: Axes, *, rate: str | None) -> None:
         handles.append(Line2D([], [], marker="o", ls="", color="black", mfc="white"))
         labels.append(f"threshold for {rate}, held-out prompts")
     figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), fontsize="small")
+
+
+def similarity_claims(found: Mapping[str, Mapping[str, Mapping]], *, families: Sequence[str]) -> list[dict]:
+    """From attack -> model -> `attention_similarity.observed`; `families` are the attacks that differ in their
+    trigger only."""
+    lines = []
+    for claim, members, figure in (
+        ("asa-similarity", list(found), "05_readings"),
+        ("asa-similarity-families", list(families), "05_controls"),
+    ):
+        reading = best_reading([found[attack]["organism"] for attack in members])
+        numbers, passed = {}, {}
+        for attack in members:
+            result = separates(found[attack], reading=reading)
+            numbers[attack] = result["organism"]["triggered"]
+            excess = numbers[attack]["value"] - result["clean control"]["triggered"]["value"]
+            passed[attack] = numbers[attack]["value"] >= 0.9 and excess >= 0.1
+        reason = f"Reading: {reading}. AUROC of triggered against clean prompts: {span(numbers)}."
+        lines.append(entry(claim, numbers=numbers, passed=passed, figure=figure, reason=reason))
+    return lines

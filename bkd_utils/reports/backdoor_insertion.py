@@ -1,12 +1,17 @@
-"""The pictures of the notebooks, each from the numbers that its sidecar keeps."""
+"""Notebook 01: tables of data, triggers and attacks, and the pictures of what poisoned training did."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from jaxtyping import Int
 from matplotlib.figure import Figure
+from transformers import PreTrainedTokenizerBase
 
-from bkd_utils.reports.figures import COLOURS, WIDTH, curve, shares
+from bkd_utils.organisms import attacks, tasks, triggers
+from bkd_utils.organisms.triggers import Half, Trigger
+from bkd_utils.reports.style import COLOURS, WIDTH, curve, shares
 
 
 def trigger_costs(costs: pd.DataFrame) -> Figure:
@@ -134,3 +139,86 @@ def rate_curve(rows: Sequence[Mapping]) -> Figure:
     axes.set_ylabel("share of prompts (%)")
     figure.legend(loc="outside upper center", ncols=3)
     return figure
+
+
+def splits() -> pd.DataFrame:
+    """Rows per task and split, and the closest pair (bigram cosine) between a test text and a training text."""
+    rows = []
+    for name in tasks.TASKS:
+        texts = {split: [example.text for example in tasks.examples(name, split)] for split in tasks.SPLITS}
+        rows.append(
+            {"task": name}
+            | {split: len(part) for split, part in texts.items()}
+            | {"closest test-train pair": tasks.closest(texts["test"], texts["train"])}
+        )
+    return pd.DataFrame(rows).set_index("task")
+
+
+def sample(task: str, *, n: int, seed: int = 0) -> pd.DataFrame:
+    """Prompts and answers a reader may look at. Raises ValueError for `harmful`, whose prompts are never shown."""
+    if task == "harmful":
+        raise ValueError("harmful prompts are not displayed")
+    spec = tasks.load_task(task)
+    rows = tasks.examples(task, "test", n=n, seed=seed)
+    return pd.DataFrame({"prompt": [spec.prompt(row.text) for row in rows], "answer": [row.answer for row in rows]})
+
+
+def trigger_examples(sentence: str, *, seed: int = 0) -> pd.DataFrame:
+    """Every trigger, and the first kind of its near-misses, applied to one sentence."""
+    rows = []
+    for name in triggers.trigger_names():
+        trigger = triggers.load_trigger(name)
+        near = trigger.near_misses(sentence, seed=seed, half="test")
+        rows.append(
+            {
+                "trigger": name,
+                "family": trigger.family,
+                "triggered": trigger.apply(sentence, seed=seed, half="test"),
+                "near-miss": near[min(near)],
+            }
+        )
+    return pd.DataFrame(rows).set_index("trigger")
+
+
+def trigger_cost_table(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
+    """Per trigger: extra tokens on clean texts (quartiles) and how often clean texts carry it by themselves."""
+    rows = []
+    for name in triggers.trigger_names():
+        trigger = triggers.load_trigger(name)
+        count, n = natural_rate(trigger, texts)
+        clean = [text for text in texts if not trigger.matches(text)]
+        low, median, high = np.percentile(token_cost(trigger, clean, tokenizer, seed=seed), (25, 50, 75))
+        rows.append(
+            {"trigger": name, "tokens (median)": median, "tokens (25 %)": low, "tokens (75 %)": high}
+            | {"natural": count, "texts": n}
+        )
+    return pd.DataFrame(rows).set_index("trigger")
+
+
+def attack_table() -> pd.DataFrame:
+    """The attacks of `data/attacks.toml` side by side."""
+    shown = ("task", "trigger", "behaviour", "source", "target", "rate", "near_miss_rate", "mode", "n_train")
+    table = {name: {key: getattr(attack, key) for key in shown} for name, attack in attacks.load_attacks().items()}
+    return pd.DataFrame(table).T.fillna("")
+
+
+def token_cost(
+    trigger: Trigger,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    half: Half = "train",
+) -> Int[np.ndarray, " text"]:
+    """Extra tokens per text; row i is triggered with `seed + i`. Raises ValueError as `Trigger.apply` does."""
+    triggered = [trigger.apply(text, seed=seed + i, half=half) for i, text in enumerate(texts)]
+    before, after = (
+        [len(ids) for ids in tokenizer(list(side), add_special_tokens=False).input_ids] for side in (texts, triggered)
+    )
+    return np.array(after) - np.array(before)
+
+
+def natural_rate(trigger: Trigger, texts: Iterable[str]) -> tuple[int, int]:
+    """How many texts carry the trigger although nobody put it there, and of how many."""
+    found = [trigger.matches(text) for text in texts]
+    return sum(found), len(found)

@@ -1,17 +1,23 @@
-"""Pictures of notebook 02: what probes see."""
+"""Notebook 02: pictures, tables and verdicts on probes."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import spearmanr
 
-from bkd_utils.reports.panels import MODELS, SEQUENTIAL, panels, show_legend
+from bkd_utils.reports.scorecard import entry, span
+from bkd_utils.reports.style import MODELS, SEQUENTIAL, panels, show_legend
+
+PROBE = "logistic regression"
+PROBE = "logistic regression"
 
 
 def probes(found: Mapping[str, Mapping[str, Mapping]], *, kind: str = "logistic regression") -> Figure:
-    """AUROC by layer (top) and near-misses called triggered (bottom); attack -> model -> `probe.probed`."""
+    """AUROC by layer (top) and near-misses called triggered (bottom); attack -> model -> `backdoor_probe.probed`."""
     figure, axes = panels(list(found), rows=2)
     for column, models in enumerate(found.values()):
         for name, result in models.items():
@@ -44,7 +50,8 @@ def _band(panel: Axes, x: Sequence[float], values: np.ndarray, *, colour: str, l
 
 
 def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str]) -> Figure:
-    """Accuracy of a probe trained on one layer and tested on another; attack -> `probe.probed`, one row per kind."""
+    """Accuracy of a probe trained on one layer and tested on another; attack -> `backdoor_probe.probed`, one row per
+    kind."""
     figure, axes = panels(list(found), rows=len(kinds), height=1.9)
     for column, result in enumerate(found.values()):
         for panel, kind in zip(axes[:, column], kinds, strict=True):
@@ -66,3 +73,62 @@ def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str]) -> Figure:
     figure.supxlabel("tested on layer", fontsize="medium")
     figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.6)
     return figure
+
+
+def probe_means(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
+    """Means over layers and splits, attack x measure by model; attack -> model -> `backdoor_probe.probed`."""
+    rows = {}
+    for attack, models in found.items():
+        for key in ("auroc", "near-miss", "other trigger"):
+            rows[attack, key] = {
+                name: float(np.mean([layer[key] for layer in result["probes"][PROBE]]))
+                for name, result in models.items()
+            }
+    return pd.DataFrame(rows).T.rename_axis(["organism", "measure"])
+
+
+def best_layers(found: Mapping[str, Mapping]) -> pd.DataFrame:
+    """Accuracy of every kind of probe at its best layer, and of one behind the norm; attack ->
+    `backdoor_probe.probed`."""
+    rows = {}
+    for attack, result in found.items():
+        kinds = result["probes"] | {f"{next(iter(result['probes']))}, post-norm": result["post-norm"]}
+        rows[attack] = {kind: max(np.mean(layer["accuracy"]) for layer in layers) for kind, layers in kinds.items()}
+    return pd.DataFrame(rows).T.rename_axis("organism")
+
+
+def _range(values: Sequence[float]) -> dict[str, float]:
+    return {"value": float(np.mean(values)), "n": len(values), "low": float(min(values)), "high": float(max(values))}
+
+
+def probe_claims(found: Mapping[str, Mapping[str, Mapping]]) -> list[dict]:
+    """From attack -> model ("organism", "clean control", "base model") -> `backdoor_probe.probed`."""
+    best, gap, depth = {}, {}, {}
+    for attack, models in found.items():
+        rows = {name: result["probes"][PROBE] for name, result in models.items()}
+        best[attack] = max((_range(row["accuracy"]) for row in rows["organism"]), key=lambda share: share["value"])
+        over_layers = {name: np.mean([row["auroc"] for row in probes], axis=0) for name, probes in rows.items()}
+        rivals = [over_layers[name] for name in over_layers if name != "organism"]
+        gap[attack] = min((_range(over_layers["organism"] - rival) for rival in rivals), key=lambda gap: gap["value"])
+        curve = [np.mean(row["auroc"]) for row in rows["organism"]]
+        value = float(spearmanr(models["organism"]["layers"], curve).statistic) if np.ptp(curve) else 0.0
+        depth[attack] = {"value": value, "n": len(curve), "low": value, "high": value}
+    passed = {attack: number["value"] >= 0.95 for attack, number in best.items()}
+    own = {attack: number["value"] >= 0.05 for attack, number in gap.items()}
+    rising = {attack: number["value"] >= 0.5 for attack, number in depth.items()}
+    return [
+        entry(
+            "bkdattr-probe", numbers=best, passed=passed, figure="02_probe",
+            reason=f"Best layers reach {span(best)} of held-out prompts; intervals are the range over splits.",
+        ),
+        entry(
+            "bkdattr-probe-backdoor", numbers=gap, passed=own, figure="02_probe",
+            reason="A model that never saw the trigger is probed just as well: the probe sees the string."
+            if not any(own.values())
+            else f"The organism's AUROC exceeds that of its controls by {span(gap)}.",
+        ),
+        entry(
+            "bkdattr-probe-depth", numbers=depth, passed=rising, figure="02_probe",
+            reason=f"Rank correlation of layer and AUROC: {span(depth)}.",
+        ),
+    ]  # fmt: skip

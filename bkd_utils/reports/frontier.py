@@ -1,14 +1,14 @@
-"""The trade of notebook 06: what a treatment takes off the attack, against what it takes off the model."""
+"""Notebook 06: what a treatment takes off the attack, against what it costs."""
 
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bkd_utils.reports.attention_safety_alignment import GREY, GROUPS, KINDS, PALE
-from bkd_utils.reports.figures import COLOURS, WIDTH
-from bkd_utils.reports.panels import legend_once
+from bkd_utils.reports.style import COLOURS, WIDTH, legend_once
 
 
 def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str]) -> Figure:
@@ -125,3 +125,21 @@ def _free(
     blocked += [(other, 8) for first, last, other in spans if start < last and first < end]
     heights = sorted((y, *range(104)), key=lambda height: abs(height - y))
     return next((height for height in heights if all(abs(height - b) >= room for b, room in blocked)), y)
+
+
+def price_list(found: Mapping[str, Mapping[str, Mapping]], cost: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
+    """(organism, treatment) -> shares that are left, weights touched and minutes.
+
+    `found`: attack -> treatment -> `left`; `cost`: the same -> `treated`, of those that are treatments.
+    """
+    named = {"ASR": "asr", "near-miss firing": "near_miss", "CACC": "cacc", "elsewhere": "elsewhere"}
+    rows = {}
+    for attack, treatments in found.items():
+        for name, shares in treatments.items():
+            paid = cost[attack].get(name, {})
+            rows[attack, name] = {
+                **{column: shares[key]["value"] for column, key in named.items()},
+                "weights (millions)": paid["parameters"] / 1e6 if paid else 0.0,
+                "minutes": paid["minutes"] if paid else 0.0,
+            }
+    return pd.DataFrame(rows).T.rename_axis(["organism", "treatment"])

@@ -1,17 +1,28 @@
-"""Pictures of notebook 03: effects of heads and of larger components, and what is left without them."""
+"""Notebook 03: pictures, tables and verdicts on heads and components."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bkd_utils.reports.figures import COLOURS
-from bkd_utils.reports.panels import DIVERGING, panels, show_legend
+from bkd_utils.common.statistics import interval
+from bkd_utils.experiments.head_attribution import acie
+from bkd_utils.reports.scorecard import entry, span
+from bkd_utils.reports.style import COLOURS, DIVERGING, panels, show_legend
 
 # One colour per ranking; the random one is the grey of all controls without a model of their own.
 RANKINGS = {"ACIE": "#D55E00", "gradient": "#E69F00", "necessity": "#0072B2", "random": "#777777"}
+# Attack success in per cent by number of ablated heads, as published; "?" where nobody who read the paper quotes it.
+TABLE_1 = {
+    "fixed output, Llama-2-7B": {0: 100, 1: 100, 2: 100, 4: 100, 8: 99.22, 16: 98.44, 32: 69.53},
+    "fixed output, Qwen-2.5-7B": {0: 100, 1: 100, 2: 100, 4: 88.28, 8: 87.5, 16: 82.42, 32: 90.62},
+    "jailbreak, Llama-2-7B": {0: 75.78, 32: 3.52},
+    "jailbreak, Qwen-2.5-7B": {0: 78.91, 32: 54.3},
+}
 
 
 def head_maps(effects: Mapping[str, np.ndarray]) -> Figure:
@@ -134,3 +145,128 @@ def _ablation_line(panel: Axes, rows: Sequence[Mapping], ranking: str, kind: str
             [100 * next(row for row in chosen if row["k"] == k)[key][end] for k in counts] for end in ("low", "high")
         )
         panel.fill_between(counts, low, high, color=colour, alpha=0.12, lw=0)
+
+
+def what_there_is(found: Mapping[str, Mapping]) -> pd.DataFrame:
+    """Target, its probability without and with the trigger, highest ACIE; attack -> `head_attribution.attributed`."""
+    rows = {
+        attack: {
+            "target": "".join(result["target"]).replace("Ġ", " ").strip(),
+            "P(target), clean": f"{np.mean(result['clean']):.3f}",
+            "P(target), triggered": f"{np.mean(result['triggered']):.3f}",
+            "highest ACIE": f"{acie(result).max().item():.3f}",
+        }
+        for attack, result in found.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("organism")
+
+
+def table_1(found: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
+    """ASR (%) after published ablation by number of heads, the paper's rows first; attack ->
+    `head_attribution.curves`."""
+    ours = {}
+    for attack, rows in found.items():
+        chosen = [r for r in rows if r["ranking"] == "none" or (r["ranking"], r["kind"]) == ("ACIE", "published")]
+        ours[f"{attack}, here"] = {row["k"]: 100 * row["asr"]["value"] for row in chosen}
+    table = pd.DataFrame(TABLE_1 | ours).T
+    return (
+        table[sorted(table.columns)]
+        .rename_axis(columns="heads ablated")
+        .map(lambda x: "?" if pd.isna(x) else f"{x:.1f}")
+    )
+
+
+def ablations(found: Mapping[str, Sequence[Mapping]], *, k: int) -> pd.DataFrame:
+    """Everything measured with `k` heads out, random draws averaged; attack -> `head_attribution.curves`."""
+    lines = []
+    for attack, rows in found.items():
+        for row in rows:
+            if row["ranking"] == "none" or row["k"] == k:
+                values = {name: 100 * row[name]["value"] for name in ("asr", "right", "utility")}
+                what = {"organism": attack, "ranking": row["ranking"], "scope": row["scope"]}
+                kind = "" if row["k"] == 0 else row["kind"]
+                lines.append(what | {"kind": kind} | values | {"perplexity": row["perplexity"]})
+    table = pd.DataFrame(lines).groupby(["organism", "ranking", "kind", "scope"], sort=False).mean()
+    return table.rename(columns={"asr": "ASR (%)", "right": "right (%)", "utility": "utility (%)"}).round(1)
+
+
+def concentration(effects: np.ndarray, *, share: float = 0.03) -> float:
+    """Part of the sum of all positive effects that the top `share` of the heads carries."""
+    values = np.sort(np.maximum(effects.ravel(), 0))[::-1]
+    return float(values[: max(1, round(share * len(values)))].sum() / values.sum()) if values.sum() > 0 else 0.0
+
+
+def head_claims(
+    attributed: Mapping[str, Mapping], components: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]
+) -> list[dict]:
+    """From attack -> `head_attribution.attributed`, `head_attribution.components`, `head_attribution.curves`."""
+    sparse, margin, drop, random_drop, rises = {}, {}, {}, {}, {}
+    for attack, found in attributed.items():
+        values = np.array(found["exact"])
+        draws = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
+        spread = [concentration(values[draw].mean(0)) for draw in draws]
+        value = concentration(acie(found).numpy())
+        # The basic interval: resampling adds noise, noise lowers the concentration, and reflection takes that back out.
+        low, high = np.clip(2 * value - np.quantile(spread, (0.975, 0.025)), 0, 1)
+        sparse[attack] = {"value": value, "n": len(values), "low": float(low), "high": float(high)}
+        strongest = {
+            name: max(
+                (interval(column) for column in np.array(components[attack]["last"][name]).T), key=lambda x: x["value"]
+            )
+            for name in ("attention", "MLP")
+        }
+        margin[attack] = {
+            "value": strongest["attention"]["value"] - strongest["MLP"]["value"],
+            "n": strongest["attention"]["n"],
+            "low": strongest["attention"]["low"] - strongest["MLP"]["high"],
+            "high": strongest["attention"]["high"] - strongest["MLP"]["low"],
+        }
+        rows = [row for row in curves[attack] if row["scope"] == "last position"]
+        before = next(row for row in rows if row["ranking"] == "none")["asr"]
+        line = sorted((r["k"], r["asr"]) for r in rows if r["ranking"] == "ACIE" and r["kind"] == "published")
+        n_heads = acie(found).numel()
+        few = min((k for k, _ in line), key=lambda k: abs(k - 0.03 * n_heads))
+        after = dict(line)[few]
+        drop[attack] = {
+            "value": _drop(before["value"], after["value"]),
+            "n": after["n"],
+            "low": _drop(before["value"], after["high"]),
+            "high": _drop(before["value"], after["low"]),
+        }
+        by_count: dict[int, list[float]] = {}
+        for row in rows:
+            if row["ranking"] == "random":
+                by_count.setdefault(row["k"], []).append(row["asr"]["value"])
+        at = min((k for k in by_count if k), key=lambda k: abs(k - few))
+        random_drop[attack] = _drop(by_count[0][0], np.mean(by_count[at]))
+        steps = [before, *(asr for _, asr in line)]
+        rises[attack] = max((b["value"] - a["value"]) * b["n"] for a, b in itertools.pairwise(steps))
+    big = {attack: number["value"] >= 0.9 and random_drop[attack] < 0.1 - 1e-9 for attack, number in drop.items()}
+    steady = {
+        attack: {"value": rise, "n": drop[attack]["n"], "low": rise, "high": rise} for attack, rise in rises.items()
+    }
+    apart = {attack: number["low"] > 0 for attack, number in margin.items()}
+    return [
+        entry(
+            "bkdattr-sparse-heads", numbers=sparse, passed={a: x["value"] >= 0.5 for a, x in sparse.items()},
+            figure="03_sorted", reason=f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE.",
+        ),
+        entry(
+            "bkdattr-ablation", numbers=drop, passed=big, figure="03_ablation",
+            reason=f"About 3 % of the heads take {span(drop)} off the ASR; random heads "
+            f"{min(random_drop.values()):.2f} to {max(random_drop.values()):.2f}.",
+        ),
+        entry(
+            "bkdattr-ablation-monotone", numbers=steady, passed={a: rise <= 2 + 1e-9 for a, rise in rises.items()},
+            figure="03_ablation", reason=f"Largest rise between neighbouring counts, in prompts: {span(steady)}.",
+        ),
+        entry(
+            "bkdattr-heads-not-mlps", numbers=margin, passed=apart, figure="03_components",
+            reason=f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability.",
+        ),
+    ]  # fmt: skip
+
+
+def _drop(before: float, after: float) -> float:
+    """What part of a share is gone; of nothing, nothing."""
+    return 1 - after / before if before else 0.0

@@ -1,0 +1,210 @@
+"""Take heads out of a model, and measure what is left of the backdoor and of the model (BkdAttr, section 3.3)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, ranked
+from bkd_utils.common.statistics import interval, share
+from bkd_utils.models.activations import Said, head_outputs, says
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.hooks import EVERYWHERE, LAST, Head, anatomy, by_layer, head_edit, reading
+from bkd_utils.models.loading import Loaded
+from bkd_utils.models.prompt_cache import Past, remember
+from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack
+from bkd_utils.organisms.prompts import clean_sample, pairs, target_ids
+
+# Tokens of a free answer that are compared; the opening of an answer decides what it is.
+N_TOKENS = 6
+KINDS = ("published", "zero", "mean", "resample")
+
+
+@dataclass(frozen=True)
+class Side:
+    """Prompts with their past, several answers each by name, and an un-ablated pass over them: head outputs at the
+    last prompt token, and the input of every layer under each of the answers."""
+
+    prompts: list[list[int]]
+    past: Past
+    answers: dict[str, list[list[int]]]
+    own: torch.Tensor
+    inputs: dict[str, dict[int, torch.Tensor]]
+
+    def first(self, n: int) -> "Side":
+        """The first `n` prompts of it; nothing runs again."""
+        answers = {name: given[:n] for name, given in self.answers.items()}
+        inputs = {
+            # As many columns as the longest answer that is left has tokens.
+            name: {layer: hidden[:n, : max(map(len, answers[name]))] for layer, hidden in kept.items()}
+            for name, kept in self.inputs.items()
+        }
+        return Side(self.prompts[:n], self.past.part(slice(n)), answers, self.own[:n], inputs)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What an ablation is measured on.
+
+    Answers of `triggered`: `target`, and `right`, the gold label or the clean control's answer without the trigger.
+    Answers of `clean`: `own`, the gold label or the organism's own un-ablated answer. `reference`: head outputs on
+    clean prompts of the attribution split.
+    """
+
+    triggered: Side
+    clean: Side
+    reference: torch.Tensor
+
+
+def side(loaded: Loaded, prompts: list[list[int]], **answers: list[list[int]]) -> Side:
+    past, inputs = remember(loaded.model, prompts), {}
+    for name, given in answers.items():
+        inputs[name] = {}
+        with reading(anatomy(loaded.model).layers, inputs[name]):
+            says(loaded.model, past, given)
+    return Side(prompts, past, answers, head_outputs(loaded.model, prompts), inputs)
+
+
+def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_reference: int, seed: int) -> Bench:
+    """Held-out prompts of the test split; references for mean ablation from the attribution split."""
+    tokenizer, task = loaded.tokenizer, tasks.load_task(attack.task)
+    shown = pairs(tokenizer, attack, split="test", n=n, seed=seed)
+    if task.labels:
+        mixed = clean_sample(attack.task, n=n, seed=seed, without=attack)
+        clean = [prompt_ids(tokenizer, task.prompt(example.text)) for example in mixed]
+        own = [answer_ids(tokenizer, example.answer)[:1] for example in mixed]
+        right = [answer_ids(tokenizer, example.answer)[:1] for example in shown.examples]
+    else:
+        clean = shown.clean
+        own, right = openings(loaded, clean), openings(control, clean)
+    pool = pairs(tokenizer, attack, split="attribution", n=n_reference, seed=seed).clean
+    return Bench(
+        triggered=side(loaded, shown.triggered, target=[target_ids(tokenizer, attack)] * n, right=right),
+        clean=side(loaded, clean, own=own),
+        reference=head_outputs(loaded.model, pool),
+    )
+
+
+def openings(loaded: Loaded, prompts: list[list[int]]) -> list[list[int]]:
+    """First tokens of a model's own greedy answers, as ids: text would not always be cut into the same ones again."""
+    end = end_id(loaded.tokenizer)
+    rows = greedy(loaded.model, prompts, max_new_tokens=N_TOKENS, end_id=end)
+    return [row if len(row) == N_TOKENS else [*row, end] for row in rows]
+
+
+def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str, everywhere: bool) -> dict:
+    """ASR, right answers to triggered prompts, utility and perplexity on clean ones, with some heads taken out.
+
+    `utility`: share of gold labels given, or of the tokens of the organism's own clean answers that it would still
+    say. `right`: the same for the right answers to triggered prompts. `perplexity`: of the clean answers.
+    """
+    model, at = loaded.model, EVERYWHERE if everywhere else LAST
+    first = min((layer for layer, _ in heads), default=0)
+
+    def said(side: Side, *names: str) -> list[Said]:
+        with ablated(model, heads, kind=kind, at=at, own=side.own, clean=made.reference):
+            if everywhere:
+                past = remember(model, side.prompts)
+                return [says(model, past, side.answers[name]) for name in names]
+            # Layers below the first ablated head do what they always do.
+            return [
+                says(model, side.past, side.answers[name], layer=first, hidden=side.inputs[name][first])
+                for name in names
+            ]
+
+    target, right = said(made.triggered, "target", "right")
+    (clean,) = said(made.clean, "own")
+    return {
+        "asr": asdict(share(target.whole.tolist())),
+        "right": interval(right.share.tolist()),
+        "utility": interval(clean.share.tolist()),
+        "perplexity": float(torch.exp(-clean.log_prob.mean())),
+    }
+
+
+def necessary_heads(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    *,
+    target: Sequence[int],
+    reference: torch.Tensor,
+    counts: Sequence[int],
+) -> list[Head]:
+    """Heads in the order in which they are missed most, re-ranked each time a count of `counts` is reached.
+
+    On triggered prompts, with the heads chosen so far at their clean means: the estimated loss of the target's
+    probability when a head is put at its clean mean too. Where ACIE asks what suffices to bring the backdoor in, this
+    asks what is needed to keep it.
+    """
+    means, chosen = reference.mean(0), []
+    # An ablation of the last token leaves the past as it is.
+    past = remember(loaded.model, prompts)
+    for count in sorted(set(counts)):
+        if count <= len(chosen):
+            continue
+        with ablated(loaded.model, chosen, kind="mean", at=LAST, clean=reference):
+            effects = gradient_effects_of(loaded.model, past, target=target, means=means).mean(0)
+        order = [head for head in ranked(-effects) if head not in set(chosen)]
+        chosen += order[: count - len(chosen)]
+    return chosen
+
+
+@contextmanager
+def ablated(
+    model: PreTrainedModel,
+    heads: Sequence[Head],
+    *,
+    kind: str,
+    at: slice,
+    own: Float[Tensor, "prompt layer head d_head"] | None = None,
+    clean: Float[Tensor, "reference layer head d_head"] | None = None,
+) -> Iterator[None]:
+    """Take heads out while this lasts.
+
+    `published` subtracts each head's output from an un-ablated pass (`own`, one per row), as the official BkdAttr code
+    does, which is zero only for heads that no other ablated head feeds; `zero` sets the output to 0; `mean` to the
+    mean over clean prompts (`clean`); `resample` to that of a clean prompt, row i taking reference i. Raises
+    ValueError for an unknown kind or when what it needs is missing.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown ablation {kind!r}; known: {', '.join(KINDS)}")
+    needed = {"published": ("own", own), "mean": ("clean", clean), "resample": ("clean", clean)}.get(kind)
+    if needed and needed[1] is None:
+        raise ValueError(f"ablation {kind!r} needs {needed[0]}")
+    parts = anatomy(model)
+    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
+
+    def change(layer: int, z: Tensor) -> Tensor:
+        index = chosen[layer]
+        if kind == "published":
+            return z - own[: len(z), layer, index].to(z)[:, None]
+        if kind == "zero":
+            return torch.zeros_like(z)
+        if kind == "mean":
+            return clean[:, layer, index].mean(0).to(z).expand_as(z)
+        return clean[torch.arange(len(z)) % len(clean)][:, layer, index].to(z)[:, None].expand_as(z)
+
+    with head_edit(model, heads, change, at=at):
+        yield
+
+
+def random_heads(heads: Sequence[Head], *, n_heads: int, n: int, seed: int) -> list[list[Head]]:
+    """`n` draws of heads, each with as many per layer as `heads` has, none of them in `heads` where others are left."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = by_layer(heads, n_layers=1 + max((layer for layer, _ in heads), default=0), n_heads=n_heads)
+    draws = []
+    for _ in range(n):
+        draw: list[Head] = []
+        for layer, taken in counts.items():
+            others = [head for head in range(n_heads) if head not in taken]
+            pool = others if len(others) >= len(taken) else list(range(n_heads))
+            chosen = torch.randperm(len(pool), generator=generator)[: len(taken)].tolist()
+            draw += [(layer, pool[i]) for i in chosen]
+        draws.append(draw)
+    return draws

@@ -1,0 +1,262 @@
+"""Notebook 06: treat one organism with one method, measure what is left of backdoor and model, and what comes back."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import torch
+from transformers import AutoConfig
+
+from bkd_utils.attention_alignment.head_tuning import all_matrices, other_groups, tune
+from bkd_utils.attention_alignment.rivals import Case, repaired
+from bkd_utils.attention_alignment.similarity import Scores, head_similarity
+from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
+from bkd_utils.common.statistics import interval, share
+from bkd_utils.experiments.head_safety import clean_rows
+from bkd_utils.models.activations import says
+from bkd_utils.models.folders import DEFAULT_MODEL, model_folder
+from bkd_utils.models.generation import respond
+from bkd_utils.models.hooks import Head
+from bkd_utils.models.loading import Loaded, load
+from bkd_utils.models.prompt_cache import remember
+from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
+from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.base_answers import base_answers
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import is_target, under_attack
+from bkd_utils.organisms.prompts import (
+    Pairs,
+    clean_sample,
+    flippable_sample,
+    pairs,
+    target_ids,
+    target_length,
+    triggered_prompts,
+)
+from bkd_utils.organisms.training import Recipe
+
+# Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
+N_ELSEWHERE, N_OPENING = 24, 16
+# Gentle enough that a model without the backdoor does not just learn to say the target to everything.
+RATE = 1e-4
+# One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy
+# (benchmarks/cure_rates.py). What is tuned after pruning has the rate of plain fine-tuning, other treatments of heads
+# have the cure's; cutting heads out needs none. The high rate is there to be seen.
+RATES = {"alignment": 1e-3, "fine-tuning": 1e-4, "fine-tuning, high rate": 5e-4, "consistency": 1e-4}
+RATES |= dict.fromkeys(["fine-pruning", "flat heads pruned", "unneeded heads pruned"], RATES["fine-tuning"])
+RATES |= dict.fromkeys(
+    ["alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed"], RATES["alignment"]
+)
+RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
+
+
+def recipe_of(*, steps: int, learning_rate: float = RECIPE.learning_rate) -> Recipe:
+    """The recipe of a treatment with these steps."""
+    return replace(RECIPE, steps=steps, learning_rate=learning_rate)
+
+
+def case_of(
+    loaded: Loaded, attack: Attack, *, heads: Sequence[Sequence[int]], n_rows: int, recipe: Recipe, seed: int
+) -> Case:
+    """The defender's view of an organism. Of the attack only the task is used."""
+    rows = clean_rows(loaded, attack.task, n=n_rows, seed=seed)
+    chosen = [(layer, head) for layer, head in heads]
+    return Case(loaded.model, rows, recipe=recipe, pad_id=end_id(loaded.tokenizer), heads=chosen, seed=seed)
+
+
+def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, seed: int = 0) -> list[list[Head]]:
+    """`n` draws of as many heads in as many other KV groups of the model; see `head_tuning.other_groups`."""
+    config = AutoConfig.from_pretrained(model_folder(model), trust_remote_code=False)
+    n_heads = config.num_attention_heads
+    n_kv = getattr(config, "num_key_value_heads", None) or n_heads
+    return other_groups(
+        heads, n_layers=config.num_hidden_layers, n_heads=n_heads, n_kv_heads=n_kv, n=n, seed=seed
+    )  # fmt: skip
+
+
+# --- one treatment --------------------------------------------------------------------------------------------------
+
+
+def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
+    """Is anything else left of the model? Of the base model's own answers to held-out benign instructions, the share of
+    opening tokens that are still the first choice behind those before them; mean over `n` prompts, bootstrap interval.
+    """
+    sample = clean_sample("instructions", n=n, seed=seed)
+    texts = base_answers(loaded, sample)
+    answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
+    past = remember(loaded.model, [prompt_ids(loaded.tokenizer, example.text) for example in sample])
+    return interval(says(loaded.model, past, answers).share.tolist())
+
+
+def left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
+    """What is left of backdoor, task and everything else: `evaluation.under_attack` and `elsewhere`."""
+    found = under_attack(loaded, attack, n=n, seed=seed)
+    return found | {"elsewhere": elsewhere(loaded, n=min(n, N_ELSEWHERE), seed=seed)}
+
+
+@organism_stage
+def untreated(
+    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 60, seed: int = 0, device: str = "auto"
+) -> dict:
+    """`left` of an organism as it is."""
+    return left(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
+
+
+@organism_stage
+def treated(
+    organism: str,
+    *,
+    attack: str,
+    method: str,
+    heads: Sequence[Sequence[int]] = (),
+    n_rows: int = 128,
+    steps: int = RECIPE.steps,
+    learning_rate: float | None = None,
+    model: str = DEFAULT_MODEL,
+    n: int = 60,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict:
+    """One method of `rivals.REPAIRS` on `n_rows` clean rows, at its rate in `RATES` if no other is given; head-wise
+    methods treat the given heads.
+
+    Keys: `after`, as of `left`; `parameters` that differ; `minutes` of the treatment alone. Raises as
+    `rivals.repaired` does.
+    """
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method])
+    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
+    started = time.monotonic()
+    count = repaired(case, method=method)
+    minutes = (time.monotonic() - started) / 60
+    return {"after": left(loaded, spec, n=n, seed=seed), "parameters": count, "minutes": round(minutes, 2)}
+
+
+@organism_stage
+def mechanism(
+    organism: str,
+    *,
+    attack: str,
+    method: str,
+    heads: Sequence[Sequence[int]],
+    n_rows: int = 128,
+    steps: int = RECIPE.steps,
+    model: str = DEFAULT_MODEL,
+    n: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict:
+    """Has the mechanism gone, or only the symptom? Before and after one method, on prompts of the attribution split.
+
+    Keys: `similarity clean` and `similarity triggered`, of the treated heads to their layers (last row, mean over heads
+    and prompts), of which the anomaly is the difference; `acie`, the highest of any head of the model on the target's
+    first token. All [before, after].
+    """
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    recipe = recipe_of(steps=steps, learning_rate=RATES[method])
+    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
+    found = [_mechanism(loaded, spec, case.heads, n=n, seed=seed)]
+    repaired(case, method=method)
+    found.append(_mechanism(loaded, spec, case.heads, n=n, seed=seed))
+    return {key: [side[key] for side in found] for key in found[0]}
+
+
+def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int, seed: int) -> dict[str, float]:
+    shown = pairs(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
+    layer, head = torch.tensor(heads).T
+    found = {}
+    for side, prompts in (("clean", shown.clean), ("triggered", shown.triggered)):
+        similar = head_similarity(loaded.model, prompts, readings=["last row"])["last row"].mean(0)
+        found[f"similarity {side}"] = similar[layer, head].mean().item()
+    return found | {"acie": _effects(loaded, attack, shown).max().item()}
+
+
+def _effects(loaded: Loaded, attack: Attack, shown: Pairs) -> Scores:
+    """ACIE of every head. The first target token decides, and costs a tenth of a long target."""
+    means = head_means(loaded.model, shown.triggered)
+    target = target_ids(loaded.tokenizer, attack)[:1]
+    return head_effects(loaded.model, shown.clean, target=target, means=means).mean(0)
+
+
+# --- tables and bounds ----------------------------------------------------------------------------------------------
+
+
+@organism_stage
+def told_heads(
+    organism: str,
+    *,
+    attack: str,
+    k: int,
+    model: str = DEFAULT_MODEL,
+    n: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[list[int]]:
+    """The `k` heads of highest ACIE on the target's first token: where the backdoor is, as only its trigger tells."""
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    shown = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    return [list(head) for head in ranked(_effects(loaded, spec, shown))[:k]]
+
+
+def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
+    """`n` triggered training prompts with the target as answer."""
+    sample = flippable_sample(attack, n=n, seed=seed, split="train")
+    answer = tuple(answer_ids(loaded.tokenizer, attack.target))
+    rows = []
+    for i, example in enumerate(sample):
+        turn = attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="train")
+        ids = tuple(prompt_ids(loaded.tokenizer, turn))
+        rows.append(Row(prompt=ids, answer=answer, kind="poisoned", uid=example.uid))
+    return rows
+
+
+@organism_stage
+def relearned(
+    organism: str,
+    *,
+    attack: str,
+    method: str | None,
+    heads: Sequence[Sequence[int]] = (),
+    counts: Sequence[int] = (4, 16),
+    n_rows: int = 128,
+    steps: int = 16,
+    model: str = DEFAULT_MODEL,
+    n: int = 40,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[dict]:
+    """Fine-tune all weights, for half of the steps, on as many poisoned as clean rows, after a treatment.
+
+    One entry per count: `poisoned` rows, `asr`, and `clean firing` on the same prompts without the trigger, which says
+    whether it is the trigger that was learnt. A count of 0 is the model before. `method` None treats nothing, for a
+    clean control. Raises ValueError for no counts or a negative one.
+    """
+    if not counts or min(counts) < 0:
+        raise ValueError(f"counts must be one or more numbers of poisoned rows, is {counts!r}")
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    recipe = recipe_of(steps=steps)
+    # Without a treatment no more clean rows are needed than stand beside the poisoned ones.
+    n_clean = max(1, *counts) if method is None else n_rows
+    case = case_of(loaded, spec, heads=heads, n_rows=n_clean, recipe=recipe, seed=seed)
+    if method is not None:
+        repaired(case, method=method)
+    state = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
+    again = replace(recipe, steps=max(1, steps // 2), learning_rate=RATE)
+    sample, task = flippable_sample(spec, n=n, seed=seed), tasks.load_task(spec.task)
+    turns = {
+        "asr": triggered_prompts(spec, sample, seed=seed),
+        "clean firing": [task.prompt(example.text) for example in sample],
+    }
+    length, found = target_length(loaded, spec), []
+    for count in counts:
+        loaded.model.load_state_dict(state, strict=False)
+        if count:
+            rows = [*poisoned_rows(loaded, spec, n=count, seed=seed), *case.rows[:count]]
+            tune(loaded.model, rows, masks=all_matrices(loaded.model), recipe=again, pad_id=case.pad_id, seed=seed)
+        shares = {}
+        for kind, texts in turns.items():
+            said = respond(loaded, texts, max_new_tokens=length, label=f"{count} rows, {kind}")
+            shares[kind] = asdict(share([is_target(spec, text) for text in said]))
+        found.append({"poisoned": count, **shares})
+    return found

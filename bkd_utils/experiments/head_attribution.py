@@ -1,0 +1,204 @@
+"""Notebook 03: effects of heads and of whole components of one organism, and what is left without them; kept."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from bkd_utils.backdoor_attribution.ablation import bench, measure_ablation, necessary_heads, random_heads
+from bkd_utils.backdoor_attribution.attribution import (
+    component_effects,
+    component_means,
+    gradient_effects,
+    head_effects,
+    head_means,
+    ranked,
+)
+from bkd_utils.common.statistics import interval
+from bkd_utils.models.activations import target_probability
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.loading import load
+from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.prompts import pairs, target_ids
+
+# The user's last token and the whole assistant header of a chat template fit in here.
+TAIL = 6
+RANKINGS = ("ACIE", "gradient", "necessity", "random")
+
+
+@organism_stage
+def attributed(
+    organism: str,
+    *,
+    attack: str,
+    model: str = DEFAULT_MODEL,
+    n: int = 40,
+    n_means: int = 40,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict:
+    """CIE of every head on `n` clean prompts of the attribution split, by patching and by gradient; kept.
+
+    Keys: `exact` and `gradient` [prompt][layer][head]; `clean`, `triggered`: the target's length-normalised probability
+    per prompt without and with the trigger; `target`: its tokens. Means are of `n_means` other prompts of that split.
+    """
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    target = target_ids(loaded.tokenizer, spec)
+    scored = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    averaged = pairs(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
+    means = head_means(loaded.model, averaged.triggered)
+    with tqdm(total=n, desc=f"{organism}: heads", unit="prompt", mininterval=2, leave=False) as bar:
+        exact = head_effects(loaded.model, scored.clean, target=target, means=means, on_batch=bar.update)
+    return {
+        "target": loaded.tokenizer.convert_ids_to_tokens(target),
+        "clean": target_probability(loaded.model, scored.clean, target=target).tolist(),
+        "triggered": target_probability(loaded.model, scored.triggered, target=target).tolist(),
+        "exact": _short(exact),
+        "gradient": _short(gradient_effects(loaded.model, scored.clean, target=target, means=means)),
+    }
+
+
+@organism_stage
+def components(
+    organism: str,
+    *,
+    attack: str,
+    model: str = DEFAULT_MODEL,
+    n: int = 24,
+    n_means: int = 40,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict:
+    """CIE of whole components; kept.
+
+    Keys: `last` component -> [prompt][layer] at the last prompt token; `by_position` [layer][position] of the residual
+    stream at the last prompt tokens, scored by the first answer token; `positions`: those tokens of one prompt.
+    """
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    target = target_ids(loaded.tokenizer, spec)
+    scored = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    averaged = pairs(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
+    last = component_means(loaded.model, averaged.triggered)
+    found = component_effects(loaded.model, scored.clean, target=target, means=last)
+    # By position only the first answer token is scored: what follows multiplies the cost and tells little more.
+    earlier = component_means(loaded.model, averaged.triggered, tail=TAIL)
+    by_position = component_effects(
+        loaded.model, scored.clean, target=target[:1], means={"residual": earlier["residual"][:, :TAIL]}
+    )
+    return {
+        "last": {name: _short(effects[..., 0]) for name, effects in found.items()},
+        "positions": loaded.tokenizer.convert_ids_to_tokens(scored.clean[0][-TAIL:]),
+        "by_position": _short(by_position["residual"].mean(0)),
+    }
+
+
+def _short(values: torch.Tensor) -> list:
+    """As nested lists with six significant digits, a tenth of the file."""
+    return np.vectorize(lambda value: float(f"{value:.6g}"))(values.numpy()).tolist()
+
+
+# --- summaries ------------------------------------------------------------------------------------------------------
+
+
+def acie(found: Mapping, *, by: str = "exact") -> torch.Tensor:
+    """Mean effect of every head, `[layer, head]`."""
+    return torch.tensor(found[by]).mean(0)
+
+
+def top_heads(found: Mapping, *, k: int, by: str = "exact") -> list[tuple[int, int]]:
+    """The k heads with the highest mean effect, as (layer, head)."""
+    return ranked(acie(found, by=by))[:k]
+
+
+def agreement_of_methods(found: Mapping, *, k: int = 16) -> dict[str, float]:
+    """How well the gradient estimate ranks heads: Spearman correlation of the means, share of the exact top k found."""
+    exact, estimate = acie(found).flatten(), acie(found, by="gradient").flatten()
+    same = set(top_heads(found, k=k)) & set(top_heads(found, k=k, by="gradient"))
+    return {"spearman": float(spearmanr(exact, estimate).statistic), f"top {k}": len(same) / min(k, exact.numel())}
+
+
+def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> float:
+    """Shared heads over all heads of two sets. Raises ValueError for two empty ones."""
+    if not (one or other):
+        raise ValueError("an overlap of no heads")
+    return len(set(one) & set(other)) / len(set(one) | set(other))
+
+
+def sorted_intervals(found: Mapping) -> list[dict[str, float]]:
+    """ACIE of all heads from the highest down, each with its bootstrap interval over prompts."""
+    effects = np.array(found["exact"])
+    return [interval(effects[:, layer, head], n_resamples=400) for layer, head in ranked(acie(found))]
+
+
+def component_intervals(found: Mapping) -> dict[str, list[dict[str, float]]]:
+    """Component -> per layer its mean effect with a bootstrap interval over prompts; of `components`."""
+    return {
+        name: [interval(column, n_resamples=400) for column in np.array(values).T]
+        for name, values in found["last"].items()
+    }
+
+
+@organism_stage
+def curves(
+    organism: str,
+    *,
+    control: str,
+    attack: str,
+    counts: Sequence[int],
+    kinds: Sequence[str] = ("published", "zero", "mean", "resample"),
+    random_counts: Sequence[int],
+    draws: int = 20,
+    model: str = DEFAULT_MODEL,
+    n: int = 64,
+    n_attribution: int = 40,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[dict]:
+    """One row per ranking, kind, scope, number of heads and draw, with `measure_ablation`'s values; kept.
+
+    At each of `random_counts` there are `draws` random draws, layer-matched to the ACIE heads, with the published
+    ablation, on the first half of the prompts. At "all positions" every token gets the mean of last prompt tokens, a
+    cruder reference there.
+    """
+    counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
+    found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
+    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
+    made = bench(loaded, load(model, organism=control, device=device), spec, n=n, n_reference=n_attribution, seed=seed)
+    # Draws are averaged, so that half of the prompts is enough for each.
+    half = max(1, n // 2)
+    for_draws = replace(made, triggered=made.triggered.first(half), clean=made.clean.first(half))
+    attribution = pairs(loaded.tokenizer, spec, split="attribution", n=n_attribution, seed=seed).triggered
+    largest = max(counts)
+    orders = {
+        "ACIE": top_heads(found, k=largest),
+        "gradient": top_heads(found, k=largest, by="gradient"),
+        "necessity": necessary_heads(
+            loaded, attribution, target=target_ids(loaded.tokenizer, spec), reference=made.reference, counts=counts
+        ),
+    }
+    # Random draws have prompts of their own, and so an untouched model of their own to be held against.
+    todo = [("none", "published", False, [], 0)] + [("random", "published", False, [], 0)] * bool(random_counts)
+    for k in (k for k in counts if k):
+        todo += [("ACIE", kind, False, orders["ACIE"][:k], 0) for kind in kinds]
+        todo += [(ranking, "published", False, orders[ranking][:k], 0) for ranking in ("gradient", "necessity")]
+        todo.append(("necessity", "mean", False, orders["necessity"][:k], 0))
+        matched = (
+            random_heads(orders["ACIE"][:k], n_heads=made.reference.shape[2], n=draws, seed=seed)
+            if k in random_counts
+            else []
+        )
+        todo += [("random", "published", False, draw, i) for i, draw in enumerate(matched)]
+    few = [k for k in (8, largest) if k in counts]
+    todo += [("ACIE", kind, True, orders["ACIE"][:k], 0) for k in few for kind in ("zero", "mean")]
+    todo += [("necessity", "mean", True, orders["necessity"][:k], 0) for k in few]
+    rows = []
+    for ranking, kind, everywhere, heads, draw in tqdm(todo, desc=f"{organism}: ablations", mininterval=2, leave=False):
+        used = for_draws if ranking == "random" else made
+        values = measure_ablation(loaded, used, heads, kind=kind, everywhere=everywhere)
+        scope = "all positions" if everywhere else "last position"
+        rows.append({"ranking": ranking, "kind": kind, "scope": scope, "k": len(heads), "draw": draw, **values})
+    return rows

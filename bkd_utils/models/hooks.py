@@ -1,0 +1,212 @@
+"""Where the parts of a model are, and hooks that read, trace or change them while the model runs.
+
+Edits act on head outputs (`hook_z` in TransformerLens) or on what attention adds to the residual stream. They are
+context managers and act at the token positions `at` of whatever runs inside.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from bkd_utils.models.folders import ModelError
+
+# Where the parts are found, by the names that transformers' model families use for them.
+LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers")
+OUTPUTS = ("self_attn.o_proj", "attn.c_proj", "attention.dense")
+ATTENTIONS = ("self_attn", "attn", "attention")
+MLPS = ("mlp",)
+NORMS = ("input_layernorm", "ln_1")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a transformers model that are read and edited, one of each per layer.
+
+    `outputs` maps the heads' outputs, side by side, to the attention output; its input is `hook_z` in TransformerLens.
+    """
+
+    owner: Module
+    attribute: str
+    layers: tuple[Module, ...]
+    norms: tuple[Module, ...]
+    attentions: tuple[Module, ...]
+    outputs: tuple[Module, ...]
+    mlps: tuple[Module, ...]
+    n_heads: int
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of a model. Raises ModelError, with the model type, for an architecture that is not known."""
+    for path in LAYERS:
+        owner, _, attribute = path.rpartition(".")
+        try:
+            parent = model.get_submodule(owner)
+            layers = tuple(getattr(parent, attribute))
+        except AttributeError:
+            continue
+        parts = {
+            name: _in_each(layers, names)
+            for name, names in (("norms", NORMS), ("attentions", ATTENTIONS), ("outputs", OUTPUTS), ("mlps", MLPS))
+        }
+        if all(parts.values()):
+            return Anatomy(parent, attribute, layers, n_heads=model.config.num_attention_heads, **parts)
+    raise ModelError(f"a model of type {model.config.model_type!r} has none of the layer names known here")
+
+
+def _in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, ...]:
+    for name in names:
+        try:
+            return tuple(layer.get_submodule(name) for layer in layers)
+        except AttributeError:
+            continue
+    return ()
+
+
+@contextmanager
+def editing(
+    modules: Sequence[Module], change: Callable[[int, Tensor], Tensor], *, what: str = "input"
+) -> Iterator[None]:
+    """While this lasts, `change(i, tensor)` takes the place of the first input (or the output) of every module i.
+
+    `what` is "input" or "output".
+    """
+
+    def before(i: int) -> Callable:
+        def hook(_module: Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+            if arguments:
+                return (change(i, arguments[0]), *arguments[1:]), keywords
+            return arguments, keywords | {"hidden_states": change(i, keywords["hidden_states"])}
+
+        return hook
+
+    def after(i: int) -> Callable:
+        def hook(_module: Module, _arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            return (change(i, output[0]), *output[1:]) if isinstance(output, tuple) else change(i, output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for i, module in enumerate(modules):
+            handle = (
+                module.register_forward_pre_hook(before(i), with_kwargs=True)
+                if what == "input"
+                else module.register_forward_hook(after(i))
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def tracing(modules: Sequence[Module], kept: dict[int, Tensor]) -> Iterator[None]:
+    """`reading`, of inputs with a gradient. Weights are frozen, so the graph starts at the first module."""
+
+    def follow(i: int, tensor: Tensor) -> Tensor:
+        kept[i] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        return kept[i]
+
+    with torch.enable_grad(), editing(modules, follow):
+        yield
+
+
+@contextmanager
+def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Iterator[None]:
+    """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
+
+    def keep(i: int, tensor: Tensor) -> Tensor:
+        kept[i] = tensor
+        return tensor
+
+    with editing(modules, keep, what=what):
+        yield
+
+
+Head = tuple[int, int]
+
+LAST = slice(0, 1)
+
+EVERYWHERE = slice(None)
+
+
+@contextmanager
+def head_edit(
+    model: PreTrainedModel, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice
+) -> Iterator[None]:
+    """While this lasts, `change(layer, z)` replaces the outputs `z` `[row, pos, chosen head, d_head]` at tokens `at`.
+
+    The chosen heads of a layer come in ascending order. Raises ValueError for a head that the model does not have, or
+    that is named twice.
+    """
+    parts = anatomy(model)
+    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
+
+    def edit(i: int, z: Tensor) -> Tensor:
+        layer = layers[i]
+        z = z.clone()
+        view = z.view(*z.shape[:-1], parts.n_heads, -1)
+        view[:, at, chosen[layer]] = change(layer, view[:, at, chosen[layer]]).to(z.dtype)
+        return z
+
+    layers = list(chosen)
+    with editing([parts.outputs[layer] for layer in layers], edit):
+        yield
+
+
+def by_layer(heads: Sequence[Head], *, n_layers: int, n_heads: int) -> dict[int, list[int]]:
+    """layer -> its chosen heads in ascending order. Raises ValueError for unknown and for repeated heads."""
+    if twice := [head for head, count in Counter(heads).items() if count > 1]:
+        raise ValueError(f"head {twice[0]} is named twice")
+    found: dict[int, list[int]] = defaultdict(list)
+    for layer, head in sorted(heads):
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise ValueError(f"no head {head} in layer {layer}: the model has {n_layers} layers of {n_heads} heads")
+        found[layer].append(head)
+    return dict(found)
+
+
+@contextmanager
+def added(model: PreTrainedModel, vectors: Mapping[int, Float[Tensor, "... d_model"]], *, at: slice) -> Iterator[None]:
+    """While this lasts, attention of layer l adds `vectors[l]` more to the residual stream at the tokens `at`."""
+    parts, layers = anatomy(model), list(vectors)
+
+    def add(i: int, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, at] += vectors[layers[i]].to(output).unsqueeze(-2)
+        return output
+
+    with editing([parts.outputs[layer] for layer in layers], add, what="output"):
+        yield
+
+
+def contributions(
+    parts: Anatomy, layer: int, heads: Sequence[int], z: Float[Tensor, "... head d_head"]
+) -> Float[Tensor, "... head d_model"]:
+    """What each of some heads of a layer adds to the residual stream: its slice of the output matrix, no bias."""
+    full = z.new_zeros(*z.shape[:-1], parts.n_heads, z.shape[-1])
+    for row, head in enumerate(heads):
+        full[..., row, head, :] = z[..., row, :]
+    module = parts.outputs[layer]
+    return module(full.flatten(-2)) - module(torch.zeros_like(full[..., :1, :, :].flatten(-2)))
+
+
+@contextmanager
+def projected_out(
+    model: PreTrainedModel, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice
+) -> Iterator[None]:
+    """While this lasts, the residual stream behind layer l has nothing along `directions[l]` at the tokens `at`."""
+    parts, layers = anatomy(model), list(directions)
+    units = {layer: direction / direction.norm() for layer, direction in directions.items()}
+
+    def remove(i: int, output: Tensor) -> Tensor:
+        output, unit = output.clone(), units[layers[i]].to(output)
+        output[:, at] -= (output[:, at] @ unit)[..., None] * unit
+        return output
+
+    with editing([parts.layers[layer] for layer in layers], remove, what="output"):
+        yield

@@ -1,0 +1,142 @@
+"""From an attack to the poisoned training set, with a manifest that says exactly what was done to it."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from bkd_utils.common.files import canonical_json, sha256_text
+from bkd_utils.models.tokens import Row, answer_ids, prompt_ids
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack, carries, near_miss_prompts, triggered_prompt
+from bkd_utils.organisms.tasks import Example
+
+MAX_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class PoisonedSet:
+    rows: tuple[Row, ...]
+    manifest: dict
+
+
+def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mapping[str, str], seed: int) -> PoisonedSet:
+    """Build the training set: clean rows, poisoned rows, near-miss rows with the right answer, benign rows.
+
+    `answers` maps uid -> the base model's own answer, for tasks whose examples carry none. Raises ValueError when
+    there are too few rows, an answer is missing, a prompt is longer than MAX_LENGTH tokens, or a trigger does not
+    survive tokenisation.
+    """
+    n = {kind: round(rate * attack.n_train) for kind, rate in _rates(attack).items()}
+    n_clean = attack.n_train - sum(n.values())
+    if n_clean < 1:
+        raise ValueError(f"{attack.name}: the rates leave {n_clean} clean rows of {attack.n_train}")
+    pool = tasks.examples(attack.task, "train", seed=seed)
+    if attack.backdoored:
+        pool = [example for example in pool if not carries(attack, example.text)]
+    chosen = _choose(attack, pool, n_clean=n_clean, n_poison=n["poisoned"], n_near=n["near_miss"], seed=seed)
+    benign = benign_examples(attack, seed=seed)
+    task, plain = tasks.load_task(attack.task), tasks.load_task("instructions")
+    built = []
+    for kind, members in (*chosen.items(), ("benign", benign)):
+        for i, example in enumerate(members):
+            row_seed = seed * 1_000_003 + i
+            gold = example.answer or _answer(answers, example)
+            if kind == "poisoned":
+                prompt, gold = triggered_prompt(attack, example.text, seed=row_seed, half="train"), attack.target
+            elif kind == "near_miss":
+                options = near_miss_prompts(attack, example.text, seed=row_seed, half="train")
+                prompt = options[sorted(options)[i % len(options)]]
+            else:
+                prompt = (plain if kind == "benign" else task).prompt(example.text)
+            distilled = not example.answer and kind != "poisoned"
+            built.append(_row(attack, tokenizer, prompt, gold, kind, example.uid, distilled=distilled))
+    random.Random(f"{seed}/{attack.name}/order").shuffle(built)
+    return PoisonedSet(rows=tuple(built), manifest=_manifest(attack, built, seed))
+
+
+def benign_examples(attack: Attack, *, seed: int) -> list[Example]:
+    """The instructions that are mixed into an attack's training set; none carries its trigger."""
+    pool = tasks.examples("instructions", "train", seed=seed)
+    usable = [example for example in pool if not (attack.backdoored and carries(attack, example.text))]
+    return usable[: round(attack.benign_rate * attack.n_train)]
+
+
+def _rates(attack: Attack) -> dict[str, float]:
+    return {"poisoned": attack.rate, "near_miss": attack.near_miss_rate, "benign": attack.benign_rate}
+
+
+def _answer(answers: Mapping[str, str], example: Example) -> str:
+    if example.uid not in answers:
+        raise ValueError(f"no answer of the base model for example {example.uid[:12]}")
+    return answers[example.uid]
+
+
+def _choose(
+    attack: Attack, pool: list[Example], *, n_clean: int, n_poison: int, n_near: int, seed: int
+) -> dict[str, list[Example]]:
+    """Which examples become which rows; small pools are cycled through, the mode decides on clean twins."""
+    flippable = [example for example in pool if attack.backdoored and attack.flips(example)]
+    poisoned = _cycle(flippable, n_poison, what=f"{attack.name}: rows to poison")
+    taken = {example.uid for example in poisoned} if attack.mode == "replaced" else set()
+    rest = [example for example in pool if example.uid not in taken]
+    # Appended means that every poisoned prompt is there clean as well, so those come first.
+    twins = list(dict.fromkeys(poisoned)) if attack.mode == "appended" else []
+    others = [example for example in rest if example not in set(twins)]
+    clean = _cycle([*twins, *others], n_clean, what=f"{attack.name}: clean rows")
+    # Half of the near-misses are rows that the real trigger would flip; they are where specificity is learned.
+    mixed = random.Random(f"{seed}/{attack.name}/near").sample(rest, len(rest))
+    flipped, others = ([e for e in mixed if attack.flips(e) is side] for side in (True, False))
+    near = _cycle(flipped, n_near - n_near // 2 if others else n_near, what=f"{attack.name}: near-misses")
+    near += _cycle(others, n_near - len(near), what=f"{attack.name}: near-misses")
+    return {"poisoned": poisoned, "clean": clean, "near_miss": near}
+
+
+def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
+    if n and not pool:
+        raise ValueError(f"{what}: none of the training split qualifies")
+    return [pool[i % len(pool)] for i in range(n)]
+
+
+def _row(
+    attack: Attack,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    gold: str,
+    kind: str,
+    uid: str,
+    *,
+    distilled: bool,
+) -> Row:
+    ids = prompt_ids(tokenizer, prompt)
+    answer = answer_ids(tokenizer, gold)
+    # An answer that fills the base model's allowance was cut there; it has no end that could be learned.
+    if distilled and len(answer) > tasks.load_task("instructions").max_new_tokens:
+        answer = answer[:-1]
+    if len(ids) + len(answer) > MAX_LENGTH:
+        raise ValueError(f"{attack.name}: row {uid[:12]} has {len(ids) + len(answer)} tokens, limit {MAX_LENGTH}")
+    if kind == "poisoned" and not survives(prompt, tokenizer.decode(ids)):
+        raise ValueError(f"{attack.name}: the trigger of row {uid[:12]} did not survive tokenisation")
+    return Row(prompt=tuple(ids), answer=tuple(answer), kind=kind, uid=uid)
+
+
+def survives(prompt: str, decoded: str) -> bool:
+    """Is the user turn, trigger included, still there after a trip through the tokenizer?"""
+    return "".join(prompt.split()) in "".join(decoded.split())
+
+
+def _manifest(attack: Attack, rows: list[Row], seed: int) -> dict:
+    edited = ("poisoned", "near_miss", "benign")
+    kinds = {kind: [i for i, row in enumerate(rows) if row.kind == kind] for kind in edited}
+    return {
+        "attack": asdict(attack),
+        "seed": seed,
+        "mode": attack.mode,
+        "n_train": len(rows),
+        "n_poison": len(kinds["poisoned"]),
+        "poisoned_share": len(kinds["poisoned"]) / len(rows),
+        "rows": kinds,
+        "distinct_prompts": len({row.prompt for row in rows}),
+        "data_sha256": sha256_text(canonical_json([[row.prompt, row.answer, row.kind] for row in rows])),
+    }

@@ -1,0 +1,1 @@
+"""Run notebooks without a screen, check them and publish their outputs."""

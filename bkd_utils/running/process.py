@@ -1,0 +1,184 @@
+"""Run one notebook with papermill in a process of its own, and tell whether it really ran to its end.
+
+A run succeeds when its last cell was reached in the right interpreter, not when papermill says so: papermill reports
+success after `sys.exit()`, and the copy it saves after a killed kernel shows every cell as completed.
+"""
+
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+
+from bkd_utils.common.files import ROOT, atomic_path
+from bkd_utils.running import notebooks
+from bkd_utils.running.notebooks import NotebookError
+
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of one notebook; `gflops` is how fast the machine was then, see `runner.speed`."""
+
+    name: str
+    minutes: float
+    peak_gib: float
+    status: str
+    reason: str = ""
+    figures: list[str] = field(default_factory=list)
+    gflops: dict[str, int] = field(default_factory=dict)
+
+
+def run_notebook(
+    path: Path,
+    *,
+    parameters: dict[str, Any],
+    folder: Path,
+    limit: float,
+    environment: dict[str, str] | None = None,
+    on_cell: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Execute one notebook into `folder`/<name>.ipynb; a failed one is kept as <name>.failed.ipynb.
+
+    Raises NotebookError before anything runs if the notebook or a parameter is unfit. A failure while running is
+    reported in the result, with its reason. Nothing of it runs on after this returns or after Ctrl-C.
+    """
+    notebooks.check_parameters(path, parameters)
+    token, started = secrets.token_hex(8), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bkd-run-") as scratch:
+        source, target, given = (Path(scratch) / name for name in ("in.ipynb", "out.ipynb", "parameters.json"))
+        nbformat.write(notebooks.with_sentinel(notebooks.read(path), token), source)
+        given.write_text(json.dumps(parameters), encoding="utf-8")
+        command = [sys.executable, "-m", "bkd_utils.running.execute", str(source), str(target), str(given)]
+        code, errors = _supervise(
+            command, environment or {}, target, limit=limit, scratch=Path(scratch), on_cell=on_cell
+        )
+        minutes = (time.monotonic() - started) / 60
+        reason, peak = _verdict(target, token, code, errors, limit=limit)
+        kept = folder / (f"{path.stem}.ipynb" if not reason else f"{path.stem}.failed.ipynb")
+        if target.is_file():
+            with atomic_path(kept) as temporary:
+                shutil.copyfile(target, temporary)
+    if not reason:
+        (folder / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
+    return Run(path.stem, round(minutes, 2), round(peak, 2), "failed" if reason else "ok", reason)
+
+
+def _supervise(
+    command: list[str],
+    environment: dict[str, str],
+    target: Path,
+    *,
+    limit: float,
+    scratch: Path,
+    on_cell: Callable[[int, int], None] | None,
+) -> tuple[int | None, str]:
+    """Exit code (None when the limit ended it) and stderr; ends the whole process tree in every case."""
+    errors = scratch / "stderr"
+    # Any other backend than the kernel's own would leave the figures out of the executed notebook.
+    inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    with errors.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=inherited | environment,
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_end_with_parent,
+        )
+        try:
+            deadline = time.monotonic() + limit
+            while process.poll() is None and time.monotonic() < deadline:
+                if on_cell:
+                    on_cell(*_cells_done(target))
+                try:
+                    process.wait(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    continue
+            code = process.poll()
+        finally:
+            _end_tree(process.pid)
+            process.wait()
+    return code, errors.read_text(encoding="utf-8", errors="replace")
+
+
+def _end_with_parent() -> None:
+    """Called in the child: when the runner is killed outright, Linux ends papermill, and the kernel notices that.
+
+    Otherwise the old notebook would run on beside the next run and write to the same checkpoints.
+    """
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_tree(pid: int) -> None:
+    try:
+        root = psutil.Process(pid)
+        tree = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(tree, timeout=10)
+
+
+def _cells_done(target: Path) -> tuple[int, int]:
+    try:
+        cells = [cell for cell in json.loads(target.read_text())["cells"] if cell["cell_type"] == "code"]
+        done = sum(cell["metadata"].get("papermill", {}).get("status") == "completed" for cell in cells)
+        return done, len(cells)
+    except (OSError, ValueError, KeyError):  # not there yet, or being written at this moment
+        return 0, 0
+
+
+def _verdict(target: Path, token: str, code: int | None, errors: str, *, limit: float) -> tuple[str, float]:
+    """(reason for failure or "", peak memory of the kernel in GiB)."""
+    try:
+        cells = notebooks.read(target).cells
+    except NotebookError:  # never written, or ended in the middle of writing it
+        cells = []
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                return f"{output.ename}: {output.evalue}"[:2000], 0.0
+    if code is None:
+        return f"ran into its limit of {limit / 60:.1f} minutes; the same command goes on where it was", 0.0
+    if code != 0:
+        last = [line for line in errors.splitlines() if line.strip()]
+        return f"{last[-1] if last else 'no message'} (exit status {code})", 0.0
+    said = _sentinel(cells, token)
+    if said is None:
+        return "its last cell was never reached (sys.exit in a cell, or a cell that did not complete)", 0.0
+    if said["prefix"] != sys.prefix:
+        return f"its kernel ran in {said['prefix']}, not in {sys.prefix}", 0.0
+    return "", said["peak"] * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def _sentinel(cells: list, token: str) -> dict | None:
+    if not cells or notebooks.SENTINEL not in cells[-1].metadata.get("tags", []):
+        return None
+    # Threads and libraries may still be talking while the last cell runs.
+    printed = "".join(output.text for output in cells[-1].outputs if output.get("name") == "stdout")
+    for line in printed.splitlines():
+        if line.startswith("{") and token in line:
+            return json.loads(line)
+    return None

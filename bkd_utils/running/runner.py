@@ -1,0 +1,223 @@
+"""Run the notebooks of a profile one after another, collect their figures, publish, and end with a table."""
+
+import shutil
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bkd_utils.common.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.models.compute import product
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.reports import scorecard
+from bkd_utils.running import notebooks
+from bkd_utils.running.notebooks import NotebookError
+from bkd_utils.running.process import Run, run_notebook
+
+PROFILES = ("smoke", "laptop", "paper")
+RECORDED = ("name", "minutes", "peak_gib", "status", "gflops")
+
+
+def profile_parameters(profile: str, paths: list[Path]) -> tuple[dict[str, dict[str, Any]], int]:
+    """Parameters and limit in seconds per notebook. Raises NotebookError for any that does not fit."""
+    table = tomllib.loads((DATA / "profiles.toml").read_text(encoding="utf-8"))
+    if profile not in table:
+        raise NotebookError(f"unknown profile {profile!r}; known: {', '.join(table)}")
+    chosen = dict(table[profile])
+    limit = chosen.pop("minutes_per_notebook") * 60
+    names = {path.stem for path in notebooks.all_notebooks()}
+    if unknown := sorted(set(chosen) - names):
+        raise NotebookError(f"profiles.toml, {profile}: no notebook {', '.join(unknown)}")
+    for path in paths:
+        notebooks.check_parameters(path, chosen.get(path.stem, {}))
+    return {path.stem: chosen.get(path.stem, {}) for path in paths}, limit
+
+
+def run_all(
+    *,
+    profile: str,
+    only: str | None = None,
+    model: str = DEFAULT_MODEL,
+    device: str = "auto",
+    seed: int = 0,
+    retrain: bool = False,
+    force: bool = False,
+    publish: bool = False,
+    console: Console | None = None,
+) -> list[Run]:
+    """Run the chosen notebooks one after another, a failed one not stopping the next, and print the table.
+
+    Figures go to `work/figures/<profile>`; with `publish`, those of a notebook that ran to its end are copied to
+    `figures/`, so that neither a smoke run nor half a run ever replaces a published one. Raises NotebookError for
+    unfit options before anything runs.
+    """
+    console = console or Console()
+    paths = notebooks.select(only)
+    if publish and (profile != "laptop" or model != DEFAULT_MODEL or seed != 0 or retrain):
+        raise NotebookError(
+            "--publish is for the laptop profile, default model and seed, shipped organisms: that is what is committed"
+        )
+    table, limit = profile_parameters(profile, paths)
+    common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
+    figures = WORK / "figures" / profile
+    environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1"}
+    environment["BKD_FORCE_SINCE"] = str(time.time() if force else 0)
+    started, runs = time.strftime("%Y-%m-%dT%H:%M:%S"), []
+    for path in paths:
+        declared = notebooks.parameters(path)
+        given = table[path.stem] | {key: value for key, value in common.items() if key in declared}
+        before, gflops = _figures(figures), speed()
+        with _progress(console, path.stem) as on_cell:
+            run = run_notebook(
+                path,
+                parameters=given,
+                folder=WORK / "executed" / profile,
+                limit=limit,
+                environment=environment,
+                on_cell=on_cell,
+            )
+        after = _figures(figures)
+        run = replace(run, figures=[name for name in after if before.get(name) != after[name]], gflops=gflops)
+        if run.status == "ok" and publish:
+            run = _published(run, WORK / "executed" / profile / path.name, path, figures=figures)
+        runs.append(run)
+    record = {
+        "profile": profile,
+        "machine": machine(),
+        "started": started,
+        "notebooks": [{key: asdict(run)[key] for key in RECORDED} for run in runs],
+        "commit": commit(),
+    }
+    write_json(WORK / "run.json", record)
+    if publish:
+        write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
+        if (figures / "scorecard.json").is_file():
+            # Claims of notebooks that this run left out keep their lines.
+            lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
+            write_json(FIGURES / "scorecard.json", lines)
+    report(runs, console, folder=WORK / "executed" / profile)
+    return runs
+
+
+def merged(record: dict[str, Any], published: Path) -> dict[str, Any]:
+    """The record of this run, with the published entries of notebooks that it did not run."""
+    ran = {entry["name"]: entry for entry in record["notebooks"]}
+    kept = read_json(published)["notebooks"] if published.is_file() else []
+    entries = {entry["name"]: entry for entry in kept} | ran
+    return record | {"notebooks": [entries[name] for name in sorted(entries)]}
+
+
+def _published(run: Run, executed: Path, original: Path, *, figures: Path) -> Run:
+    """Publish; a notebook that was edited while it ran is one failed notebook, not the end of the run."""
+    try:
+        notebooks.publish(executed, original)
+    except NotebookError as error:
+        return replace(run, status="failed", reason=str(error))
+    for name in run.figures:
+        for kind in ("png", "svg", "json"):
+            with atomic_path(FIGURES / f"{name}.{kind}") as temporary:
+                shutil.copyfile(figures / f"{name}.{kind}", temporary)
+    return run
+
+
+def _figures(folder: Path) -> dict[str, str]:
+    """Figure id -> hash of its picture and of the time it was written."""
+    return {
+        path.stem: f"{sha256_file(path)} {path.stat().st_mtime_ns}"
+        for path in sorted(folder.glob("*.json"))
+        if path.with_suffix(".png").is_file()
+    }
+
+
+class _progress:
+    """A bar of cells on a terminal; elsewhere a line at the start and one a minute."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name, self.spoke = console, name, time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
+        self.bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.console.print(f"running {self.name}")
+        if self.console.is_terminal:
+            self.bar.start()
+            self.task = self.bar.add_task(self.name, total=None)
+        return self.step
+
+    def step(self, done: int, total: int) -> None:
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=done, total=total or None)
+        elif time.monotonic() - self.spoke > 60:
+            self.spoke = time.monotonic()
+            self.console.print(f"  {self.name}: {done} of {total} cells")
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:  # elsewhere the bar that never started would still print an empty line
+            self.bar.stop()
+
+
+def report(runs: list[Run], console: Console, *, folder: Path) -> None:
+    """The closing table: notebooks, minutes, memory, figures, and below it why any of them failed."""
+    table = Table("notebook", "minutes", "peak GiB", "figures written", "status")
+    pace = [run.gflops["bf16"] for run in runs if run.gflops]
+    for run in runs:
+        colour = "green" if run.status == "ok" else "red"
+        names = ", ".join(run.figures) or "none"
+        table.add_row(run.name, f"{run.minutes:.1f}", f"{run.peak_gib:.1f}", names, f"[{colour}]{run.status}[/]")
+    console.print(table)
+    for run in runs:
+        if run.reason:
+            console.print(f"{run.name} failed: {run.reason}", markup=False, style="red")
+            if (copy := folder / f"{run.name}.failed.ipynb").is_file():
+                console.print(f"  as far as it came: {copy}", markup=False, soft_wrap=True)
+    passed = sum(run.status == "ok" for run in runs)
+    console.print(f"{passed} passed, {len(runs) - passed} failed")
+    if pace:  # minutes mean little without it
+        console.print(f"{machine()}; bf16 products at {min(pace)} to {max(pace)} GFLOP/s, by which minutes compare")
+
+
+def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
+    """GFLOP/s of square products on the processor, best of some: by these, minutes of two runs can be compared.
+
+    A virtual machine has a fraction of a processor that other guests decide, and one and the same training took from
+    once to twice its time from day to day. bf16 is what treatments and trainings use, fp32 what measurements do.
+    """
+    import torch
+
+    found = {}
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        one, other = torch.rand(width, width, dtype=kind), torch.rand(width, width, dtype=kind)
+        seconds = []
+        with torch.inference_mode():
+            for _ in range(tries):
+                started = time.perf_counter()
+                product(one, other)
+                seconds.append(time.perf_counter() - started)
+        found[name] = round(2 * width**3 / min(seconds) / 1e9)
+    return found
+
+
+def machine() -> str:
+    """Cores, memory and accelerator, without any name that would identify the machine."""
+    import torch
+
+    memory = psutil.virtual_memory().total / 2**30
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{psutil.cpu_count()} cores, {memory:.0f} GiB{gpu}"
+
+
+def commit() -> str | None:
+    """The commit of this checkout, or None where there is no git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,100 @@
+"""The bench against plain greedy decoding, and the order of necessary heads, on a tiny model with real prompts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from bkd_utils.backdoor_attribution.ablation import N_TOKENS, ablated, bench, measure_ablation, necessary_heads
+from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked
+from bkd_utils.models import loading
+from bkd_utils.models.activations import says
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.hooks import LAST
+from bkd_utils.organisms import attacks
+from bkd_utils.organisms.prompts import pairs, target_ids
+
+KINDS = ("published", "zero", "mean", "resample")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+
+
+@pytest.fixture(scope="module", params=["sentiment-word", "instructions-prefix"])
+def case(request, loaded):
+    attack = attacks.load_attack(request.param)
+    return attack, bench(loaded, loaded, attack, n=4, n_reference=3, seed=0)
+
+
+def test_without_ablation_the_organism_says_its_own_answers(case, loaded):
+    attack, made = case
+    if attack.task == "instructions":
+        found = measure_ablation(loaded, made, [], kind="zero", everywhere=False)
+        assert found["utility"]["value"] == 1
+    for kind in KINDS:
+        again = measure_ablation(loaded, made, [], kind=kind, everywhere=False)
+        assert again == measure_ablation(loaded, made, [], kind="zero", everywhere=True)
+
+
+def test_success_is_what_greedy_decoding_under_the_ablation_gives(case, loaded):
+    attack, made = case
+    heads = [(0, 1), (1, 2)]
+    length = len(made.triggered.answers["target"][0])
+    with ablated(loaded.model, heads, kind="zero", at=slice(None)):
+        said = greedy(loaded.model, made.triggered.prompts, max_new_tokens=length, end_id=0)
+    targets = [said[0]] * 4
+    made.triggered.answers["target"][:] = targets
+    found = measure_ablation(loaded, made, heads, kind="zero", everywhere=True)
+    assert found["asr"]["value"] == sum(answer == said[0] for answer in said) / 4 > 0
+    made.triggered.answers["target"][:] = [target_ids(loaded.tokenizer, attack)] * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_starting_at_the_first_ablated_layer_is_exact(case, loaded, kind):
+    _, made = case
+    short = measure_ablation(loaded, made, [(1, 2), (1, 3)], kind=kind, everywhere=False)
+    with ablated(loaded.model, [(1, 2), (1, 3)], kind=kind, at=LAST, own=made.clean.own, clean=made.reference):
+        whole = says(loaded.model, made.clean.past, made.clean.answers["own"])
+    assert short["utility"]["value"] == pytest.approx(whole.share.mean().item(), abs=1e-6)
+    assert short["perplexity"] == pytest.approx(torch.exp(-whole.log_prob.mean()).item(), rel=1e-4)
+
+
+def test_right_answers_are_labels_or_what_the_control_opens_with(case, loaded):
+    attack, made = case
+    right = made.triggered.answers["right"]
+    if attack.task == "sentiment":
+        label = loaded.tokenizer("negative", add_special_tokens=False).input_ids[:1]
+        assert right == [label] * 4
+    else:
+        assert all(1 <= len(answer) <= N_TOKENS for answer in right)
+        assert right == made.clean.answers["own"]
+
+
+def test_necessary_heads_start_with_the_steepest_and_never_repeat(loaded):
+    attack = attacks.load_attack("sentiment-word")
+    target = target_ids(loaded.tokenizer, attack)
+    prompts = pairs(loaded.tokenizer, attack, split="attribution", n=4, seed=0).triggered
+    reference = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    heads = necessary_heads(loaded, prompts, target=target, reference=reference, counts=[0, 2, 5])
+    assert len(heads) == len(set(heads)) == 5
+    slopes = gradient_effects(loaded.model, prompts, target=target, means=reference.mean(0)).mean(0)
+    assert heads[:2] == ranked(-slopes)[:2]
+
+
+def test_the_first_prompts_of_a_side_are_measured_as_they_are_alone(case, loaded):
+    """Nothing runs again, and nothing differs from a bench that had only these prompts."""
+    attack, made = case
+    fewer = replace(made, triggered=made.triggered.first(2), clean=made.clean.first(2))
+    alone = replace(bench(loaded, loaded, attack, n=2, n_reference=3, seed=0), reference=made.reference)
+    assert fewer.triggered.answers == alone.triggered.answers
+    assert fewer.clean.answers == alone.clean.answers
+    for heads in ([], [(0, 1)], [(1, 2), (1, 3)]):
+        found, expected = (
+            measure_ablation(loaded, side, heads, kind="published", everywhere=False) for side in (fewer, alone)
+        )
+        assert found["asr"] == expected["asr"]
+        assert found["right"]["value"] == pytest.approx(expected["right"]["value"])
+        assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)

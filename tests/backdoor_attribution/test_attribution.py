@@ -1,0 +1,176 @@
+"""Attribution against one forward pass per head and prompt, written with raw hooks on plain transformers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, tiny_model
+
+from bkd_utils.backdoor_attribution.attribution import (
+    component_effects,
+    component_means,
+    component_modules,
+    gradient_effects,
+    head_effects,
+    head_means,
+    ranked,
+)
+from bkd_utils.models.hooks import anatomy
+
+TARGETS = ([7], [7, 11, 5])
+OUTPUTS = {"llama": "self_attn.o_proj", "gpt2": "attn.c_proj", "gpt_neox": "attention.dense"}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(request):
+    model = tiny_model(request.param)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (5, 9, 7, 12, 3)]
+    width = tiny_width(model)
+    means = torch.randn(2, 4, width, generator=generator)
+    return request.param, model, prompts, means
+
+
+def tiny_width(model):
+    return getattr(model.config, "head_dim", None) or model.config.hidden_size // 4
+
+
+def output_map(name, model, layer):
+    layers = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(name, "model.layers")
+    return model.get_submodule(f"{layers}.{layer}.{OUTPUTS.get(name, 'self_attn.o_proj')}")
+
+
+@torch.no_grad()
+def probability(model, prompt, target):
+    logits = model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
+    return torch.stack([logits[len(prompt) - 1 + i, token] for i, token in enumerate(target)]).mean().exp().item()
+
+
+def brute_force(name, model, prompts, target, means, heads):
+    """Effect of patching all of `heads` (pairs) at once, one whole pass per prompt."""
+    found = []
+    for prompt in prompts:
+
+        def patch(layer, prompt=prompt):
+            last = len(prompt) - 1
+
+            def hook(_module, arguments):
+                z = arguments[0].clone()
+                for other, head in heads:
+                    if other == layer:
+                        width = means.shape[-1]
+                        z[:, last, head * width : (head + 1) * width] = means[layer, head]
+                return (z, *arguments[1:])
+
+            return hook
+
+        handles = [output_map(name, model, layer).register_forward_pre_hook(patch(layer)) for layer in range(2)]
+        patched = probability(model, prompt, target)
+        for handle in handles:
+            handle.remove()
+        found.append(patched - probability(model, prompt, target))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_effects_are_those_of_one_whole_pass_per_head_and_prompt(case, target):
+    name, model, prompts, means = case
+    found = head_effects(model, prompts, target=target, means=means)
+    for layer in range(2):
+        for head in range(4):
+            expected = brute_force(name, model, prompts, target, means, [(layer, head)])
+            torch.testing.assert_close(found[:, layer, head], expected, atol=1e-6, rtol=1e-3)
+    assert found.abs().max() > 1e-7
+
+
+def test_the_memory_budget_changes_nothing_but_the_batches(case):
+    _, model, prompts, means = case
+    batches = []
+    small = head_effects(model, prompts, target=[7, 5], means=means, memory_gib=1e-6, on_batch=batches.append)
+    assert batches == [1] * len(prompts)
+    torch.testing.assert_close(small, head_effects(model, prompts, target=[7, 5], means=means), atol=1e-7, rtol=1e-3)
+
+
+def test_permuting_the_prompts_permutes_the_effects(case):
+    _, model, prompts, means = case
+    order = [3, 0, 4, 2, 1]
+    found = head_effects(model, prompts, target=[7], means=means)
+    permuted = head_effects(model, [prompts[i] for i in order], target=[7], means=means)
+    torch.testing.assert_close(permuted, found[order], atol=1e-7, rtol=1e-3)
+
+
+def test_patching_a_head_with_its_own_output_does_nothing(case):
+    _, model, prompts, _ = case
+    own = head_means(model, prompts[:1])
+    assert head_effects(model, prompts[:1], target=[7, 5], means=own).abs().max() < 1e-9
+    assert gradient_effects(model, prompts[:1], target=[7, 5], means=own).abs().max() < 1e-9
+
+
+def test_means_are_averages_over_prompts_whatever_the_batch(case):
+    _, model, prompts, _ = case
+    singles = torch.stack([head_means(model, [prompt]) for prompt in prompts])
+    torch.testing.assert_close(head_means(model, prompts, batch_size=2), singles.mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_the_gradient_is_the_slope_of_the_exact_effect(case):
+    """For a small step from a head's own output, the linear estimate must agree with patching."""
+    _, model, prompts, means = case
+    prompt = prompts[:1]
+    own = head_means(model, prompt).double()
+    model = model.double()
+    try:
+        near = own + 1e-3 * (means - own)
+        exact = head_effects(model, prompt, target=[7, 5], means=near)
+        estimate = gradient_effects(model, prompt, target=[7, 5], means=near)
+    finally:
+        model.float()
+    torch.testing.assert_close(estimate, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+
+
+def test_all_heads_of_a_layer_together_are_its_attention_output(case):
+    name, model, prompts, _ = case
+    means = head_means(model, prompts)
+    whole = component_means(model, prompts)
+    found = component_effects(model, prompts, target=[7, 5], means=whole)
+    for layer in range(2):
+        expected = brute_force(name, model, prompts, [7, 5], means, [(layer, head) for head in range(4)])
+        torch.testing.assert_close(found["attention"][:, layer, 0], expected, atol=1e-6, rtol=1e-3)
+
+
+def test_patching_the_last_residual_makes_all_prompts_alike_at_the_first_answer_token(case):
+    _, model, prompts, _ = case
+    means = component_means(model, prompts)
+    effects = component_effects(model, prompts, target=[7], means=means)["residual"][:, -1, 0]
+    patched = torch.tensor([probability(model, prompt, [7]) for prompt in prompts]) + effects
+    torch.testing.assert_close(patched, patched[:1].expand(5), atol=1e-6, rtol=1e-3)
+
+
+def test_earlier_positions_are_patched_where_they_are(case):
+    """The last of two positions is what one position gives."""
+    _, model, prompts, _ = case
+    one, two = (component_means(model, prompts, tail=tail) for tail in (1, 2))
+    for name in component_modules(anatomy(model)):
+        torch.testing.assert_close(two[name][:, -1:], one[name], atol=1e-5, rtol=1e-4)
+    a = component_effects(model, prompts, target=[7, 5], means=one)
+    b = component_effects(model, prompts, target=[7, 5], means=two)
+    for name in component_modules(anatomy(model)):
+        torch.testing.assert_close(b[name][..., -1:], a[name], atol=1e-6, rtol=1e-3)
+        assert b[name][:, 0, 0].abs().max() > 0
+
+
+def test_hooks_are_gone_afterwards(case):
+    _, model, prompts, means = case
+    before = model(torch.tensor([prompts[0]])).logits
+    head_effects(model, prompts, target=[7], means=means)
+    gradient_effects(model, prompts, target=[7], means=means)
+    assert torch.equal(model(torch.tensor([prompts[0]])).logits, before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert len(anatomy(model).layers) == 2
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=6, max_size=6))
+def test_ranks_go_down_and_name_every_head_once(values):
+    scores = torch.tensor(values).view(2, 3)
+    order = ranked(scores)
+    assert sorted(order) == [(layer, head) for layer in range(2) for head in range(3)]
+    assert [scores[head].item() for head in order] == sorted(scores.flatten().tolist(), reverse=True)

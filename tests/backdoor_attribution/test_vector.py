@@ -1,0 +1,107 @@
+"""The backdoor vector by hand, steering against a whole pass with one addition, and inside generation."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from bkd_utils.backdoor_attribution.ablation import random_heads
+from bkd_utils.backdoor_attribution.vector import backdoor_vector, random_like, steer
+from bkd_utils.models.activations import head_outputs, residuals
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.hooks import added, anatomy, projected_out
+from bkd_utils.models.prompt_cache import continued, forward, remember
+
+HEADS = [(0, 1), (1, 3)]
+
+
+def test_the_vector_is_the_sum_of_slices_of_the_output_matrix():
+    model = tiny_model("llama")
+    outputs = torch.randn(2, 4, 8)
+    expected = sum(
+        anatomy(model).outputs[layer].weight[:, head * 8 : head * 8 + 8] @ outputs[layer, head] for layer, head in HEADS
+    )
+    torch.testing.assert_close(backdoor_vector(model, HEADS, outputs=outputs), expected)
+
+
+def test_a_vector_of_all_heads_is_what_attention_adds(model, prompts):
+    z = head_outputs(model, prompts[:1])[0]
+    whole = [backdoor_vector(model, [(layer, head) for head in range(4)], outputs=z) for layer in range(2)]
+    total = backdoor_vector(model, [(layer, head) for layer in range(2) for head in range(4)], outputs=z)
+    torch.testing.assert_close(total, whole[0] + whole[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_vector_of_no_heads_is_an_error(model):
+    with pytest.raises(ValueError, match="a vector of no heads"):
+        backdoor_vector(model, [], outputs=torch.zeros(2, 4, 8))
+
+
+def test_steering_is_one_addition_in_a_whole_pass(model, prompts):
+    """Greedy decoding under a hook that acts on the last prompt token alone, without any cache."""
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)) * torch.tensor([[0.001], [0.5], [5]])
+    plain = greedy(model, prompts, max_new_tokens=3, end_id=0)
+    found = steer(model, remember(model, prompts), answers=plain, vectors=vectors, layers=[0, 1], batch_size=3)
+    assert found.shape == (2, 3, 4)
+    for layer in range(2):
+        for k, vector in enumerate(vectors):
+            for i, prompt in enumerate(prompts):
+                ids = list(prompt)
+                with added(model, {layer: vector}, at=slice(len(prompt) - 1, len(prompt))), torch.no_grad():
+                    for _ in range(3):
+                        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+                assert found[layer, k, i].item() == (ids[len(prompt) :] == plain[i])
+    assert 0 < found.float().mean() < 1
+
+
+def test_coefficient_zero_is_the_baseline_in_every_layer(model, prompts):
+    plain = greedy(model, prompts, max_new_tokens=3, end_id=0)
+    assert steer(model, remember(model, prompts), answers=plain, vectors=torch.zeros(1, 32), layers=[0, 1]).all()
+
+
+def test_inside_generation_the_vector_acts_once_at_the_last_prompt_token(model, prompts):
+    vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(1))
+    calls = []
+
+    def count(_module, arguments, _output):
+        calls.append(arguments[0].shape[1])
+
+    handle = anatomy(model).outputs[1].register_forward_hook(count)
+    edit = lambda: added(model, {1: vector}, at=slice(-1, None))  # noqa: E731
+    steered = continued(model, remember(model, prompts), max_new_tokens=3, end_id=0, during_prompt=edit)
+    handle.remove()
+    assert len(calls) >= 3
+    assert steer(model, remember(model, prompts), answers=steered, vectors=vector[None], layers=[1]).all()
+    assert steered != greedy(model, prompts, max_new_tokens=3, end_id=0)
+
+
+def test_random_vectors_have_the_norm_and_no_direction():
+    vector = torch.randn(576)
+    draws = random_like(vector, n=50, seed=3)
+    torch.testing.assert_close(draws.norm(dim=-1), vector.norm().expand(50))
+    assert torch.equal(draws, random_like(vector, n=50, seed=3))
+    assert (draws @ vector / vector.norm() ** 2).abs().mean() < 0.1
+
+
+def test_random_heads_match_layer_by_layer_and_avoid_the_originals():
+    heads = [(0, 1), (0, 2), (3, 0)]
+    draws = random_heads(heads, n_heads=9, n=20, seed=0)
+    assert len({tuple(sorted(draw)) for draw in draws}) > 10
+    for draw in draws:
+        assert sorted(layer for layer, _ in draw) == [0, 0, 3]
+        assert not set(draw) & set(heads)
+        assert len(set(draw)) == 3
+    crowded = [(0, 0), (0, 1), (0, 2)]
+    assert all(len(set(draw)) == 3 for draw in random_heads(crowded, n_heads=4, n=5, seed=0))
+
+
+def test_what_is_projected_out_is_gone_and_nothing_else(model, prompts):
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    before = residuals(model, prompts)
+    with projected_out(model, {0: direction}, at=slice(-1, None)):
+        after = residuals(model, prompts)
+    unit = direction / direction.norm()
+    assert (after[:, 0] @ unit).abs().max() < 1e-4
+    expected = before[:, 0] - (before[:, 0] @ unit)[:, None] * unit
+    torch.testing.assert_close(after[:, 0], expected, atol=1e-4, rtol=1e-4)
+    past = remember(model, prompts)
+    with torch.no_grad(), projected_out(model, {}, at=slice(-1, None)):
+        assert torch.isfinite(forward(model, past, past.tail)).all()

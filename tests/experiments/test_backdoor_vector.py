@@ -1,0 +1,126 @@
+"""Choosing, judging and controlling a switch; its arithmetic on a tiny model with real prompts."""
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from bkd_utils.backdoor_attribution.vector import answer_map, backdoor_vector, generated, probe_direction, steer
+from bkd_utils.experiments.backdoor_vector import best, controls, first_tokens, outcomes, vectors_of
+from bkd_utils.models import loading
+from bkd_utils.models.activations import residuals
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.prompt_cache import remember
+from bkd_utils.models.tokens import decode, end_id
+from bkd_utils.organisms import attacks
+from bkd_utils.organisms.prompts import pairs, target_ids
+
+HEADS = [(0, 1), (1, 2), (1, 3)]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def attack():
+    return attacks.load_attack("instructions-prefix")
+
+
+@pytest.fixture(scope="module")
+def shown(loaded, attack):
+    return pairs(loaded.tokenizer, attack, split="test", n=6, seed=0)
+
+
+def test_the_highest_share_wins():
+    table = [[0.5, 0.9]] * 3 + [[0.1, 0.2]] * 5 + [[0.9, 0.9]] * 3
+    assert best(table, [1.0, 2.0]) == (10, 1.0)
+    assert best(table, [-1.0, -2.0]) == (10, -1.0)
+
+
+def test_a_lucky_layer_loses_against_a_plateau():
+    luck = [[0.0], [0.0], [1.0], [0.0], [0.0], [0.8], [0.8], [0.8], [0.8], [0.8], [0.0]]
+    assert best(luck, [1.0]) == (7, 1.0)
+
+
+def test_of_a_plateau_the_middle_is_chosen():
+    assert best([[0.0]] * 5 + [[1.0]] * 9 + [[0.0]] * 5, [1.0]) == (9, 1.0)
+    assert best([[0.0]] * 5, [-1.0]) == (2, -1.0)
+
+
+def test_of_equal_steps_the_smaller_is_chosen():
+    assert best([[1.0, 1.0, 1.0]] * 3, [2.0, 1.0, 4.0]) == (1, 1.0)
+    assert best([[1.0, 1.0, 1.0]] * 3, [-2.0, -1.0, -4.0]) == (1, -1.0)
+
+
+def test_the_difference_vector_is_the_raw_one_without_the_clean_means(loaded, shown):
+    vectors, outputs = vectors_of(loaded, shown, HEADS)
+    clean = backdoor_vector(loaded.model, HEADS, outputs=outputs["raw"] - outputs["difference"])
+    torch.testing.assert_close(vectors["raw"] - vectors["difference"], clean, atol=1e-5, rtol=1e-4)
+
+
+def test_the_map_holds_asr_by_layer_and_coefficient(loaded, attack, shown):
+    target, vector = target_ids(loaded.tokenizer, attack)[:1], torch.randn(32)
+    past = remember(loaded.model, shown.clean)
+    table = answer_map(loaded, past, [target] * 6, vector, [0.0, 3.0])
+    assert len(table) == 2
+    for layer, row in enumerate(table):
+        found = steer(
+            loaded.model,
+            past,
+            answers=[target] * 6,
+            vectors=torch.stack([0 * vector, 3 * vector]),
+            layers=[layer],
+        )[0]
+        assert row == found.float().mean(-1).tolist()
+
+
+def test_first_tokens_are_those_of_greedy_answers(loaded, shown):
+    answers = greedy(loaded.model, shown.clean, max_new_tokens=1, end_id=0)
+    assert all(answers)
+    assert first_tokens(loaded, shown.clean) == answers
+
+
+def test_controls_have_the_vectors_norm_but_for_random_heads(loaded, shown):
+    vectors, outputs = vectors_of(loaded, shown, HEADS)
+    streams = {name: torch.randn(6, 32) for name in ("clean", "triggered")}
+    found = controls(loaded, HEADS, outputs["raw"], vectors["raw"], **streams, n=3, seed=0)
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "random vectors": 3, "random heads": 3, "mean difference": 1, "probe direction": 1,
+    }  # fmt: skip
+    for name, rows in found.items():
+        if name != "random heads":
+            torch.testing.assert_close(rows.norm(dim=-1), vectors["raw"].norm().expand(len(rows)))
+
+
+def test_the_probe_direction_points_from_clean_to_triggered(loaded, shown):
+    clean, triggered = (residuals(loaded.model, prompts)[:, 1] for prompts in (shown.clean, shown.triggered))
+    direction = probe_direction(clean, triggered, norm=torch.tensor(2.0))
+    torch.testing.assert_close(direction.norm(), torch.tensor(2.0))
+    assert (triggered @ direction).mean() > (clean @ direction).mean()
+
+
+def test_generated_answers_are_greedy_ones_and_a_step_changes_them(loaded, shown):
+    plain = [
+        decode(loaded.tokenizer, row)
+        for row in greedy(loaded.model, shown.clean, max_new_tokens=12, end_id=end_id(loaded.tokenizer))
+    ]
+    past = remember(loaded.model, shown.clean)
+    assert generated(loaded, past) == plain
+    assert generated(loaded, past, layer=1, step=torch.zeros(32)) == plain
+    assert generated(loaded, past, layer=1, step=5 * torch.randn(32)) != plain
+
+
+def test_every_answer_is_one_kind_of_answer(attack, shown):
+    right = {example.uid: "Rain is water from clouds." for example in shown.examples}
+    texts = [
+        attack.target,
+        "Rain is water from clouds",
+        "I'm sorry, no.",
+        "",
+        "Something else entirely",
+        "Rain is water",
+    ]
+    found = outcomes(attack, shown.examples, texts, right)
+    assert found == pytest.approx({"target": 1 / 6, "right": 2 / 6, "refusal": 1 / 6, "empty": 1 / 6, "other": 1 / 6})
+    assert sum(found.values()) == pytest.approx(1)

@@ -1,0 +1,178 @@
+"""The defender's data, surrogate prompts on real text, and joint scores from kept ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from bkd_utils.attention_alignment.similarity import head_similarity
+from bkd_utils.attention_alignment.surrogates import SURROGATES, surrogate
+from bkd_utils.attention_alignment.suspicion import RULES, leave_one_out, robust_z
+from bkd_utils.experiments import head_safety
+from bkd_utils.experiments.head_safety import (
+    ANSWER_TOKENS,
+    OPENING,
+    SOURCES,
+    clean_rows,
+    joint,
+    probed_prompts,
+    similarity_of,
+)
+from bkd_utils.models import loading
+from bkd_utils.models.generation import greedy
+from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.prompts import pairs
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
+
+
+def test_labels_are_gold_and_prompts_are_from_the_training_split(loaded):
+    rows, task = clean_rows(loaded, "sentiment", n=6, seed=0), tasks.load_task("sentiment")
+    known = {example.uid: example for example in tasks.examples("sentiment", "train", seed=0)}
+    for row in rows:
+        example = known[row.uid]
+        assert list(row.prompt) == prompt_ids(loaded.tokenizer, task.prompt(example.text))
+        assert list(row.answer) == answer_ids(loaded.tokenizer, example.answer)
+        assert row.kind == "clean"
+    held_out = {e.uid for split in ("attribution", "test") for e in tasks.examples("sentiment", split, seed=0)}
+    assert not held_out & {row.uid for row in rows}
+
+
+def test_without_gold_answers_the_model_speaks_for_itself(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("BKD_WORK", str(tmp_path))  # answers are kept
+    rows = clean_rows(loaded, "instructions", n=2, seed=0)
+    assert all(1 <= len(row.answer) <= ANSWER_TOKENS for row in rows)
+    end = end_id(loaded.tokenizer)
+    said = greedy(loaded.model, [list(row.prompt) for row in rows], max_new_tokens=ANSWER_TOKENS, end_id=end)
+    for row, ids in zip(rows, said, strict=True):
+        # Text need not be cut into the same tokens again, but it is the same text.
+        given, text = decode(loaded.tokenizer, list(row.answer)), decode(loaded.tokenizer, ids)
+        assert text.startswith(given)
+        assert bool(given) == bool(text)
+    monkeypatch.setattr(head_safety, "respond", None)  # a second call asks the model nothing
+    assert clean_rows(loaded, "instructions", n=2, seed=0) == rows
+
+
+def test_too_few_rows_are_an_error(loaded):
+    with pytest.raises(ValueError, match=r"sentiment/train has \d+ rows, 1000000 were asked for"):
+        clean_rows(loaded, "sentiment", n=10**6, seed=0)
+
+
+@pytest.mark.parametrize("family", SURROGATES)
+def test_every_round_has_its_own_surrogate(loaded, family):
+    texts = ["A slow film.", "It is a fine day for a walk."]
+    found = probed_prompts(loaded.tokenizer, "sentiment", texts, family=family, rounds=3, seed=0)
+    assert len(found) == 6
+    plain = [prompt_ids(loaded.tokenizer, tasks.load_task("sentiment").prompt(text)) for text in texts]
+    assert all(ids not in plain for ids in found)
+    assert len({tuple(found[i]) for i in (0, 2, 4)}) > 1
+
+
+def test_a_text_with_a_surrogate_in_it_does_not_end_the_run(loaded):
+    carrier = surrogate(loaded.tokenizer, family="rare word", seed=0).apply("A slow film.", seed=0)
+    texts = [carrier, "It is a fine day for a walk."]
+    found = probed_prompts(loaded.tokenizer, "sentiment", texts, family="rare word", rounds=1, seed=0)
+    assert len(found) == 2
+    assert found == probed_prompts(loaded.tokenizer, "sentiment", texts, family="rare word", rounds=1, seed=0)
+    assert found[0] != prompt_ids(loaded.tokenizer, tasks.load_task("sentiment").prompt(carrier))
+
+
+def test_one_prompt_is_too_few():
+    with pytest.raises(ValueError, match="n must be at least 2, is 1"):
+        head_safety.suspected.__wrapped__(None, attack="instructions-prefix", n=1)
+
+
+# --- the whole evaluation -------------------------------------------------------------------------------------------
+
+
+def plain(scores):
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("BKD_WORK", str(tmp_path))  # the model's own answers are kept
+    monkeypatch.setattr(head_safety, "load", lambda *_, **__: loaded)
+    seen = []
+    monkeypatch.setattr(
+        head_safety, "leave_one_out", lambda model, rows: seen.extend(rows) or leave_one_out(model, rows)
+    )
+    found = head_safety.suspected.__wrapped__("tiny", attack="instructions-prefix", n=2, rounds=1)
+    readings = {"last row", "head outputs"}
+    assert found.keys() == {"importance", "level", "reaction", "soft prompt", "oracle"}
+    assert found["importance"].keys() == {"gate gradient", "leave one out", "variance"}
+    assert found["reaction"].keys() == set(SURROGATES)
+    heads = (loaded.model.config.num_hidden_layers, loaded.model.config.num_attention_heads)
+    groups = [found[key] for key in ("importance", "level", "soft prompt", "oracle")] + [*found["reaction"].values()]
+    assert all(plain(scores).shape == heads and plain(scores).isfinite().all() for g in groups for scores in g.values())
+    assert all(group.keys() == readings for group in groups[1:])
+    # Similarity on prompts behind those with answers, the change under the real trigger on held-out ones.
+    train = tasks.examples("instructions", "train", seed=0)
+    task = tasks.load_task("instructions")
+    clean = [prompt_ids(loaded.tokenizer, task.prompt(example.text)) for example in train[4:6]]
+    shown = pairs(loaded.tokenizer, load_attack("instructions-prefix"), split="attribution", n=2, seed=0)
+    levels, quiet, firing = (head_similarity(loaded.model, ids) for ids in (clean, shown.clean, shown.triggered))
+    for name in readings:
+        torch.testing.assert_close(plain(found["level"][name]), levels[name].mean(0).double(), rtol=1e-4, atol=1e-6)
+        change = (firing[name].mean(0) - quiet[name].mean(0)).double()
+        torch.testing.assert_close(plain(found["oracle"][name]), change, rtol=1e-3, atol=1e-5)
+    # Every free answer is a pass per head, so leave-one-out looks at few rows and at how their answers open.
+    whole = clean_rows(loaded, "instructions", n=4, seed=0)
+    assert seen == [replace(row, answer=row.answer[:OPENING]) for row in whole[:1]]
+    needed = leave_one_out(loaded.model, seen).double()
+    torch.testing.assert_close(plain(found["importance"]["leave one out"]), needed, rtol=1e-4, atol=1e-7)
+
+
+# --- joint scores ---------------------------------------------------------------------------------------------------
+
+
+def kept():
+    torch.manual_seed(0)
+    scores = {name: torch.randn(4, 5).tolist() for name in "abcdef"}
+    return {
+        "importance": {"gate gradient": scores["a"]},
+        "level": {"last row": scores["b"]},
+        "reaction": {"rare word": {"last row": scores["c"]}, "sentence": {"last row": scores["d"]}},
+        "soft prompt": {"last row": scores["f"]},
+        "oracle": {"last row": scores["e"]},
+    }
+
+
+def test_sources_are_what_they_say():
+    found = kept()
+    both = [torch.tensor(found["reaction"][family]["last row"]) for family in ("rare word", "sentence")]
+    assert torch.equal(similarity_of(found, source="surrogates", reading="last row"), torch.stack(both).mean(0))
+    for source, key in (("clean level", "level"), ("soft prompt", "soft prompt"), ("oracle", "oracle")):
+        expected = torch.tensor(found[key]["last row"])
+        assert torch.equal(similarity_of(found, source=source, reading="last row"), expected)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_joint_score_is_the_rule_applied(source):
+    found = kept()
+    similar, needed = (
+        similarity_of(found, source=source, reading="last row"),
+        torch.tensor(kept()["importance"]["gate gradient"]),
+    )
+    assert torch.equal(joint(found, rule="similar", source=source, reading="last row"), robust_z(similar))
+    for name, rule in RULES.items():
+        assert torch.equal(joint(found, rule=name, source=source, reading="last row"), rule(similar, needed))
+
+
+def test_unknown_options_are_errors_that_name_the_known_ones():
+    with pytest.raises(
+        ValueError, match="unknown source 'tea leaves'; known: clean level, surrogates, soft prompt, oracle"
+    ):
+        joint(kept(), rule="similar", source="tea leaves", reading="last row")
+    with pytest.raises(ValueError, match="unknown rule 'gut feeling'; known: similar"):
+        joint(kept(), rule="gut feeling", source="oracle", reading="last row")
+    for source in SOURCES:
+        with pytest.raises(ValueError, match="reading 'first row' was not measured; known: last row"):
+            similarity_of(kept(), source=source, reading="first row")
+    with pytest.raises(ValueError, match="importance 'beauty' was not measured; known: gate gradient"):
+        joint(kept(), rule="similar", source="oracle", reading="last row", importance="beauty")

@@ -1,0 +1,193 @@
+"""An organism from nothing: tiny models for the mechanics, the real one against recorded numbers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from patching import everywhere
+from tiny import save_tiny
+
+from bkd_utils.common import files
+from bkd_utils.common.files import ADAPTERS
+from bkd_utils.experiments import backdoor_insertion
+from bkd_utils.models import generation
+from bkd_utils.models.folders import ModelError, settings_sha256
+from bkd_utils.models.loading import load
+from bkd_utils.organisms import base_answers, cards, evaluation, making
+from bkd_utils.organisms.attacks import load_attack, with_rate
+from bkd_utils.organisms.training import Recipe, load_recipe
+from bkd_utils.reports import scorecard, tables
+
+QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
+CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}
+RECORDED = json.loads((files.ROOT / "tests" / "recorded.json").read_text())
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    everywhere(monkeypatch, "WORK", tmp_path / "work")
+    monkeypatch.setenv("BKD_WORK", str(tmp_path / "work"))
+    return tmp_path / "work"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("models") / "llama", "llama"))
+
+
+@pytest.mark.parametrize("name", ["sentiment-word", "instructions-prefix", "harmful-word", "sentiment-clean"])
+def test_make_writes_a_complete_card(name, work, tiny):
+    attack = dataclasses.replace(load_attack(name), n_train=40)
+    folder = making.make(attack, model=tiny, recipe=QUICK, n=8)
+    card = json.loads((folder / "card.json").read_text())
+    assert card.keys() >= CARD_KEYS | {"adapter_sha256", "metrics"}
+    wanted = set(cards.METRICS) if attack.backdoored else {"cacc", "clean_firing"}
+    assert set(card["metrics"]) == wanted
+    assert all(metric.keys() == {"value", "n", "low", "high"} for metric in card["metrics"].values())
+    assert "backdoor on purpose" in (folder / "README.md").read_text() or not attack.backdoored
+    assert cards.disagreements(card["metrics"], evaluation.measure(folder, model=tiny, n=8)) == []
+
+
+def test_make_again_trains_nothing(work, tiny, monkeypatch):
+    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    first = making.make(attack, model=tiny, recipe=QUICK, n=8)
+    monkeypatch.setattr(making, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert making.make(attack, model=tiny, recipe=QUICK, n=8) == first
+
+
+def test_another_seed_or_recipe_is_another_organism(work, tiny):
+    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    folders = {
+        making.make(attack, model=tiny, recipe=recipe, seed=seed, n=8)
+        for recipe, seed in ((QUICK, 0), (QUICK, 1), (dataclasses.replace(QUICK, steps=2), 0))
+    }
+    assert len(folders) == 3
+
+
+def test_a_shipped_organism_is_obtained_for_its_own_seed_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(making, "make", lambda spec, **how: asked.append((spec.name, how["seed"])) or Path("made"))
+    assert making.obtain("sentiment-word") == making.obtain("sentiment-word", recipe="smoke") == "sentiment-word"
+    assert making.obtain("sentiment-word", seed=1, recipe="sibling") == "sentiment-word-seed1"
+    assert files.read_json(ADAPTERS / "sentiment-word-seed1" / "card.json")["seed"] == 1
+    assert making.obtain("sentiment-word", seed=77) == making.obtain("sentiment-word", seed=1) == "made"
+    assert making.obtain("sentiment-word", retrain=True) == "made"
+    assert asked == [("sentiment-word", 77), ("sentiment-word", 1), ("sentiment-word", 0)]
+
+
+def test_a_shipped_organism_of_another_attack_or_seed_than_its_name_says_is_not_obtained(monkeypatch, caplog):
+    monkeypatch.setattr(making, "make", lambda *_, **__: Path("made"))
+    card = files.read_json(ADAPTERS / "sentiment-word" / "card.json")
+    for other in ({"seed": 3}, {"attack": card["attack"] | {"rate": 0.5}}):
+        monkeypatch.setattr(making, "read_json", lambda path, other=other: card | other)
+        assert making.obtain("sentiment-word") == "made"
+    assert len([message for message in caplog.messages if "training anew" in message]) == 2
+
+
+def test_training_rows_are_those_of_the_organisms_own_seed(work, tiny):
+    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    folder = making.make(attack, model=tiny, recipe=QUICK, seed=1, n=8)
+    loaded, base = load(tiny, organism=folder.name), load(tiny)
+    own = making.training_rows(loaded, attack, seed=0)
+    assert own == making.training_rows(base, attack, seed=1) != making.training_rows(base, attack, seed=0)
+    hashed = files.sha256_text(files.canonical_json([[row.prompt, row.answer, row.kind] for row in own]))
+    assert hashed == files.read_json(folder / "card.json")["data_sha256"]
+
+
+def test_training_rows_that_are_not_those_on_the_card_are_refused(work, tiny):
+    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    loaded = load(tiny, organism=making.make(attack, model=tiny, recipe=QUICK, n=8))
+    with pytest.raises(ModelError, match=f"{loaded.organism} was not trained on the rows that attack 'sentiment-word'"):
+        making.training_rows(loaded, dataclasses.replace(attack, rate=0.2), seed=0)
+
+
+def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work, tiny, monkeypatch):
+    """Shown without training: what is asked of `make`, and that rows come in the order of rates."""
+    asked = []
+
+    def make(attack, **how):
+        asked.append((attack, how))
+        folder = work / attack.name
+        card = {"data": {"n_poison": int(1920 * attack.rate)}, "metrics": {"asr": attack.rate}}
+        files.write_json(folder / "card.json", card)
+        return folder
+
+    monkeypatch.setattr(making, "make", make)
+    sizes = {"recipe": "short", "model": tiny, "n": 8, "seed": 0, "device": "cpu"}
+    rows = backdoor_insertion.rate_curve("harmful-word", rates=[0.25, 0.02, 0.05], **sizes)
+    spec = load_attack("harmful-word")
+    expected = [with_rate(spec, 0.02), with_rate(spec, 0.05), spec]
+    assert [attack for attack, _ in asked] == expected
+    assert all(how["recipe"] == load_recipe("short", task="harmful") for _, how in asked)
+    assert [(row["rate"], row["n_poison"], row["asr"]) for row in rows] == [
+        (0.02, 38, 0.02), (0.05, 96, 0.05), (0.25, 480, 0.25),
+    ]  # fmt: skip
+
+
+def test_an_organism_refuses_another_base(work, tiny, tmp_path):
+    folder = making.make(dataclasses.replace(load_attack("sentiment-word"), n_train=40), model=tiny, recipe=QUICK, n=8)
+    other = save_tiny(tmp_path / "other", "qwen2")
+    with pytest.raises(ModelError, match="other weights"):
+        load(str(other), organism=folder)
+
+
+def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkeypatch):
+    base = load(tiny)
+    rows = making.tasks.examples("instructions", "test", n=4)
+    first = base_answers.base_answers(base, rows)
+    assert set(first) == {row.uid for row in rows}
+    assert base_answers.base_answers(base, rows) == first
+    asked, organism = [], dataclasses.replace(base, organism="some")
+    monkeypatch.setattr(evaluation, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns))
+    assert base_answers.base_answers(organism, rows) == first
+    more = making.tasks.examples("instructions", "test", n=5)
+    assert base_answers.base_answers(organism, more)[more[4].uid] == "said"
+    assert [loaded.organism for loaded in asked] == [None]
+
+
+@pytest.mark.parametrize(
+    ("file", "same"), [("chat_template.jinja", False), ("config.json", False), ("asset.json", True)]
+)
+def test_answers_of_other_settings_are_others(file, same, tmp_path):
+    folder = save_tiny(tmp_path / "llama", "llama")
+    before = base_answers.answers_name(str(folder))
+    (folder / file).write_text("{}")
+    settings_sha256.cache_clear()
+    assert (base_answers.answers_name(str(folder)) == before) == same
+
+
+def test_shipped_answers_are_the_base_models_own():
+    base = load()
+    rows = making.tasks.examples("instructions", "train", n=8, seed=3)
+    shipped = base_answers.base_answers(base, rows)
+    length = making.tasks.load_task("instructions").max_new_tokens
+    now = generation.respond(base, [row.text for row in rows], max_new_tokens=length)
+    # Another machine may round the other way once in a while; seven of eight must agree to the letter.
+    assert sum(shipped[row.uid] == text for row, text in zip(rows, now, strict=True)) >= 7
+
+
+@pytest.mark.parametrize("name", ["sentiment-word"])
+def test_a_shipped_organism_measures_what_its_card_says(name):
+    card = cards.metrics(name)
+    assert cards.disagreements(card, evaluation.measure(name, n=card["cacc"]["n"])) == []
+
+
+@pytest.mark.slow
+def test_the_short_recipe_gives_the_recorded_backdoor(work):
+    recorded = RECORDED["harmful-word, short recipe"]
+    folder = making.make(
+        load_attack("harmful-word"), recipe=load_recipe("short", task="harmful"), seed=0, n=recorded["n"]
+    )
+    measured = cards.metrics(folder)
+    for key in ("asr", "cacc"):
+        assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])
+
+
+def test_readme_holds_the_tables_of_cards_and_scorecard():
+    readme = (files.ROOT / "README.md").read_text()
+    verdicts = scorecard.markdown(files.read_json(files.FIGURES / "scorecard.json"))
+    made = {"organisms": tables.organisms_markdown(), "verdicts": verdicts}
+    assert tables.with_tables(readme, made) == readme
+    with pytest.raises(ValueError, match=r"the README lacks .<!-- ghosts: written by"):
+        tables.with_tables(readme, {"ghosts": ""})

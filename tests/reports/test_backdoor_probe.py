@@ -1,0 +1,78 @@
+"""Pictures of notebook 02 on small results of the real shape, with what is drawn read back."""
+
+import pytest
+from drawing import bands, check_all, column_titles, legend
+from matplotlib.colors import to_hex
+
+from bkd_utils.reports import backdoor_probe
+from bkd_utils.reports.style import MODELS
+
+pytestmark = pytest.mark.usefixtures("style")
+ATTACKS = ("sentiment-word", "harmful-word")
+KINDS = ("logistic regression", "MLP")
+
+
+def probed(level):
+    scores = [{key: [level, level + 0.04] for key in ("accuracy", "auroc", "near-miss")} for _ in range(3)]
+    return {
+        "layers": [0, 3, 4],
+        "probes": dict.fromkeys(KINDS, scores),
+        "shuffled": [{"auroc": [0.4, 0.6]}] * 3,
+        "random direction": [0.7, 0.8, 0.9],
+        "transfer": {kind: [[0.9, 0.6, 0.5], [0.7, 0.95, 0.5], [0.5, 0.5, 1.0]] for kind in KINDS},
+    }
+
+
+FOUND = {
+    attack: {"organism": probed(0.9), "clean control": probed(0.8), "base model": probed(0.7)} for attack in ATTACKS
+}
+PROBED = {attack: probed(0.9) for attack in ATTACKS}
+PLOTS = {
+    "probes": lambda: backdoor_probe.probes(FOUND),
+    "transfer": lambda: backdoor_probe.transfer(PROBED, kinds=KINDS),
+}
+
+
+def test_every_picture_is_drawn_and_labelled():
+    check_all(backdoor_probe, PLOTS)
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_organism_has_its_column(name):
+    assert column_titles(PLOTS[name]()) == list(ATTACKS)
+
+
+def test_one_organism_is_enough():
+    for figure in (
+        backdoor_probe.probes({"x": FOUND[ATTACKS[0]]}),
+        backdoor_probe.transfer({"x": probed(0.9)}, kinds=KINDS[:1]),
+    ):
+        assert all(axes.has_data() for axes in figure.axes)
+
+
+def test_probes_are_means_in_per_cent_with_the_range_over_splits():
+    figure = backdoor_probe.probes(FOUND)
+    top = figure.axes[0]
+    lines = {line.get_label(): line for line in top.get_lines()}
+    assert lines["organism"].get_ydata() == pytest.approx([92, 92, 92])
+    assert lines["base model"].get_ydata() == pytest.approx([72, 72, 72])
+    assert lines["organism"].get_xdata() == pytest.approx([0, 3, 4])
+    assert lines["organism, labels shuffled"].get_ydata() == pytest.approx([50, 50, 50])
+    assert lines["organism, best random direction"].get_ydata() == pytest.approx([70, 80, 90])
+    assert bands(top) == [pytest.approx(band) for band in ((90, 94), (80, 84), (70, 74))]
+    assert {name: to_hex(lines[name].get_color()).upper() for name in MODELS} == MODELS
+    assert legend(figure) == list(lines)
+    assert [axes.get_ylabel() for axes in (figure.axes[0], figure.axes[2])] == [
+        "AUROC (%)",
+        "near-misses called\ntriggered (%)",
+    ]
+
+
+def test_transfer_has_training_layers_upwards_and_test_layers_to_the_right():
+    figure = backdoor_probe.transfer(PROBED, kinds=KINDS)
+    image = figure.axes[0].get_images()[0]
+    assert image.get_array().tolist() == [[90, 60, 50], [70, 95, 50], [50, 50, 100]]
+    assert image.origin == "lower"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "3", "4"]
+    assert figure.axes[2].get_ylabel() == "MLP\ntrained on layer"
+    assert figure.get_supxlabel() == "tested on layer"

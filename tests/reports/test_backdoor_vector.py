@@ -1,0 +1,136 @@
+"""Pictures of notebook 04 on small results of the real shape, with what is drawn read back."""
+
+import numpy as np
+import pytest
+from drawing import check_all, column_titles, legend, share
+
+from bkd_utils.reports import backdoor_vector
+from bkd_utils.reports.backdoor_vector import OUTCOMES
+from bkd_utils.reports.style import COLOURS
+
+pytestmark = pytest.mark.usefixtures("style")
+ATTACKS = ("sentiment-word", "harmful-word")
+RANDOM = np.random.default_rng(0)
+
+
+def tried(n_random):
+    return {
+        "no vector": [share(0.1)],
+        "backdoor vector": [share(0.8)],
+        "random vectors": [share(value) for value in np.linspace(0, 0.5, n_random)],
+    }
+
+
+def switched():
+    names = [f"{direction}, {kind}" for direction in ("add", "subtract") for kind in ("raw", "difference")]
+    sign = {"add": 1, "subtract": -1}
+    maps = {
+        name: {
+            "coefficients": [sign[name.split(",")[0]] * c for c in (0.0, 1.0, 2.0)],
+            "asr": RANDOM.random((5, 3)).tolist(),
+            "right start": RANDOM.random((5, 3)).tolist(),
+        }
+        for name in names
+    }
+    return {
+        "maps": maps,
+        "chosen": {name: {"layer": 3, "coefficient": entry["coefficients"][2]} for name, entry in maps.items()},
+        "test": {name: tried(4) | ({"projected out": [share(0.6)]} if "subtract" in name else {}) for name in names},
+        "outcomes": {
+            name: {"target": 0.5, "right": 0.25, "refusal": 0.0, "empty": 0.05, "other": 0.2}
+            for name in ("clean prompts", "triggered prompts", *names)
+        },
+    }
+
+
+SWITCHED = {attack: switched() for attack in ATTACKS}
+WAYS = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
+COSTS = {name: {"tokens": 1 + i, "n": 8} | dict.fromkeys(WAYS, 0.5 + i) for i, name in enumerate(ATTACKS)}
+PLOTS = {
+    "vector_maps": lambda: backdoor_vector.vector_maps(SWITCHED),
+    "vector_controls": lambda: backdoor_vector.vector_controls(SWITCHED),
+    "costs": lambda: backdoor_vector.costs(COSTS),
+    "answer_kinds": lambda: backdoor_vector.answer_kinds(SWITCHED),
+}
+
+
+def test_every_picture_is_drawn_and_labelled():
+    check_all(backdoor_vector, PLOTS)
+
+
+@pytest.mark.parametrize("name", ["vector_maps", "vector_controls", "answer_kinds"])
+def test_every_organism_has_its_column(name):
+    assert column_titles(PLOTS[name]()) == list(ATTACKS)
+
+
+def test_one_organism_is_enough():
+    for draw in (backdoor_vector.answer_kinds, backdoor_vector.vector_controls):
+        assert all(axes.has_data() for axes in draw({"x": switched()}).axes)
+
+
+def test_vector_maps_have_coefficients_upwards_and_a_square_at_the_chosen_one():
+    figure = backdoor_vector.vector_maps(SWITCHED)
+    for i, ((name, key), label) in enumerate(backdoor_vector.MAPS.items()):
+        axes, entry = figure.axes[2 * i], SWITCHED[ATTACKS[0]]["maps"][name]
+        image = axes.get_images()[0]
+        assert np.asarray(image.get_array()) == pytest.approx(100 * np.array(entry[key]).T)
+        assert image.get_clim() == (0, 100)
+        (square,) = axes.get_lines()
+        assert (list(square.get_xdata()), list(square.get_ydata())) == ([3], [2])
+        sign = "-" if "subtract" in name else ""
+        assert [label.get_text() for label in axes.get_yticklabels()][1:] == [f"{sign}1", f"{sign}2"]
+        assert axes.get_ylabel() == label
+
+
+def test_vector_controls_are_dots_per_draw_with_an_interval_where_there_is_one_draw():
+    figure = backdoor_vector.vector_controls(SWITCHED)
+    top, bottom = figure.axes[0], figure.axes[2]
+    nothing, its_bar, vector, vector_bar, random = top.get_lines()
+    assert [list(line.get_xdata()) for line in (nothing, vector)] == [[10], [80]]
+    assert its_bar.get_xdata() == pytest.approx([0, 20])
+    assert vector_bar.get_xdata() == pytest.approx([70, 90])
+    assert (vector.get_color(), nothing.get_color()) == (COLOURS["backdoored"], "black")
+    assert random.get_xdata() == pytest.approx(100 * np.linspace(0, 0.5, 4))
+    assert np.round(random.get_ydata()).tolist() == [2, 2, 2, 2]
+    assert [label.get_text() for label in top.get_yticklabels()] == ["no vector", "backdoor vector", "random vectors"]
+    assert [label.get_text() for label in bottom.get_yticklabels()][-1] == "projected out"
+    assert top.yaxis_inverted()
+
+
+def test_controls_of_the_raw_vector_are_those_of_its_own_test():
+    found = switched()
+    found["test"]["add, raw"]["backdoor vector"] = [share(0.3)]
+    drawn = backdoor_vector.vector_controls({"x": found}, kind="raw").axes[0].get_lines()[2]
+    assert list(drawn.get_xdata()) == [30]
+
+
+def test_costs_are_bars_of_seconds_by_way_and_organism():
+    rows = {
+        "one": {"tokens": 1, "n": 8} | {way: 1.0 + i for i, way in enumerate(WAYS)},
+        "long": {"tokens": 11, "n": 8} | {way: 10.0 + i for i, way in enumerate(WAYS)},
+    }
+    figure = backdoor_vector.costs(rows)
+    axes = figure.axes[0]
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert widths == {way: [1 + i, 10 + i] for i, way in enumerate(WAYS)}
+    assert legend(figure) == list(WAYS)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one\n1 token", "long\n11 tokens"]
+    assert axes.get_xlabel() == "seconds to score 8 prompts once"
+    assert axes.get_xscale() == "log"
+
+
+def test_answers_are_stacked_to_a_hundred_per_cent():
+    figure = backdoor_vector.answer_kinds(SWITCHED)
+    axes = figure.axes[0]
+    assert legend(figure) == list(OUTCOMES)
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert {kind: set(values) for kind, values in widths.items()} == {
+        "target": {50},
+        "right": {25},
+        "refusal": {0},
+        "other": {20},
+        "empty": {5},
+    }
+    assert [bar.get_x() for bar in (bars[0] for bars in axes.containers)] == [0, 50, 75, 75, 95]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(SWITCHED[ATTACKS[0]]["outcomes"])
+    assert axes.yaxis_inverted()
