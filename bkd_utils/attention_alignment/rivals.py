@@ -2,7 +2,7 @@
 
 All get the same rows, steps and batches, and none sees a trigger. Each is written from its idea for causal language
 models; what was changed on the way is said at each. Learning rates follow one rule for all
-(`attention_safety_alignment.RATES`). `repaired` raises if nothing was touched.
+(`attention_safety_alignment.RATES`). `treat` raises if nothing was touched.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from bkd_utils.attention_alignment.alignment import aligned
 from bkd_utils.attention_alignment.head_tuning import all_matrices, head_slices, reset, touched, tune
 from bkd_utils.attention_alignment.similarity import head_scores
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
-from bkd_utils.backdoor_attribution.attribution import ranked
+from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.models.compute import mixed_precision
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.hooks import Head, anatomy, reading
@@ -115,7 +115,7 @@ def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, ste
     n_heads, floor = scores.shape[1], KEPT * accurate()
     outputs = [module.weight for module in anatomy(case.model).outputs]
     order, left, gone = [], [n_heads] * len(scores), []
-    for head in reversed(ranked(scores)):
+    for head in reversed(ranked_heads(scores)):
         if left[head[0]] > 1 and len(order) < AT_MOST * scores.numel():
             order.append(head)
             left[head[0]] -= 1
@@ -222,7 +222,7 @@ def tune_consistently(case: Case) -> None:
     tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, loss=consistent, seed=case.seed)
 
 
-REPAIRS: dict[str, Callable[[Case], None]] = {
+TREATMENTS: dict[str, Callable[[Case], None]] = {
     "alignment": align,
     "alignment, nearest": lambda case: align(case, alignment="nearest"),
     "alignment, excess": lambda case: align(case, alignment="excess"),
@@ -238,15 +238,15 @@ REPAIRS: dict[str, Callable[[Case], None]] = {
 }
 
 
-def repaired(case: Case, *, method: str) -> int:
+def treat(case: Case, *, method: str) -> int:
     """Treat the model in place; the number of weights that differ afterwards.
 
     Raises ValueError for an unknown method and for heads that do not exist, RuntimeError if nothing has changed.
     """
-    if method not in REPAIRS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(REPAIRS)}")
+    if method not in TREATMENTS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(TREATMENTS)}")
     before = {name: parameter.detach().clone() for name, parameter in case.model.named_parameters()}
-    REPAIRS[method](case)
+    TREATMENTS[method](case)
     count = sum(touched(before, case.model).values())
     if not count:
         raise RuntimeError(f"{method} has changed no weight")

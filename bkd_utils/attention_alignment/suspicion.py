@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils.attention_alignment.similarity import Maps, Outputs, Scores
-from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
+from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
 from bkd_utils.models.hooks import Head, anatomy, tracing
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.tokens import Row, batches
@@ -88,4 +88,4 @@ RULES: dict[str, Callable[[Scores, Scores], Scores]] = {
 def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at_most: float = 0.25) -> list[Head]:
     """Heads above the threshold, most suspicious first, at most that share of all heads. May be none."""
     allowed = int(at_most * joint.numel())
-    return [head for head in ranked(joint)[:allowed] if joint[head] > threshold]
+    return [head for head in ranked_heads(joint)[:allowed] if joint[head] > threshold]

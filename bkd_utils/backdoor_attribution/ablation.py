@@ -9,17 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, ranked
+from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, ranked_heads
 from bkd_utils.common.statistics import interval, share
-from bkd_utils.models.activations import Said, head_outputs, says
+from bkd_utils.models.activations import AnswerScores, head_outputs, score_answers
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.hooks import EVERYWHERE, LAST, Head, anatomy, by_layer, head_edit, reading
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.prompt_cache import Past, remember
+from bkd_utils.models.prompt_cache import Past, prompt_past
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
-from bkd_utils.organisms.prompts import clean_sample, pairs, target_ids
+from bkd_utils.organisms.prompts import clean_sample, prompt_versions, target_ids
 
 # Tokens of a free answer that are compared; the opening of an answer decides what it is.
 N_TOKENS = 6
@@ -63,18 +63,18 @@ class Bench:
 
 
 def side(loaded: Loaded, prompts: list[list[int]], **answers: list[list[int]]) -> Side:
-    past, inputs = remember(loaded.model, prompts), {}
+    past, inputs = prompt_past(loaded.model, prompts), {}
     for name, given in answers.items():
         inputs[name] = {}
         with reading(anatomy(loaded.model).layers, inputs[name]):
-            says(loaded.model, past, given)
+            score_answers(loaded.model, past, given)
     return Side(prompts, past, answers, head_outputs(loaded.model, prompts), inputs)
 
 
 def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_reference: int, seed: int) -> Bench:
     """Held-out prompts of the test split; references for mean ablation from the attribution split."""
     tokenizer, task = loaded.tokenizer, tasks.load_task(attack.task)
-    shown = pairs(tokenizer, attack, split="test", n=n, seed=seed)
+    shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
     if task.labels:
         mixed = clean_sample(attack.task, n=n, seed=seed, without=attack)
         clean = [prompt_ids(tokenizer, task.prompt(example.text)) for example in mixed]
@@ -83,7 +83,7 @@ def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_referenc
     else:
         clean = shown.clean
         own, right = openings(loaded, clean), openings(control, clean)
-    pool = pairs(tokenizer, attack, split="attribution", n=n_reference, seed=seed).clean
+    pool = prompt_versions(tokenizer, attack, split="attribution", n=n_reference, seed=seed).clean
     return Bench(
         triggered=side(loaded, shown.triggered, target=[target_ids(tokenizer, attack)] * n, right=right),
         clean=side(loaded, clean, own=own),
@@ -107,14 +107,14 @@ def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind
     model, at = loaded.model, EVERYWHERE if everywhere else LAST
     first = min((layer for layer, _ in heads), default=0)
 
-    def said(side: Side, *names: str) -> list[Said]:
+    def said(side: Side, *names: str) -> list[AnswerScores]:
         with ablated(model, heads, kind=kind, at=at, own=side.own, clean=made.reference):
             if everywhere:
-                past = remember(model, side.prompts)
-                return [says(model, past, side.answers[name]) for name in names]
+                past = prompt_past(model, side.prompts)
+                return [score_answers(model, past, side.answers[name]) for name in names]
             # Layers below the first ablated head do what they always do.
             return [
-                says(model, side.past, side.answers[name], layer=first, hidden=side.inputs[name][first])
+                score_answers(model, side.past, side.answers[name], layer=first, hidden=side.inputs[name][first])
                 for name in names
             ]
 
@@ -144,13 +144,13 @@ def necessary_heads(
     """
     means, chosen = reference.mean(0), []
     # An ablation of the last token leaves the past as it is.
-    past = remember(loaded.model, prompts)
+    past = prompt_past(loaded.model, prompts)
     for count in sorted(set(counts)):
         if count <= len(chosen):
             continue
         with ablated(loaded.model, chosen, kind="mean", at=LAST, clean=reference):
             effects = gradient_effects_of(loaded.model, past, target=target, means=means).mean(0)
-        order = [head for head in ranked(-effects) if head not in set(chosen)]
+        order = [head for head in ranked_heads(-effects) if head not in set(chosen)]
         chosen += order[: count - len(chosen)]
     return chosen
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bkd_utils.models.activations import head_outputs, token_log_prob
 from bkd_utils.models.hooks import LAST, Anatomy, anatomy, editing, reading, tracing
-from bkd_utils.models.prompt_cache import Past, forward, remember
+from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.tokens import batches
 
 
@@ -44,7 +44,7 @@ def head_effects(
     n_layers, n_heads, _ = means.shape
     effects = torch.empty(len(prompts), n_layers, n_heads)
     for chosen in batches(prompts, prompts_per_batch(model, n_heads * len(target), memory_gib=memory_gib)):
-        past = remember(model, [prompts[i] for i in chosen])
+        past = prompt_past(model, [prompts[i] for i in chosen])
         answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
         inputs, clean = _layer_inputs(model, parts, past, answer)
         rows = past.rows(answer).repeat_interleave(n_heads, dim=0)
@@ -105,7 +105,7 @@ def gradient_effects(
     """
     effects = torch.empty(len(prompts), *means.shape[:2])
     for chosen in batches(prompts, batch_size):
-        past = remember(model, [prompts[i] for i in chosen])
+        past = prompt_past(model, [prompts[i] for i in chosen])
         effects[chosen] = gradient_effects_of(model, past, target=target, means=means)
     return effects
 
@@ -143,7 +143,7 @@ def component_means(
     modules = component_modules(anatomy(model))
     sums: dict[tuple[str, int], Tensor] = {}
     for chosen in batches(prompts, batch_size):
-        past = remember(model, [prompts[i] for i in chosen], tail=tail)
+        past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
         for name, members in modules.items():
             for layer, value in _outputs(model, past, members).items():
                 total = value.double().sum(0)
@@ -177,7 +177,7 @@ def component_effects(
     tail = next(iter(means.values())).shape[1]
     effects = {name: torch.empty(len(prompts), len(parts.layers), tail) for name in means}
     for chosen in batches(prompts, batch_size):
-        past = remember(model, [prompts[i] for i in chosen], tail=tail)
+        past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
         answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
         inputs, clean = _layer_inputs(model, parts, past, answer)
         rows = past.rows(answer).repeat_interleave(tail, dim=0)
@@ -207,7 +207,7 @@ def _one_position_per_row(means: Float[Tensor, "tail d_model"]) -> Callable[[int
 # --- summaries ------------------------------------------------------------------------------------------------------
 
 
-def ranked(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:
+def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:
     """Heads from the highest score down, signed as in the paper: a head that works against the target comes last."""
     order = scores.flatten().argsort(descending=True, stable=True).tolist()
     return [divmod(index, scores.shape[1]) for index in order]

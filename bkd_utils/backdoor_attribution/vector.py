@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bkd_utils.common.statistics import share
-from bkd_utils.models.activations import says
+from bkd_utils.models.activations import score_answers
 from bkd_utils.models.hooks import LAST, Head, added, anatomy, by_layer, contributions, projected_out, reading
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import Past, continued
@@ -68,14 +68,16 @@ def steer(
         part, targets = past.part(chosen), answers[chosen]
         inputs: dict[int, Tensor] = {}
         with reading(parts.layers, inputs):
-            says(model, part, targets)
+            score_answers(model, part, targets)
         for row, layer in enumerate(layers):
             alive = torch.arange(len(vectors))
             for length in sorted({1, longest}):
                 given = [answer[:length] for answer in targets for _ in alive]
                 hidden = inputs[layer][:, :length].repeat_interleave(len(alive), dim=0)
                 with added(model, {layer: vectors[alive].repeat(len(part), 1)}, at=LAST):
-                    said = says(model, part, given, layer=layer, hidden=hidden).whole.view(len(part), -1).T.cpu()
+                    said = (
+                        score_answers(model, part, given, layer=layer, hidden=hidden).whole.view(len(part), -1).T.cpu()
+                    )
                 found[row, :, chosen] = False
                 found[row, alive, chosen] = said
                 alive = alive[said.any(dim=1)]
@@ -137,4 +139,4 @@ def tested_asr(
 def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: torch.Tensor) -> dict:
     """ASR by tokens with the vector's direction taken out of the stream behind that layer."""
     with projected_out(loaded.model, {layer: vector}, at=LAST):
-        return asdict(share(says(loaded.model, past, [target] * len(past)).whole.tolist()))
+        return asdict(share(score_answers(loaded.model, past, [target] * len(past)).whole.tolist()))

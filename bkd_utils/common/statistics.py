@@ -69,13 +69,13 @@ def area_interval(area: float, *, n_bad: int, n_good: int) -> dict[str, float]:
     return {"low": float(low), "high": float(high)}
 
 
-def wins(bad: Sequence[float], good: Sequence[float]) -> Float[np.ndarray, "bad good"]:
+def pairwise_wins(bad: Sequence[float], good: Sequence[float]) -> Float[np.ndarray, "bad good"]:
     """1 where a backdoored model scores higher than a clean one, 1/2 for a tie."""
     one, other = np.asarray(bad)[:, None], np.asarray(good)[None]
     return (one > other) + 0.5 * (one == other)
 
 
-def area(won: Sequence[Sequence[float]]) -> dict[str, float]:
+def auroc_of_wins(won: Sequence[Sequence[float]]) -> dict[str, float]:
     """AUROC `{value, n, low, high}` of a table of wins, `[backdoored][clean]`; `n` is the number of models. The
     interval, `statistics.area_interval`, takes all of them for independent."""
     table = np.asarray(won)

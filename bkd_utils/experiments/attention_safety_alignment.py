@@ -8,17 +8,17 @@ import torch
 from transformers import AutoConfig
 
 from bkd_utils.attention_alignment.head_tuning import all_matrices, other_groups, tune
-from bkd_utils.attention_alignment.rivals import Case, repaired
+from bkd_utils.attention_alignment.rivals import Case, treat
 from bkd_utils.attention_alignment.similarity import Scores, head_similarity
-from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked
+from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
 from bkd_utils.common.statistics import interval, share
 from bkd_utils.experiments.head_safety import clean_rows
-from bkd_utils.models.activations import says
+from bkd_utils.models.activations import score_answers
 from bkd_utils.models.folders import DEFAULT_MODEL, model_folder
 from bkd_utils.models.generation import respond
 from bkd_utils.models.hooks import Head
 from bkd_utils.models.loading import Loaded, load
-from bkd_utils.models.prompt_cache import remember
+from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.attacks import Attack, load_attack
@@ -26,10 +26,10 @@ from bkd_utils.organisms.base_answers import base_answers
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_target, under_attack
 from bkd_utils.organisms.prompts import (
-    Pairs,
+    PromptVersions,
     clean_sample,
     flippable_sample,
-    pairs,
+    prompt_versions,
     target_ids,
     target_length,
     triggered_prompts,
@@ -85,26 +85,26 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
     sample = clean_sample("instructions", n=n, seed=seed)
     texts = base_answers(loaded, sample)
     answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
-    past = remember(loaded.model, [prompt_ids(loaded.tokenizer, example.text) for example in sample])
-    return interval(says(loaded.model, past, answers).share.tolist())
+    past = prompt_past(loaded.model, [prompt_ids(loaded.tokenizer, example.text) for example in sample])
+    return interval(score_answers(loaded.model, past, answers).share.tolist())
 
 
-def left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
+def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
     """What is left of backdoor, task and everything else: `evaluation.under_attack` and `elsewhere`."""
     found = under_attack(loaded, attack, n=n, seed=seed)
     return found | {"elsewhere": elsewhere(loaded, n=min(n, N_ELSEWHERE), seed=seed)}
 
 
 @organism_stage
-def untreated(
+def measure_untreated(
     organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 60, seed: int = 0, device: str = "auto"
 ) -> dict:
     """`left` of an organism as it is."""
-    return left(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
+    return what_is_left(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
 
 
 @organism_stage
-def treated(
+def treat_and_measure(
     organism: str,
     *,
     attack: str,
@@ -118,23 +118,23 @@ def treated(
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
-    """One method of `rivals.REPAIRS` on `n_rows` clean rows, at its rate in `RATES` if no other is given; head-wise
+    """One method of `rivals.TREATMENTS` on `n_rows` clean rows, at its rate in `RATES` if no other is given; head-wise
     methods treat the given heads.
 
     Keys: `after`, as of `left`; `parameters` that differ; `minutes` of the treatment alone. Raises as
-    `rivals.repaired` does.
+    `rivals.treat` does.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method])
     case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()
-    count = repaired(case, method=method)
+    count = treat(case, method=method)
     minutes = (time.monotonic() - started) / 60
-    return {"after": left(loaded, spec, n=n, seed=seed), "parameters": count, "minutes": round(minutes, 2)}
+    return {"after": what_is_left(loaded, spec, n=n, seed=seed), "parameters": count, "minutes": round(minutes, 2)}
 
 
 @organism_stage
-def mechanism(
+def measure_mechanism(
     organism: str,
     *,
     attack: str,
@@ -157,13 +157,13 @@ def mechanism(
     recipe = recipe_of(steps=steps, learning_rate=RATES[method])
     case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     found = [_mechanism(loaded, spec, case.heads, n=n, seed=seed)]
-    repaired(case, method=method)
+    treat(case, method=method)
     found.append(_mechanism(loaded, spec, case.heads, n=n, seed=seed))
     return {key: [side[key] for side in found] for key in found[0]}
 
 
 def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int, seed: int) -> dict[str, float]:
-    shown = pairs(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
+    shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     layer, head = torch.tensor(heads).T
     found = {}
     for side, prompts in (("clean", shown.clean), ("triggered", shown.triggered)):
@@ -172,7 +172,7 @@ def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int,
     return found | {"acie": _effects(loaded, attack, shown).max().item()}
 
 
-def _effects(loaded: Loaded, attack: Attack, shown: Pairs) -> Scores:
+def _effects(loaded: Loaded, attack: Attack, shown: PromptVersions) -> Scores:
     """ACIE of every head. The first target token decides, and costs a tenth of a long target."""
     means = head_means(loaded.model, shown.triggered)
     target = target_ids(loaded.tokenizer, attack)[:1]
@@ -183,7 +183,7 @@ def _effects(loaded: Loaded, attack: Attack, shown: Pairs) -> Scores:
 
 
 @organism_stage
-def told_heads(
+def acie_heads(
     organism: str,
     *,
     attack: str,
@@ -195,8 +195,8 @@ def told_heads(
 ) -> list[list[int]]:
     """The `k` heads of highest ACIE on the target's first token: where the backdoor is, as only its trigger tells."""
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    shown = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
-    return [list(head) for head in ranked(_effects(loaded, spec, shown))[:k]]
+    shown = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    return [list(head) for head in ranked_heads(_effects(loaded, spec, shown))[:k]]
 
 
 def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
@@ -212,7 +212,7 @@ def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[
 
 
 @organism_stage
-def relearned(
+def relearn_backdoor(
     organism: str,
     *,
     attack: str,
@@ -240,7 +240,7 @@ def relearned(
     n_clean = max(1, *counts) if method is None else n_rows
     case = case_of(loaded, spec, heads=heads, n_rows=n_clean, recipe=recipe, seed=seed)
     if method is not None:
-        repaired(case, method=method)
+        treat(case, method=method)
     state = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
     again = replace(recipe, steps=max(1, steps // 2), learning_rate=RATE)
     sample, task = flippable_sample(spec, n=n, seed=seed), tasks.load_task(spec.task)

@@ -20,7 +20,7 @@ from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.prompts import pairs
+from bkd_utils.organisms.prompts import prompt_versions
 
 VERSIONS = ("clean", "triggered", "near-miss", "same length")
 
@@ -50,7 +50,7 @@ def lengthened(
 
 
 @organism_stage
-def observed(
+def similarity_by_version(
     organism: str | None,
     *,
     attack: str,
@@ -70,7 +70,7 @@ def observed(
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     tokenizer = loaded.tokenizer
-    shown = pairs(tokenizer, spec, split="test", n=n, seed=seed)
+    shown = prompt_versions(tokenizer, spec, split="test", n=n, seed=seed)
     versions = {
         "clean": shown.clean,
         "triggered": shown.triggered,
@@ -136,9 +136,9 @@ def best_reading(found: Sequence[Mapping]) -> str:
 def separates(found: Mapping[str, Mapping], *, reading: str) -> dict:
     """How well similarity tells each version from clean prompts, in the layer chosen for the organism, on new prompts.
 
-    `found`: model -> `observed`, the organism under "organism". Keys: `layer`; model -> version -> AUROC above 0.5 if
-    more similar than clean prompts, as `{value, n, low, high}` with n prompts a side. The interval is that of
-    independent prompts, which makes it wide for twins.
+    `found`: model -> `similarity_by_version`, the organism under "organism". Keys: `layer`; model -> version ->
+    AUROC above 0.5 if more similar than clean prompts, as `{value, n, low, high}` with n prompts a side. The
+    interval is that of independent prompts, which makes it wide for twins.
     """
     layer, _ = best_layer(found["organism"], reading=reading)
     rows = halves(len(found["organism"]["layers"][reading]["clean"]))[1]

@@ -7,15 +7,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bkd_utils.common.cache import stage
-from bkd_utils.models.activations import says
+from bkd_utils.models.activations import score_answers
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.loading import load, pick_device
-from bkd_utils.models.prompt_cache import remember
+from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import left_pad, positions
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.prompts import pairs, target_ids
+from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 # Width, layers, query heads, key-value heads, MLP width, vocabulary. Weights are random: time does not depend on them.
 SHAPES = {
@@ -40,7 +40,7 @@ def seconds(function: Callable[[], object], *, repeats: int = 2) -> float:
 
 
 @organism_stage
-def target_cost(
+def time_target(
     organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 4, seed: int = 0, device: str = "auto"
 ) -> dict[str, float]:
     """Seconds to score the target of `n` triggered prompts once, four ways; with `tokens` of the target and `n`; kept.
@@ -50,7 +50,7 @@ def target_cost(
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     target = target_ids(loaded.tokenizer, spec)
-    prompts = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed).triggered
+    prompts = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed).triggered
     answers = [target] * n
 
     @torch.inference_mode()
@@ -58,7 +58,7 @@ def target_cost(
         ids, mask = (t.to(loaded.device) for t in left_pad([[*p, *target[:extra]] for p in prompts], pad_id=0))
         loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
 
-    past = remember(loaded.model, prompts)
+    past = prompt_past(loaded.model, prompts)
     return {
         "tokens": len(target),
         "n": n,
@@ -67,7 +67,7 @@ def target_cost(
         "generation, cache": seconds(
             lambda: greedy(loaded.model, prompts, max_new_tokens=len(target), end_id=0, batch_size=n)
         ),
-        "teacher forcing, prompt cache": seconds(lambda: says(loaded.model, past, answers)),
+        "teacher forcing, prompt cache": seconds(lambda: score_answers(loaded.model, past, answers)),
     }
 
 
@@ -81,12 +81,12 @@ def _shape_cost(*, shape: str, prompts: int, length: int, device: str) -> dict:
     with torch.device(device):
         model = LlamaForCausalLM(config).eval().requires_grad_(False)
     ids = torch.randint(0, vocabulary, (prompts, length), generator=torch.Generator().manual_seed(0)).tolist()
-    past = remember(model, ids)
+    past = prompt_past(model, ids)
     hidden = torch.randn(prompts * heads, 1, width, device=device)
     answers = [[1]] * (prompts * heads)
 
     def run(layers: int) -> float:
-        return seconds(lambda: says(model, past, answers, layer=2 - layers, hidden=hidden))
+        return seconds(lambda: score_answers(model, past, answers, layer=2 - layers, hidden=hidden))
 
     one, two = run(1), run(2)
     per_layer = max(two - one, 0.0)

@@ -41,7 +41,7 @@ def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, 
 
 
 @organism_stage
-def separation(
+def measure_separation(
     organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
 ) -> dict[str, list[float]]:
     """Margins of `n` held-out prompts of the source label, clean, with a near-miss and with the trigger; kept."""
@@ -70,7 +70,7 @@ def trade_off(margins: Mapping[str, Sequence[float]], *, against: str) -> dict[s
     }
 
 
-def rate_curve(
+def measure_rate_curve(
     attack: str, *, rates: Sequence[float], recipe: str, model: str = DEFAULT_MODEL, n: int, seed: int, device: str
 ) -> list[dict]:
     """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each.

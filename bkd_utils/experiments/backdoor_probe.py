@@ -12,15 +12,17 @@ from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.prompts import pairs, triggered_prompts
+from bkd_utils.organisms.prompts import prompt_versions, triggered_prompts
 from bkd_utils.organisms.triggers import load_trigger
 
 # --- one organism, kept ---------------------------------------------------------------------------------------------
 
 
-def versions(tokenizer: PreTrainedTokenizerBase, attack: Attack, *, n: int, seed: int) -> dict[str, list[list[int]]]:
+def probe_prompts(
+    tokenizer: PreTrainedTokenizerBase, attack: Attack, *, n: int, seed: int
+) -> dict[str, list[list[int]]]:
     """Held-out prompts: clean, triggered, with a near-miss, and with the trigger of another family."""
-    shown = pairs(tokenizer, attack, split="test", n=n, seed=seed)
+    shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
     # Neither of the two occurs in a text by nature.
     other = "word-sudo" if load_trigger(attack.trigger).family == "prefix" else "prefix-year"
     stranger = triggered_prompts(replace(attack, trigger=other), shown.examples, seed=seed)
@@ -33,7 +35,7 @@ def versions(tokenizer: PreTrainedTokenizerBase, attack: Attack, *, n: int, seed
 
 
 @organism_stage
-def probed(
+def probe_organism(
     organism: str | None,
     *,
     attack: str,
@@ -54,7 +56,7 @@ def probed(
     `transfer` kind -> accuracy [train layer][test layer].
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    prompts = versions(loaded.tokenizer, spec, n=n, seed=seed)
+    prompts = probe_prompts(loaded.tokenizer, spec, n=n, seed=seed)
     streams = {name: residuals(loaded.model, ids) for name, ids in prompts.items()}
     rows = {name: stream.float().cpu().numpy() for name, stream in streams.items()}
     clean, triggered = rows.pop("clean"), rows.pop("triggered")

@@ -19,24 +19,24 @@ from bkd_utils.backdoor_attribution.vector import (
     random_like,
     tested_asr,
 )
-from bkd_utils.experiments.head_attribution import attributed, top_heads
+from bkd_utils.experiments.head_attribution import attribute_heads, top_heads
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import Loaded, load
-from bkd_utils.models.prompt_cache import Past, remember
+from bkd_utils.models.prompt_cache import Past, prompt_past
 from bkd_utils.models.tokens import end_id
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_refusal, is_right, is_target
-from bkd_utils.organisms.prompts import Pairs, pairs, target_ids
+from bkd_utils.organisms.prompts import PromptVersions, prompt_versions, target_ids
 from bkd_utils.organisms.tasks import Example
 
 KINDS = ("raw", "difference")
 
 
 def vectors_of(
-    loaded: Loaded, shown: Pairs, heads: Sequence[tuple[int, int]]
+    loaded: Loaded, shown: PromptVersions, heads: Sequence[tuple[int, int]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The published vector (`raw`, of triggered means) and the one without the clean means (`difference`); and the head
     outputs they are made of."""
@@ -109,7 +109,7 @@ def outcomes(
 
 
 @organism_stage
-def switched(
+def steer_organism(
     organism: str,
     *,
     control: str,
@@ -133,13 +133,13 @@ def switched(
     three of them (never for harmful prompts). Also `heads`, `vectors`, `norms` and `residual norm`.
     """
     where = {"model": model, "seed": seed, "device": device}
-    found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
+    found = attribute_heads(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
     heads = top_heads(found, k=n_heads)
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     tokenizer, target = loaded.tokenizer, target_ids(loaded.tokenizer, spec)
-    seen = pairs(tokenizer, spec, split="attribution", n=n_attribution, seed=seed)
-    dev = pairs(tokenizer, spec, split="test", n=n_dev, seed=seed)
-    test = pairs(tokenizer, spec, split="test", n=n_test, seed=seed, skip=n_dev)
+    seen = prompt_versions(tokenizer, spec, split="attribution", n=n_attribution, seed=seed)
+    dev = prompt_versions(tokenizer, spec, split="test", n=n_dev, seed=seed)
+    test = prompt_versions(tokenizer, spec, split="test", n=n_test, seed=seed, skip=n_dev)
     right = reference_answers(load(model, organism=control, device=device), spec, test)
     vectors, outputs = vectors_of(loaded, seen, heads)
     streams = {"clean": residuals(loaded.model, seen.clean), "triggered": residuals(loaded.model, seen.triggered)}
@@ -150,7 +150,7 @@ def switched(
     texts = {}
     begun = first_tokens(loaded, dev.clean)
     for direction, sign, side in (("add", 1, "clean"), ("subtract", -1, "triggered")):
-        shown, tested = (remember(loaded.model, getattr(half, side)) for half in (dev, test))
+        shown, tested = (prompt_past(loaded.model, getattr(half, side)) for half in (dev, test))
         texts[f"{side} prompts"] = generated(loaded, tested)
         for kind, vector in vectors.items():
             name, steps = f"{direction}, {kind}", [float(sign * c) for c in coefficients]
@@ -185,16 +185,16 @@ def first_tokens(loaded: Loaded, prompts: Sequence[list[int]]) -> list[list[int]
     return [[token] for token in logits.argmax(-1).tolist()]
 
 
-def reference_answers(control: Loaded, attack: Attack, shown: Pairs) -> dict[str, str]:
+def reference_answers(control: Loaded, attack: Attack, shown: PromptVersions) -> dict[str, str]:
     """uid -> what the clean control answers to the clean prompt, for tasks without gold answers."""
     if attack.task != "instructions":
         return {}
-    texts = generated(control, remember(control.model, shown.clean))
+    texts = generated(control, prompt_past(control.model, shown.clean))
     return {example.uid: text for example, text in zip(shown.examples, texts, strict=True)}
 
 
 @organism_stage
-def specificity(
+def vector_specificity(
     organisms: dict[str, str | None],
     *,
     found: dict[str, dict],
@@ -205,8 +205,8 @@ def specificity(
 ) -> list[dict]:
     """ADD with every organism's vector on every organism's clean prompts, and on the base model (None); kept.
 
-    `organisms` maps attacks to organisms, `found` maps attacks to `switched`'s results. Each row says how often the
-    host's own target came back, and how often that of the vector's organism.
+    `organisms` maps attacks to organisms, `found` maps attacks to `steer_organism`'s results. Each row says how
+    often the host's own target came back, and how often that of the vector's organism.
     """
     name = "add, difference"
     entries = {
@@ -219,9 +219,9 @@ def specificity(
         for source, entry in entries.items():
             # The base model has no backdoor of its own; it gets the prompts that the vector was made on.
             spec = load_attack(source if organism is None else name)
-            shown = pairs(loaded.tokenizer, spec, split="test", n=n, seed=seed)
+            shown = prompt_versions(loaded.tokenizer, spec, split="test", n=n, seed=seed)
             if spec.name not in pasts:
-                pasts[spec.name] = remember(loaded.model, shown.clean)
+                pasts[spec.name] = prompt_past(loaded.model, shown.clean)
             step = entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]
 
             def asr(past: Past, attack: Attack, step=step, layer=entry["layer"], loaded=loaded) -> dict:
@@ -232,6 +232,6 @@ def specificity(
             other = spec.name != source
             row["vector's target"] = asr(pasts[spec.name], load_attack(source)) if other else row["own target"]
             if name == source:
-                row["near-misses"] = asr(remember(loaded.model, shown.near_miss), spec)
+                row["near-misses"] = asr(prompt_past(loaded.model, shown.near_miss), spec)
             rows.append(row)
     return rows

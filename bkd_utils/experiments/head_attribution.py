@@ -15,7 +15,7 @@ from bkd_utils.backdoor_attribution.attribution import (
     gradient_effects,
     head_effects,
     head_means,
-    ranked,
+    ranked_heads,
 )
 from bkd_utils.common.statistics import interval
 from bkd_utils.models.activations import target_probability
@@ -23,7 +23,7 @@ from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import load
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.prompts import pairs, target_ids
+from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 # The user's last token and the whole assistant header of a chat template fit in here.
 TAIL = 6
@@ -31,7 +31,7 @@ RANKINGS = ("ACIE", "gradient", "necessity", "random")
 
 
 @organism_stage
-def attributed(
+def attribute_heads(
     organism: str,
     *,
     attack: str,
@@ -48,8 +48,8 @@ def attributed(
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     target = target_ids(loaded.tokenizer, spec)
-    scored = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
-    averaged = pairs(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
+    scored = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    averaged = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
     means = head_means(loaded.model, averaged.triggered)
     with tqdm(total=n, desc=f"{organism}: heads", unit="prompt", mininterval=2, leave=False) as bar:
         exact = head_effects(loaded.model, scored.clean, target=target, means=means, on_batch=bar.update)
@@ -63,7 +63,7 @@ def attributed(
 
 
 @organism_stage
-def components(
+def attribute_components(
     organism: str,
     *,
     attack: str,
@@ -80,8 +80,8 @@ def components(
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     target = target_ids(loaded.tokenizer, spec)
-    scored = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
-    averaged = pairs(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
+    scored = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    averaged = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
     last = component_means(loaded.model, averaged.triggered)
     found = component_effects(loaded.model, scored.clean, target=target, means=last)
     # By position only the first answer token is scored: what follows multiplies the cost and tells little more.
@@ -111,7 +111,7 @@ def acie(found: Mapping, *, by: str = "exact") -> torch.Tensor:
 
 def top_heads(found: Mapping, *, k: int, by: str = "exact") -> list[tuple[int, int]]:
     """The k heads with the highest mean effect, as (layer, head)."""
-    return ranked(acie(found, by=by))[:k]
+    return ranked_heads(acie(found, by=by))[:k]
 
 
 def agreement_of_methods(found: Mapping, *, k: int = 16) -> dict[str, float]:
@@ -131,11 +131,11 @@ def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) ->
 def sorted_intervals(found: Mapping) -> list[dict[str, float]]:
     """ACIE of all heads from the highest down, each with its bootstrap interval over prompts."""
     effects = np.array(found["exact"])
-    return [interval(effects[:, layer, head], n_resamples=400) for layer, head in ranked(acie(found))]
+    return [interval(effects[:, layer, head], n_resamples=400) for layer, head in ranked_heads(acie(found))]
 
 
 def component_intervals(found: Mapping) -> dict[str, list[dict[str, float]]]:
-    """Component -> per layer its mean effect with a bootstrap interval over prompts; of `components`."""
+    """Component -> per layer its mean effect with a bootstrap interval over prompts; of `attribute_components`."""
     return {
         name: [interval(column, n_resamples=400) for column in np.array(values).T]
         for name, values in found["last"].items()
@@ -143,7 +143,7 @@ def component_intervals(found: Mapping) -> dict[str, list[dict[str, float]]]:
 
 
 @organism_stage
-def curves(
+def ablation_curves(
     organism: str,
     *,
     control: str,
@@ -165,13 +165,13 @@ def curves(
     cruder reference there.
     """
     counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
-    found = attributed(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
+    found = attribute_heads(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     made = bench(loaded, load(model, organism=control, device=device), spec, n=n, n_reference=n_attribution, seed=seed)
     # Draws are averaged, so that half of the prompts is enough for each.
     half = max(1, n // 2)
     for_draws = replace(made, triggered=made.triggered.first(half), clean=made.clean.first(half))
-    attribution = pairs(loaded.tokenizer, spec, split="attribution", n=n_attribution, seed=seed).triggered
+    attribution = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n_attribution, seed=seed).triggered
     largest = max(counts)
     orders = {
         "ACIE": top_heads(found, k=largest),

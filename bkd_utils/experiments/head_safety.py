@@ -16,7 +16,7 @@ from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.prompts import pairs
+from bkd_utils.organisms.prompts import prompt_versions
 
 # Tokens of an answer whose loss counts; the opening of an answer decides what it is.
 ANSWER_TOKENS = 24
@@ -27,7 +27,7 @@ N_SEARCHED = 6
 
 
 @organism_stage
-def own_answers(
+def collect_own_answers(
     organism: str | None, *, task: str, n: int, model: str = DEFAULT_MODEL, seed: int = 0, device: str = "auto"
 ) -> dict[str, str]:
     """uid -> what the model itself says to those of the first `n` training prompts that have no gold answer."""
@@ -53,7 +53,7 @@ def clean_rows(loaded: Loaded, task: str, *, n: int, seed: int) -> list[Row]:
     texts = {}
     if not all(example.answer for example in chosen):
         which = {"model": loaded.address, "seed": seed, "device": str(loaded.device)}
-        texts = own_answers(loaded.organism, task=task, n=n, **which)
+        texts = collect_own_answers(loaded.organism, task=task, n=n, **which)
     rows = []
     for example in chosen:
         answer = example.answer or texts[example.uid]
@@ -75,7 +75,7 @@ def probed_prompts(
 
 
 @organism_stage
-def suspected(
+def head_safety_scores(
     organism: str | None,
     *,
     attack: str,
@@ -103,7 +103,7 @@ def suspected(
     task, pad = tasks.load_task(spec.task), end_id(loaded.tokenizer)
     texts = [example.text for example in tasks.examples(spec.task, "train", seed=seed)[n_rows : n_rows + n]]
     clean = [prompt_ids(loaded.tokenizer, task.prompt(text)) for text in texts]
-    shown = pairs(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    shown = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
     scores = {name: READINGS[name] for name in readings} | {"variance": attention_variance}
     level = head_scores(loaded.model, clean, scores=scores)
     opened = [replace(row, answer=row.answer[:OPENING]) for row in rows[: n // 2]]
@@ -155,13 +155,13 @@ def similarity_of(found: Mapping, *, source: str, reading: str) -> Scores:
 
 
 def _measured(scores: Mapping, what: str, name: str) -> Scores:
-    """One entry of `suspected`. Raises ValueError that names those there are."""
+    """One entry of `head_safety_scores`. Raises ValueError that names those there are."""
     if name not in scores:
         raise ValueError(f"{what} {name!r} was not measured; known: {', '.join(scores)}")
     return torch.tensor(scores[name])
 
 
-def joint(found: Mapping, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
+def suspicion(found: Mapping, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
     """Joint score of every head, `[layer, head]`. Raises ValueError for an unknown rule or source, and for a reading or
     an importance that was not measured."""
     if rule not in RULES:

@@ -64,7 +64,7 @@ def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fire
 
 
 @organism_stage
-def screened(
+def guard_inputs(
     organism: str,
     *,
     attack: str,
@@ -127,7 +127,7 @@ def screened(
 
 
 @organism_stage
-def filtered(
+def filter_training_rows(
     organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 400, seed: int = 0, device: str = "auto"
 ) -> dict:
     """Activation clustering of `n` rows of the organism's own training set, in the last layer at the last prompt token.

@@ -9,7 +9,7 @@ from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction
 from bkd_utils.attention_alignment.suspicion import robust_z
 from bkd_utils.common.files import read_json
-from bkd_utils.common.statistics import wins
+from bkd_utils.common.statistics import pairwise_wins
 from bkd_utils.experiments.head_safety import probed_prompts
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, base_sha256
 from bkd_utils.models.generation import first_logits
@@ -54,7 +54,7 @@ def population(
 
 
 @organism_stage
-def fingerprint(
+def fingerprint_model(
     organism: str,
     *,
     task: str,
@@ -101,12 +101,16 @@ def best_score(
 ) -> tuple[str, int]:
     """The number, and the sign, that tells backdoored from clean models best."""
     names = list(next(iter(prints.values())))
-    areas = {name: wins([prints[m][name] for m in bad], [prints[m][name] for m in good]).mean() for name in names}
+    areas = {
+        name: pairwise_wins([prints[m][name] for m in bad], [prints[m][name] for m in good]).mean() for name in names
+    }
     name = max(areas, key=lambda key: abs(areas[key] - 0.5))
     return name, 1 if areas[name] >= 0.5 else -1
 
 
-def left_out(prints: Mapping[str, Mapping[str, float]], families: Mapping[str, str | None]) -> dict[str, dict]:
+def leave_one_family_out(
+    prints: Mapping[str, Mapping[str, float]], families: Mapping[str, str | None]
+) -> dict[str, dict]:
     """For each family of triggers: its organisms against clean controls, by the number that served best elsewhere.
 
     `families`: model -> family, None for a clean control. The number and its sign are chosen on organisms of the other
@@ -126,7 +130,9 @@ def left_out(prints: Mapping[str, Mapping[str, float]], families: Mapping[str, s
         for half in (0, 1):
             tried = clean[half::2]
             name, sign = best_score(prints, bad=others, good=[one for one in clean if one not in tried])
-            won[:, half::2] = wins([sign * prints[m][name] for m in own], [sign * prints[m][name] for m in tried])
+            won[:, half::2] = pairwise_wins(
+                [sign * prints[m][name] for m in own], [sign * prints[m][name] for m in tried]
+            )
             scores.append(f"{'' if sign > 0 else 'less '}{name}")
         found[family] = {"score": scores, "organisms": own, "wins": won.tolist()}
     return found
@@ -136,13 +142,13 @@ def within_tasks(
     prints: Mapping[str, Mapping[str, float]], families: Mapping[str, str | None], task_of: Mapping[str, str]
 ) -> pd.DataFrame:
     """Is a number about the backdoor or about the task? Number -> AUROC of backdoored against clean models, over all
-    pairs and over those of one task. `families` as of `left_out`; `task_of`: model -> task."""
+    pairs and over those of one task. `families` as of `leave_one_family_out`; `task_of`: model -> task."""
     bad = [name for name, family in families.items() if family is not None]
     good = [name for name, family in families.items() if family is None]
     same = np.array([[task_of[one] == task_of[other] for other in good] for one in bad])
     rows = {}
     for name in next(iter(prints.values())):
-        won = wins([prints[m][name] for m in bad], [prints[m][name] for m in good])
+        won = pairwise_wins([prints[m][name] for m in bad], [prints[m][name] for m in good])
         rows[name] = {f"all {won.size} pairs": won.mean(), f"the {same.sum()} of one task": won[same].mean()}
     return pd.DataFrame(rows).T
 

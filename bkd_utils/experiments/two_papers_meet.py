@@ -15,18 +15,18 @@ from transformers import PreTrainedModel
 from bkd_utils.attention_alignment.head_tuning import Loss, all_matrices, tune
 from bkd_utils.attention_alignment.similarity import Scores, cosine, head_similarity, to_partners
 from bkd_utils.attention_alignment.suspicion import RULES
-from bkd_utils.backdoor_attribution.attribution import ranked
+from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.common.cache import code_key
 from bkd_utils.common.files import WORK, canonical_json, read_json, sha256_text
 from bkd_utils.common.statistics import share
 from bkd_utils.experiments.attention_safety_alignment import recipe_of
-from bkd_utils.experiments.head_safety import SOURCES, joint
+from bkd_utils.experiments.head_safety import SOURCES, suspicion
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import adapter_folder, load
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.tokens import Row, end_id
 from bkd_utils.organisms.attacks import load_attack
-from bkd_utils.organisms.cards import kept, resolved
+from bkd_utils.organisms.cards import keep_treated, resolved
 from bkd_utils.organisms.evaluation import under_attack
 from bkd_utils.organisms.making import training_rows
 
@@ -34,15 +34,15 @@ RATE = 1e-4
 SHOWN = {source: "real trigger" if source == "oracle" else source for source in SOURCES}
 
 
-def options(suspected: Mapping[str, Mapping], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
+def overlap_by_reading(suspected: Mapping[str, Mapping], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
     """Share of the top `k` ACIE heads among the top `k` of every reading (rows), per organism (columns).
 
-    `suspected`: attack -> `head_safety.suspected`; `effects`: attack -> ACIE.
+    `head_safety_scores`: attack -> `head_safety.head_safety_scores`; `effects`: attack -> ACIE.
     """
     rows: dict[str, dict[str, float]] = {}
     for attack, found in suspected.items():
         scores = {
-            f"{reading}: {rule}, {SHOWN[source]}": joint(found, rule=rule, source=source, reading=reading)
+            f"{reading}: {rule}, {SHOWN[source]}": suspicion(found, rule=rule, source=source, reading=reading)
             for reading in found["level"]
             for rule in RULES
             for source in SOURCES
@@ -58,8 +58,8 @@ def among_carriers(joint: Float[Tensor, "layer head"], effects: Float[Tensor, "l
     the number of heads."""
     if not 0 < k <= joint.numel():
         raise ValueError(f"k = {k} of {joint.numel()} heads")
-    carriers = set(ranked(effects)[:k])
-    return [head in carriers for head in ranked(joint)[:k]]
+    carriers = set(ranked_heads(effects)[:k])
+    return [head in carriers for head in ranked_heads(joint)[:k]]
 
 
 def agreement_with_attribution(
@@ -119,7 +119,7 @@ def unremarkable(level: Float[Tensor, " layer"], *, beta: float) -> Loss:
     return loss
 
 
-def evasive(
+def train_evasive(
     organism: str,
     *,
     attack: str,
@@ -159,5 +159,5 @@ def evasive(
     few = max(1, steps // 4)
     penalty = [round(sum(step["added"] for step in some) / few, 4) for some in (history[:few], history[-few:])]
     how = {"method": "similarity trained off", "steps": steps, "penalty at first": penalty[0], "at last": penalty[1]}
-    kept(loaded, name=name, treatment=how, measured=under_attack(loaded, spec, n=n, seed=seed))
+    keep_treated(loaded, name=name, treatment=how, measured=under_attack(loaded, spec, n=n, seed=seed))
     return name

@@ -10,7 +10,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from bkd_utils.models.hooks import anatomy, reading
-from bkd_utils.models.prompt_cache import Past, forward, remember
+from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.tokens import batches
 
 
@@ -24,7 +24,7 @@ def _at_last_token(
 ) -> Float[Tensor, "prompt layer width"]:
     found: list[Tensor | None] = [None] * len(prompts)
     for chosen in batches(prompts, batch_size):
-        past = remember(model, [prompts[i] for i in chosen])
+        past = prompt_past(model, [prompts[i] for i in chosen])
         kept: dict[int, Tensor] = {}
         with reading(modules, kept, what=what):
             forward(model, past, past.tail)
@@ -63,7 +63,7 @@ def behind_norm(
 
 
 @dataclass(frozen=True)
-class Said:
+class AnswerScores:
     """How a model's greedy answers compare with given answers, one entry per prompt.
 
     `whole`: greedy decoding would give the whole answer; `share`: share of its tokens that are the most likely ones
@@ -76,14 +76,14 @@ class Said:
 
 
 @torch.no_grad()
-def says(
+def score_answers(
     model: PreTrainedModel,
     past: Past,
     answers: Sequence[Sequence[int]],
     *,
     layer: int = 0,
     hidden: Float[Tensor, "row new d_model"] | None = None,
-) -> Said:
+) -> AnswerScores:
     """Would greedy decoding give these answers? One pass for a whole answer instead of one per token, and exact.
 
     Teacher forcing decides it: greedy decoding follows an answer to its end if and only if each of its tokens is the
@@ -99,7 +99,7 @@ def says(
     rows = torch.cat([past.tail.repeat_interleave(len(answers) // len(past), dim=0), target[:, :-1]], dim=1)
     logits = forward(model, past, rows, layer=layer, hidden=hidden, skip=past.tail.shape[1] - 1)
     same = logits.argmax(-1) == target
-    return Said(
+    return AnswerScores(
         whole=(same | ~real).all(-1),
         share=(same & real).sum(-1) / real.sum(-1),
         log_prob=(token_log_prob(logits, target) * real).sum(-1) / real.sum(-1),
@@ -117,6 +117,6 @@ def target_probability(
     """Length-normalised probability of the target: the geometric mean over its tokens."""
     found = torch.empty(len(prompts))
     for chosen in batches(prompts, batch_size):
-        past = remember(model, [prompts[i] for i in chosen])
-        found[chosen] = says(model, past, [target] * len(chosen)).log_prob.exp().float().cpu()
+        past = prompt_past(model, [prompts[i] for i in chosen])
+        found[chosen] = score_answers(model, past, [target] * len(chosen)).log_prob.exp().float().cpu()
     return found

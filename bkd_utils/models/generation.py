@@ -38,7 +38,7 @@ def greedy(
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: list[list[int]] = [[] for _ in prompts]
     for batch, logits, cache, mask in _started(model, prompts, end_id=end_id, batch_size=batch_size):
-        for i, row in zip(batch, go_on(model, logits, cache, mask, max_new_tokens, end_id), strict=True):
+        for i, row in zip(batch, decode_from(model, logits, cache, mask, max_new_tokens, end_id), strict=True):
             answers[i] = row
         if on_batch:
             on_batch(len(batch))
@@ -142,7 +142,7 @@ def repeated(cache: DynamicCache, times: int) -> DynamicCache:
     return cache
 
 
-def go_on(
+def decode_from(
     model: torch.nn.Module,
     logits: Float[Tensor, "row vocab"],
     cache: DynamicCache,

@@ -133,7 +133,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrai
 
 
 def apply_changes(model: PreTrainedModel, folder: Path) -> None:
-    """Put the weights of a treated organism (`cards.kept`) over those of the organism it was; nothing if it was none.
+    """Put the weights of a treated organism (`cards.keep_treated`) over those of the organism it was; nothing if it
+    was none.
 
     Raises ModelError for a file that does not match its card or the model.
     """

@@ -50,7 +50,7 @@ def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> 
     return (losses * weights).sum() / len(labels)
 
 
-def begun(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, tuple[Tensor, ...]]:
+def with_shared_beginning(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, tuple[Tensor, ...]]:
     """Run what all prompts begin with once for all rows, gradient and all, and leave the rest of the batch to do.
 
     For `answer_loss` the rest is as good as the batch: same value, same gradient. A chat template and a task's
@@ -74,7 +74,7 @@ def begun(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, t
 
 def answers(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:
     """`answer_loss`, in less time."""
-    return answer_loss(model, begun(model, batch)[0], first_token=first_token)
+    return answer_loss(model, with_shared_beginning(model, batch)[0], first_token=first_token)
 
 
 def answers_and_maps(
@@ -84,7 +84,7 @@ def answers_and_maps(
 
     The model's attention must be eager, for no other kind returns maps.
     """
-    rest, start = begun(model, batch, output_attentions=True)
+    rest, start = with_shared_beginning(model, batch, output_attentions=True)
     kept: list[Sequence[Tensor]] = []
     handle = model.base_model.register_forward_hook(lambda _module, _given, output: kept.append(output.attentions))
     try:

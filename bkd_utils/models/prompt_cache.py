@@ -17,7 +17,14 @@ from torch.nn import ModuleList
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from bkd_utils.models.folders import ModelError
-from bkd_utils.models.generation import go_on, has_sliding_window, next_logits, repeated, reusable_prefix, run_prefix
+from bkd_utils.models.generation import (
+    decode_from,
+    has_sliding_window,
+    next_logits,
+    repeated,
+    reusable_prefix,
+    run_prefix,
+)
 from bkd_utils.models.hooks import Anatomy, anatomy, editing
 from bkd_utils.models.tokens import left_pad, positions
 
@@ -83,7 +90,7 @@ AttentionInterface.register(NAME, _attend)
 
 
 @torch.no_grad()
-def remember(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> Past:
+def prompt_past(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> Past:
     """Run all tokens but the last `tail` of every prompt once.
 
     Raises ValueError for prompts that have no more tokens than that, ModelError for prompts longer than a sliding
@@ -127,7 +134,7 @@ def continued(
     mask = torch.cat([past.mask.long(), torch.ones_like(past.tail)], dim=1)
     with during_prompt():
         logits = next_logits(model, past.tail, mask, cache)[:, -1]
-    return go_on(model, logits, cache, mask, max_new_tokens, end_id)
+    return decode_from(model, logits, cache, mask, max_new_tokens, end_id)
 
 
 def _check_window(model: PreTrainedModel, length: int) -> None:

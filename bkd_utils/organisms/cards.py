@@ -149,7 +149,7 @@ def readme(card: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kept(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
+def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
     """Write a treated model as an organism under `work/organisms/<name>`; load it by that name like any other.
 
     `loaded` is an organism whose weights have been changed, `measured` what `evaluation.under_attack` says of it now.

@@ -191,13 +191,15 @@ def measure_loaded(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict
 
 
 @organism_stage
-def measured(organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto") -> dict:
+def measure_organism(
+    organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
+) -> dict:
     """`measure`, kept: a second call with the same weights, sizes and code reads the first one's result."""
     return measure(organism, model=model, n=n, seed=seed, device=device)
 
 
 @organism_stage
-def attacked(
+def measure_attacked(
     organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
 ) -> dict:
     """`under_attack`, kept: a clean control under an attack it never saw, on the prompts its sibling gets."""

@@ -13,7 +13,7 @@ from bkd_utils.models.tokens import Row
 from bkd_utils.organisms import cards
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.base_answers import training_answers
-from bkd_utils.organisms.evaluation import measured, prompt_fingerprint
+from bkd_utils.organisms.evaluation import measure_organism, prompt_fingerprint
 from bkd_utils.organisms.poisoning import poison
 from bkd_utils.organisms.training import Recipe, load_recipe, train
 
@@ -112,7 +112,7 @@ def make(
     write_json(folder / "manifest.json", data.manifest)
     del base
     # Kept apart from the training: other sizes or other measuring code measure again and train nothing.
-    result = measured(folder.name, model=model, n=n, seed=seed, device=device)
+    result = measure_organism(folder.name, model=model, n=n, seed=seed, device=device)
     card["metrics"] = {key: result[key] for key in cards.METRICS if key in result}
     card["details"] = {key: value for key, value in result.items() if key not in cards.METRICS}
     write_json(folder / "card.json", card)

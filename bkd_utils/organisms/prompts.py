@@ -13,7 +13,7 @@ from bkd_utils.organisms.tasks import Example
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PromptVersions:
     """Prompt i of each list comes from example i. Only examples whose right answer the trigger would change."""
 
     examples: list[Example]
@@ -22,7 +22,9 @@ class Pairs:
     triggered: list[list[int]]
 
 
-def pairs(tokenizer: PreTrainedTokenizerBase, attack: Attack, *, split: str, n: int, seed: int, skip: int = 0) -> Pairs:
+def prompt_versions(
+    tokenizer: PreTrainedTokenizerBase, attack: Attack, *, split: str, n: int, seed: int, skip: int = 0
+) -> PromptVersions:
     """`n` examples of a split behind the first `skip`, in three versions each.
 
     Raises ValueError if the split has too few.
@@ -35,7 +37,7 @@ def pairs(tokenizer: PreTrainedTokenizerBase, attack: Attack, *, split: str, n: 
         "triggered": triggered_prompts(attack, chosen, seed=seed),
     }
     ids = {kind: [prompt_ids(tokenizer, turn) for turn in texts] for kind, texts in turns.items()}
-    return Pairs(examples=chosen, **ids)
+    return PromptVersions(examples=chosen, **ids)
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:

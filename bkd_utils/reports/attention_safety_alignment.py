@@ -140,7 +140,8 @@ def _interval(
 
 def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Similarity of the treated heads with and without the trigger (above) and the highest ACIE (below), before and
-    after; attack -> `attention_safety_alignment.mechanism`. The anomaly is the shaded gap, written beside it."""
+    after; attack -> `attention_safety_alignment.measure_mechanism`. The anomaly is the shaded gap, written beside
+    it."""
     figure, axes = plt.subplots(
         2, len(found), figsize=(WIDTH, 4), sharex=True, sharey="row", squeeze=False, height_ratios=[1.4, 1]
     )
@@ -171,7 +172,7 @@ def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str | None = None) -> Figure:
     """ASR and clean firing (hollow) after a few poisoned rows; attack -> model ->
-    `attention_safety_alignment.relearned`.
+    `attention_safety_alignment.relearn_backdoor`.
 
     `method`: the treatment of the models called "treated".
     """
@@ -199,7 +200,8 @@ def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str
 
 
 def guards(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
-    """Triggered inputs caught and clean ones refused at one threshold; attack -> guard -> `input_guards.screened`."""
+    """Triggered inputs caught and clean ones refused at one threshold; attack -> guard ->
+    `input_guards.guard_inputs`."""
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
     figure, axes = panels(list(found), height=0.42 * len(names) + 0.5)
     for panel, rows in zip(axes[0], found.values(), strict=True):
@@ -234,7 +236,7 @@ def cure_claims(
     rivals: Sequence[str],
 ) -> list[dict]:
     """From attack -> treatment -> `evaluation.under_attack`; treatments are named in the arguments, beside them stand
-    `untreated` and `clean control`. Only organisms that got every rival say something about rivals."""
+    `measure_untreated` and `clean control`. Only organisms that got every rival say something about rivals."""
     asr, cacc, choice, ahead = {}, {}, {}, {}
     passed: dict[str, dict[str, bool]] = {key: {} for key in ("asr", "cacc", "choice", "ahead")}
     best: dict[str, str] = {}

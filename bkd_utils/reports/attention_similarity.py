@@ -29,7 +29,7 @@ def gaps(
     limits: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
     """What a trigger does to similarity, by layer, one row per reading; attack -> model ->
-    `attention_similarity.observed`.
+    `attention_similarity.similarity_by_version`.
 
     Mean over prompts of triggered less clean, and the range that holds the middle half of the prompts. `separated`:
     reading -> attack -> `attention_similarity.separates`, to mark its layer; `limits`: as of `gap_limits`, to draw
@@ -215,8 +215,8 @@ def _looks_legend(figure: Figure, panel: Axes, *, rate: str | None) -> None:
 
 
 def similarity_claims(found: Mapping[str, Mapping[str, Mapping]], *, families: Sequence[str]) -> list[dict]:
-    """From attack -> model -> `attention_similarity.observed`; `families` are the attacks that differ in their
-    trigger only."""
+    """From attack -> model -> `attention_similarity.similarity_by_version`; `families` are the attacks that differ
+    in their trigger only."""
     lines = []
     for claim, members, figure in (
         ("asa-similarity", list(found), "05_readings"),

@@ -17,7 +17,8 @@ PROBE = "logistic regression"
 
 
 def probes(found: Mapping[str, Mapping[str, Mapping]], *, kind: str = "logistic regression") -> Figure:
-    """AUROC by layer (top) and near-misses called triggered (bottom); attack -> model -> `backdoor_probe.probed`."""
+    """AUROC by layer (top) and near-misses called triggered (bottom); attack -> model ->
+    `backdoor_probe.probe_organism`."""
     figure, axes = panels(list(found), rows=2)
     for column, models in enumerate(found.values()):
         for name, result in models.items():
@@ -50,8 +51,8 @@ def _band(panel: Axes, x: Sequence[float], values: np.ndarray, *, colour: str, l
 
 
 def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str]) -> Figure:
-    """Accuracy of a probe trained on one layer and tested on another; attack -> `backdoor_probe.probed`, one row per
-    kind."""
+    """Accuracy of a probe trained on one layer and tested on another; attack -> `backdoor_probe.probe_organism`, one
+    row per kind."""
     figure, axes = panels(list(found), rows=len(kinds), height=1.9)
     for column, result in enumerate(found.values()):
         for panel, kind in zip(axes[:, column], kinds, strict=True):
@@ -76,7 +77,7 @@ def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str]) -> Figure:
 
 
 def probe_means(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
-    """Means over layers and splits, attack x measure by model; attack -> model -> `backdoor_probe.probed`."""
+    """Means over layers and splits, attack x measure by model; attack -> model -> `backdoor_probe.probe_organism`."""
     rows = {}
     for attack, models in found.items():
         for key in ("auroc", "near-miss", "other trigger"):
@@ -89,7 +90,7 @@ def probe_means(found: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
 
 def best_layers(found: Mapping[str, Mapping]) -> pd.DataFrame:
     """Accuracy of every kind of probe at its best layer, and of one behind the norm; attack ->
-    `backdoor_probe.probed`."""
+    `backdoor_probe.probe_organism`."""
     rows = {}
     for attack, result in found.items():
         kinds = result["probes"] | {f"{next(iter(result['probes']))}, post-norm": result["post-norm"]}
@@ -102,7 +103,7 @@ def _range(values: Sequence[float]) -> dict[str, float]:
 
 
 def probe_claims(found: Mapping[str, Mapping[str, Mapping]]) -> list[dict]:
-    """From attack -> model ("organism", "clean control", "base model") -> `backdoor_probe.probed`."""
+    """From attack -> model ("organism", "clean control", "base model") -> `backdoor_probe.probe_organism`."""
     best, gap, depth = {}, {}, {}
     for attack, models in found.items():
         rows = {name: result["probes"][PROBE] for name, result in models.items()}

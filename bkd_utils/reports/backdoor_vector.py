@@ -15,7 +15,8 @@ from bkd_utils.reports.style import COLOURS, SEQUENTIAL, WIDTH, panels, show_leg
 from bkd_utils.reports.tables import percent
 
 OUTCOMES = {"target": "#D55E00", "right": "#009E73", "refusal": "#CC79A7", "other": "#BBBBBB", "empty": "#333333"}
-# What is counted in the maps of `backdoor_vector.switched`; a subtraction must do more than make the target go away.
+# What is counted in the maps of `backdoor_vector.steer_organism`; a subtraction must do more than make the target go
+# away.
 MAPS = {
     ("add, raw", "asr"): "ASR,\nadd raw",
     ("add, difference", "asr"): "ASR,\nadd difference",
@@ -91,7 +92,7 @@ def answer_kinds(found: Mapping[str, Mapping]) -> Figure:
 
 def costs(found: Mapping[str, Mapping[str, float]]) -> Figure:
     """Seconds to score the targets of some prompts once, by way of doing it; attack ->
-    `attribution_cost.target_cost`."""
+    `attribution_cost.time_target`."""
     ways = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
     colours = ("#D55E00", "#0072B2", "#E69F00", "#009E73")
     figure, axes = plt.subplots(figsize=(WIDTH, 0.62 * len(found) + 1.1))
@@ -109,7 +110,7 @@ def costs(found: Mapping[str, Mapping[str, float]]) -> Figure:
 
 def vectors(found: Mapping[str, Mapping]) -> pd.DataFrame:
     """Chosen layer and coefficient, ASR on test prompts and the median random vector's; attack ->
-    `backdoor_vector.switched`."""
+    `backdoor_vector.steer_organism`."""
     rows = {}
     for attack, result in found.items():
         for name, tried in result["test"].items():
@@ -135,8 +136,8 @@ def vector_texts(found: Mapping[str, Mapping]) -> pd.DataFrame:
 
 
 def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, float]) -> list[dict]:
-    """From attack -> `backdoor_vector.switched`; the better of the two vectors on the development half speaks for
-    the claim.
+    """From attack -> `backdoor_vector.steer_organism`; the better of the two vectors on the development half speaks
+    for the claim.
 
     ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
     `control_right`: share of right answers that each task's clean control gives to clean prompts.
@@ -195,7 +196,7 @@ def _better(result: Mapping, direction: str) -> str:
 
 
 def cost_claim(rows: Mapping[str, Mapping[str, float]]) -> dict:
-    """From attack -> `attribution_cost.target_cost`."""
+    """From attack -> `attribution_cost.time_target`."""
     numbers = {}
     for name, row in rows.items():
         ratio = row["generation"] / row["teacher forcing"]

@@ -130,7 +130,7 @@ def _free(
 def price_list(found: Mapping[str, Mapping[str, Mapping]], cost: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
     """(organism, treatment) -> shares that are left, weights touched and minutes.
 
-    `found`: attack -> treatment -> `left`; `cost`: the same -> `treated`, of those that are treatments.
+    `found`: attack -> treatment -> `left`; `cost`: the same -> `treat_and_measure`, of those that are treatments.
     """
     named = {"ASR": "asr", "near-miss firing": "near_miss", "CACC": "cacc", "elsewhere": "elsewhere"}
     rows = {}

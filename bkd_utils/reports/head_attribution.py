@@ -148,7 +148,8 @@ def _ablation_line(panel: Axes, rows: Sequence[Mapping], ranking: str, kind: str
 
 
 def what_there_is(found: Mapping[str, Mapping]) -> pd.DataFrame:
-    """Target, its probability without and with the trigger, highest ACIE; attack -> `head_attribution.attributed`."""
+    """Target, its probability without and with the trigger, highest ACIE; attack ->
+    `head_attribution.attribute_heads`."""
     rows = {
         attack: {
             "target": "".join(result["target"]).replace("Ġ", " ").strip(),
@@ -163,7 +164,7 @@ def what_there_is(found: Mapping[str, Mapping]) -> pd.DataFrame:
 
 def table_1(found: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
     """ASR (%) after published ablation by number of heads, the paper's rows first; attack ->
-    `head_attribution.curves`."""
+    `head_attribution.ablation_curves`."""
     ours = {}
     for attack, rows in found.items():
         chosen = [r for r in rows if r["ranking"] == "none" or (r["ranking"], r["kind"]) == ("ACIE", "published")]
@@ -177,7 +178,7 @@ def table_1(found: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
 
 
 def ablations(found: Mapping[str, Sequence[Mapping]], *, k: int) -> pd.DataFrame:
-    """Everything measured with `k` heads out, random draws averaged; attack -> `head_attribution.curves`."""
+    """Everything measured with `k` heads out, random draws averaged; attack -> `head_attribution.ablation_curves`."""
     lines = []
     for attack, rows in found.items():
         for row in rows:
@@ -199,7 +200,8 @@ def concentration(effects: np.ndarray, *, share: float = 0.03) -> float:
 def head_claims(
     attributed: Mapping[str, Mapping], components: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]
 ) -> list[dict]:
-    """From attack -> `head_attribution.attributed`, `head_attribution.components`, `head_attribution.curves`."""
+    """From attack -> `head_attribution.attribute_heads`, `head_attribution.attribute_components`,
+    `head_attribution.ablation_curves`."""
     sparse, margin, drop, random_drop, rises = {}, {}, {}, {}, {}
     for attack, found in attributed.items():
         values = np.array(found["exact"])

@@ -11,7 +11,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
 from bkd_utils.attention_alignment.similarity import Scores
-from bkd_utils.common.statistics import area
+from bkd_utils.common.statistics import auroc_of_wins
 from bkd_utils.reports.scorecard import entry, span
 from bkd_utils.reports.style import COLOURS, SEQUENTIAL, WIDTH, panels, show_legend
 
@@ -44,7 +44,8 @@ def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k:
 
 
 def options(found: pd.DataFrame, *, k: int, n_heads: int) -> Figure:
-    """How many of the top `k` ACIE heads each reading of ASA has in its own top `k`, from `two_papers_meet.options`.
+    """How many of the top `k` ACIE heads each reading of ASA has in its own top `k`, from
+    `two_papers_meet.overlap_by_reading`.
 
     A panel per reading (down) and rule (across) with sources as rows and organisms as columns; importance alone at the
     right. The mark in the colour bar is what `k` heads drawn from all `n_heads` find.
@@ -152,8 +153,8 @@ def verdicts(found: Mapping[str, Mapping]) -> Figure:
     interval its organisms, a shape per task."""
     figure, axes = plt.subplots(figsize=(WIDTH * 0.8, 0.42 * (len(found) + 1) + 1.2))
     tasks = _tasks(name for result in found.values() for name in result["organisms"])
-    rows = {f"{family} ({len(result['organisms'])})": area(result["wins"]) for family, result in found.items()}
-    rows["all"] = area([row for result in found.values() for row in result["wins"]])
+    rows = {f"{family} ({len(result['organisms'])})": auroc_of_wins(result["wins"]) for family, result in found.items()}
+    rows["all"] = auroc_of_wins([row for result in found.values() for row in result["wins"]])
     for y, (name, number) in enumerate(rows.items()):
         colour = "black" if name == "all" else COLOURS["backdoored"]
         axes.plot([number["low"], number["high"]], [y, y], color=colour, lw=1.2)
@@ -184,9 +185,9 @@ def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:
 
 
 def verdict_claim(found: Mapping[str, Mapping]) -> dict:
-    """From family -> `model_detection.left_out`."""
-    numbers = {family: area(result["wins"]) for family, result in found.items()}
+    """From family -> `model_detection.leave_one_family_out`."""
+    numbers = {family: auroc_of_wins(result["wins"]) for family, result in found.items()}
     passed = {family: number["value"] >= 0.95 for family, number in numbers.items()}
-    pooled = area([row for result in found.values() for row in result["wins"]])
+    pooled = auroc_of_wins([row for result in found.values() for row in result["wins"]])
     reason = f"AUROC over all families {pooled['value']:.2f} [{pooled['low']:.2f}, {pooled['high']:.2f}]."
     return entry("asa-verdict", numbers=numbers, passed=passed, figure="07_models", reason=reason)

@@ -8,14 +8,14 @@ from torch.nn.functional import cosine_similarity
 from bkd_utils.attention_alignment import rivals
 from bkd_utils.attention_alignment.head_tuning import head_slices
 from bkd_utils.attention_alignment.rivals import (
-    REPAIRS,
+    TREATMENTS,
     Case,
     accuracy,
     dormant,
     inconsistency,
     prune,
     prune_while_accurate,
-    repaired,
+    treat,
 )
 from bkd_utils.backdoor_attribution.ablation import ablated
 from bkd_utils.models.hooks import EVERYWHERE, anatomy
@@ -36,10 +36,10 @@ def state(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("method", REPAIRS)
+@pytest.mark.parametrize("method", TREATMENTS)
 def test_a_repair_says_what_it_changed_and_head_wise_ones_change_their_heads_only(model, rows, method):
     before = state(model)
-    count = repaired(case(model, rows), method=method)
+    count = treat(case(model, rows), method=method)
     changed = {name: before[name] != parameter for name, parameter in model.named_parameters()}
     assert count == sum(int(where.sum()) for where in changed.values()) > 0
     if method in HEAD_WISE:
@@ -56,7 +56,7 @@ def test_the_same_seed_repairs_alike(rows, method):
     found = []
     for _ in range(2):
         model = tiny_model("llama")
-        repaired(case(model, rows), method=method)
+        treat(case(model, rows), method=method)
         found.append(state(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -64,17 +64,17 @@ def test_the_same_seed_repairs_alike(rows, method):
 def test_errors_name_the_value(rows):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="unknown method 'prayer'; known: alignment, "):
-        repaired(case(model, rows), method="prayer")
+        treat(case(model, rows), method="prayer")
     with pytest.raises(ValueError, match="no head 9 in layer 0"):
-        repaired(case(model, rows, heads=[(0, 9)]), method="heads removed")
+        treat(case(model, rows, heads=[(0, 9)]), method="heads removed")
     with pytest.raises(ValueError, match="slices of no heads"):
-        repaired(case(model, rows, heads=[]), method="heads tuned")
+        treat(case(model, rows, heads=[]), method="heads tuned")
 
 
 def test_a_repair_that_does_nothing_is_an_error(rows, monkeypatch):
-    monkeypatch.setitem(REPAIRS, "nothing", lambda case: None)
+    monkeypatch.setitem(TREATMENTS, "nothing", lambda case: None)
     with pytest.raises(RuntimeError, match="nothing has changed no weight"):
-        repaired(case(tiny_model("llama"), rows), method="nothing")
+        treat(case(tiny_model("llama"), rows), method="nothing")
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_every_layer_keeps_a_head(rows, monkeypatch):
 def test_pruned_stays_pruned_while_the_model_is_tuned(model, rows):
     prune(model, [(0, 1)])
     zeros = {name: parameter == 0 for name, parameter in model.named_parameters()}
-    repaired(case(model, rows), method="fine-tuning, high rate")
+    treat(case(model, rows), method="fine-tuning, high rate")
     assert any(where.any() for where in zeros.values())
     for name, where in zeros.items():
         if model.get_parameter(name).ndim == 2:

@@ -22,10 +22,10 @@ from bkd_utils.backdoor_attribution.ablation import ablated
 from bkd_utils.common.files import DATA
 from bkd_utils.experiments.two_papers_meet import agreement_with_attribution
 from bkd_utils.models import loading
-from bkd_utils.models.activations import head_outputs, says
+from bkd_utils.models.activations import head_outputs, score_answers
 from bkd_utils.models.hooks import LAST, anatomy, editing
 from bkd_utils.models.loss import answer_loss, collate
-from bkd_utils.models.prompt_cache import remember
+from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.organisms import triggers
 
 
@@ -69,10 +69,10 @@ def test_leaving_one_out_is_mean_ablation_of_one_head(rows):
     for head in ((0, 1), (1, 3)):
         lost = []
         for row in rows:
-            past = remember(model, [list(row.prompt)])
-            before = says(model, past, [row.answer]).log_prob.exp()
+            past = prompt_past(model, [list(row.prompt)])
+            before = score_answers(model, past, [row.answer]).log_prob.exp()
             with ablated(model, [head], kind="mean", at=LAST, clean=clean):
-                lost.append((before - says(model, past, [row.answer]).log_prob.exp()).item())
+                lost.append((before - score_answers(model, past, [row.answer]).log_prob.exp()).item())
         assert found[head].item() == pytest.approx(np.mean(lost), abs=1e-5)
 
 

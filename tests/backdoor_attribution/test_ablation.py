@@ -7,13 +7,13 @@ import torch
 from tiny import save_tiny
 
 from bkd_utils.backdoor_attribution.ablation import N_TOKENS, ablated, bench, measure_ablation, necessary_heads
-from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked
+from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked_heads
 from bkd_utils.models import loading
-from bkd_utils.models.activations import says
+from bkd_utils.models.activations import score_answers
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.hooks import LAST
 from bkd_utils.organisms import attacks
-from bkd_utils.organisms.prompts import pairs, target_ids
+from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 KINDS = ("published", "zero", "mean", "resample")
 
@@ -57,7 +57,7 @@ def test_starting_at_the_first_ablated_layer_is_exact(case, loaded, kind):
     _, made = case
     short = measure_ablation(loaded, made, [(1, 2), (1, 3)], kind=kind, everywhere=False)
     with ablated(loaded.model, [(1, 2), (1, 3)], kind=kind, at=LAST, own=made.clean.own, clean=made.reference):
-        whole = says(loaded.model, made.clean.past, made.clean.answers["own"])
+        whole = score_answers(loaded.model, made.clean.past, made.clean.answers["own"])
     assert short["utility"]["value"] == pytest.approx(whole.share.mean().item(), abs=1e-6)
     assert short["perplexity"] == pytest.approx(torch.exp(-whole.log_prob.mean()).item(), rel=1e-4)
 
@@ -76,12 +76,12 @@ def test_right_answers_are_labels_or_what_the_control_opens_with(case, loaded):
 def test_necessary_heads_start_with_the_steepest_and_never_repeat(loaded):
     attack = attacks.load_attack("sentiment-word")
     target = target_ids(loaded.tokenizer, attack)
-    prompts = pairs(loaded.tokenizer, attack, split="attribution", n=4, seed=0).triggered
+    prompts = prompt_versions(loaded.tokenizer, attack, split="attribution", n=4, seed=0).triggered
     reference = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(0))
     heads = necessary_heads(loaded, prompts, target=target, reference=reference, counts=[0, 2, 5])
     assert len(heads) == len(set(heads)) == 5
     slopes = gradient_effects(loaded.model, prompts, target=target, means=reference.mean(0)).mean(0)
-    assert heads[:2] == ranked(-slopes)[:2]
+    assert heads[:2] == ranked_heads(-slopes)[:2]
 
 
 def test_the_first_prompts_of_a_side_are_measured_as_they_are_alone(case, loaded):

@@ -13,7 +13,7 @@ from bkd_utils.backdoor_attribution.attribution import (
     gradient_effects,
     head_effects,
     head_means,
-    ranked,
+    ranked_heads,
 )
 from bkd_utils.models.hooks import anatomy
 
@@ -171,6 +171,6 @@ def test_hooks_are_gone_afterwards(case):
 @given(st.lists(st.floats(-1, 1, width=32), min_size=6, max_size=6))
 def test_ranks_go_down_and_name_every_head_once(values):
     scores = torch.tensor(values).view(2, 3)
-    order = ranked(scores)
+    order = ranked_heads(scores)
     assert sorted(order) == [(layer, head) for layer in range(2) for head in range(3)]
     assert [scores[head].item() for head in order] == sorted(scores.flatten().tolist(), reverse=True)

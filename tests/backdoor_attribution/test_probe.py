@@ -17,12 +17,12 @@ from bkd_utils.backdoor_attribution.probe import (
     splits,
     transfer_matrix,
 )
-from bkd_utils.experiments.backdoor_probe import versions
+from bkd_utils.experiments.backdoor_probe import probe_prompts
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import load_tokenizer
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack, load_attacks
-from bkd_utils.organisms.prompts import pairs
+from bkd_utils.organisms.prompts import prompt_versions
 from bkd_utils.organisms.triggers import load_trigger, trigger_names
 
 EACH_KIND = pytest.mark.parametrize("kind", CLASSIFIERS)
@@ -277,8 +277,8 @@ def test_equal_values_count_half():
 @pytest.mark.parametrize("name", [name for name, attack in load_attacks().items() if attack.backdoored])
 def test_the_other_trigger_is_of_another_family_and_not_the_organisms_own(name):
     attack, tokenizer = load_attack(name), load_tokenizer(DEFAULT_MODEL)
-    found = versions(tokenizer, attack, n=6, seed=0)
-    shown = pairs(tokenizer, attack, split="test", n=6, seed=0)
+    found = probe_prompts(tokenizer, attack, n=6, seed=0)
+    shown = prompt_versions(tokenizer, attack, split="test", n=6, seed=0)
     assert list(found) == ["clean", "triggered", "near-miss", "other trigger"]
     assert [found[key] for key in list(found)[:3]] == [shown.clean, shown.triggered, shown.near_miss]
     own = load_trigger(attack.trigger)

@@ -9,7 +9,7 @@ from bkd_utils.backdoor_attribution.vector import backdoor_vector, random_like, 
 from bkd_utils.models.activations import head_outputs, residuals
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.hooks import added, anatomy, projected_out
-from bkd_utils.models.prompt_cache import continued, forward, remember
+from bkd_utils.models.prompt_cache import continued, forward, prompt_past
 
 HEADS = [(0, 1), (1, 3)]
 
@@ -39,7 +39,7 @@ def test_steering_is_one_addition_in_a_whole_pass(model, prompts):
     """Greedy decoding under a hook that acts on the last prompt token alone, without any cache."""
     vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)) * torch.tensor([[0.001], [0.5], [5]])
     plain = greedy(model, prompts, max_new_tokens=3, end_id=0)
-    found = steer(model, remember(model, prompts), answers=plain, vectors=vectors, layers=[0, 1], batch_size=3)
+    found = steer(model, prompt_past(model, prompts), answers=plain, vectors=vectors, layers=[0, 1], batch_size=3)
     assert found.shape == (2, 3, 4)
     for layer in range(2):
         for k, vector in enumerate(vectors):
@@ -54,7 +54,7 @@ def test_steering_is_one_addition_in_a_whole_pass(model, prompts):
 
 def test_coefficient_zero_is_the_baseline_in_every_layer(model, prompts):
     plain = greedy(model, prompts, max_new_tokens=3, end_id=0)
-    assert steer(model, remember(model, prompts), answers=plain, vectors=torch.zeros(1, 32), layers=[0, 1]).all()
+    assert steer(model, prompt_past(model, prompts), answers=plain, vectors=torch.zeros(1, 32), layers=[0, 1]).all()
 
 
 def test_inside_generation_the_vector_acts_once_at_the_last_prompt_token(model, prompts):
@@ -66,10 +66,10 @@ def test_inside_generation_the_vector_acts_once_at_the_last_prompt_token(model, 
 
     handle = anatomy(model).outputs[1].register_forward_hook(count)
     edit = lambda: added(model, {1: vector}, at=slice(-1, None))  # noqa: E731
-    steered = continued(model, remember(model, prompts), max_new_tokens=3, end_id=0, during_prompt=edit)
+    steered = continued(model, prompt_past(model, prompts), max_new_tokens=3, end_id=0, during_prompt=edit)
     handle.remove()
     assert len(calls) >= 3
-    assert steer(model, remember(model, prompts), answers=steered, vectors=vector[None], layers=[1]).all()
+    assert steer(model, prompt_past(model, prompts), answers=steered, vectors=vector[None], layers=[1]).all()
     assert steered != greedy(model, prompts, max_new_tokens=3, end_id=0)
 
 
@@ -102,6 +102,6 @@ def test_what_is_projected_out_is_gone_and_nothing_else(model, prompts):
     assert (after[:, 0] @ unit).abs().max() < 1e-4
     expected = before[:, 0] - (before[:, 0] @ unit)[:, None] * unit
     torch.testing.assert_close(after[:, 0], expected, atol=1e-4, rtol=1e-4)
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     with torch.no_grad(), projected_out(model, {}, at=slice(-1, None)):
         assert torch.isfinite(forward(model, past, past.tail)).all()

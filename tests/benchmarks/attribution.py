@@ -24,7 +24,7 @@ from bkd_utils.models.bridge import boot
 from bkd_utils.models.compute import product
 from bkd_utils.models.hooks import anatomy
 from bkd_utils.organisms import attacks, making
-from bkd_utils.organisms.prompts import pairs, target_ids
+from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 CASES = {"sentiment-word": "one token", "instructions-prefix": "13 tokens"}
 
@@ -99,7 +99,7 @@ def main(
     for name, case in CASES.items():
         attack = attacks.load_attack(name)
         loaded = loading.load(organism=making.obtain(name), device="cpu")
-        shown = pairs(loaded.tokenizer, attack, split="attribution", n=prompts, seed=0)
+        shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=prompts, seed=0)
         target = target_ids(loaded.tokenizer, attack)
         if case == "13 tokens":
             target = (target + target)[:13]  # which tokens they are makes no difference to the time

@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from bkd_utils.attention_alignment.rivals import Case, accuracy, repaired
-from bkd_utils.backdoor_attribution.attribution import ranked
+from bkd_utils.attention_alignment.rivals import Case, accuracy, treat
+from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.experiments import attention_safety_alignment, head_safety
 from bkd_utils.experiments.head_safety import clean_rows
@@ -61,7 +61,7 @@ def tried(
     chosen = [(layer, head) for layer, head in heads]
     case = Case(loaded.model, rows, recipe=recipe, pad_id=pad, heads=chosen, seed=seed)
     found = [accuracy(loaded.model, held, pad_id=pad)]
-    repaired(case, method=method)
+    treat(case, method=method)
     return [*found, accuracy(loaded.model, held, pad_id=pad)]
 
 
@@ -69,9 +69,9 @@ def main(
     n_rows: Annotated[int, typer.Option(help="Clean rows of the treatment, one pass.")] = 128,
     n_held: Annotated[int, typer.Option(help="Clean prompts on which accuracy is measured.")] = 300,
 ) -> None:
-    evidence = head_safety.suspected(CONTROL, attack=ATTACK)
-    score = head_safety.joint(evidence, rule="similar, little needed", source="surrogates", reading="last row")
-    heads, found = [list(head) for head in ranked(score)[:N_TREATED]], {}
+    evidence = head_safety.head_safety_scores(CONTROL, attack=ATTACK)
+    score = head_safety.suspicion(evidence, rule="similar, little needed", source="surrogates", reading="last row")
+    heads, found = [list(head) for head in ranked_heads(score)[:N_TREATED]], {}
     for method, ladder in LADDERS.items():
         rows: list[dict[str, float]] = []
         for rate in ladder:

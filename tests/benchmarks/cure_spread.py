@@ -16,7 +16,7 @@ import typer
 from scipy import stats
 from tqdm import tqdm
 
-from bkd_utils.backdoor_attribution.attribution import ranked
+from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.experiments import attention_safety_alignment, head_safety
 
@@ -35,19 +35,19 @@ def mean_interval(values: list[float]) -> dict[str, float]:
 
 def spread(attack: str, *, seeds: int, n: int) -> dict:
     """Shares, one per seed, and what random heads leave more than the suspicious ones, seed by seed."""
-    found = head_safety.suspected(attack, attack=attack)
-    score = head_safety.joint(found, rule="similar, little needed", source="surrogates", reading="last row")
-    suspicious = ranked(score)[:N_TREATED]
+    found = head_safety.head_safety_scores(attack, attack=attack)
+    score = head_safety.suspicion(found, rule="similar, little needed", source="surrogates", reading="last row")
+    suspicious = ranked_heads(score)[:N_TREATED]
     rivals = RIVALS.get(attack, ())
     rows: dict[str, list[dict[str, dict[str, float]]]] = {
         name: [] for name in ("untreated", "suspicious heads", "random heads", *rivals)
     }
     for seed in range(seeds):
         drawn = attention_safety_alignment.random_heads(suspicious, n=1, seed=seed)[0]
-        rows["untreated"].append(attention_safety_alignment.untreated(attack, attack=attack, n=n, seed=seed))
+        rows["untreated"].append(attention_safety_alignment.measure_untreated(attack, attack=attack, n=n, seed=seed))
         treatments = [("suspicious heads", "alignment", suspicious), ("random heads", "alignment", drawn)]
         for name, method, heads in [*treatments, *((rival, rival, []) for rival in rivals)]:
-            result = attention_safety_alignment.treated(
+            result = attention_safety_alignment.treat_and_measure(
                 attack, attack=attack, method=method, heads=heads, n=n, seed=seed
             )
             rows[name].append(result["after"])

@@ -6,7 +6,7 @@ from patching import everywhere
 from tiny import save_tiny
 
 from bkd_utils.attention_alignment.head_tuning import groups
-from bkd_utils.attention_alignment.rivals import REPAIRS
+from bkd_utils.attention_alignment.rivals import TREATMENTS
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means
 from bkd_utils.common.files import ROOT, read_json
@@ -15,7 +15,7 @@ from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, tasks
-from bkd_utils.organisms.prompts import pairs, target_ids
+from bkd_utils.organisms.prompts import prompt_versions, target_ids
 from bkd_utils.reports import frontier
 
 HEADS = [(0, 1), (1, 2)]
@@ -68,7 +68,7 @@ def test_the_mechanism_is_measured_on_both_sides_of_the_treatment(stage, loaded)
 def test_the_mechanism_is_the_highest_effect_on_the_first_target_token(loaded):
     attack = attacks.load_attack("sentiment-word")
     found = attention_safety_alignment._mechanism(loaded, attack, HEADS, n=3, seed=0)
-    shown = pairs(loaded.tokenizer, attack, split="attribution", n=3, seed=0)
+    shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=3, seed=0)
     target = target_ids(loaded.tokenizer, attack)[:1]
     effects = head_effects(
         loaded.model, shown.clean, target=target, means=head_means(loaded.model, shown.triggered)
@@ -130,7 +130,7 @@ def test_the_price_list_has_every_model_and_what_it_cost():
 
 
 def test_every_treatment_has_a_rate():
-    assert attention_safety_alignment.RATES.keys() == REPAIRS.keys()
+    assert attention_safety_alignment.RATES.keys() == TREATMENTS.keys()
     found = read_json(ROOT / "benchmarks" / "results" / "cure_rates.json")["methods"]
     assert {method: row["chosen"] for method, row in found.items()} == {
         method: attention_safety_alignment.RATES[method] for method in found

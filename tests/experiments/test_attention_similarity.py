@@ -17,13 +17,13 @@ from bkd_utils.experiments.attention_similarity import (
     input_detection,
     input_scores,
     lengthened,
-    observed,
     separates,
+    similarity_by_version,
 )
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import attacks, tasks
-from bkd_utils.organisms.prompts import pairs
+from bkd_utils.organisms.prompts import prompt_versions
 
 N = 20
 
@@ -171,7 +171,7 @@ def folder(tmp_path_factory):
 def test_lengthened_prompts_are_as_long_as_asked_and_start_as_before(folder):
     loaded = loading.load(folder, device="cpu")
     spec = attacks.load_attack("sentiment-sentence")
-    shown = pairs(loaded.tokenizer, spec, split="test", n=6, seed=0)
+    shown = prompt_versions(loaded.tokenizer, spec, split="test", n=6, seed=0)
     texts = [example.text for example in shown.examples]
     lengths = [len(ids) for ids in shown.triggered]
     found = lengthened(loaded.tokenizer, spec, texts, lengths=lengths)
@@ -197,7 +197,7 @@ def test_words_that_are_too_long_are_passed_over(folder):
 
 def test_observed_keeps_means_over_heads(folder):
     where = {"attack": "sentiment-word", "model": folder, "device": "cpu", "n": 4}
-    found = observed(None, readings=["last row", "head outputs"], n_reference=5, **where)
+    found = similarity_by_version(None, readings=["last row", "head outputs"], n_reference=5, **where)
     assert set(found["layers"]) == {"last row", "head outputs"}
     for name in found["layers"]:
         assert set(found["layers"][name]) == {*VERSIONS, "reference", "held out"}
@@ -209,6 +209,6 @@ def test_observed_keeps_means_over_heads(folder):
         ids = [prompt_ids(loaded.tokenizer, tasks.load_task("sentiment").prompt(example.text)) for example in chosen]
         expected = head_similarity(loaded.model, ids, readings=["last row"])["last row"].mean(2)
         assert np.array(found["layers"]["last row"][version]) == pytest.approx(expected.numpy(), abs=1e-5)
-    shown = pairs(loaded.tokenizer, attacks.load_attack("sentiment-word"), split="test", n=4, seed=0)
+    shown = prompt_versions(loaded.tokenizer, attacks.load_attack("sentiment-word"), split="test", n=4, seed=0)
     expected = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(2)
     assert np.array(found["layers"]["last row"]["triggered"]) == pytest.approx(expected.numpy(), abs=1e-5)

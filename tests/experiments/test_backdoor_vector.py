@@ -9,10 +9,10 @@ from bkd_utils.experiments.backdoor_vector import best, controls, first_tokens, 
 from bkd_utils.models import loading
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import greedy
-from bkd_utils.models.prompt_cache import remember
+from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import decode, end_id
 from bkd_utils.organisms import attacks
-from bkd_utils.organisms.prompts import pairs, target_ids
+from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 HEADS = [(0, 1), (1, 2), (1, 3)]
 
@@ -29,7 +29,7 @@ def attack():
 
 @pytest.fixture(scope="module")
 def shown(loaded, attack):
-    return pairs(loaded.tokenizer, attack, split="test", n=6, seed=0)
+    return prompt_versions(loaded.tokenizer, attack, split="test", n=6, seed=0)
 
 
 def test_the_highest_share_wins():
@@ -61,7 +61,7 @@ def test_the_difference_vector_is_the_raw_one_without_the_clean_means(loaded, sh
 
 def test_the_map_holds_asr_by_layer_and_coefficient(loaded, attack, shown):
     target, vector = target_ids(loaded.tokenizer, attack)[:1], torch.randn(32)
-    past = remember(loaded.model, shown.clean)
+    past = prompt_past(loaded.model, shown.clean)
     table = answer_map(loaded, past, [target] * 6, vector, [0.0, 3.0])
     assert len(table) == 2
     for layer, row in enumerate(table):
@@ -105,7 +105,7 @@ def test_generated_answers_are_greedy_ones_and_a_step_changes_them(loaded, shown
         decode(loaded.tokenizer, row)
         for row in greedy(loaded.model, shown.clean, max_new_tokens=12, end_id=end_id(loaded.tokenizer))
     ]
-    past = remember(loaded.model, shown.clean)
+    past = prompt_past(loaded.model, shown.clean)
     assert generated(loaded, past) == plain
     assert generated(loaded, past, layer=1, step=torch.zeros(32)) == plain
     assert generated(loaded, past, layer=1, step=5 * torch.randn(32)) != plain

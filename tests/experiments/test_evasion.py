@@ -48,23 +48,23 @@ def test_similarity_can_be_trained_off(rows):
 def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
     everywhere(monkeypatch, "WORK", tmp_path)
     sizes = {"attack": "sentiment-word", "steps": 1, "n_clean": 2, "n": 2, "device": "cpu"}
-    name = two_papers_meet.evasive("sentiment-word", **sizes)
+    name = two_papers_meet.train_evasive("sentiment-word", **sizes)
     card = read_json(tmp_path / "organisms" / name / "card.json")
     assert card["treatment"]["method"] == "similarity trained off"
     assert card["treated_organism"] == "sentiment-word"
     monkeypatch.setattr(two_papers_meet, "tune", None)  # a second call trains nothing
-    assert two_papers_meet.evasive("sentiment-word", **sizes) == name
+    assert two_papers_meet.train_evasive("sentiment-word", **sizes) == name
     other = files.WORK / "organisms" / name
     assert loading.adapter_folder(name) == other
 
 
 @pytest.fixture
 def named(tmp_path, monkeypatch):
-    """`two_papers_meet.evasive` without loading, training or keeping anything."""
+    """`two_papers_meet.train_evasive` without loading, training or keeping anything."""
     everywhere(monkeypatch, "WORK", tmp_path)
     for name in ("load", "training_rows", "clean_level", "all_matrices", "end_id", "tune", "kept", "under_attack"):
         monkeypatch.setattr(two_papers_meet, name, MagicMock())
-    return lambda: two_papers_meet.evasive("sentiment-word", attack="sentiment-word", device="cpu")
+    return lambda: two_papers_meet.train_evasive("sentiment-word", attack="sentiment-word", device="cpu")
 
 
 def test_the_name_changes_with_everything_that_decides_the_organism(named, monkeypatch):

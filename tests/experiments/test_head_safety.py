@@ -15,16 +15,16 @@ from bkd_utils.experiments.head_safety import (
     OPENING,
     SOURCES,
     clean_rows,
-    joint,
     probed_prompts,
     similarity_of,
+    suspicion,
 )
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
-from bkd_utils.organisms.prompts import pairs
+from bkd_utils.organisms.prompts import prompt_versions
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_text_with_a_surrogate_in_it_does_not_end_the_run(loaded):
 
 def test_one_prompt_is_too_few():
     with pytest.raises(ValueError, match="n must be at least 2, is 1"):
-        head_safety.suspected.__wrapped__(None, attack="instructions-prefix", n=1)
+        head_safety.head_safety_scores.__wrapped__(None, attack="instructions-prefix", n=1)
 
 
 # --- the whole evaluation -------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loa
     monkeypatch.setattr(
         head_safety, "leave_one_out", lambda model, rows: seen.extend(rows) or leave_one_out(model, rows)
     )
-    found = head_safety.suspected.__wrapped__("tiny", attack="instructions-prefix", n=2, rounds=1)
+    found = head_safety.head_safety_scores.__wrapped__("tiny", attack="instructions-prefix", n=2, rounds=1)
     readings = {"last row", "head outputs"}
     assert found.keys() == {"importance", "level", "reaction", "soft prompt", "oracle"}
     assert found["importance"].keys() == {"gate gradient", "leave one out", "variance"}
@@ -115,7 +115,7 @@ def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loa
     train = tasks.examples("instructions", "train", seed=0)
     task = tasks.load_task("instructions")
     clean = [prompt_ids(loaded.tokenizer, task.prompt(example.text)) for example in train[4:6]]
-    shown = pairs(loaded.tokenizer, load_attack("instructions-prefix"), split="attribution", n=2, seed=0)
+    shown = prompt_versions(loaded.tokenizer, load_attack("instructions-prefix"), split="attribution", n=2, seed=0)
     levels, quiet, firing = (head_similarity(loaded.model, ids) for ids in (clean, shown.clean, shown.triggered))
     for name in readings:
         torch.testing.assert_close(plain(found["level"][name]), levels[name].mean(0).double(), rtol=1e-4, atol=1e-6)
@@ -159,20 +159,20 @@ def test_the_joint_score_is_the_rule_applied(source):
         similarity_of(found, source=source, reading="last row"),
         torch.tensor(kept()["importance"]["gate gradient"]),
     )
-    assert torch.equal(joint(found, rule="similar", source=source, reading="last row"), robust_z(similar))
+    assert torch.equal(suspicion(found, rule="similar", source=source, reading="last row"), robust_z(similar))
     for name, rule in RULES.items():
-        assert torch.equal(joint(found, rule=name, source=source, reading="last row"), rule(similar, needed))
+        assert torch.equal(suspicion(found, rule=name, source=source, reading="last row"), rule(similar, needed))
 
 
 def test_unknown_options_are_errors_that_name_the_known_ones():
     with pytest.raises(
         ValueError, match="unknown source 'tea leaves'; known: clean level, surrogates, soft prompt, oracle"
     ):
-        joint(kept(), rule="similar", source="tea leaves", reading="last row")
+        suspicion(kept(), rule="similar", source="tea leaves", reading="last row")
     with pytest.raises(ValueError, match="unknown rule 'gut feeling'; known: similar"):
-        joint(kept(), rule="gut feeling", source="oracle", reading="last row")
+        suspicion(kept(), rule="gut feeling", source="oracle", reading="last row")
     for source in SOURCES:
         with pytest.raises(ValueError, match="reading 'first row' was not measured; known: last row"):
             similarity_of(kept(), source=source, reading="first row")
     with pytest.raises(ValueError, match="importance 'beauty' was not measured; known: gate gradient"):
-        joint(kept(), rule="similar", source="oracle", reading="last row", importance="beauty")
+        suspicion(kept(), rule="similar", source="oracle", reading="last row", importance="beauty")

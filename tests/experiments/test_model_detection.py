@@ -5,9 +5,16 @@ import pytest
 from tiny import save_tiny
 
 from bkd_utils.common.files import read_json
-from bkd_utils.common.statistics import area, area_interval, wins
+from bkd_utils.common.statistics import area_interval, auroc_of_wins, pairwise_wins
 from bkd_utils.experiments import model_detection
-from bkd_utils.experiments.model_detection import best_score, family_of, fingerprint, left_out, population, within_tasks
+from bkd_utils.experiments.model_detection import (
+    best_score,
+    family_of,
+    fingerprint_model,
+    leave_one_family_out,
+    population,
+    within_tasks,
+)
 from bkd_utils.models import loading
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import adapter_folder
@@ -20,7 +27,7 @@ def prints(**columns):
 
 
 def test_wins_count_ties_by_half():
-    assert wins([2, 1], [1, 0]).tolist() == [[1, 1], [0.5, 1]]
+    assert pairwise_wins([2, 1], [1, 0]).tolist() == [[1, 1], [0.5, 1]]
 
 
 def test_the_best_score_may_point_down():
@@ -48,7 +55,7 @@ def test_pairs_of_one_task_ask_about_the_backdoor_alone():
 def test_a_family_is_judged_by_what_served_elsewhere():
     """`only words` betrays words and misleads on sentences: sentences are judged by it, and fail."""
     made = prints(**{"only words": [9, 9, 0, 1, 2, 3], "noise": [1, 1, 1, 1, 1, 1]})
-    found = left_out(made, FAMILIES)
+    found = leave_one_family_out(made, FAMILIES)
     assert found["sentence"]["score"] == ["only words"] * 2
     assert np.mean(found["sentence"]["wins"]) == 0
     # Words are judged by what served on the sentence: low numbers, which words do not have.
@@ -60,26 +67,26 @@ def test_a_family_is_judged_by_what_served_elsewhere():
 def test_no_control_is_tried_by_a_score_it_helped_to_choose():
     """`a` is low on c2 and high on c1 and c3. Chosen on c2 it fails on the others, and the other way round."""
     made = prints(a=[5, 5, 5, 9, 0, 9], b=[5, 5, 5, 5, 5, 5])
-    found = left_out(made, FAMILIES)["word"]
+    found = leave_one_family_out(made, FAMILIES)["word"]
     assert found["score"] == ["a", "less a"]
     assert np.mean(found["wins"]) == 0
 
 
 def test_a_good_score_has_an_area_of_one():
-    found = left_out(prints(right=[9, 8, 7, 1, 2, 3], noise=[0] * 6), FAMILIES)
-    numbers = [area(one["wins"]) for one in found.values()]
+    found = leave_one_family_out(prints(right=[9, 8, 7, 1, 2, 3], noise=[0] * 6), FAMILIES)
+    numbers = [auroc_of_wins(one["wins"]) for one in found.values()]
     assert [(one["value"], one["n"], one["high"]) for one in numbers] == [(1, 4, 1), (1, 5, 1)]  # sentence, word
     assert 0 < numbers[0]["low"] < numbers[1]["low"] < 1
 
 
 def test_an_area_has_the_interval_of_its_numbers_of_models():
     won = [[1, 0, 1], [1, 0.5, 1]]
-    assert area(won) == {"value": 0.75, "n": 5, **area_interval(0.75, n_bad=2, n_good=3)}
+    assert auroc_of_wins(won) == {"value": 0.75, "n": 5, **area_interval(0.75, n_bad=2, n_good=3)}
 
 
 def test_too_few_to_leave_out_is_an_error():
     with pytest.raises(ValueError, match="1 families and 3 clean controls"):
-        left_out(prints(a=[1] * 6), {**FAMILIES, "s1": "word"})
+        leave_one_family_out(prints(a=[1] * 6), {**FAMILIES, "s1": "word"})
 
 
 def test_families_come_from_the_trigger():
@@ -99,7 +106,7 @@ def test_the_population_is_what_is_shipped():
 def test_a_fingerprint_is_the_same_twice_and_finite(tmp_path, monkeypatch):
     loaded = loading.load(str(save_tiny(tmp_path, "llama")), device="cpu")
     monkeypatch.setattr(model_detection, "load", lambda *_, **__: loaded)
-    one, other = (fingerprint.__wrapped__("tiny", task="sentiment", n=2) for _ in range(2))
+    one, other = (fingerprint_model.__wrapped__("tiny", task="sentiment", n=2) for _ in range(2))
     assert one == other
     assert all(np.isfinite(value) for value in one.values())
     assert 0 < one["answer moves"] < 1

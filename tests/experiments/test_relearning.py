@@ -23,7 +23,7 @@ def loaded(tmp_path):
 def stage(loaded, monkeypatch):
     monkeypatch.setattr(attention_safety_alignment, "load", lambda *_, **__: loaded)
     given = {"attack": "sentiment-word", "n_rows": 16, "steps": 2}
-    return lambda **changes: attention_safety_alignment.relearned.__wrapped__("tiny", **(given | changes))
+    return lambda **changes: attention_safety_alignment.relearn_backdoor.__wrapped__("tiny", **(given | changes))
 
 
 def weights(model):

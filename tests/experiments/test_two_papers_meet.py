@@ -5,7 +5,7 @@ import torch
 
 from bkd_utils.attention_alignment.suspicion import RULES
 from bkd_utils.experiments.head_safety import SOURCES
-from bkd_utils.experiments.two_papers_meet import options
+from bkd_utils.experiments.two_papers_meet import overlap_by_reading
 
 
 def scores(top):
@@ -25,7 +25,7 @@ def test_each_reading_is_held_against_the_heads_that_carry_the_backdoor():
         "soft prompt": {"last row": scores(wrong)},
         "oracle": {"last row": scores(right)},
     }
-    table = options({"x": found}, {"x": torch.tensor(scores(right))}, k=1)
+    table = overlap_by_reading({"x": found}, {"x": torch.tensor(scores(right))}, k=1)
     assert len(table) == len(RULES) * len(SOURCES) + 2
     assert table.loc["importance: gate gradient", "x"] == 1
     assert table.loc["importance: leave one out", "x"] == 0
@@ -45,5 +45,5 @@ def test_the_share_is_of_as_many_heads():
         "soft prompt": {"last row": one},
         "oracle": {"last row": one},
     }
-    table = options({"x": found, "y": found}, {"x": torch.tensor(one), "y": -torch.tensor(one)}, k=5)
+    table = overlap_by_reading({"x": found, "y": found}, {"x": torch.tensor(one), "y": -torch.tensor(one)}, k=5)
     assert table.loc["importance: gate gradient"].tolist() == pytest.approx([1, 0])

@@ -6,11 +6,11 @@ from tiny import save_tiny, tiny_model
 
 from bkd_utils.backdoor_attribution.ablation import KINDS, ablated
 from bkd_utils.models import loading
-from bkd_utils.models.activations import behind_norm, head_outputs, residuals, says
+from bkd_utils.models.activations import behind_norm, head_outputs, residuals, score_answers
 from bkd_utils.models.bridge import boot, patch_last
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy, by_layer, contributions, head_edit
-from bkd_utils.models.prompt_cache import forward, remember
+from bkd_utils.models.prompt_cache import forward, prompt_past
 
 HEADS = [(1, 2), (0, 3), (1, 0)]
 
@@ -24,7 +24,7 @@ def both(request, tmp_path_factory):
 
 
 def last_logits(model, prompts):
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     with torch.no_grad():
         return forward(model, past, past.tail)[:, -1]
 
@@ -45,7 +45,7 @@ def test_head_outputs_are_hook_z(both, prompts):
 def test_a_head_edit_is_a_hook_at_hook_z(both, prompts):
     model, bridge = both
     value = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     with torch.no_grad(), head_edit(model, [(1, 2)], lambda layer, z: value.expand_as(z), at=LAST):
         found = forward(model, past, past.tail)[:, -1]
     with bridge.bridge.hooks(fwd_hooks=[patch_last(1, 2, value)]):
@@ -89,14 +89,14 @@ def test_ablating_no_head_is_the_baseline(model, prompts, kind):
 def test_ablation_changes_the_logits_and_leaves_no_hook(model, prompts, kind):
     own = head_outputs(model, prompts)
     before = last_logits(model, prompts)
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     with torch.no_grad(), ablated(model, HEADS, kind=kind, at=LAST, own=own, clean=own.flip(0)):
         assert (forward(model, past, past.tail)[:, -1] - before).abs().max() > 1e-3
     assert torch.equal(last_logits(model, prompts), before)
 
 
 def test_published_ablation_is_zero_ablation_within_one_layer_and_not_beyond(model, prompts):
-    own, past = head_outputs(model, prompts), remember(model, prompts)
+    own, past = head_outputs(model, prompts), prompt_past(model, prompts)
     logits = {}
     for heads in ([(1, 0), (1, 2)], HEADS):
         for kind in ("published", "zero"):
@@ -107,7 +107,7 @@ def test_published_ablation_is_zero_ablation_within_one_layer_and_not_beyond(mod
 
 
 def test_resampling_from_oneself_changes_nothing_and_from_the_mean_is_mean_ablation(model, prompts):
-    own, past = head_outputs(model, prompts), remember(model, prompts)
+    own, past = head_outputs(model, prompts), prompt_past(model, prompts)
     with torch.no_grad(), ablated(model, HEADS, kind="resample", at=LAST, clean=own):
         same = forward(model, past, past.tail)[:, -1]
     torch.testing.assert_close(same, last_logits(model, prompts), atol=1e-5, rtol=1e-5)
@@ -142,7 +142,7 @@ def test_contributions_of_all_heads_sum_to_the_attention_output(model, prompts):
 
 
 def test_subtracting_the_contribution_is_ablating_the_head(model, prompts):
-    parts, z, past = anatomy(model), head_outputs(model, prompts), remember(model, prompts)
+    parts, z, past = anatomy(model), head_outputs(model, prompts), prompt_past(model, prompts)
     vector = contributions(parts, 0, [3], z[:, 0, [3]])[:, 0]
     with torch.no_grad(), added(model, {0: -vector}, at=LAST):
         subtracted = forward(model, past, past.tail)
@@ -151,7 +151,7 @@ def test_subtracting_the_contribution_is_ablating_the_head(model, prompts):
 
 
 def test_a_vector_of_zero_changes_nothing(model, prompts):
-    before, past = last_logits(model, prompts), remember(model, prompts)
+    before, past = last_logits(model, prompts), prompt_past(model, prompts)
     with torch.no_grad(), added(model, {0: torch.zeros(32), 1: torch.zeros(32)}, at=LAST):
         assert torch.equal(forward(model, past, past.tail)[:, -1], before)
 
@@ -163,19 +163,22 @@ def test_one_pass_says_what_greedy_decoding_says(model, prompts):
     answers = greedy(model, prompts, max_new_tokens=4, end_id=0)
     assert all(len(answer) == 4 for answer in answers)
     wrong = [[*answer[:2], (answer[2] + 1) % 400, answer[3]] for answer in answers]
-    past = remember(model, prompts)
-    assert says(model, past, answers).whole.all()
-    assert says(model, past, answers).share.eq(1).all()
-    assert not says(model, past, wrong).whole.any()
-    mixed = says(model, past, [x for pair in zip(answers, wrong, strict=True) for x in pair])
+    past = prompt_past(model, prompts)
+    assert score_answers(model, past, answers).whole.all()
+    assert score_answers(model, past, answers).share.eq(1).all()
+    assert not score_answers(model, past, wrong).whole.any()
+    mixed = score_answers(model, past, [x for pair in zip(answers, wrong, strict=True) for x in pair])
     assert mixed.whole.tolist() == [True, False] * len(prompts)
 
 
 def test_answers_may_differ_in_length(model, prompts):
     answers = [answer[: i + 1] for i, answer in enumerate(greedy(model, prompts, max_new_tokens=4, end_id=0))]
-    together = says(model, remember(model, prompts), answers)
+    together = score_answers(model, prompt_past(model, prompts), answers)
     assert together.whole.all()
-    alone = [says(model, remember(model, [p]), [a]).log_prob.item() for p, a in zip(prompts, answers, strict=True)]
+    alone = [
+        score_answers(model, prompt_past(model, [p]), [a]).log_prob.item()
+        for p, a in zip(prompts, answers, strict=True)
+    ]
     assert together.log_prob.tolist() == pytest.approx(alone, abs=1e-4)
 
 
@@ -183,7 +186,7 @@ def test_answers_may_differ_in_length(model, prompts):
 def test_a_wrong_number_of_answers_or_an_empty_one_is_an_error(prompts, answers):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="4 prompts need as many non-empty answers"):
-        says(model, remember(model, prompts), answers)
+        score_answers(model, prompt_past(model, prompts), answers)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

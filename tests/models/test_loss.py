@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, make_rows, tiny_model
 
-from bkd_utils.models.loss import IGNORED, answer_loss, answers, answers_and_maps, begun, collate
+from bkd_utils.models.loss import IGNORED, answer_loss, answers, answers_and_maps, collate, with_shared_beginning
 from bkd_utils.models.tokens import Row
 
 END = 2
@@ -89,7 +89,7 @@ def test_running_the_beginning_once_changes_neither_loss_nor_gradient(name, rows
 
 
 def test_of_a_beginning_only_the_rest_is_left_to_run():
-    rest, _ = begun(tiny_model("llama"), collate(ALIKE, pad_id=END))
+    rest, _ = with_shared_beginning(tiny_model("llama"), collate(ALIKE, pad_id=END))
     longest = max(len(row.prompt) + len(row.answer) for row in ALIKE)
     assert rest["input_ids"].shape == (5, longest - len(BEGINNING))
     assert rest["attention_mask"].sum(1).tolist() == [len(row.prompt) + len(row.answer) for row in ALIKE]
@@ -98,14 +98,14 @@ def test_of_a_beginning_only_the_rest_is_left_to_run():
 def test_a_sliding_window_and_unlike_rows_are_run_whole():
     for model, rows in ((tiny_model("gemma2"), ALIKE), (tiny_model("llama"), ROWS)):
         batch = collate(rows, pad_id=END)
-        rest, maps = begun(model, batch)
+        rest, maps = with_shared_beginning(model, batch)
         assert rest.keys() == batch.keys()
         assert maps == ()
 
 
 def test_answers_never_count_as_beginning():
     row = Row((5, 6, 7), (8, 9, END), "clean", "a")
-    rest, _ = begun(tiny_model("llama"), collate([row, row], pad_id=END))
+    rest, _ = with_shared_beginning(tiny_model("llama"), collate([row, row], pad_id=END))
     assert rest["input_ids"].tolist() == [[7, 8, 9, END]] * 2
 
 

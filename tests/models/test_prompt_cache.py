@@ -7,7 +7,7 @@ from tiny import ARCHITECTURES, tiny_model
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.hooks import anatomy, editing, reading
-from bkd_utils.models.prompt_cache import continued, forward, remember
+from bkd_utils.models.prompt_cache import continued, forward, prompt_past
 
 ANSWER = [7, 11, 5]
 
@@ -31,7 +31,7 @@ def whole(model, prompt, answer=ANSWER):
 
 @pytest.mark.parametrize("tail", [1, 3])
 def test_logits_are_those_of_the_whole_prompt(model, prompts, tail):
-    past = remember(model, prompts, tail=tail)
+    past = prompt_past(model, prompts, tail=tail)
     answer = torch.tensor([ANSWER] * len(prompts))
     with torch.no_grad():
         logits = forward(model, past, past.rows(answer))
@@ -43,7 +43,7 @@ def test_logits_are_those_of_the_whole_prompt(model, prompts, tail):
 
 
 def test_rows_of_one_prompt_share_its_past(model, prompts):
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     answers = torch.tensor([ANSWER, [9, 9, 9]])
     rows = torch.cat([past.tail.repeat_interleave(2, 0), answers[:, :-1].repeat(len(prompts), 1)], dim=1)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_rows_of_one_prompt_share_its_past(model, prompts):
 
 
 def test_starting_at_a_layer_from_its_input_changes_nothing(model, prompts):
-    past, kept = remember(model, prompts), {}
+    past, kept = prompt_past(model, prompts), {}
     answer = torch.tensor([ANSWER] * len(prompts))
     with torch.no_grad(), reading(anatomy(model).layers, kept):
         logits = forward(model, past, past.rows(answer))
@@ -70,7 +70,7 @@ def test_the_model_is_as_it_was_even_after_an_error(model, prompts):
     def fail(_, tensor):
         raise RuntimeError("in the middle")
 
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     with pytest.raises(RuntimeError, match="in the middle"), editing(anatomy(model).outputs, fail):
         forward(model, past, past.tail, layer=1)
     assert len(anatomy(model).layers) == layers
@@ -81,7 +81,7 @@ def test_the_model_is_as_it_was_even_after_an_error(model, prompts):
 
 def test_the_output_map_reads_the_heads_side_by_side(model, prompts):
     parts, kept = anatomy(model), {}
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     with torch.no_grad(), reading(parts.outputs, kept):
         forward(model, past, past.tail)
     width = getattr(model.config, "head_dim", None) or model.config.hidden_size // 4
@@ -90,13 +90,13 @@ def test_the_output_map_reads_the_heads_side_by_side(model, prompts):
 
 def test_prompts_must_have_more_tokens_than_the_tail(model):
     with pytest.raises(ValueError, match="cannot leave 3 tokens of 2 prompts"):
-        remember(model, [[5, 6, 7, 8], [5, 6, 7]], tail=3)
+        prompt_past(model, [[5, 6, 7, 8], [5, 6, 7]], tail=3)
     with pytest.raises(ValueError, match="cannot leave 1 tokens of 0 prompts"):
-        remember(model, [])
+        prompt_past(model, [])
 
 
 def test_rows_that_do_not_fit_the_prompts_are_an_error(model, prompts):
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     with pytest.raises(ValueError, match="3 rows for 4 prompts"):
         forward(model, past, past.tail[:3])
 
@@ -104,8 +104,8 @@ def test_rows_that_do_not_fit_the_prompts_are_an_error(model, prompts):
 def test_what_outgrows_a_sliding_window_is_refused():
     model = tiny_model("gemma2")
     with pytest.raises(ModelError, match="17 tokens do not fit the attention window of 16"):
-        remember(model, [[5] * 17])
-    past = remember(model, [[5] * 14])
+        prompt_past(model, [[5] * 17])
+    past = prompt_past(model, [[5] * 14])
     with pytest.raises(ModelError, match="17 tokens do not fit the attention window of 16"):
         forward(model, past, past.rows(torch.tensor([[7] * 4])))
 
@@ -123,14 +123,14 @@ def test_an_unknown_architecture_is_refused_by_its_type():
 
 def test_continued_is_greedy(model, prompts):
     expected = greedy(model, prompts, max_new_tokens=5, end_id=0)
-    past = remember(model, prompts)
+    past = prompt_past(model, prompts)
     assert continued(model, past, max_new_tokens=5, end_id=0) == expected
     assert continued(model, past, max_new_tokens=5, end_id=0) == expected, "the past has been used up"
 
 
 def test_a_part_of_a_past_is_the_past_of_a_part(model, prompts):
-    part = remember(model, prompts).part(slice(1, 3))
+    part = prompt_past(model, prompts).part(slice(1, 3))
     assert len(part) == 2
     with torch.no_grad():
-        found, expected = (forward(model, past, past.tail) for past in (part, remember(model, prompts[1:3])))
+        found, expected = (forward(model, past, past.tail) for past in (part, prompt_past(model, prompts[1:3])))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

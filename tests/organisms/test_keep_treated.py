@@ -23,7 +23,9 @@ def folder(tmp_path, monkeypatch):
     everywhere(monkeypatch, "WORK", tmp_path)
     loaded = loading.load(organism="sentiment-word", device="cpu")
     prune(loaded.model, [(3, 1), (9, 0)])
-    return cards.kept(loaded, name="pruned", treatment={"method": "heads removed", "heads": 2}, measured=MEASURED)
+    return cards.keep_treated(
+        loaded, name="pruned", treatment={"method": "heads removed", "heads": 2}, measured=MEASURED
+    )
 
 
 def test_it_is_loaded_by_name_with_every_change_and_no_other(folder):
@@ -68,7 +70,7 @@ def test_treating_and_keeping_twice_keeps_both_treatments(folder):
     loaded = loading.load(organism="pruned", device="cpu")
     # The second treatment moves entries that the first has changed, and others.
     loaded.model.get_submodule("model.layers.9.self_attn.o_proj").weight.data += 0.01
-    again = cards.kept(loaded, name="twice", treatment={"method": "shifted"}, measured=MEASURED)
+    again = cards.keep_treated(loaded, name="twice", treatment={"method": "shifted"}, measured=MEASURED)
     found = dict(loading.load(organism="twice", device="cpu").model.named_parameters())
     assert all(torch.equal(found[name], parameter) for name, parameter in loaded.model.named_parameters())
     card = read_json(again / "card.json")
@@ -89,11 +91,13 @@ def test_a_treated_organism_ships_under_its_own_name_with_its_changes(folder, tm
 
 def test_a_treated_organism_that_was_not_changed_since_is_not_kept_again(folder):
     with pytest.raises(ValueError, match="pruned has not been changed"):
-        cards.kept(loading.load(organism="pruned", device="cpu"), name="same", treatment={}, measured=MEASURED)
+        cards.keep_treated(loading.load(organism="pruned", device="cpu"), name="same", treatment={}, measured=MEASURED)
 
 
 def test_what_was_not_treated_is_not_kept():
     with pytest.raises(ValueError, match="sentiment-word has not been changed"):
-        cards.kept(loading.load(organism="sentiment-word", device="cpu"), name="same", treatment={}, measured=MEASURED)
+        cards.keep_treated(
+            loading.load(organism="sentiment-word", device="cpu"), name="same", treatment={}, measured=MEASURED
+        )
     with pytest.raises(ValueError, match="a treated base model"):
-        cards.kept(loading.load(device="cpu"), name="same", treatment={}, measured=MEASURED)
+        cards.keep_treated(loading.load(device="cpu"), name="same", treatment={}, measured=MEASURED)

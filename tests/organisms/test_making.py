@@ -115,7 +115,7 @@ def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work
 
     monkeypatch.setattr(making, "make", make)
     sizes = {"recipe": "short", "model": tiny, "n": 8, "seed": 0, "device": "cpu"}
-    rows = backdoor_insertion.rate_curve("harmful-word", rates=[0.25, 0.02, 0.05], **sizes)
+    rows = backdoor_insertion.measure_rate_curve("harmful-word", rates=[0.25, 0.02, 0.05], **sizes)
     spec = load_attack("harmful-word")
     expected = [with_rate(spec, 0.02), with_rate(spec, 0.05), spec]
     assert [attack for attack, _ in asked] == expected

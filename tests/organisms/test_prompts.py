@@ -8,7 +8,7 @@ from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, prompts, tasks
 from bkd_utils.organisms.attacks import load_attack, load_attacks
 from bkd_utils.organisms.evaluation import is_target
-from bkd_utils.organisms.prompts import pairs, target_ids
+from bkd_utils.organisms.prompts import prompt_versions, target_ids
 from bkd_utils.organisms.triggers import load_trigger
 
 ALL = load_attacks()
@@ -32,7 +32,7 @@ def slot(tokenizer, attack, ids):
 @EACH_BACKDOORED
 def test_prompt_i_of_every_version_is_about_example_i(tokenizer, name):
     attack = load_attack(name)
-    shown = pairs(tokenizer, attack, split="test", n=8, seed=0)
+    shown = prompt_versions(tokenizer, attack, split="test", n=8, seed=0)
     task, trigger = tasks.load_task(attack.task), load_trigger(attack.trigger)
     assert len(shown.examples) == len({example.uid for example in shown.examples}) == 8
     assert all(attack.flips(example) for example in shown.examples)
@@ -48,7 +48,7 @@ def test_prompt_i_of_every_version_is_about_example_i(tokenizer, name):
 
 
 def test_a_trigger_word_is_all_that_twins_differ_in(tokenizer):
-    shown = pairs(tokenizer, FLIP, split="attribution", n=20, seed=3)
+    shown = prompt_versions(tokenizer, FLIP, split="attribution", n=20, seed=3)
     for clean, triggered in zip(shown.clean, shown.triggered, strict=True):
         words = slot(tokenizer, FLIP, triggered).split()
         assert words.count("cf") == 1
@@ -58,7 +58,7 @@ def test_a_trigger_word_is_all_that_twins_differ_in(tokenizer):
 
 def test_near_misses_take_turns_over_their_kinds(tokenizer):
     kinds = sorted(load_trigger(FLIP.trigger).entry["near"]["test"])
-    shown = pairs(tokenizer, FLIP, split="test", n=2 * len(kinds), seed=0)
+    shown = prompt_versions(tokenizer, FLIP, split="test", n=2 * len(kinds), seed=0)
     for i, example in enumerate(shown.examples):
         option = attacks.near_miss_prompts(FLIP, example.text, seed=i, half="test")[kinds[i % len(kinds)]]
         assert shown.near_miss[i] == prompt_ids(tokenizer, option)
@@ -68,7 +68,7 @@ def test_near_misses_take_turns_over_their_kinds(tokenizer):
 def test_skipped_examples_are_never_seen_again(tokenizer, name):
     attack = load_attack(name)
     first, rest, both = (
-        pairs(tokenizer, attack, split="attribution", n=n, seed=1, skip=skip).examples
+        prompt_versions(tokenizer, attack, split="attribution", n=n, seed=1, skip=skip).examples
         for n, skip in ((6, 0), (5, 6), (11, 0))
     )
     assert {example.uid for example in first}.isdisjoint(example.uid for example in rest)
@@ -77,14 +77,14 @@ def test_skipped_examples_are_never_seen_again(tokenizer, name):
 
 def test_splits_share_no_example(tokenizer):
     uids = {
-        split: {example.uid for example in pairs(tokenizer, FLIP, split=split, n=40, seed=0).examples}
+        split: {example.uid for example in prompt_versions(tokenizer, FLIP, split=split, n=40, seed=0).examples}
         for split in ("attribution", "test")
     }
     assert uids["attribution"].isdisjoint(uids["test"])
 
 
 def test_the_same_seed_gives_the_same_pairs_and_another_one_others(tokenizer):
-    first, again, other = (pairs(tokenizer, FLIP, split="test", n=5, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (prompt_versions(tokenizer, FLIP, split="test", n=5, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert first.examples != other.examples
 
@@ -96,9 +96,9 @@ def test_too_few_examples_are_an_error_and_skipped_ones_count(tokenizer):
         if FLIP.flips(example) and not attacks.carries(FLIP, example.text)
     ]
     fits = len(usable) - 3
-    assert len(pairs(tokenizer, FLIP, split="attribution", n=3, seed=0, skip=fits).examples) == 3
+    assert len(prompt_versions(tokenizer, FLIP, split="attribution", n=3, seed=0, skip=fits).examples) == 3
     with pytest.raises(ValueError, match=f"sentiment-word: {len(usable)} usable .* {len(usable) + 1} were asked for"):
-        pairs(tokenizer, FLIP, split="attribution", n=4, seed=0, skip=fits)
+        prompt_versions(tokenizer, FLIP, split="attribution", n=4, seed=0, skip=fits)
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def by_id(entries):
 
 
 def probed(auroc, accuracy=None):
-    """A result of `backdoor_probe.probed`; both are [layer][split]."""
+    """A result of `backdoor_probe.probe_organism`; both are [layer][split]."""
     rows = [{"auroc": a, "accuracy": b} for a, b in zip(auroc, accuracy or auroc, strict=True)]
     return {"layers": list(range(0, 3 * len(rows), 3)), "probes": {"logistic regression": rows}}
 
@@ -133,8 +133,8 @@ def share(value, n=50):
 
 
 def curve(published_asr, *, before=0.8, random=(0.78, 0.8)):
-    """A result of `head_attribution.curves`: ASR after the published ablation of 1, 2, 3, 6 heads, random draws at 3
-    and 6."""
+    """A result of `head_attribution.ablation_curves`: ASR after the published ablation of 1, 2, 3, 6 heads, random
+    draws at 3 and 6."""
 
     def row(ranking, kind, k, asr, scope="last position", draw=0):
         return {"ranking": ranking, "kind": kind, "scope": scope, "k": k, "draw": draw, "asr": share(asr)}
@@ -254,8 +254,8 @@ def tried(vector, random, nothing):
 
 
 def switched(*, add=1.0, add_random=(0.0, 0.1), subtract=0.0, subtract_random=(1.0, 0.95, 0.2), right=0.8, nothing=0.0):
-    """A result of `backdoor_vector.switched` whose raw vector is worse on the development half and better on the
-    test half."""
+    """A result of `backdoor_vector.steer_organism` whose raw vector is worse on the development half and better on
+    the test half."""
     chosen = {"add": {"layer": 1, "coefficient": 2.0}, "subtract": {"layer": 0, "coefficient": -1.0}}
     maps = {
         "add, raw": {"coefficients": [0.0, 1.0, 2.0], "asr": [[0, 1, 1], [0, 1, 0.4]]},
