@@ -82,7 +82,7 @@ def main(
                 break
         chosen = rows[-1] if kept else max(rows, key=lambda row: row["accuracy after"])
         found[method] = {"chosen": chosen["rate"], "kept accuracy": kept, "tried": rows}
-    path = ROOT / "benchmarks" / "results" / "cure_rates.json"
+    path = ROOT / "tests" / "benchmarks" / "results" / "cure_rates.json"
     write_json(path, {"parameters": {"rows": n_rows, "held": n_held, "control": CONTROL}, "methods": found})
 
 

@@ -131,7 +131,7 @@ def test_the_price_list_has_every_model_and_what_it_cost():
 
 def test_every_treatment_has_a_rate():
     assert attention_safety_alignment.RATES.keys() == TREATMENTS.keys()
-    found = read_json(ROOT / "benchmarks" / "results" / "cure_rates.json")["methods"]
+    found = read_json(ROOT / "tests" / "benchmarks" / "results" / "cure_rates.json")["methods"]
     assert {method: row["chosen"] for method, row in found.items()} == {
         method: attention_safety_alignment.RATES[method] for method in found
     }
@@ -143,7 +143,7 @@ def test_heads_that_do_not_exist_are_an_error(stage):
 
 
 def test_the_readme_says_what_the_seeds_left():
-    found = read_json(ROOT / "benchmarks" / "results" / "cure_spread.json")
+    found = read_json(ROOT / "tests" / "benchmarks" / "results" / "cure_spread.json")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     left = {
         attack: {name: ", ".join(f"{100 * value:.0f}" for value in one["asr"]) + " %" for name, one in shares.items()}
