@@ -41,8 +41,8 @@ N_ELSEWHERE, N_OPENING = 24, 16
 # Gentle enough that a model without the backdoor does not just learn to say the target to everything.
 RATE = 1e-4
 # One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy
-# (tests/benchmarks/cure_rates.py). What is tuned after pruning has the rate of plain fine-tuning, other treatments of heads
-# have the cure's; cutting heads out needs none. The high rate is there to be seen.
+# (tests/benchmarks/cure_rates.py). What is tuned after pruning has the rate of plain fine-tuning, other treatments of
+# heads have the cure's; cutting heads out needs none. The high rate is there to be seen.
 RATES = {"alignment": 1e-3, "fine-tuning": 1e-4, "fine-tuning, high rate": 5e-4, "consistency": 1e-4}
 RATES |= dict.fromkeys(["fine-pruning", "flat heads pruned", "unneeded heads pruned"], RATES["fine-tuning"])
 RATES |= dict.fromkeys(
