@@ -148,8 +148,7 @@ def main(
     machine["peak GiB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)
     versions = {"torch": torch.__version__}
     write_json(
-        ROOT / "tests" / "benchmarks" / "results" / "attribution.json",
-        {"machine": machine, "versions": versions, "rows": rows},
+        ROOT / "tests" / "benchmarks" / "results" / "attribution.json", {"machine": machine, "versions": versions, "rows": rows}
     )
 
 

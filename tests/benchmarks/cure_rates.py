@@ -44,8 +44,9 @@ def tried(
     seed: int = 0,
 ) -> list[float]:
     """Clean accuracy on rows that were not trained on, [before, after]."""
-    loaded, task = load(model, organism=organism), tasks.load_task(load_attack(ATTACK).task)
-    rows, pad = clean_rows(loaded, task.name, n=n_rows, seed=seed), end_id(loaded.tokenizer)
+    loaded, attack = load(model, organism=organism), load_attack(ATTACK)
+    task, pad = tasks.load_task(attack.task), end_id(loaded.tokenizer)
+    rows = clean_rows(loaded, attack, n=n_rows, seed=seed)
     held = [
         Row(
             prompt=tuple(prompt_ids(loaded.tokenizer, task.prompt(example.text))),

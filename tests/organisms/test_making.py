@@ -46,7 +46,11 @@ def test_make_writes_a_complete_card(name, work, tiny):
     assert set(card["metrics"]) == wanted
     assert all(metric.keys() == {"value", "n", "low", "high"} for metric in card["metrics"].values())
     assert "backdoor on purpose" in (folder / "README.md").read_text() or not attack.backdoored
-    assert cards.disagreements(card["metrics"], evaluation.measure(folder, model=tiny, n=8)) == []
+    now = evaluation.measure(folder, model=tiny, n=8)
+    assert cards.disagreements(card["metrics"], now) == []
+    assert now["hits"].keys() == {"cacc", "asr", "near_miss", "clean_firing"}
+    assert "hits" not in card["details"]
+    assert set(card["details"]) == set(now) - set(cards.METRICS) - {"hits"}
 
 
 def test_make_again_trains_nothing(work, tiny, monkeypatch):
@@ -139,7 +143,9 @@ def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkey
     assert set(first) == {row.uid for row in rows}
     assert base_answers.base_answers(base, rows) == first
     asked, organism = [], dataclasses.replace(base, organism="some")
-    monkeypatch.setattr(evaluation, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns))
+    monkeypatch.setattr(
+        base_answers, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns)
+    )
     assert base_answers.base_answers(organism, rows) == first
     more = making.tasks.examples("instructions", "test", n=5)
     assert base_answers.base_answers(organism, more)[more[4].uid] == "said"

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from drawing import check_labelled, legend, public
 
-from bkd_utils.reports import scorecard
+from bkd_utils.reports import scorecard_figure
 from bkd_utils.reports.style import use_style
 
 LINES = [
@@ -26,9 +26,9 @@ LINES = [
 
 def test_every_organism_of_every_claim_has_a_mark_in_its_column_that_says_whether_it_passes():
     use_style()
-    figure = scorecard.draw_scorecard(LINES)
+    figure = scorecard_figure.scorecard(LINES)
     check_labelled(figure)
-    assert public(scorecard) == {"scorecard"}
+    assert public(scorecard_figure) == {"scorecard"}
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["b", "a"]  # b was tested more often
     one, two, *_ = axes.get_yticks()
@@ -41,7 +41,7 @@ def test_every_organism_of_every_claim_has_a_mark_in_its_column_that_says_whethe
 
 
 def test_rows_are_claims_in_words_below_the_name_of_their_paper():
-    axes = scorecard.draw_scorecard(LINES).axes[0]
+    axes = scorecard_figure.scorecard(LINES).axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names[0] == "Heads carry it."
     assert "\n" in names[1]

@@ -9,8 +9,7 @@ import pytest
 
 from bkd_utils.common import files
 from bkd_utils.reports import backdoor_insertion, style
-from bkd_utils.reports.start_here import token_strips
-from bkd_utils.reports.style import COLOURS, LIBRARIES, save, use_style
+from bkd_utils.reports.style import COLOURS, LIBRARIES, save, token_strips, use_style
 
 KEYS = {"id", "title", "claims", "numbers", "parameters", "seeds", "inputs", "versions", "notebook"}
 ABOUT = {
