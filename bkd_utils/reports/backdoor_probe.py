@@ -4,75 +4,60 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 
 from bkd_utils.reports.scorecard import entry, span
-from bkd_utils.reports.style import MODELS, SEQUENTIAL, panels, show_legend
+from bkd_utils.reports.style import COLOURS, band, heat_map, panels, show_legend
 
 PROBE = "logistic regression"
 PROBE = "logistic regression"
 
 
-def probes(found: Mapping[str, Mapping[str, Mapping]], *, kind: str = "logistic regression") -> Figure:
+def probes(found: Mapping[str, Mapping[str, Mapping]], *, n: int, kind: str = "logistic regression") -> Figure:
     """AUROC by layer (top) and near-misses called triggered (bottom); attack -> model ->
-    `backdoor_probe.probe_organism`."""
+    `backdoor_probe.probe_organism`.
+
+    `n` prompts in each version. Lines are means over splits, bands their whole range.
+    """
     figure, axes = panels(list(found), rows=2)
     for column, models in enumerate(found.values()):
         for name, result in models.items():
-            layers, rows = result["layers"], result["probes"][kind]
             for panel, key in zip(axes[:, column], ("auroc", "near-miss"), strict=True):
-                values = 100 * np.array([row[key] for row in rows])
-                _band(panel, layers, values, colour=MODELS[name], label=name)
+                values = 100 * np.array([row[key] for row in result["probes"][kind]])
+                lines = (values.mean(1), values.min(1), values.max(1))
+                band(panel, result["layers"], *lines, colour=COLOURS[name], label=name)
         own = models["organism"]
-        shuffled = 100 * np.array([row["auroc"] for row in own["shuffled"]])
-        axes[0, column].plot(
-            own["layers"], shuffled.mean(1), ":", color="black", lw=1.2, label="organism, labels shuffled"
-        )
+        shuffled = 100 * np.array([row["auroc"] for row in own["shuffled"]]).mean(1)
         best = 100 * np.array(own["random direction"])
-        axes[0, column].plot(own["layers"], best, "--", color="black", lw=1, label="organism, best random direction")
-        axes[0, column].set_ylim(30, 101)
-        axes[1, column].set_ylim(0, 100)
-        for panel in axes[:, column]:
+        above, below = axes[:, column]
+        above.plot(own["layers"], shuffled, ":", color=COLOURS["neutral"], lw=1.2, label="organism, labels shuffled")
+        above.plot(own["layers"], best, "--", color=COLOURS["random"], lw=1.4, label="organism, best random direction")
+        above.set_ylim(30, 101)
+        below.set_ylim(0, 100)
+        for panel in (above, below):
             panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_ylabel("AUROC (%)")
     axes[1, 0].set_ylabel("near-misses called\ntriggered (%)")
-    figure.supxlabel("layer", fontsize="medium")
-    show_legend(figure, axes[0, 0], ncols=3)
+    figure.supxlabel(f"layer (n = {n} prompts, each clean, triggered and as a near-miss)", fontsize="medium")
+    splits = len(next(iter(found.values()))["organism"]["probes"][kind][0]["auroc"])
+    show_legend(figure, ncols=3, bands=[f"range over {splits} splits"])
     return figure
 
 
-def _band(panel: Axes, x: Sequence[float], values: np.ndarray, *, colour: str, label: str) -> None:
-    """Mean over the last axis, and the whole range of its values as a band."""
-    panel.plot(x, values.mean(1), color=colour, lw=1.4, label=label)
-    panel.fill_between(x, values.min(1), values.max(1), color=colour, alpha=0.15, lw=0)
-
-
-def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str]) -> Figure:
+def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str], n: int) -> Figure:
     """Accuracy of a probe trained on one layer and tested on another; attack -> `backdoor_probe.probe_organism`, one
     row per kind."""
     figure, axes = panels(list(found), rows=len(kinds), height=1.9)
     for column, result in enumerate(found.values()):
         for panel, kind in zip(axes[:, column], kinds, strict=True):
-            layers = result["layers"]
-            image = panel.imshow(
-                100 * np.array(result["transfer"][kind]),
-                vmin=50,
-                vmax=100,
-                cmap=SEQUENTIAL,
-                origin="lower",
-                aspect="auto",
-            )
-            ticks = range(0, len(layers), max(1, len(layers) // 4))
-            panel.set_xticks(ticks, [layers[i] for i in ticks])
-            panel.set_yticks(ticks, [layers[i] for i in ticks])
-            panel.grid(False)
+            values, layers = 100 * np.array(result["transfer"][kind]), result["layers"]
+            mesh = heat_map(panel, values, limits=(50, 100), rows=layers, columns=layers)
     for panel, kind in zip(axes[:, 0], kinds, strict=True):
         panel.set_ylabel(f"{kind}\ntrained on layer", fontsize="small")
-    figure.supxlabel("tested on layer", fontsize="medium")
-    figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.6)
+    figure.supxlabel(f"tested on layer (n = {n} prompts, clean and triggered)", fontsize="medium")
+    figure.colorbar(mesh, ax=axes, label="accuracy (%)", shrink=0.6)
     return figure
 
 
