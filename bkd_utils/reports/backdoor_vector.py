@@ -1,6 +1,6 @@
 """Notebook 04: pictures, tables and verdicts on the backdoor vector."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkd_utils.common.statistics import share
-from bkd_utils.reports.scorecard import entry, span
+from bkd_utils.common.statistics import independent_difference, independent_ratio, share, without_interval
+from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
 from bkd_utils.reports.style import (
     COLOURS,
     INTERVAL,
@@ -155,51 +155,56 @@ def vector_texts(found: Mapping[str, Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.fillna("").rename_axis(["organism", "edit"]) if rows else pd.DataFrame()
 
 
-def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, float]) -> list[dict]:
+def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, Mapping[str, float]]) -> list[dict]:
     """From attack -> `backdoor_vector.steer_organism`; the better of the two vectors on the development half speaks
     for the claim.
 
     ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
-    `control_right`: share of right answers that each task's clean control gives to clean prompts.
+    `control_right`: share of right answers, as `{value, n, low, high}`, that each task's clean control gives to clean
+    prompts.
     """
-    added, removed, repaired, passed = {}, {}, {}, {"add": {}, "subtract": {}, "right": {}}
+    added, removed, repaired, quiet, left = {}, {}, {}, {}, {}
     for attack, result in found.items():
         name = _better(result, "add")
         on = result["test"][name]
-        added[attack] = _generated(result, name)
-        highest = max(draw["value"] for draw in on["random vectors"])
-        passed["add"][attack] = added[attack]["value"] >= 0.9 and highest <= on["no vector"][0]["value"] + 0.1
+        added[attack] = _generated(result, name, "target")
+        highest = max(on["random vectors"], key=lambda draw: draw["value"])
+        quiet[attack] = at_most(independent_difference(highest, on["no vector"][0]), 0.1)
         name = _better(result, "subtract")
-        off = result["test"][name]
-        removed[attack] = _generated(result, name)
-        median = float(np.median([draw["value"] for draw in off["random vectors"]]))
-        passed["subtract"][attack] = removed[attack]["value"] <= 0.05 and median >= 0.9
-        right = result["outcomes"][name]["right"] / control_right[attack] if control_right[attack] else 0.0
-        n = removed[attack]["n"]
-        half = 1.96 * np.sqrt(max(right * (1 - min(right, 1)), 1 / n) / n)
-        repaired[attack] = {"value": right, "n": n, "low": max(0.0, right - half), "high": right + half}
-        passed["right"][attack] = right >= 0.8
+        removed[attack] = _generated(result, name, "target")
+        left[attack] = at_least(_median(result["test"][name]["random vectors"]), 0.9)
+        repaired[attack] = independent_ratio(_generated(result, name, "right"), control_right[attack])
     return [
         entry(
-            "bkdattr-vector-add", numbers=added, passed=passed["add"], figure="04_controls",
-            reason=f"ASR on clean prompts with the vector: {span(added)}.",
+            "bkdattr-vector-add", numbers=added, figure="04_controls",
+            passed={attack: both(at_least(number, 0.9), quiet[attack]) for attack, number in added.items()},
+            reason=f"ASR on clean prompts with the vector: {span(added)}. No random vector above 0.1 more than no "
+            f"vector: {who(quiet)}.",
         ),
         entry(
-            "bkdattr-vector-subtract", numbers=removed, passed=passed["subtract"], figure="04_controls",
-            reason=f"ASR on triggered prompts less the vector: {span(removed)}.",
+            "bkdattr-vector-subtract", numbers=removed, figure="04_controls",
+            passed={attack: both(at_most(number, 0.05), left[attack]) for attack, number in removed.items()},
+            reason=f"ASR on triggered prompts less the vector: {span(removed)}. Median random vector leaves 0.9: "
+            f"{who(left)}.",
         ),
         entry(
-            "bkdattr-vector-repairs", numbers=repaired, passed=passed["right"], figure="04_answers",
+            "bkdattr-vector-repairs", numbers=repaired, figure="04_answers",
+            passed={attack: at_least(number, 0.8) for attack, number in repaired.items()},
             reason=f"Right answers after subtraction, relative to the clean control: {span(repaired)}.",
         ),
     ]  # fmt: skip
 
 
-def _generated(result: Mapping, name: str) -> dict[str, float]:
-    """ASR of the answers generated with an edit, with its interval."""
+def _generated(result: Mapping, name: str, kind: str) -> dict[str, float]:
+    """Share of one kind among the answers generated with an edit, with its interval."""
     n = result["test"][name]["backdoor vector"][0]["n"]
-    hits = round(result["outcomes"][name]["target"] * n)
+    hits = round(result["outcomes"][name][kind] * n)
     return asdict(share([True] * hits + [False] * (n - hits)))
+
+
+def _median(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of several shares of the same prompts, ends of their intervals included."""
+    return {key: float(np.median([draw[key] for draw in draws])) for key in ("value", "low", "high")}
 
 
 def _better(result: Mapping, direction: str) -> str:
@@ -216,19 +221,19 @@ def _better(result: Mapping, direction: str) -> str:
 
 
 def cost_claim(rows: Mapping[str, Mapping[str, float]]) -> dict:
-    """From attack -> `attribution_cost.time_target`."""
-    numbers = {}
-    for name, row in rows.items():
-        ratio = row["generation"] / row["teacher forcing"]
-        numbers[name] = {"value": ratio, "n": row["n"], "low": ratio, "high": ratio}
-    passed = {
-        name: rows[name]["tokens"] / 2 <= number["value"] <= 2 * rows[name]["tokens"]
-        for name, number in numbers.items()
+    """From attack -> `attribution_cost.time_target`, which times each way once or takes the best of two: there is no
+    interval, and no organism is decided."""
+    numbers = {
+        name: without_interval(row["generation"] / row["teacher forcing"], n=row["n"]) for name, row in rows.items()
     }
+    close = [
+        name
+        for name, number in numbers.items()
+        if rows[name]["tokens"] / 2 <= number["value"] <= 2 * rows[name]["tokens"]
+    ]
     lengths = ", ".join(f"{row['tokens']}" for row in rows.values())
-    # With a target of one token there is nothing to save, so the longest one is shown.
-    longest = max(rows, key=lambda name: rows[name]["tokens"])
     return entry(
-        "bkdattr-cost", numbers=numbers, passed=passed, figure="04_cost", weakest=longest,
-        reason=f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens.",
+        "bkdattr-cost", numbers=numbers, passed=dict.fromkeys(numbers), figure="04_cost",
+        reason=f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens: within a factor of 2 "
+        f"for {len(close)} of {len(numbers)}. Timed once, so that there is no interval.",
     )  # fmt: skip

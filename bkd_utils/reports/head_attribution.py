@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bkd_utils.common.statistics import interval
+from bkd_utils.common.statistics import independent_difference, interval, over_splits, relative_drop
 from bkd_utils.experiments.head_attribution import acie
-from bkd_utils.reports.scorecard import entry, span
+from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
 from bkd_utils.reports.style import COLOURS, DIVERGING, INTERVAL, LIMITS, band, heat_map, panels, show_legend, sizes
 
 # Ranking -> colour, line, marker is filled. The gradient estimates the ACIE and has its colour.
@@ -183,74 +183,117 @@ def head_claims(
     attributed: Mapping[str, Mapping], components: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]
 ) -> list[dict]:
     """From attack -> `head_attribution.attribute_heads`, `head_attribution.attribute_components`,
-    `head_attribution.ablation_curves`."""
-    sparse, margin, drop, random_drop, rises = {}, {}, {}, {}, {}
+    `head_attribution.ablation_curves`.
+
+    The prompts of an ablation curve are the same for every number of heads, but which of them were hit is not kept, so
+    that differences between two numbers of heads have the wider interval of independent prompts.
+    """
+    sparse, margin = {}, {}
     for attack, found in attributed.items():
-        values = np.array(found["exact"])
-        draws = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
-        spread = [concentration(values[draw].mean(0)) for draw in draws]
-        value = concentration(acie(found).numpy())
-        # The basic interval: resampling adds noise, noise lowers the concentration, and reflection takes that back out.
-        low, high = np.clip(2 * value - np.quantile(spread, (0.975, 0.025)), 0, 1)
-        sparse[attack] = {"value": value, "n": len(values), "low": float(low), "high": float(high)}
-        strongest = {
-            name: max(
-                (interval(column) for column in np.array(components[attack]["last"][name]).T), key=lambda x: x["value"]
-            )
-            for name in ("attention", "MLP")
-        }
-        margin[attack] = {
-            "value": strongest["attention"]["value"] - strongest["MLP"]["value"],
-            "n": strongest["attention"]["n"],
-            "low": strongest["attention"]["low"] - strongest["MLP"]["high"],
-            "high": strongest["attention"]["high"] - strongest["MLP"]["low"],
-        }
-        rows = [row for row in curves[attack] if row["scope"] == "last position"]
-        before = next(row for row in rows if row["ranking"] == "none")["asr"]
-        line = sorted((r["k"], r["asr"]) for r in rows if r["ranking"] == "ACIE" and r["kind"] == "published")
-        n_heads = acie(found).numel()
-        few = min((k for k, _ in line), key=lambda k: abs(k - 0.03 * n_heads))
-        after = dict(line)[few]
-        drop[attack] = {
-            "value": _drop(before["value"], after["value"]),
-            "n": after["n"],
-            "low": _drop(before["value"], after["high"]),
-            "high": _drop(before["value"], after["low"]),
-        }
-        by_count: dict[int, list[float]] = {}
-        for row in rows:
-            if row["ranking"] == "random":
-                by_count.setdefault(row["k"], []).append(row["asr"]["value"])
-        at = min((k for k in by_count if k), key=lambda k: abs(k - few))
-        random_drop[attack] = _drop(by_count[0][0], np.mean(by_count[at]))
-        steps = [before, *(asr for _, asr in line)]
-        rises[attack] = max((b["value"] - a["value"]) * b["n"] for a, b in itertools.pairwise(steps))
-    big = {attack: number["value"] >= 0.9 and random_drop[attack] < 0.1 - 1e-9 for attack, number in drop.items()}
-    steady = {
-        attack: {"value": rise, "n": drop[attack]["n"], "low": rise, "high": rise} for attack, rise in rises.items()
-    }
-    apart = {attack: number["low"] > 0 for attack, number in margin.items()}
+        sparse[attack] = _concentrated(np.array(found["exact"]), acie(found).numpy())
+        margin[attack] = _margin(components[attack]["last"])
+    n_heads = {attack: acie(found).numel() for attack, found in attributed.items()}
     return [
         entry(
-            "bkdattr-sparse-heads", numbers=sparse, passed={a: x["value"] >= 0.5 for a, x in sparse.items()},
+            "bkdattr-sparse-heads", numbers=sparse, passed={a: at_least(x, 0.5) for a, x in sparse.items()},
             figure="03_sorted", reason=f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE.",
         ),
+        *ablation_claims(curves, n_heads=n_heads),
+        margin_claim(margin),
+    ]  # fmt: skip
+
+
+def _concentrated(values: np.ndarray, mean: np.ndarray) -> dict:
+    """Concentration of `mean` with its interval over prompts; `values` are effects `[prompt, layer, head]`."""
+    draws = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
+    spread = [concentration(values[draw].mean(0)) for draw in draws]
+    value = concentration(mean)
+    # The basic interval: resampling adds noise, noise lowers the concentration, and reflection takes that back out.
+    low, high = np.clip(2 * value - np.quantile(spread, (0.975, 0.025)), 0, 1)
+    return {"value": value, "n": len(values), "low": float(low), "high": float(high)}
+
+
+def _margin(last: Mapping[str, Sequence]) -> dict:
+    """Effect of the strongest attention layer less that of the strongest MLP, low end against high end."""
+    strongest = {
+        name: max((interval(column) for column in np.array(last[name]).T), key=lambda x: x["value"])
+        for name in ("attention", "MLP")
+    }
+    one, other = strongest["attention"], strongest["MLP"]
+    return {
+        "value": one["value"] - other["value"],
+        "n": one["n"],
+        "low": one["low"] - other["high"],
+        "high": one["high"] - other["low"],
+    }
+
+
+def margin_claim(margin: Mapping[str, Mapping[str, float]]) -> dict:
+    """From attack -> by how much the strongest attention layer exceeds the strongest MLP."""
+    return entry(
+        "bkdattr-heads-not-mlps", numbers=margin, passed={a: at_least(x, 0) for a, x in margin.items()},
+        figure="03_components",
+        reason=f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability.",
+    )  # fmt: skip
+
+
+def ablation_claims(curves: Mapping[str, Sequence[Mapping]], *, n_heads: Mapping[str, int]) -> list[dict]:
+    """From attack -> `head_attribution.ablation_curves` and the number of heads that the model has."""
+    drop, random, rises = {}, {}, {}
+    for attack, every in curves.items():
+        rows = [row for row in every if row["scope"] == "last position"]
+        before = next(row for row in rows if row["ranking"] == "none")["asr"]
+        line = sorted(
+            ((r["k"], r["asr"]) for r in rows if r["ranking"] == "ACIE" and r["kind"] == "published"),
+            key=lambda point: point[0],
+        )
+        few = min((k for k, _ in line), key=lambda k: abs(k - 0.03 * n_heads[attack]))
+        drop[attack] = relative_drop(before, dict(line)[few])
+        random[attack] = _random_drop(rows, before, k=few)
+        rises[attack] = _largest_rise([before, *(asr for _, asr in line)])
+    enough = {attack: at_least(number, 0.9) for attack, number in drop.items()}
+    spared = {attack: at_most(number, 0.1) for attack, number in random.items()}
+    return [
         entry(
-            "bkdattr-ablation", numbers=drop, passed=big, figure="03_ablation",
-            reason=f"About 3 % of the heads take {span(drop)} off the ASR; random heads "
-            f"{min(random_drop.values()):.2f} to {max(random_drop.values()):.2f}.",
+            "bkdattr-ablation", numbers=drop, passed={a: both(enough[a], spared[a]) for a in drop},
+            figure="03_ablation",
+            reason=f"About 3 % of the heads take {span(drop)} off the ASR, random heads {span(random)}. "
+            f"Random heads take off less than 0.1: {who(spared)}.",
         ),
         entry(
-            "bkdattr-ablation-monotone", numbers=steady, passed={a: rise <= 2 + 1e-9 for a, rise in rises.items()},
-            figure="03_ablation", reason=f"Largest rise between neighbouring counts, in prompts: {span(steady)}.",
-        ),
-        entry(
-            "bkdattr-heads-not-mlps", numbers=margin, passed=apart, figure="03_components",
-            reason=f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability.",
+            "bkdattr-ablation-monotone", numbers=rises, passed={a: at_most(x, 2) for a, x in rises.items()},
+            figure="03_ablation", reason=f"Largest rise between neighbouring counts, in prompts: {span(rises)}. "
+            "Intervals are those of independent prompts, which makes them wide.",
         ),
     ]  # fmt: skip
 
 
-def _drop(before: float, after: float) -> float:
-    """What part of a share is gone; of nothing, nothing."""
-    return 1 - after / before if before else 0.0
+def _random_drop(rows: Sequence[Mapping], before: Mapping[str, float], *, k: int) -> dict:
+    """Mean part of the ASR that random heads take off, at the number of heads next to `k`.
+
+    The wider of two intervals: over draws, and over the prompts, which all draws share.
+    """
+    by_count: dict[int, list[Mapping]] = {}
+    for row in rows:
+        if row["ranking"] == "random":
+            by_count.setdefault(row["k"], []).append(row["asr"])
+    # Draws may have prompts of their own, and so an untouched model of their own to be held against.
+    untouched = by_count.get(0, [before])[0]
+    asrs = by_count[min((count for count in by_count if count), key=lambda count: abs(count - k))]
+    mean = {"value": float(np.mean([asr["value"] for asr in asrs])), "n": untouched["n"]}
+    found = relative_drop(untouched, mean)
+    drawn = over_splits(np.array([relative_drop(untouched, asr)["value"] for asr in asrs]), ratio=0)
+    if found["low"] is None or drawn["low"] is None:
+        return found
+    return found | {"low": min(found["low"], drawn["low"]), "high": max(found["high"], drawn["high"])}
+
+
+def _largest_rise(steps: Sequence[Mapping[str, float]]) -> dict:
+    """The largest rise from one share to the next, in prompts. It is below a bar if all rises are.
+
+    A step at which nothing changes at 0 or 100 % is compatible with a rise of almost four prompts, whatever n is, so
+    that a curve with such a step can fail a bar of two prompts and cannot pass it.
+    """
+    rises = [independent_difference(after, before) for before, after in itertools.pairwise(steps)]
+    largest = {key: max(rise[key] * rise["n"] for rise in rises) for key in ("value", "low", "high")}
+    return {**largest, "n": steps[0]["n"]}

@@ -7,11 +7,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bkd_utils.attention_alignment.similarity import Scores
-from bkd_utils.common.statistics import auroc_of_wins
-from bkd_utils.reports.scorecard import entry, span
+from bkd_utils.common.statistics import auroc_of_wins, wilson
+from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
 from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, interval, panels, rows_down, show_legend
 
 MARKERS = "os^DvP*X"  # one per task
+# How many permutations of the heads `two_papers_meet.agreement_with_attribution` draws.
+N_PERMUTATIONS = 2000
 
 
 def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k: int, n: int) -> Figure:
@@ -65,21 +67,27 @@ def verdicts(found: Mapping[str, Mapping]) -> Figure:
     return figure
 
 
-def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:
-    """From attack -> `two_papers_meet.agreement_with_attribution` of the default rule."""
-    numbers, passed = {}, {}
+def head_claim(agreements: Mapping[str, Mapping[str, float]], *, n_permutations: int = N_PERMUTATIONS) -> dict:
+    """From attack -> `two_papers_meet.agreement_with_attribution` of the default rule, with `n_permutations`
+    permutations."""
+    numbers, rare = {}, {}
     for attack, result in agreements.items():
         numbers[attack] = {"value": result["precision"], "n": result["k"], "low": result["low"], "high": result["high"]}
-        passed[attack] = result["precision"] >= 1 / 3 - 1e-9 and result["p"] <= 0.05
+        low, high = wilson(result["p"] * n_permutations, n_permutations)
+        rare[attack] = at_most({"low": low, "high": high}, 0.05)
+    passed = {attack: both(at_least(number, 1 / 3), rare[attack]) for attack, number in numbers.items()}
     chance = next(iter(agreements.values()))["expected"]
-    reason = f"Share of the most suspicious heads that carry the backdoor: {span(numbers)}; by chance {chance:.2f}."
+    reason = (
+        f"Share of the most suspicious heads that carry the backdoor: {span(numbers)}; by chance {chance:.2f}. At most "
+        f"5 % of permutations do as well: {who(rare)}."
+    )
     return entry("asa-heads", numbers=numbers, passed=passed, figure="07_heads", reason=reason)
 
 
 def verdict_claim(found: Mapping[str, Mapping]) -> dict:
     """From family -> `model_detection.leave_one_family_out`."""
     numbers = {family: auroc_of_wins(result["wins"]) for family, result in found.items()}
-    passed = {family: number["value"] >= 0.95 for family, number in numbers.items()}
+    passed = {family: at_least(number, 0.95) for family, number in numbers.items()}
     pooled = auroc_of_wins([row for result in found.values() for row in result["wins"]])
     reason = f"AUROC over all families {pooled['value']:.2f} [{pooled['low']:.2f}, {pooled['high']:.2f}]."
     return entry("asa-verdict", numbers=numbers, passed=passed, figure="07_models", reason=reason)
