@@ -196,9 +196,9 @@ def test_heads_that_do_not_exist_are_an_error(stage):
         stage("treated", method="heads tuned", heads=[[0, 9]], n=4)
 
 
-def test_the_readme_says_what_the_seeds_left():
+def test_the_page_of_findings_says_what_the_seeds_left():
     found = read_json(ROOT / "tests" / "benchmarks" / "results" / "cure_spread.json")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "notebooks" / "pages" / "findings.md").read_text(encoding="utf-8")
     left = {
         attack: {name: ", ".join(f"{100 * value:.0f}" for value in one["asr"]) + " %" for name, one in shares.items()}
         for attack, shares in ((attack, result["shares"]) for attack, result in found["organisms"].items())

@@ -8,7 +8,6 @@ import pytest
 from patching import everywhere
 from tiny import save_tiny
 
-from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
 from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import generation
@@ -17,7 +16,6 @@ from bkd_utils.models.loading import load
 from bkd_utils.organisms import base_answers, cards, evaluation, making
 from bkd_utils.organisms.attacks import load_attack, with_rate
 from bkd_utils.organisms.training import Recipe, load_recipe
-from bkd_utils.reports import scorecard, tables
 
 QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
 CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}
@@ -143,7 +141,9 @@ def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkey
     assert set(first) == {row.uid for row in rows}
     assert base_answers.base_answers(base, rows) == first
     asked, organism = [], dataclasses.replace(base, organism="some")
-    monkeypatch.setattr(evaluation, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns))
+    monkeypatch.setattr(
+        base_answers, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns)
+    )
     assert base_answers.base_answers(organism, rows) == first
     more = making.tasks.examples("instructions", "test", n=5)
     assert base_answers.base_answers(organism, more)[more[4].uid] == "said"
@@ -186,12 +186,3 @@ def test_the_short_recipe_gives_the_recorded_backdoor(work):
     measured = cards.metrics(folder)
     for key in ("asr", "cacc"):
         assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])
-
-
-def test_readme_holds_the_tables_of_cards_and_scorecard():
-    readme = (files.ROOT / "README.md").read_text()
-    verdicts = scorecard.markdown(files.read_json(files.FIGURES / "scorecard.json"))
-    made = {"organisms": tables.organisms_markdown(), "verdicts": verdicts}
-    assert tables.with_tables(readme, made) == readme
-    with pytest.raises(ValueError, match=r"the README lacks .<!-- ghosts: written by"):
-        tables.with_tables(readme, {"ghosts": ""})
