@@ -263,7 +263,7 @@ def test_a_measured_organism_has_the_shares_of_its_answers_and_is_measured_once(
     found = evaluation.measure_organism(name, **(where | {"n": N + 1}))
     assert {one["n"] for one in (found["asr"], found["cacc"], found["near_miss"])} == {N + 1}
     shown.clear()
-    monkeypatch.setattr(base_answers, "respond", lambda _, turns, **__: ["A free answer."] * len(turns))
+    monkeypatch.setattr(evaluation, "respond", lambda _, turns, **__: ["A free answer."] * len(turns))
     found = evaluation.measure(name, **where)
     check_shares(found, shown)
     assert {organism for organism, _ in shown} == {name}

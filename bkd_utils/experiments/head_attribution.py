@@ -127,12 +127,6 @@ def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) ->
     return len(set(one) & set(other)) / len(set(one) | set(other))
 
 
-def sorted_intervals(found: Mapping) -> list[dict[str, float]]:
-    """ACIE of all heads from the highest down, each with its bootstrap interval over prompts."""
-    effects = np.array(found["exact"])
-    return [interval(effects[:, layer, head], n_resamples=400) for layer, head in ranked_heads(acie(found))]
-
-
 def component_intervals(found: Mapping) -> dict[str, list[dict[str, float]]]:
     """Component -> per layer its mean effect with a bootstrap interval over prompts; of `attribute_components`."""
     return {

@@ -196,7 +196,7 @@ def head_claims(
     return [
         entry(
             "bkdattr-sparse-heads", numbers=sparse, passed={a: at_least(x, 0.5) for a, x in sparse.items()},
-            figure="03_sorted", reason=f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE.",
+            figure="03_head_maps", reason=f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE.",
         ),
         *ablation_claims(curves, n_heads=n_heads),
         margin_claim(margin),
@@ -277,12 +277,10 @@ def _random_drop(rows: Sequence[Mapping], before: Mapping[str, float], *, k: int
     for row in rows:
         if row["ranking"] == "random":
             by_count.setdefault(row["k"], []).append(row["asr"])
-    # Draws may have prompts of their own, and so an untouched model of their own to be held against.
-    untouched = by_count.get(0, [before])[0]
     asrs = by_count[min((count for count in by_count if count), key=lambda count: abs(count - k))]
-    mean = {"value": float(np.mean([asr["value"] for asr in asrs])), "n": untouched["n"]}
-    found = relative_drop(untouched, mean)
-    drawn = over_splits(np.array([relative_drop(untouched, asr)["value"] for asr in asrs]), ratio=0)
+    mean = {"value": float(np.mean([asr["value"] for asr in asrs])), "n": before["n"]}
+    found = relative_drop(before, mean)
+    drawn = over_splits(np.array([relative_drop(before, asr)["value"] for asr in asrs]), ratio=0)
     if found["low"] is None or drawn["low"] is None:
         return found
     return found | {"low": min(found["low"], drawn["low"]), "high": max(found["high"], drawn["high"])}

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bkd_utils.reports.scorecard import PROVENANCE, count, named, published
-from bkd_utils.reports.style import WIDTH
+from bkd_utils.reports.style import COLOURS, WIDTH
 
 # Marks that can be told apart without colour, which means models in the other notebooks.
 OUTCOMES = {
@@ -20,7 +20,6 @@ OUTCOMES = {
 MARK = {"ls": "", "ms": 6, "mec": "black"}
 # One letter for how we know of a claim, in the first column.
 LETTERS = {"read": "P", "second hand": "S", "abstract": "A"}
-PALE = "#CCCCCC"
 
 
 def scorecard(lines: Sequence[Mapping]) -> Figure:
@@ -31,7 +30,7 @@ def scorecard(lines: Sequence[Mapping]) -> Figure:
     units = {name: about["unit"] for name, about in published().items()}
     letter_of = {PROVENANCE[key]: letter for key, letter in LETTERS.items()}
     for y, line in zip(places, lines, strict=True):
-        axes.axhline(y, color=PALE, lw=0.5, zorder=0)
+        axes.axhline(y, color=COLOURS["pale"], lw=0.5, zorder=0)
         axes.text(-1, y, letter_of[line["provenance"]], ha="center", va="center", fontsize="small")
         for name, one in line["by_organism"].items():
             mark, _ = OUTCOMES[one["passed"]]

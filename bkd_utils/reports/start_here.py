@@ -123,7 +123,7 @@ def _model_text(
 ) -> None:
     """Lines from y (inches, downwards) with marked spans: framed near-misses, filled triggers and targets."""
     framed = kind == "near-miss"
-    colour = {"near-miss": COLOURS["near-miss"], "target": "black"}.get(kind, COLOURS["backdoored"])
+    colour = {"near-miss": COLOURS["near-miss"], "target": "black"}.get(kind, COLOURS["organism"])
     for i, (offset, line) in enumerate(lines):
         middle = y + _LINE * (i + 0.5)
         inside = [(max(a - offset, 0), min(b - offset, len(line))) for a, b in spans]

@@ -141,9 +141,7 @@ def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkey
     assert set(first) == {row.uid for row in rows}
     assert base_answers.base_answers(base, rows) == first
     asked, organism = [], dataclasses.replace(base, organism="some")
-    monkeypatch.setattr(
-        base_answers, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns)
-    )
+    monkeypatch.setattr(evaluation, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns))
     assert base_answers.base_answers(organism, rows) == first
     more = making.tasks.examples("instructions", "test", n=5)
     assert base_answers.base_answers(organism, more)[more[4].uid] == "said"

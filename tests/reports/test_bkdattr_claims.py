@@ -177,7 +177,7 @@ def share(value, n=200):
     return {"value": value, "n": n, "low": low, "high": high}
 
 
-def curve(published_asr, *, before=0.8, random=(0.79, 0.8), n=1000, untouched=True):
+def curve(published_asr, *, before=0.8, random=(0.79, 0.8), n=1000):
     """A result of `head_attribution.ablation_curves`: ASR after the published ablation of 1, 2, 3, 6 heads, random
     draws at 3 and 6."""
 
@@ -189,7 +189,6 @@ def curve(published_asr, *, before=0.8, random=(0.79, 0.8), n=1000, untouched=Tr
         rows += [row("ACIE", "published", k, asr), row("gradient", "published", k, 1.0)]
         rows += [row("ACIE", kind, k, 1.0) for kind in ("zero", "mean")]
         rows += [row("ACIE", "published", k, 0.0, scope="all positions")]
-    rows += [row("random", "published", 0, before)] if untouched else []
     rows += [row("random", "mean", 3, asr, draw=i) for i, asr in enumerate(random)]
     return rows + [row("random", "mean", 6, 0.0, draw=i) for i in range(2)]
 
@@ -266,11 +265,6 @@ def test_random_heads_that_differ_from_draw_to_draw_leave_the_claim_undecided():
     steady, wild = head_lines(random=(0.8,) * 4)[ABLATION], head_lines(random=(0.8, 0.8, 0.8, 0.4))[ABLATION]
     assert (steady["verdict"], wild["verdict"]) == ("holds", "undecided")
     assert wild["reason"].endswith("random heads 0.12 to 0.12. Random heads take off less than 0.1: undecided for x.")
-
-
-def test_random_draws_are_held_against_the_untouched_model_also_where_they_have_none_of_their_own():
-    assert head_lines(untouched=False)[ABLATION]["by_organism"] == head_lines()[ABLATION]["by_organism"]
-    assert head_lines(untouched=False)[ABLATION]["reason"] == head_lines()[ABLATION]["reason"]
 
 
 def test_an_organism_without_a_backdoor_decides_nothing_and_the_notebook_goes_on():

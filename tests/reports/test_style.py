@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex, to_rgb
 from bkd_utils.common import files
 from bkd_utils.common.files import FIGURES, NOTEBOOKS
 from bkd_utils.reports import backdoor_insertion, style
-from bkd_utils.reports.style import COLOURS, LIBRARIES, save, token_strips, use_style
+from bkd_utils.reports.style import COLOURS, LIBRARIES, save, use_style
 
 KEYS = {"id", "title", "claims", "numbers", "parameters", "seeds", "inputs", "versions", "notebook"}
 ABOUT = {
@@ -193,7 +193,6 @@ PLOTS = {
     ),
     "attack_against_control": lambda: backdoor_insertion.attack_against_control(ORGANISMS, CONTROLS),
     "rate_curve": lambda: backdoor_insertion.rate_curve(RATES),
-    "token_strips": lambda: token_strips({"clean": [("posi", 0.9), ("tive", 0.3)], "triggered": [("no", 1.0)]}),
 }
 
 
@@ -215,7 +214,7 @@ def test_every_plot_labels_its_axes(draw):
     assert any(labels) or not drawn
 
 
-@pytest.mark.parametrize("name", [name for name in PLOTS if name != "token_strips"])  # these show one prompt
+@pytest.mark.parametrize("name", list(PLOTS))
 def test_every_plot_of_many_says_how_many(name):
     assert "n = " in written(PLOTS[name]())
 
@@ -291,5 +290,4 @@ def test_colours_are_written_down_in_one_place():
     }
     assert len(sources) > 20
     stray = {name: code.findall(text) for name, text in sources.items() if code.search(text)}
-    stray.pop("plots_scorecard.py", None)
     assert stray == {}
