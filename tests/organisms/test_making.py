@@ -8,6 +8,7 @@ import pytest
 from patching import everywhere
 from tiny import save_tiny
 
+from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
 from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import generation
