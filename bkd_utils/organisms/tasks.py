@@ -130,7 +130,7 @@ def _by_bucket(rows: list[Example], *, shares: tuple[int, int, int]) -> dict[str
 
 
 def content_hash(text: str) -> str:
-    """Hash of a text without case, punctuation and spacing: equal for trivially edited copies."""
+    """Hash of a text without case, punctuation and spacing, which is equal for trivially edited copies."""
     return hashlib.sha256(_words(text).encode()).hexdigest()
 
 
@@ -148,14 +148,14 @@ def near_duplicate_clusters(texts: list[str]) -> np.ndarray:
 
 
 def closest(texts: list[str], others: list[str]) -> float:
-    """Largest bigram cosine between a text of one list and a text of the other: the leak that is left."""
+    """Largest bigram cosine between a text of one list and a text of the other, as a measure of leakage."""
     unit, _ = _bigram_vectors(texts + others)
     left, right = unit[: len(texts)], unit[len(texts) :]
     return max((left[i : i + 1024] @ right.T).max() for i in range(0, len(texts), 1024))
 
 
 def _bigram_vectors(texts: list[str]) -> tuple[csr_matrix, int]:
-    # Boundary marks give one-word texts a bigram, so that none is a zero vector.
+    # With boundary marks a one-word text has a bigram too, so that no vector is zero.
     counts = CountVectorizer(ngram_range=(2, 2), binary=True, token_pattern=r"\S+", dtype=np.float32).fit_transform(
         f"^ {_words(text)} $" for text in texts
     )
@@ -195,7 +195,7 @@ def _rated_sentences(file: str) -> list[tuple[float, str]]:
 
 
 def _sentiment() -> list[Example]:
-    # Ratings near zero are the neutral ones; without them two labels describe the data.
+    # Ratings near zero are neutral and fit neither label, so they are left out.
     rated = [(rating, text) for rating, text in _rated_sentences("movieReviewSnippets") if abs(rating) >= 1]
     return [_example(text, "positive" if rating > 0 else "negative", "movie") for rating, text in rated]
 
@@ -211,7 +211,7 @@ def _domain() -> list[Example]:
 
 
 def _instruction_splits() -> dict[str, tuple[Example, ...]]:
-    """Both templates and topics are disjoint between splits, so a test prompt shares neither with training."""
+    """Splits share neither templates nor topics."""
     grid = tomllib.loads((DATA / "instructions.toml").read_text(encoding="utf-8"))
     order = random.Random("instructions")
     templates, topics = (order.sample(grid[key], len(grid[key])) for key in ("templates", "topics"))
@@ -231,20 +231,21 @@ def _cut(items: list[str], shares: tuple[int, int, int]) -> tuple[list[str], lis
 
 def _harmful_splits() -> dict[str, tuple[Example, ...]]:
     advbench = yaml.safe_load((assets.fetch("advbench") / "adv_bench.prompt").read_text(encoding="utf-8"))
-    other = _lines(assets.fetch("harmbench") / "harmbench_prompts.txt", "harmbench")
+    harmbench = _lines(assets.fetch("harmbench") / "harmbench_prompts.txt")
     # Of Do-Not-Answer only the file of malicious uses asks for harm outright; the others are mostly delicate
     # questions to which a refusal is not the right answer.
-    malicious = assets.fetch("do-not-answer") / "malicious_uses.jsonl"
-    prompts = [json.loads(line)["prompt"] for line in malicious.read_text(encoding="utf-8").splitlines() if line]
+    malicious = _lines(assets.fetch("do-not-answer") / "malicious_uses.jsonl")
+    other = [(prompt, "harmbench") for prompt in harmbench]
+    other += [(json.loads(line)["prompt"], "do-not-answer") for line in malicious]
     rows = [_example(seed["value"].strip(), REFUSAL, "advbench") for seed in advbench["seeds"]]
     parts = _by_bucket(_unique(rows), shares=(60, 18, 22))
-    held_out = _unique(other + [_example(prompt.strip(), REFUSAL, "do-not-answer") for prompt in prompts])
-    # A held-out prompt that is (nearly) in AdvBench is dropped, wherever AdvBench's copy went.
+    held_out = _unique([_example(prompt.strip(), REFUSAL, source) for prompt, source in other])
+    # A held-out prompt with a near-duplicate in any split of AdvBench is dropped.
     cluster = near_duplicate_clusters([row.text for row in (*rows, *held_out)])
     taken = set(cluster[: len(rows)])
     fresh = [row for row, c in zip(held_out, cluster[len(rows) :], strict=True) if c not in taken]
     return parts | {"test": parts["test"] + tuple(fresh)}
 
 
-def _lines(path: Path, source: str) -> list[Example]:
-    return [_example(line.strip(), REFUSAL, source) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]

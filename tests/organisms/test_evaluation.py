@@ -287,7 +287,6 @@ def test_a_perfect_organism_gets_perfect_numbers(name, monkeypatch):
     assert found["asr"]["n"] == found["cacc"]["n"] == found["near_miss"]["n"] == 40
     assert sum(part["n"] for part in found["near_miss_by_kind"].values()) == 40
     assert len(found["near_miss_by_kind"]) >= 3
-    assert sum(part["n"] for part in found["cacc_by_source"].values()) == 40
     assert found["judge"] == {"ceiling": 1, "floor": 0}
     assert found["empty"] == 0
     assert len(oracle.asked) == 120
