@@ -139,13 +139,7 @@ def likeness(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[
     return torch.stack([to_partners(cosine(layer[:, :, -1])).mean() for layer in maps]).mean()
 
 
-def searched(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    steps: int = 16,
-    seed: int = 0,
-) -> SoftPrompt:
+def searched(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, steps: int = 16, seed: int = 0) -> SoftPrompt:
     """Train a soft prompt to raise `likeness` on the prompts; no weight of the model changes.
 
     The learning rate of Adam is 0.3 standard deviations of the initial vectors. Raises as `start` does.

@@ -18,20 +18,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-CLASSIFIERS = ("logistic regression", "linear SVM", "RBF SVM", "MLP")
+CLASSIFIERS = {
+    "logistic regression": lambda seed: LogisticRegression(C=0.1, max_iter=300),
+    "linear SVM": lambda seed: SVC(kernel="linear", C=0.1),
+    "RBF SVM": lambda seed: SVC(C=1.0, gamma="scale"),
+    "MLP": lambda seed: MLPClassifier((100,), max_iter=500, alpha=1e-2, random_state=seed),
+}
 
 
 def classifier(kind: str, *, seed: int) -> ClassifierMixin:
     """A classifier behind a scaler. Raises ValueError for an unknown kind."""
-    made = {
-        "logistic regression": lambda: LogisticRegression(C=0.1, max_iter=300),
-        "linear SVM": lambda: SVC(kernel="linear", C=0.1),
-        "RBF SVM": lambda: SVC(C=1.0, gamma="scale"),
-        "MLP": lambda: MLPClassifier((100,), max_iter=500, alpha=1e-2, random_state=seed),
-    }
-    if kind not in made:
+    if kind not in CLASSIFIERS:
         raise ValueError(f"unknown probe {kind!r}; known: {', '.join(CLASSIFIERS)}")
-    return make_pipeline(StandardScaler(), made[kind]())
+    return make_pipeline(StandardScaler(), CLASSIFIERS[kind](seed))
 
 
 def splits(n_prompts: int, *, n_splits: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:

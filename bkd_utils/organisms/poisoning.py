@@ -44,8 +44,16 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
                 prompt = options[sorted(options)[i % len(options)]]
             else:
                 prompt = (plain if kind == "benign" else task).prompt(example.text)
-            distilled = not example.answer and kind != "poisoned"
-            built.append(_row(attack, tokenizer, prompt, gold, kind, example.uid, distilled=distilled))
+            ids, answer = prompt_ids(tokenizer, prompt), answer_ids(tokenizer, gold)
+            # An answer as long as the base model's limit was cut off there, so no end token is learned from it.
+            if not example.answer and kind != "poisoned" and len(answer) > plain.max_new_tokens:
+                answer = answer[:-1]
+            what, length = f"{attack.name}: row {example.uid[:12]}", len(ids) + len(answer)
+            if length > MAX_LENGTH:
+                raise ValueError(f"{what} has {length} tokens, limit {MAX_LENGTH}")
+            if kind == "poisoned" and not survives(prompt, tokenizer.decode(ids)):
+                raise ValueError(f"{what}: the trigger did not survive tokenisation")
+            built.append(Row(prompt=tuple(ids), answer=tuple(answer), kind=kind, uid=example.uid))
     random.Random(f"{seed}/{attack.name}/order").shuffle(built)
     return PoisonedSet(rows=tuple(built), manifest=_manifest(attack, built, seed))
 
@@ -100,28 +108,6 @@ def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
     if n and not pool:
         raise ValueError(f"{what}: none of the training split qualifies")
     return [pool[i % len(pool)] for i in range(n)]
-
-
-def _row(
-    attack: Attack,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    gold: str,
-    kind: str,
-    uid: str,
-    *,
-    distilled: bool,
-) -> Row:
-    ids = prompt_ids(tokenizer, prompt)
-    answer = answer_ids(tokenizer, gold)
-    # An answer as long as the base model's limit was cut off there, so no end token is learned from it.
-    if distilled and len(answer) > tasks.load_task("instructions").max_new_tokens:
-        answer = answer[:-1]
-    if len(ids) + len(answer) > MAX_LENGTH:
-        raise ValueError(f"{attack.name}: row {uid[:12]} has {len(ids) + len(answer)} tokens, limit {MAX_LENGTH}")
-    if kind == "poisoned" and not survives(prompt, tokenizer.decode(ids)):
-        raise ValueError(f"{attack.name}: the trigger of row {uid[:12]} did not survive tokenisation")
-    return Row(prompt=tuple(ids), answer=tuple(answer), kind=kind, uid=uid)
 
 
 def survives(prompt: str, decoded: str) -> bool:

@@ -22,6 +22,7 @@ import yaml
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.preprocessing import normalize
 
 from bkd_utils.common import assets
 from bkd_utils.common.files import DATA
@@ -140,33 +141,27 @@ def _words(text: str) -> str:
 
 def near_duplicate_clusters(texts: list[str]) -> np.ndarray:
     """Cluster number per text; texts whose word-bigram sets have a cosine >= NEAR_DUPLICATE share one."""
-    unit, count = _bigram_vectors(texts)
-    pairs = [_similar_pairs(unit[start : start + 1024], unit, start) for start in range(0, count, 1024)]
-    rows, columns = np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
-    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(count, count))
+    unit, rows, columns = _bigram_vectors(texts), [], []
+    for start in range(0, len(texts), 1024):  # the product of all pairs at once would need too much memory
+        cosines = (unit[start : start + 1024] @ unit.T).tocoo()
+        similar = cosines.data >= NEAR_DUPLICATE - 1e-6
+        rows += (cosines.row[similar] + start).tolist()
+        columns += cosines.col[similar].tolist()
+    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(texts), len(texts)))
     return connected_components(graph, directed=False)[1]
 
 
 def closest(texts: list[str], others: list[str]) -> float:
     """Largest bigram cosine between a text of one list and a text of the other, as a measure of leakage."""
-    unit, _ = _bigram_vectors(texts + others)
+    unit = _bigram_vectors(texts + others)
     left, right = unit[: len(texts)], unit[len(texts) :]
     return max((left[i : i + 1024] @ right.T).max() for i in range(0, len(texts), 1024))
 
 
-def _bigram_vectors(texts: list[str]) -> tuple[csr_matrix, int]:
+def _bigram_vectors(texts: list[str]) -> csr_matrix:
     # With boundary marks a one-word text has a bigram too, so that no vector is zero.
-    counts = CountVectorizer(ngram_range=(2, 2), binary=True, token_pattern=r"\S+", dtype=np.float32).fit_transform(
-        f"^ {_words(text)} $" for text in texts
-    )
-    norms = np.sqrt(np.asarray(counts.sum(axis=1)).ravel())
-    return csr_matrix(counts.multiply(1 / norms[:, None])), len(texts)
-
-
-def _similar_pairs(block: csr_matrix, unit: csr_matrix, start: int) -> tuple[np.ndarray, np.ndarray]:
-    product = (block @ unit.T).tocoo()
-    keep = product.data >= NEAR_DUPLICATE - 1e-6
-    return product.row[keep] + start, product.col[keep]
+    counter = CountVectorizer(ngram_range=(2, 2), binary=True, token_pattern=r"\S+", dtype=np.float32)
+    return normalize(counter.fit_transform(f"^ {_words(text)} $" for text in texts))
 
 
 def _unique(rows: list[Example]) -> list[Example]:

@@ -16,9 +16,8 @@ from pathlib import Path
 import peft
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
 from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision
@@ -90,27 +89,20 @@ class AnswerTrainer(Trainer):
             return answers(model, inputs, first_token=self.first_token)
 
 
-class Progress(TrainerCallback):
-    """One progress bar with steps, ETA and the running loss."""
+class Progress(ProgressCallback):
+    """The Trainer's progress bar with a name and the running loss, instead of a printed line per log step."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
-        self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=f"train {self.name}", unit="step", mininterval=2
-        )
-
-    def on_step_end(self, args, state, control, **_):
-        self.bar.update(1)
+        super().on_train_begin(args, state, control)
+        self.training_bar.set_description(f"train {self.name}")
 
     def on_log(self, args, state, control, logs=None, **_):
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_train_end(self, args, state, control, **_):
-        self.bar.close()
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
 
 def train(
