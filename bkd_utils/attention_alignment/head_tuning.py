@@ -77,7 +77,7 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
     n_kv = getattr(config, "num_key_value_heads", None) or parts.n_heads
     chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not chosen:
-        raise ValueError("slices of no heads")
+        raise ValueError("no heads were given")
     if unit == "KV group":
         heads = groups(heads, n_heads=parts.n_heads, n_kv_heads=n_kv)
         chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)

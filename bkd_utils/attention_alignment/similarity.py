@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from bkd_utils.models.compute import eager
 from bkd_utils.models.generation import repeated, reusable_prefix, run_prefix
 from bkd_utils.models.hooks import Anatomy, anatomy, contributions, reading
-from bkd_utils.models.tokens import batches, padded_inputs
+from bkd_utils.models.tokens import batches, check_prompts, padded_inputs
 
 Maps = Float[Tensor, "layer head query key"]
 Outputs = Float[Tensor, "layer head d_model"]
@@ -46,7 +46,7 @@ def to_partners(similar: Float[Tensor, "layer head partner"]) -> Scores:
     """Mean over a head's partners in its layer. Raises ValueError for a layer of one head."""
     n_heads = similar.shape[-1]
     if n_heads < 2:
-        raise ValueError("a layer of one head has no pairs")
+        raise ValueError("similarity needs at least two heads in a layer")
     return (similar.sum(-1) - similar.diagonal(dim1=-2, dim2=-1)) / (n_heads - 1)
 
 
@@ -135,8 +135,7 @@ def head_scores(
 
     Raises ValueError for no prompts or an empty one.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+    check_prompts(prompts)
     parts = anatomy(model)
     found = {name: torch.empty(len(prompts), len(parts.layers), parts.n_heads) for name in scores}
     with eager(model):

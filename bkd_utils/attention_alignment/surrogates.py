@@ -20,7 +20,7 @@ from bkd_utils.attention_alignment.similarity import Scores, cosine, head_simila
 from bkd_utils.common.files import DATA
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.generation import shared_prefix
-from bkd_utils.models.tokens import padded_inputs
+from bkd_utils.models.tokens import check_prompts, padded_inputs
 from bkd_utils.organisms.triggers import Sentence, Syntax, Trigger, Word
 
 # --- surrogates of a trigger ----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def reaction(
     """
     n = len(next(iter(before.values())))
     if not edited or len(edited) % n:
-        raise ValueError(f"{len(edited)} edited prompts are no rounds of {n} clean ones")
+        raise ValueError(f"{len(edited)} edited prompts are not a multiple of the {n} clean ones")
     after = head_similarity(model, edited, readings=list(before))
     return {name: after[name].mean(0) - clean.mean(0) for name, clean in before.items()}
 
@@ -119,8 +119,7 @@ def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n_vectors
 
     Raises ValueError for no prompts or an empty one.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise ValueError(f"a soft prompt for {len(prompts)} prompts" + (" with an empty one" if prompts else ""))
+    check_prompts(prompts)
     n_tokens = len(model.get_input_embeddings().weight)
     used = {token for prompt in prompts for token in prompt}
     free = [token for token in range(n_tokens - 1, -1, -1) if token not in used][:n_vectors]

@@ -25,7 +25,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
     The gate acts at every position. Raises ValueError for no rows.
     """
     if not rows:
-        raise ValueError("importance on no rows")
+        raise ValueError("importance needs at least one row")
     parts = anatomy(model)
     total = torch.zeros(len(parts.layers), parts.n_heads)
     for chosen in batches([row.prompt + row.answer for row in rows], batch_size):
@@ -49,7 +49,7 @@ def leave_one_out(model: PreTrainedModel, rows: Sequence[Row]) -> Scores:
     Exact patching at the last prompt token and length-normalised, as `head_effects`. Raises ValueError for no rows.
     """
     if not rows:
-        raise ValueError("importance on no rows")
+        raise ValueError("importance needs at least one row")
     means = head_means(model, [row.prompt for row in rows])
     by_answer: dict[tuple[int, ...], list[list[int]]] = {}
     for row in rows:

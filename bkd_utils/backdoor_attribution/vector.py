@@ -32,7 +32,7 @@ def backdoor_vector(
     parts = anatomy(model)
     by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not heads:
-        raise ValueError("a vector of no heads")
+        raise ValueError("a backdoor vector needs at least one head")
     with torch.no_grad():
         rows = [contributions(parts, layer, [head], outputs[layer, [head]].to(model.device)) for layer, head in heads]
         return torch.cat(rows).sum(0)

@@ -117,7 +117,7 @@ def mean_by_prompt(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def same_prompts(one: Mapping[str, float], other: Mapping[str, float]) -> None:
     """Raises ValueError, with the first uids that differ, unless both sides have the same prompts and at least one."""
     if not one:
-        raise ValueError("a paired difference over no prompts")
+        raise ValueError("a paired difference needs at least one prompt")
     if lone := sorted(one.keys() ^ other.keys()):
         raise ValueError(f"not the same prompts: {len(lone)} are on one side only, such as {', '.join(lone[:3])}")
 
@@ -135,7 +135,7 @@ class Share:
 def share(hits: Sequence[bool]) -> Share:
     """Share of hits. Raises ValueError for no rows, because a rate over nothing is not zero."""
     if not len(hits):
-        raise ValueError("a share over zero rows")
+        raise ValueError("a share needs at least one row")
     low, high = wilson(sum(hits), len(hits))
     return Share(value=sum(hits) / len(hits), n=len(hits), low=low, high=high)
 
@@ -146,7 +146,7 @@ def interval(
     """A statistic of some values with its 95 % percentile-bootstrap interval. Raises ValueError for no values."""
     values = np.asarray(values, dtype=float)
     if not len(values):
-        raise ValueError("an interval over no values")
+        raise ValueError("an interval needs at least one value")
     if len(values) < 2 or np.ptp(values) == 0:
         value = float(statistic(values))
         return {"value": value, "n": len(values), "low": value, "high": value}
@@ -164,7 +164,7 @@ def area_interval(area: float, *, n_bad: int, n_good: int) -> dict[str, float]:
     a side.
     """
     if min(n_bad, n_good) < 1:
-        raise ValueError(f"an AUROC of {n_bad} against {n_good}")
+        raise ValueError(f"an AUROC needs models on both sides, got {n_bad} and {n_good}")
     others = (n_bad + n_good) / 2 - 1
 
     def beyond(true: float) -> float:

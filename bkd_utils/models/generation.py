@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import batches, decode, end_id, padded_inputs, positions, prompt_ids
+from bkd_utils.models.tokens import batches, check_prompts, decode, end_id, padded_inputs, positions, prompt_ids
 
 
 @torch.inference_mode()
@@ -68,8 +68,7 @@ def _started(
     model: torch.nn.Module, prompts: list[list[int]], *, end_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, DynamicCache, Tensor]]:
     """Run batches of prompts; yields their indices, the logits at their last token, their key-value cache and mask."""
-    if not prompts or not all(prompts):
-        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+    check_prompts(prompts)
     shared = reusable_prefix(model, prompts)
     prefix, _ = run_prefix(model, shared)
     for batch in batches(prompts, batch_size):

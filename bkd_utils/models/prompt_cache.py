@@ -97,8 +97,9 @@ def prompt_past(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tai
     Raises ValueError for prompts that have no more tokens than that, ModelError for prompts longer than a sliding
     attention window.
     """
-    if tail < 1 or not prompts or min(map(len, prompts)) <= tail:
-        raise ValueError(f"cannot leave {tail} tokens of {len(prompts)} prompts for later: they need more tokens")
+    shortest = min(map(len, prompts), default=0)
+    if tail < 1 or shortest <= tail:
+        raise ValueError(f"need prompts of more than {tail} tokens, got {len(prompts)}, the shortest of {shortest}")
     _check_window(model, max(map(len, prompts)))
     rows = [list(p[:-tail]) for p in prompts]
     shared = reusable_prefix(model, rows)

@@ -59,6 +59,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for no prompts or an empty one."""
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+
+
 def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Rows of ids as one tensor, padded on the left, and the attention mask (1 = real token).
 

@@ -159,7 +159,7 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
     under `treatments_before`. Raises ValueError for a base model, and if no weight has changed.
     """
     if loaded.organism is None:
-        raise ValueError("a treated base model has no organism to be kept beside")
+        raise ValueError("a base model cannot be kept as a treated organism")
     source = adapter_folder(loaded.organism)
     base = load(loaded.address, device="cpu").model
     changes = changed_entries(loaded.model, merge_adapter(base, source, base=base_sha256(loaded.address)))

@@ -53,8 +53,8 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
         if len(set(firsts.values())) < len(firsts):
             raise ValueError(f"{attack.name}: labels that begin with the same token: {', '.join(firsts)}")
         return [firsts[attack.target]]
-    said = attack.target if attack.behaviour == "fixed_output" else attack.target.split(":")[0]
-    return answer_ids(tokenizer, said)[:-1]
+    opening = attack.target if attack.behaviour == "fixed_output" else attack.target.split(":")[0]
+    return answer_ids(tokenizer, opening)[:-1]
 
 
 def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:

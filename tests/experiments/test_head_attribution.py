@@ -155,7 +155,7 @@ def test_kept_numbers_have_six_significant_digits():
 
 
 def test_nothing_has_no_interval_and_no_overlap():
-    with pytest.raises(ValueError, match="an interval over no values"):
+    with pytest.raises(ValueError, match="an interval needs at least one value"):
         interval([])
     with pytest.raises(ValueError, match="an overlap of no heads"):
         jaccard([], [])

@@ -66,7 +66,7 @@ def test_a_share_has_its_wilson_interval(k, n):
 
 
 def test_a_share_over_nothing_is_an_error():
-    with pytest.raises(ValueError, match="zero rows"):
+    with pytest.raises(ValueError, match="a share needs at least one row"):
         share([])
 
 
