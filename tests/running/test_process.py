@@ -44,8 +44,8 @@ def kernels_of(pid=None):
 def runner_at_work(path, folder, marker):
     """A runner in a process group of its own, whose kernel has written `marker`, and all processes below it."""
     code = (
-        "from pathlib import Path; from bkd_utils import supervise; "
-        f"supervise.run_notebook(Path({str(path)!r}), parameters={{}}, folder=Path({str(folder)!r}), limit=500)"
+        "from pathlib import Path; from bkd_utils.running import process; "
+        f"process.run_notebook(Path({str(path)!r}), parameters={{}}, folder=Path({str(folder)!r}), limit=500)"
     )
     # The scratch folder of a killed runner stays behind; here it must not stay in the machine's own.
     environment = os.environ | {"TMPDIR": str(marker.parent)}
