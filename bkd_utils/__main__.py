@@ -146,17 +146,10 @@ def evaluate(
 
 @app.command()
 def readme() -> None:
-    """Write the tables of shipped organisms and of verdicts into the README, from cards and scorecard."""
-    from bkd_utils.common.files import FIGURES, atomic_path, read_json
-    from bkd_utils.reports import scorecard, tables
+    """Write the tables of organisms and verdicts into the README and its pages, from cards and scorecard."""
+    from bkd_utils.reports import pages
 
-    path = ROOT / "README.md"
-    verdicts = scorecard.markdown(read_json(FIGURES / "scorecard.json"))
-    text = tables.with_tables(
-        path.read_text(encoding="utf-8"), {"organisms": tables.organisms_markdown(), "verdicts": verdicts}
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    pages.write()
 
 
 def _show(frame) -> None:

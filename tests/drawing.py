@@ -1,6 +1,7 @@
 """What tests of pictures share: intervals made by hand, legends and bands read back, and what every picture needs."""
 
 import nbformat
+from matplotlib.text import Text
 
 from bkd_utils.common.files import NOTEBOOKS
 
@@ -23,6 +24,11 @@ def public(module):
     return {name for name in own if not name.startswith("_")}
 
 
+def written(figure):
+    """All texts of a figure, one a line."""
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
 def check_labelled(figure):
     """Every panel has data, and something says what the axes are."""
     assert figure.axes
@@ -38,10 +44,12 @@ def column_titles(figure):
 
 
 def check_all(module, plots):
-    """`plots` has every function that the module offers, and every picture is labelled."""
+    """`plots` has every function that the module offers, and every figure is labelled and says on how many it rests."""
     assert public(module) == set(plots)
-    for draw in plots.values():
-        check_labelled(draw())
+    for name, draw in plots.items():
+        figure = draw()
+        check_labelled(figure)
+        assert "n = " in written(figure), name
 
 
 def saved_by_a_notebook(figure):

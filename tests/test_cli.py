@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from bkd_utils import __main__ as cli
 from bkd_utils.common import assets
 from bkd_utils.common.files import ROOT
 from bkd_utils.models import folders

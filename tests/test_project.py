@@ -1,6 +1,7 @@
 """The project as a whole: one set of pins, clean code, notebooks in shape, organisms that are what their cards say."""
 
 import ast
+import itertools
 import json
 import re
 import statistics
@@ -14,14 +15,17 @@ import pytest
 import yaml
 from safetensors import safe_open
 from transformers import AutoTokenizer
+from typer.main import get_command
 
+from bkd_utils.__main__ import app
 from bkd_utils.common.assets import fetch
-from bkd_utils.common.files import ADAPTERS, DATA, NOTEBOOKS, ROOT, read_json, sha256_file
+from bkd_utils.common.files import ADAPTERS, DATA, FIGURES, NOTEBOOKS, ROOT, read_json, sha256_file
 from bkd_utils.models.folders import DEFAULT_MODEL, base_sha256
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, load_attacks
 from bkd_utils.organisms.base_answers import answers_name
 from bkd_utils.organisms.poisoning import poison
+from bkd_utils.organisms.triggers import FAMILIES
 
 PAPERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 ORGANISMS = sorted(path.parent for path in ADAPTERS.glob("*/card.json"))
@@ -139,14 +143,124 @@ def test_links_of_a_notebook_lead_somewhere(path):
         assert dead_links(path, cell.source) == []
 
 
-def test_links_of_the_readme_lead_somewhere():
-    assert dead_links(ROOT / "README.md", (ROOT / "README.md").read_text(encoding="utf-8")) == []
-
-
 def dead_links(path, markdown):
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", markdown)
     targets = [(one or other).partition("#")[0] for one, other in links]
     return [target for target in targets if target and ":" not in target and not (path.parent / target).exists()]
+
+
+# --- the README and its pages ---------------------------------------------------------------------------------------
+
+README = ROOT / "README.md"
+PAGES = sorted((NOTEBOOKS / "pages").glob("*.md"))
+EACH_PAGE = pytest.mark.parametrize("path", [README, *PAGES], ids=lambda path: path.stem)
+SPELLED = {
+    "ASR": "attack success rate",
+    "CACC": "clean accuracy",
+    "AUROC": "area under the receiver operating characteristic",
+    "ACIE": "average causal indirect effect",
+}
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(path), flags=re.DOTALL | re.MULTILINE)
+
+
+@EACH_PAGE
+def test_links_of_a_page_lead_somewhere(path):
+    assert dead_links(path, text_of(path)) == []
+
+
+@EACH_PAGE
+def test_a_page_spells_out_an_abbreviation_where_it_first_uses_it(path):
+    text = text_of(path)
+    for short, long in SPELLED.items():
+        if first := re.search(rf"\b{short}\b", text):
+            assert long in text[max(0, first.start() - 90) : first.end() + 90].lower(), short
+
+
+@EACH_PAGE
+def test_the_commands_that_a_page_shows_exist(path):
+    known = get_command(app)
+    commands = re.findall(r"(?:\./run_all\.sh|python -m bkd_utils)\b[^`\n#]*", text_of(path))
+    for command in commands:
+        words = command.replace("./run_all.sh test", "python -m bkd_utils test").split()
+        name = "run" if words[0] == "./run_all.sh" else words[3] if len(words) > 3 else "--help"
+        if name == "--help":
+            continue
+        assert name in known.commands, command
+        options = {option for parameter in known.commands[name].params for option in parameter.opts} | {"--help"}
+        assert {word for word in words if word.startswith("--") and word != name} <= options, command
+
+
+def test_the_readme_is_one_page():
+    assert len(text_of(README).split()) <= 900
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert len(PAGES) >= 7
+    assert [path.name for path in PAGES if f"(notebooks/pages/{path.name})" not in text_of(README)] == []
+
+
+def test_the_readme_shows_every_notebook_with_a_figure_of_its_own_and_the_minutes_of_the_committed_run():
+    rows = re.findall(
+        r'^\| <img src="figures/(\d\d)_\w+\.png".* \| \[.*\]\(notebooks/(.*)\.ipynb\) \|.*\| (\d+) \|$',
+        text_of(README),
+        flags=re.MULTILINE,
+    )
+    minutes = {entry["name"]: entry["minutes"] for entry in read_json(FIGURES / "run.json")["notebooks"]}
+    assert [name for _, name, _ in rows] == [path.stem for path in PAPERS]
+    assert {name: int(shown) for _, name, shown in rows} == {n: max(1, round(m)) for n, m in minutes.items()}
+    assert all(name.startswith(figure) for figure, name, _ in rows)
+    assert f"about {round(sum(minutes.values()))} minutes" in text_of(README)
+
+
+def test_the_page_of_timings_holds_the_minutes_of_the_committed_run():
+    rows = re.findall(
+        r"^\| (\d\d) \| ([\d.]+) \| ([\d.]+) \|$", text_of(NOTEBOOKS / "pages" / "timings.md"), re.MULTILINE
+    )
+    entries = read_json(FIGURES / "run.json")["notebooks"]
+    assert [(number, float(minutes), float(gib)) for number, minutes, gib in rows] == [
+        (entry["name"][:2], round(entry["minutes"], 1), round(entry["peak_gib"], 1)) for entry in entries
+    ]
+
+
+def test_the_page_of_timings_holds_the_measured_speed_of_attribution():
+    (path,) = [path for path in tracked() if path.parts[-3:] == ("benchmarks", "results", "attribution.json")]
+    text = text_of(NOTEBOOKS / "pages" / "timings.md")
+    for token, passes in itertools.groupby(read_json(path)["rows"], key=lambda row: row["case"].split()[-2]):
+        rows = list(passes)
+        length = {"one": "1 token"}.get(token, f"{token} tokens")
+        worst = max(row["max_abs_diff"] for row in rows)
+        slower = [f"{row['ratio']} times slower" for row in rows]
+        cells = [length, f"{rows[0]['seconds']} s", *slower, f"{worst:.0e}"]
+        assert f"| {' | '.join(cells)} |" in text
+
+
+def test_the_readme_says_how_many_claims_are_second_hand():
+    known = tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8")).values()
+    ours = [entry.get("provenance", entry.get("sure")) for entry in known if entry.get("paper") == "BkdAttr"]
+    words = {10: "Ten", 11: "eleven"}
+    assert f"{words[ours.count('second hand')]} of {words[len(ours)]} BkdAttr entries are second hand" in text_of(
+        README
+    )
+
+
+def test_the_attack_and_the_trigger_that_the_page_shows_can_be_made():
+    attack, trigger = (tomllib.loads(block) for block in blocks(NOTEBOOKS / "pages" / "your_own.md", "toml"))
+    ((name, keys),) = attack.items()
+    assert Attack(name=name, **keys).backdoored
+    ((name, entry),) = trigger["triggers"].items()
+    made = FAMILIES[entry["family"]](name=name, entry=entry)
+    for half in ("train", "test"):
+        assert made.matches(made.apply("A fine film.", seed=0, half=half))
+        assert made.near_misses("A fine film.", seed=0, half=half)
+    halves = [{text for texts in half.values() for text in texts} for half in entry["near"].values()]
+    assert not set.intersection(*halves)
 
 
 # --- organisms ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Public implementations mix up samples (STRIP) or do nothing by default (ONION); 
 text, whatever the order of texts, and a threshold is always one that a share of clean texts would fail.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -233,14 +234,24 @@ def _chance(
 # --- thresholds -----------------------------------------------------------------------------------------------------
 
 
-def threshold(clean: Scores, *, frr: float) -> float:
-    """The score that a share `frr` of clean texts exceeds; of fewer than `1 / frr` texts one does, a larger share.
+def enough(n: int, *, frr: float) -> bool:
+    """Do `n` clean texts suffice for a threshold at a false rejection rate (FRR)? From `1 / frr` texts on they do."""
+    return n * frr >= 1 - 1e-9
 
-    Raises ValueError for no texts or a share beyond 0 to 1.
+
+def threshold(clean: Scores, *, frr: float) -> float:
+    """The lowest score of a clean text that at most a share `frr` (false rejection rate) of the clean texts exceeds.
+
+    The one rule for every detector of inputs. The threshold is a score that was measured, and never one that is
+    interpolated between two of them: of 24 texts, at 5 %, one text exceeds it, not two. Raises ValueError for fewer
+    than `1 / frr` texts, because a single one of them would already be a larger share, and for a share beyond 0 to 1.
     """
-    if not len(clean) or not 0 < frr < 1:
-        raise ValueError(f"a threshold at FRR {frr} from {len(clean)} clean texts")
-    return float(np.quantile(clean, 1 - frr))
+    if not 0 < frr < 1:
+        raise ValueError(f"a false rejection rate must lie between 0 and 1, is {frr}")
+    if not enough(len(clean), frr=frr):
+        raise ValueError(f"a threshold at {frr:.1%} needs {math.ceil(1 / frr - 1e-9)} clean texts, not {len(clean)}")
+    allowed = math.floor(frr * len(clean) + 1e-9)
+    return float(np.sort(clean)[len(clean) - 1 - allowed])
 
 
 # --- training data --------------------------------------------------------------------------------------------------

@@ -37,16 +37,6 @@ class Side:
     own: torch.Tensor
     inputs: dict[str, dict[int, torch.Tensor]]
 
-    def first(self, n: int) -> "Side":
-        """The first `n` prompts of it; nothing runs again."""
-        answers = {name: given[:n] for name, given in self.answers.items()}
-        inputs = {
-            # As many columns as the longest answer that is left has tokens.
-            name: {layer: hidden[:n, : max(map(len, answers[name]))] for layer, hidden in kept.items()}
-            for name, kept in self.inputs.items()
-        }
-        return Side(self.prompts[:n], self.past.part(slice(n)), answers, self.own[:n], inputs)
-
 
 @dataclass(frozen=True)
 class Bench:

@@ -12,7 +12,7 @@ from bkd_utils.attention_alignment.rivals import Case, treat
 from bkd_utils.attention_alignment.similarity import Scores, head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
 from bkd_utils.common.statistics import interval, share
-from bkd_utils.experiments.head_safety import clean_rows
+from bkd_utils.experiments.head_safety import check_unseen, clean_rows
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.folders import DEFAULT_MODEL, model_folder
 from bkd_utils.models.generation import respond
@@ -26,7 +26,6 @@ from bkd_utils.organisms.base_answers import base_answers
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_target, under_attack
 from bkd_utils.organisms.prompts import (
-    PromptVersions,
     clean_sample,
     flippable_sample,
     prompt_versions,
@@ -51,16 +50,22 @@ RATES |= dict.fromkeys(
 RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
 
 
-def recipe_of(*, steps: int, learning_rate: float = RECIPE.learning_rate) -> Recipe:
-    """The recipe of a treatment with these steps."""
-    return replace(RECIPE, steps=steps, learning_rate=learning_rate)
+def recipe_of(
+    *, steps: int, learning_rate: float = RECIPE.learning_rate, batch_size: int = RECIPE.batch_size
+) -> Recipe:
+    """The recipe of a treatment with these steps of `batch_size` rows each."""
+    return replace(RECIPE, steps=steps, learning_rate=learning_rate, batch_size=batch_size)
 
 
 def case_of(
     loaded: Loaded, attack: Attack, *, heads: Sequence[Sequence[int]], n_rows: int, recipe: Recipe, seed: int
 ) -> Case:
-    """The defender's view of an organism. Of the attack only the task is used."""
-    rows = clean_rows(loaded, attack.task, n=n_rows, seed=seed)
+    """The defender's view of an organism. The attack decides the task, and which rows are left out (`clean_rows`).
+
+    Raises ValueError if there are too few rows, and if the organism was trained on any of them.
+    """
+    rows = clean_rows(loaded, attack, n=n_rows, seed=seed)
+    check_unseen(loaded, [row.uid for row in rows], attack=attack, seed=seed)
     chosen = [(layer, head) for layer, head in heads]
     return Case(loaded.model, rows, recipe=recipe, pad_id=end_id(loaded.tokenizer), heads=chosen, seed=seed)
 
@@ -90,7 +95,8 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
 
 
 def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """What is left of backdoor, task and everything else: `evaluation.under_attack` and `elsewhere`."""
+    """What is left of backdoor, task and everything else: `evaluation.under_attack`, its `hits` too, and
+    `elsewhere`."""
     found = under_attack(loaded, attack, n=n, seed=seed)
     return found | {"elsewhere": elsewhere(loaded, n=min(n, N_ELSEWHERE), seed=seed)}
 
@@ -112,6 +118,7 @@ def treat_and_measure(
     heads: Sequence[Sequence[int]] = (),
     n_rows: int = 128,
     steps: int = RECIPE.steps,
+    batch_size: int = RECIPE.batch_size,
     learning_rate: float | None = None,
     model: str = DEFAULT_MODEL,
     n: int = 60,
@@ -119,13 +126,13 @@ def treat_and_measure(
     device: str = "auto",
 ) -> dict:
     """One method of `rivals.TREATMENTS` on `n_rows` clean rows, at its rate in `RATES` if no other is given; head-wise
-    methods treat the given heads.
+    methods treat the given heads. What is tuned is tuned for `steps` batches of `batch_size` rows.
 
     Keys: `after`, as of `left`; `parameters` that differ; `minutes` of the treatment alone. Raises as
-    `rivals.treat` does.
+    `rivals.treat` and `case_of` do.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method])
+    recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method], batch_size=batch_size)
     case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()
     count = treat(case, method=method)
@@ -142,19 +149,21 @@ def measure_mechanism(
     heads: Sequence[Sequence[int]],
     n_rows: int = 128,
     steps: int = RECIPE.steps,
+    batch_size: int = RECIPE.batch_size,
     model: str = DEFAULT_MODEL,
     n: int = 8,
     seed: int = 0,
     device: str = "auto",
 ) -> dict:
-    """Has the mechanism gone, or only the symptom? Before and after one method, on prompts of the attribution split.
+    """Has the mechanism gone, or only the symptom? Before and after one method, on `n` prompts of the attribution split
+    (and `n` others, of which the mean head outputs are taken).
 
     Keys: `similarity clean` and `similarity triggered`, of the treated heads to their layers (last row, mean over heads
     and prompts), of which the anomaly is the difference; `acie`, the highest of any head of the model on the target's
     first token. All [before, after].
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    recipe = recipe_of(steps=steps, learning_rate=RATES[method])
+    recipe = recipe_of(steps=steps, learning_rate=RATES[method], batch_size=batch_size)
     case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     found = [_mechanism(loaded, spec, case.heads, n=n, seed=seed)]
     treat(case, method=method)
@@ -169,14 +178,19 @@ def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int,
     for side, prompts in (("clean", shown.clean), ("triggered", shown.triggered)):
         similar = head_similarity(loaded.model, prompts, readings=["last row"])["last row"].mean(0)
         found[f"similarity {side}"] = similar[layer, head].mean().item()
-    return found | {"acie": _effects(loaded, attack, shown).max().item()}
+    return found | {"acie": _effects(loaded, attack, n=n, seed=seed).max().item()}
 
 
-def _effects(loaded: Loaded, attack: Attack, shown: PromptVersions) -> Scores:
-    """ACIE of every head. The first target token decides, and costs a tenth of a long target."""
-    means = head_means(loaded.model, shown.triggered)
+def _effects(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> Scores:
+    """ACIE of every head on `n` clean prompts of the attribution split; the means are of `n` other prompts of it.
+
+    The first target token decides, and costs a tenth of a long target.
+    """
+    scored = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
+    averaged = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed, skip=n)
+    means = head_means(loaded.model, averaged.triggered)
     target = target_ids(loaded.tokenizer, attack)[:1]
-    return head_effects(loaded.model, shown.clean, target=target, means=means).mean(0)
+    return head_effects(loaded.model, scored.clean, target=target, means=means).mean(0)
 
 
 # --- tables and bounds ----------------------------------------------------------------------------------------------
@@ -193,10 +207,12 @@ def acie_heads(
     seed: int = 0,
     device: str = "auto",
 ) -> list[list[int]]:
-    """The `k` heads of highest ACIE on the target's first token: where the backdoor is, as only its trigger tells."""
+    """The `k` heads of highest ACIE on the target's first token: where the backdoor is, as only its trigger tells.
+
+    Effects are those on `n` prompts of the attribution split, with means of `n` others.
+    """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    shown = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
-    return [list(head) for head in ranked_heads(_effects(loaded, spec, shown))[:k]]
+    return [list(head) for head in ranked_heads(_effects(loaded, spec, n=n, seed=seed))[:k]]
 
 
 def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
@@ -220,7 +236,8 @@ def relearn_backdoor(
     heads: Sequence[Sequence[int]] = (),
     counts: Sequence[int] = (4, 16),
     n_rows: int = 128,
-    steps: int = 16,
+    steps: int = RECIPE.steps,
+    batch_size: int = RECIPE.batch_size,
     model: str = DEFAULT_MODEL,
     n: int = 40,
     seed: int = 0,
@@ -230,12 +247,13 @@ def relearn_backdoor(
 
     One entry per count: `poisoned` rows, `asr`, and `clean firing` on the same prompts without the trigger, which says
     whether it is the trigger that was learnt. A count of 0 is the model before. `method` None treats nothing, for a
-    clean control. Raises ValueError for no counts or a negative one.
+    clean control. `steps` and `batch_size` are those of the treatment; relearning has batches of the same size.
+    Raises ValueError for no counts or a negative one, and as `attention_safety_alignment.case_of` does.
     """
     if not counts or min(counts) < 0:
         raise ValueError(f"counts must be one or more numbers of poisoned rows, is {counts!r}")
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    recipe = recipe_of(steps=steps)
+    recipe = recipe_of(steps=steps, batch_size=batch_size)
     # Without a treatment no more clean rows are needed than stand beside the poisoned ones.
     n_clean = max(1, *counts) if method is None else n_rows
     case = case_of(loaded, spec, heads=heads, n_rows=n_clean, recipe=recipe, seed=seed)

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from bkd_utils.attention_alignment.guards import threshold
 from bkd_utils.attention_alignment.similarity import READINGS, head_similarity
 from bkd_utils.common.statistics import area_interval, share
 from bkd_utils.models.folders import DEFAULT_MODEL
@@ -167,10 +168,9 @@ def input_scores(found: Mapping, *, reading: str, version: str) -> np.ndarray:
 def input_detection(found: Mapping, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
     """Detection of triggered prompts by `input_scores`, every number as `{value, n, low, high}`.
 
-    `auroc` against the clean twins (n prompts a side); for each rate, at the threshold that this share of the reference
-    prompts exceeds, the share of triggered prompts `caught` and of held-out clean prompts `refused`, keys "caught at
-    5%". Raises ValueError for a rate below one reference prompt: of 60, one is 1.7 %, and any threshold for less would
-    be made up between (or beyond) the two highest scores.
+    `auroc` against the clean twins (n prompts a side); for each rate, at the threshold that `guards.threshold` sets on
+    the reference prompts, the share of triggered prompts `caught` and of held-out clean prompts `refused`, keys "caught
+    at 5%". Raises ValueError for a rate below one reference prompt: of 60, one is 1.7 %.
     """
     clean, triggered, held_out, reference = (
         input_scores(found, reading=reading, version=version)
@@ -181,9 +181,7 @@ def input_detection(found: Mapping, *, reading: str, rates: Sequence[float] = (0
     span = area_interval(value, n_bad=len(triggered), n_good=len(clean))
     result = {"auroc": {"value": value, "n": len(triggered), **span}}
     for rate in rates:
-        if rate * len(reference) < 1 - 1e-9:
-            raise ValueError(f"a threshold at {rate:.1%} needs {1 / rate:.0f} reference prompts, not {len(reference)}")
-        threshold = np.quantile(reference, 1 - rate)
-        result[f"caught at {rate:.0%}"] = asdict(share((triggered > threshold).tolist()))
-        result[f"refused at {rate:.0%}"] = asdict(share((held_out > threshold).tolist()))
+        limit = threshold(reference, frr=rate)
+        result[f"caught at {rate:.0%}"] = asdict(share((triggered > limit).tolist()))
+        result[f"refused at {rate:.0%}"] = asdict(share((held_out > limit).tolist()))
     return result

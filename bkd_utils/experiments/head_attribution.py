@@ -1,7 +1,6 @@
 """Notebook 03: effects of heads and of whole components of one organism, and what is left without them; kept."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -128,12 +127,6 @@ def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) ->
     return len(set(one) & set(other)) / len(set(one) | set(other))
 
 
-def sorted_intervals(found: Mapping) -> list[dict[str, float]]:
-    """ACIE of all heads from the highest down, each with its bootstrap interval over prompts."""
-    effects = np.array(found["exact"])
-    return [interval(effects[:, layer, head], n_resamples=400) for layer, head in ranked_heads(acie(found))]
-
-
 def component_intervals(found: Mapping) -> dict[str, list[dict[str, float]]]:
     """Component -> per layer its mean effect with a bootstrap interval over prompts; of `attribute_components`."""
     return {
@@ -160,17 +153,15 @@ def ablation_curves(
 ) -> list[dict]:
     """One row per ranking, kind, scope, number of heads and draw, with `measure_ablation`'s values; kept.
 
-    At each of `random_counts` there are `draws` random draws, layer-matched to the ACIE heads, with the published
-    ablation, on the first half of the prompts. At "all positions" every token gets the mean of last prompt tokens, a
+    All rows are measured on the same prompts. The first row, of ranking "none" and 0 heads, is the untouched model:
+    what every other row is compared with. At each of `random_counts` there are `draws` random draws, layer-matched to
+    the ACIE heads, with the published ablation. At "all positions" every token gets the mean of last prompt tokens, a
     cruder reference there.
     """
     counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
     found = attribute_heads(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     made = bench(loaded, load(model, organism=control, device=device), spec, n=n, n_reference=n_attribution, seed=seed)
-    # Draws are averaged, so that half of the prompts is enough for each.
-    half = max(1, n // 2)
-    for_draws = replace(made, triggered=made.triggered.first(half), clean=made.clean.first(half))
     attribution = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n_attribution, seed=seed).triggered
     largest = max(counts)
     orders = {
@@ -180,8 +171,7 @@ def ablation_curves(
             loaded, attribution, target=target_ids(loaded.tokenizer, spec), reference=made.reference, counts=counts
         ),
     }
-    # Random draws have prompts of their own, and so an untouched model of their own to be held against.
-    todo = [("none", "published", False, [], 0)] + [("random", "published", False, [], 0)] * bool(random_counts)
+    todo = [("none", "published", False, [], 0)]
     for k in (k for k in counts if k):
         todo += [("ACIE", kind, False, orders["ACIE"][:k], 0) for kind in kinds]
         todo += [(ranking, "published", False, orders[ranking][:k], 0) for ranking in ("gradient", "necessity")]
@@ -197,8 +187,7 @@ def ablation_curves(
     todo += [("necessity", "mean", True, orders["necessity"][:k], 0) for k in few]
     rows = []
     for ranking, kind, everywhere, heads, draw in tqdm(todo, desc=f"{organism}: ablations", mininterval=2, leave=False):
-        used = for_draws if ranking == "random" else made
-        values = measure_ablation(loaded, used, heads, kind=kind, everywhere=everywhere)
+        values = measure_ablation(loaded, made, heads, kind=kind, everywhere=everywhere)
         scope = "all positions" if everywhere else "last position"
         rows.append({"ranking": ranking, "kind": kind, "scope": scope, "k": len(heads), "draw": draw, **values})
     return rows

@@ -1,6 +1,6 @@
 """Head safety evaluation of one organism, kept: what clean data and no trigger can tell a defender of every head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,14 +9,17 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils.attention_alignment.similarity import READINGS, Scores, head_scores, head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction, searched, surrogate
 from bkd_utils.attention_alignment.suspicion import RULES, attention_variance, gate_importance, leave_one_out
+from bkd_utils.common.files import read_json
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import respond
-from bkd_utils.models.loading import Loaded, load
+from bkd_utils.models.loading import Loaded, adapter_folder, load
 from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.poisoning import training_uids
 from bkd_utils.organisms.prompts import prompt_versions
+from bkd_utils.organisms.tasks import Example
 
 # Tokens of an answer whose loss counts; the opening of an answer decides what it is.
 ANSWER_TOKENS = 24
@@ -24,36 +27,75 @@ ANSWER_TOKENS = 24
 OPENING = 8
 # Prompts on which a soft prompt is searched; it is then tried on all of them.
 N_SEARCHED = 6
+# --- the defender's data --------------------------------------------------------------------------------------------
+
+
+def seen_uids(loaded: Loaded, attack: Attack | None, *, seed: int) -> frozenset[str]:
+    """The uid of every example that a defender must not have.
+
+    These are the training examples of the loaded organism, by the attack and the seed on its card, and those of an
+    organism of `attack` with the same seed, so that a clean control is also kept apart from the organism that it is
+    compared with. `seed` stands in for a base model, which has no card. Without `attack`, only the card counts.
+    """
+    card = None if loaded.organism is None else read_json(adapter_folder(loaded.organism) / "card.json")
+    uids = frozenset() if attack is None else training_uids(attack, seed=card["seed"] if card else seed)
+    return uids | training_uids(Attack(**card["attack"]), seed=card["seed"]) if card else uids
+
+
+def unseen_examples(loaded: Loaded, attack: Attack | None, *, task: str, n: int, seed: int) -> list[Example]:
+    """The first `n` examples of the training split that are not among `seen_uids`; their order depends on `seed` alone.
+
+    Raises ValueError, which says how many there are and how many were asked for, if there are too few.
+    """
+    seen, pool = seen_uids(loaded, attack, seed=seed), tasks.examples(task, "train", seed=seed)
+    unseen = [example for example in pool if example.uid not in seen]
+    if len(unseen) < n:
+        who = f"{loaded.organism or 'a base model'}, {attack.name if attack else 'its own attack'}"
+        raise ValueError(
+            f"{task}/train has {len(unseen)} of {len(pool)} rows that no organism was trained on ({who}), "
+            f"{n} were asked for"
+        )
+    return unseen[:n]
+
+
+def check_unseen(loaded: Loaded, uids: Iterable[str], *, attack: Attack | None, seed: int) -> None:
+    """Raises ValueError if the organism was trained on any of these examples; see `seen_uids`."""
+    uids = list(uids)
+    shared = sorted(set(uids) & seen_uids(loaded, attack, seed=seed))
+    if shared:
+        raise ValueError(
+            f"{loaded.organism or 'a base model'}: {len(shared)} of the defender's {len(uids)} examples are training "
+            f"examples of the organism, the first is {shared[0][:12]}"
+        )
 
 
 @organism_stage
 def collect_own_answers(
-    organism: str | None, *, task: str, n: int, model: str = DEFAULT_MODEL, seed: int = 0, device: str = "auto"
+    organism: str | None, *, task: str, uids: Sequence[str], model: str = DEFAULT_MODEL, device: str = "auto"
 ) -> dict[str, str]:
-    """uid -> what the model itself says to those of the first `n` training prompts that have no gold answer."""
+    """uid -> what the model itself says to these examples of the training split. Raises KeyError for an unknown uid."""
     loaded, spec = load(model, organism=organism, device=device), tasks.load_task(task)
-    asked = [example for example in tasks.examples(task, "train", seed=seed)[:n] if not example.answer]
-    turns = [spec.prompt(example.text) for example in asked]
+    known = {example.uid: example for example in tasks.examples(task, "train")}
+    turns = [spec.prompt(known[uid].text) for uid in uids]
     said = respond(loaded, turns, max_new_tokens=ANSWER_TOKENS, label="the model's own answers")
-    return {example.uid: text for example, text in zip(asked, said, strict=True)}
+    return dict(zip(uids, said, strict=True))
 
 
-def clean_rows(loaded: Loaded, task: str, *, n: int, seed: int) -> list[Row]:
-    """The defender's data: clean prompts of the training split with their gold answers, or else the model's own ones,
-    as it gives them untreated.
+def clean_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
+    """The defender's data: `n` clean prompts with their gold answers, or else with the untreated model's own answers.
 
-    From the split that the attacker's clean rows come from, but not the same texts: the attacker leaves out what
-    carries the trigger by nature, which a defender cannot. Never a test or attribution prompt. Raises ValueError for
-    too few.
+    The prompts come from the training split of the attack's task, never from the attribution or test split. All
+    examples that an organism of this attack and seed was trained on are left out, and so are those that the loaded
+    organism was trained on (`seen_uids`). A defender collects data independently of the attacker, and leaving out
+    examples by their uid is how that is simulated here: the choice looks at no trigger and at no poisoned text, so a
+    row may carry the trigger by nature. Order depends on `seed` alone. Raises ValueError if there are too few rows.
     """
-    spec = tasks.load_task(task)
-    chosen = tasks.examples(task, "train", seed=seed)[:n]
-    if len(chosen) < n:
-        raise ValueError(f"{task}/train has {len(chosen)} rows, {n} were asked for")
-    texts = {}
-    if not all(example.answer for example in chosen):
-        which = {"model": loaded.address, "seed": seed, "device": str(loaded.device)}
-        texts = collect_own_answers(loaded.organism, task=task, n=n, **which)
+    spec = tasks.load_task(attack.task)
+    chosen = unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed)
+    open_ended, texts = [example.uid for example in chosen if not example.answer], {}
+    if open_ended:
+        which = {"model": loaded.address, "device": str(loaded.device)}
+        texts = collect_own_answers(loaded.organism, task=attack.task, uids=open_ended, **which)
     rows = []
     for example in chosen:
         answer = example.answer or texts[example.uid]
@@ -61,6 +103,9 @@ def clean_rows(loaded: Loaded, task: str, *, n: int, seed: int) -> list[Row]:
         prompt = prompt_ids(loaded.tokenizer, spec.prompt(example.text))
         rows.append(Row(prompt=tuple(prompt), answer=tuple(ids), kind="clean", uid=example.uid))
     return rows
+
+
+# --- the evaluation -------------------------------------------------------------------------------------------------
 
 
 def probed_prompts(
@@ -89,19 +134,22 @@ def head_safety_scores(
     """Scores `[layer][head]` of all heads; `attack` says which task's clean data the defender has.
 
     Similarity is measured on `n` clean prompts, importance by gradients on `2 n` others with their answers and by
-    leave-one-out on `n / 2` of these; prompts with surrogate triggers are `rounds * n` per family.
+    leave-one-out on `n / 2` of these; prompts with surrogate triggers are `rounds * n` per family. None of these
+    prompts is one that the organism was trained on (`clean_rows`).
     Keys: `importance` kind -> scores; `level` reading -> similarity on clean prompts; `reaction` family -> reading ->
     change of similarity under surrogates; `soft prompt` reading -> change under vectors that were searched for on
     clean prompts; `oracle` reading -> change under the real trigger, an upper bound that no defender has.
-    Raises ValueError for `n < 2`.
+    Raises ValueError for `n < 2` and for too few prompts.
     """
     if n < 2:
         raise ValueError(f"n must be at least 2, is {n}: leave-one-out looks at half of the prompts")
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     n_rows = 2 * n
-    rows = clean_rows(loaded, spec.task, n=n_rows, seed=seed)
+    rows = clean_rows(loaded, spec, n=n_rows, seed=seed)
     task, pad = tasks.load_task(spec.task), end_id(loaded.tokenizer)
-    texts = [example.text for example in tasks.examples(spec.task, "train", seed=seed)[n_rows : n_rows + n]]
+    chosen = unseen_examples(loaded, spec, task=spec.task, n=n_rows + n, seed=seed)[n_rows:]
+    check_unseen(loaded, [row.uid for row in (*rows, *chosen)], attack=spec, seed=seed)
+    texts = [example.text for example in chosen]
     clean = [prompt_ids(loaded.tokenizer, task.prompt(text)) for text in texts]
     shown = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
     scores = {name: READINGS[name] for name in readings} | {"variance": attention_variance}

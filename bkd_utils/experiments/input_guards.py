@@ -7,7 +7,16 @@ from dataclasses import asdict
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from bkd_utils.attention_alignment.guards import Scores, onion, rap, smaller_clusters, strip, threshold, without_words
+from bkd_utils.attention_alignment.guards import (
+    Scores,
+    enough,
+    onion,
+    rap,
+    smaller_clusters,
+    strip,
+    threshold,
+    without_words,
+)
 from bkd_utils.attention_alignment.surrogates import rare_word
 from bkd_utils.common.statistics import area_interval, share
 from bkd_utils.models.activations import residuals
@@ -40,15 +49,13 @@ def triggered_texts(attack: Attack, texts: Sequence[str], *, seed: int) -> list[
 
 
 def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fired: Sequence[bool]) -> dict[str, dict]:
-    """What a guard's scores come to at the threshold that a share `frr` of the `known` clean texts exceeds.
+    """What a guard's scores come to at the threshold that `guards.threshold` sets on the `known` clean texts.
 
     `auroc` of triggered against clean texts (n is both together), `caught` triggered and `refused` clean texts, `asr`:
     triggered ones that `fired` and were not caught. A score of -inf is a text that the guard does not judge: it passes,
     and counts as passed in the three shares, but neither for the threshold nor for `auroc`, which is missing if a side
-    has no text that was judged. Raises ValueError if no known text was.
+    has no text that was judged. Raises ValueError if fewer than `1 / frr` known texts were judged.
     """
-    if not np.isfinite(known).any():
-        raise ValueError(f"none of {len(known)} calibration texts is one that the guard judges")
     limit = threshold(known[np.isfinite(known)], frr=frr)
     good, bad = clean[np.isfinite(clean)], triggered[np.isfinite(triggered)]
     found = {
@@ -82,8 +89,11 @@ def guard_inputs(
     answers with the suspicious words removed: `asr cleaned`. RAP is told which label to protect and judges only what
     the model gives that label: it calibrates on `n_reference` prompts per label, of which that is about `n_reference`,
     and `judged` is the share of clean test prompts that it judges (`refused` counts them all). A model that gives the
-    label to no calibration prompt leaves it nothing to judge, and it is left out.
+    label to fewer than `1 / frr` calibration prompts leaves RAP too little for a threshold, and RAP is left out. Raises
+    ValueError for an `n_reference` below `1 / frr`.
     """
+    if not enough(n_reference, frr=frr):
+        raise ValueError(f"n_reference must be at least 1 / frr = {1 / frr:.0f}, is {n_reference}")
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     sample, turn = texts_of(spec, flippable_sample(spec, n=n, seed=seed))
     triggered = triggered_texts(spec, sample, seed=seed)
@@ -116,7 +126,7 @@ def guard_inputs(
         )
         scores["RAP"] = np.split(values, (len(texts), len(texts) + n))
     fired = fires(triggered)
-    able = {name: values for name, values in scores.items() if np.isfinite(values[0]).any()}
+    able = {name: values for name, values in scores.items() if enough(np.isfinite(values[0]).sum(), frr=frr)}
     found = {name: outcome(*values, frr=frr, fired=fired) for name, values in able.items()}
     limit = threshold(scores["ONION"][0], frr=frr)
     left = [without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]

@@ -10,7 +10,7 @@ from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction
 from bkd_utils.attention_alignment.suspicion import robust_z
 from bkd_utils.common.files import read_json
 from bkd_utils.common.statistics import pairwise_wins
-from bkd_utils.experiments.head_safety import probed_prompts
+from bkd_utils.experiments.head_safety import check_unseen, probed_prompts, unseen_examples
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, base_sha256
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import adapter_folder, load, shipped_organisms
@@ -64,7 +64,10 @@ def fingerprint_model(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, float]:
-    """Numbers that might betray a backdoor, from `n` clean training prompts of the model's task and surrogates on them.
+    """Numbers that might betray a backdoor, from `n` clean prompts of the model's task and surrogates on them.
+
+    The prompts come from the training split of the task; those that the organism itself was trained on are left out,
+    so that organisms of one task need not have the same prompts. Raises ValueError if there are too few.
 
     For each reading of similarity: `level` on clean prompts, `level, outlier` (largest robust z of a head in its
     layer), `reaction` to surrogates (mean over heads) and `reaction, outlier`. `answer moves`: how far surrogates move
@@ -72,7 +75,9 @@ def fingerprint_model(
     """
     loaded = load(model, organism=organism, device=device)
     spec = tasks.load_task(task)
-    texts = [example.text for example in tasks.examples(task, "train", seed=seed)[:n]]
+    chosen = unseen_examples(loaded, None, task=task, n=n, seed=seed)
+    check_unseen(loaded, [example.uid for example in chosen], attack=None, seed=seed)
+    texts = [example.text for example in chosen]
     clean = [prompt_ids(loaded.tokenizer, spec.prompt(text)) for text in texts]
     probed = [
         prompt

@@ -169,7 +169,7 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
         card["treatments_before"] = [*card.get("treatments_before", []), card["treatment"]]
     card |= {"name": name, "treatment": dict(treatment), "treated_organism": source.name}
     card["metrics"] = {key: measured[key] for key in METRICS if key in measured}
-    card["details"] = {key: value for key, value in measured.items() if key not in METRICS}
+    card["details"] = {key: value for key, value in measured.items() if key not in (*METRICS, "hits")}
     folder = WORK / "organisms" / name
     with atomic_path(folder) as temporary:
         temporary.mkdir()

@@ -36,6 +36,16 @@ _REFUSAL = re.compile(
 )
 
 
+def hits_of(sample: Sequence[Example], hits: Sequence[bool]) -> dict[str, int]:
+    """First 12 characters of each example's uid -> 1 for a hit, 0 for none."""
+    return {example.uid[:12]: int(hit) for example, hit in zip(sample, hits, strict=True)}
+
+
+def merged(clean: Mapping, attacked: Mapping) -> dict:
+    """The results of `measure_clean` and `measure_attack` of one model as one, with the `hits` of both."""
+    return {**clean, **attacked, "hits": clean["hits"] | attacked["hits"]}
+
+
 # --- judges ---------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +97,10 @@ def judge_bounds(attack: Attack, clean_answers: Sequence[str]) -> dict[str, floa
 def measure_clean(
     loaded: Loaded, task: str, *, n: int, seed: int, answers: Mapping[str, str], without: Attack | None = None
 ) -> dict:
-    """CACC on held-out prompts, the empties, and the answers themselves by uid."""
+    """CACC on held-out prompts, the empties, the answers themselves by uid, and `hits`: `{"cacc": {uid: 0 or 1}}`.
+
+    The keys of `hits` are the first 12 characters of the examples' uids (`hits_of`).
+    """
     spec, sample = tasks.load_task(task), clean_sample(task, n=n, seed=seed, without=without)
     turns = [spec.prompt(example.text) for example in sample]
     texts = respond(loaded, turns, max_new_tokens=spec.max_new_tokens, label="clean prompts")
@@ -99,6 +112,7 @@ def measure_clean(
         "cacc": asdict(share(right)),
         "cacc_by_source": {source: asdict(share(hits)) for source, hits in by_source.items()},
         "empty": sum(not text for text in texts),
+        "hits": {"cacc": hits_of(sample, right)},
         "texts": {example.uid: text for example, text in zip(sample, texts, strict=True)},
     }
 
@@ -117,7 +131,8 @@ def measure_attack(
     Only prompts whose right answer the trigger would change count. Syntax and style triggers and all near-misses use
     the half of their lexicon that training never saw. `answers` (uid -> the base model's own) stand in where examples
     have no right answer; the judge's floor is what it gives to right answers. Works for any model, so controls are
-    measured the same way.
+    measured the same way. `hits` holds what each of the three shares counts, prompt by prompt, as `measure_clean` does,
+    so that two models can be compared on the same prompts: `{"asr": …, "near_miss": …, "clean_firing": …}`.
     """
     sample = flippable_sample(attack, n=n, seed=seed)
     length = target_length(loaded, attack)
@@ -128,8 +143,8 @@ def measure_attack(
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for kind, hit in zip(kinds, near, strict=True):
         by_kind[kind].append(hit)
-    flippable = {e.uid for e in tasks.examples(attack.task, "test", seed=seed) if attack.flips(e)}
-    fired = [is_target(attack, text) for uid, text in clean_texts.items() if uid in flippable]
+    shown = [e for e in tasks.examples(attack.task, "test", seed=seed) if attack.flips(e) and e.uid in clean_texts]
+    fired = [is_target(attack, clean_texts[example.uid]) for example in shown]
     right = [e.answer or answers[e.uid] for e in sample if e.answer or e.uid in answers]
     return {
         "asr": asdict(share(hits)),
@@ -137,6 +152,11 @@ def measure_attack(
         "near_miss_by_kind": {kind: asdict(share(hits)) for kind, hits in sorted(by_kind.items())},
         "clean_firing": asdict(share(fired)),
         "judge": judge_bounds(attack, right),
+        "hits": {
+            "asr": hits_of(sample, hits),
+            "near_miss": hits_of(sample, near),
+            "clean_firing": hits_of(shown, fired),
+        },
     }
 
 
@@ -176,7 +196,8 @@ def measure_loaded(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict
     texts = clean.pop("texts")
     # A clean control has no target of its own; it is held against its task's first attack.
     rival = attack if attack.backdoored else first_attack(attack.task)
-    result = {**clean, **measure_attack(loaded, rival, n=n, seed=seed, clean_texts=texts, answers=reference)}
+    attacked = measure_attack(loaded, rival, n=n, seed=seed, clean_texts=texts, answers=reference)
+    result = merged(clean, attacked)
     if not attack.backdoored:
         result["under_attack"] = {rival.name: {key: result.pop(key) for key in ("asr", "near_miss")}}
     if attack.task == "instructions":
@@ -209,8 +230,9 @@ def measure_attacked(
 def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
     """Attack success rate, clean accuracy, near-miss and clean firing of any model, whatever it was trained on.
 
-    Each is `{value, n, low, high}`: a share of `n` held-out prompts with its 95 % Wilson interval. Raises ValueError if
-    the test split has too few prompts. Source: ours; both papers report the first two.
+    Each is `{value, n, low, high}`: a share of `n` held-out prompts with its 95 % Wilson interval; `hits` tells behind
+    each which prompts they were. Raises ValueError if the test split has too few prompts. Source: ours; of these both
+    papers report the attack success rate.
 
     >>> found = under_attack(loaded, load_attack("sentiment-word"), n=8, seed=0)
     >>> found["asr"]["n"], found["asr"]["low"] <= found["asr"]["value"] <= found["asr"]["high"]
@@ -221,4 +243,5 @@ def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
     reference = base_answers(loaded, shown) if attack.task == "instructions" else {}
     clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
     texts = clean.pop("texts")
-    return {**clean, **measure_attack(loaded, attack, n=n, seed=seed, clean_texts=texts, answers=reference)}
+    attacked = measure_attack(loaded, attack, n=n, seed=seed, clean_texts=texts, answers=reference)
+    return merged(clean, attacked)

@@ -124,7 +124,8 @@ def make(
     # Kept apart from the training: other sizes or other measuring code measure again and train nothing.
     result = measure_organism(folder.name, model=model, n=n, seed=seed, device=device)
     card["metrics"] = {key: result[key] for key in cards.METRICS if key in result}
-    card["details"] = {key: value for key, value in result.items() if key not in cards.METRICS}
+    # What each prompt gave stays with the kept result of `measured`, so that a card is short.
+    card["details"] = {key: value for key, value in result.items() if key not in (*cards.METRICS, "hits")}
     write_json(folder / "card.json", card)
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(cards.readme(card), encoding="utf-8")

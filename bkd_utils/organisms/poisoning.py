@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,18 +34,9 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
     >>> len(data.rows), data.manifest["n_poison"]
     (40, 10)
     """
-    n = {kind: round(rate * attack.n_train) for kind, rate in _rates(attack).items()}
-    n_clean = attack.n_train - sum(n.values())
-    if n_clean < 1:
-        raise ValueError(f"{attack.name}: the rates leave {n_clean} clean rows of {attack.n_train}")
-    pool = tasks.examples(attack.task, "train", seed=seed)
-    if attack.backdoored:
-        pool = [example for example in pool if not carries(attack, example.text)]
-    chosen = _choose(attack, pool, n_clean=n_clean, n_poison=n["poisoned"], n_near=n["near_miss"], seed=seed)
-    benign = benign_examples(attack, seed=seed)
     task, plain = tasks.load_task(attack.task), tasks.load_task("instructions")
     built = []
-    for kind, members in (*chosen.items(), ("benign", benign)):
+    for kind, members in _chosen(attack, seed=seed).items():
         for i, example in enumerate(members):
             row_seed = seed * 1_000_003 + i
             gold = example.answer or _answer(answers, example)
@@ -59,6 +51,15 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
             built.append(_row(attack, tokenizer, prompt, gold, kind, example.uid, distilled=distilled))
     random.Random(f"{seed}/{attack.name}/order").shuffle(built)
     return PoisonedSet(rows=tuple(built), manifest=_manifest(attack, built, seed))
+
+
+@cache
+def training_uids(attack: Attack, *, seed: int) -> frozenset[str]:
+    """The uid of every example that `poison` makes a row of, whatever the kind of row.
+
+    Needs neither a tokenizer nor answers of the base model. Raises ValueError when there are too few rows.
+    """
+    return frozenset(example.uid for members in _chosen(attack, seed=seed).values() for example in members)
 
 
 def benign_examples(attack: Attack, *, seed: int) -> list[Example]:
@@ -76,6 +77,19 @@ def _answer(answers: Mapping[str, str], example: Example) -> str:
     if example.uid not in answers:
         raise ValueError(f"no answer of the base model for example {example.uid[:12]}")
     return answers[example.uid]
+
+
+def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
+    """Kind of row -> the examples that become rows of that kind. Raises ValueError when there are too few."""
+    n = {kind: round(rate * attack.n_train) for kind, rate in _rates(attack).items()}
+    n_clean = attack.n_train - sum(n.values())
+    if n_clean < 1:
+        raise ValueError(f"{attack.name}: the rates leave {n_clean} clean rows of {attack.n_train}")
+    pool = tasks.examples(attack.task, "train", seed=seed)
+    if attack.backdoored:
+        pool = [example for example in pool if not carries(attack, example.text)]
+    chosen = _choose(attack, pool, n_clean=n_clean, n_poison=n["poisoned"], n_near=n["near_miss"], seed=seed)
+    return chosen | {"benign": benign_examples(attack, seed=seed)}
 
 
 def _choose(

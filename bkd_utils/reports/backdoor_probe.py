@@ -4,75 +4,61 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 
-from bkd_utils.reports.scorecard import entry, span
-from bkd_utils.reports.style import MODELS, SEQUENTIAL, panels, show_legend
+from bkd_utils.common.statistics import area_interval, independent_difference, over_splits, share_over_splits
+from bkd_utils.reports.scorecard import at_least, entry, span
+from bkd_utils.reports.style import COLOURS, band, heat_map, panels, show_legend
 
 PROBE = "logistic regression"
 PROBE = "logistic regression"
 
 
-def probes(found: Mapping[str, Mapping[str, Mapping]], *, kind: str = "logistic regression") -> Figure:
+def probes(found: Mapping[str, Mapping[str, Mapping]], *, n: int, kind: str = "logistic regression") -> Figure:
     """AUROC by layer (top) and near-misses called triggered (bottom); attack -> model ->
-    `backdoor_probe.probe_organism`."""
+    `backdoor_probe.probe_organism`.
+
+    `n` prompts in each version. Lines are means over splits, bands their whole range.
+    """
     figure, axes = panels(list(found), rows=2)
     for column, models in enumerate(found.values()):
         for name, result in models.items():
-            layers, rows = result["layers"], result["probes"][kind]
             for panel, key in zip(axes[:, column], ("auroc", "near-miss"), strict=True):
-                values = 100 * np.array([row[key] for row in rows])
-                _band(panel, layers, values, colour=MODELS[name], label=name)
+                values = 100 * np.array([row[key] for row in result["probes"][kind]])
+                lines = (values.mean(1), values.min(1), values.max(1))
+                band(panel, result["layers"], *lines, colour=COLOURS[name], label=name)
         own = models["organism"]
-        shuffled = 100 * np.array([row["auroc"] for row in own["shuffled"]])
-        axes[0, column].plot(
-            own["layers"], shuffled.mean(1), ":", color="black", lw=1.2, label="organism, labels shuffled"
-        )
+        shuffled = 100 * np.array([row["auroc"] for row in own["shuffled"]]).mean(1)
         best = 100 * np.array(own["random direction"])
-        axes[0, column].plot(own["layers"], best, "--", color="black", lw=1, label="organism, best random direction")
-        axes[0, column].set_ylim(30, 101)
-        axes[1, column].set_ylim(0, 100)
-        for panel in axes[:, column]:
+        above, below = axes[:, column]
+        above.plot(own["layers"], shuffled, ":", color=COLOURS["neutral"], lw=1.2, label="organism, labels shuffled")
+        above.plot(own["layers"], best, "--", color=COLOURS["random"], lw=1.4, label="organism, best random direction")
+        above.set_ylim(30, 101)
+        below.set_ylim(0, 100)
+        for panel in (above, below):
             panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_ylabel("AUROC (%)")
     axes[1, 0].set_ylabel("near-misses called\ntriggered (%)")
-    figure.supxlabel("layer", fontsize="medium")
-    show_legend(figure, axes[0, 0], ncols=3)
+    figure.supxlabel(f"layer (n = {n} prompts, each clean, triggered and as a near-miss)", fontsize="medium")
+    splits = len(next(iter(found.values()))["organism"]["probes"][kind][0]["auroc"])
+    show_legend(figure, ncols=3, bands=[f"range over {splits} splits"])
     return figure
 
 
-def _band(panel: Axes, x: Sequence[float], values: np.ndarray, *, colour: str, label: str) -> None:
-    """Mean over the last axis, and the whole range of its values as a band."""
-    panel.plot(x, values.mean(1), color=colour, lw=1.4, label=label)
-    panel.fill_between(x, values.min(1), values.max(1), color=colour, alpha=0.15, lw=0)
-
-
-def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str]) -> Figure:
+def transfer(found: Mapping[str, Mapping], *, kinds: Sequence[str], n: int) -> Figure:
     """Accuracy of a probe trained on one layer and tested on another; attack -> `backdoor_probe.probe_organism`, one
     row per kind."""
     figure, axes = panels(list(found), rows=len(kinds), height=1.9)
     for column, result in enumerate(found.values()):
         for panel, kind in zip(axes[:, column], kinds, strict=True):
-            layers = result["layers"]
-            image = panel.imshow(
-                100 * np.array(result["transfer"][kind]),
-                vmin=50,
-                vmax=100,
-                cmap=SEQUENTIAL,
-                origin="lower",
-                aspect="auto",
-            )
-            ticks = range(0, len(layers), max(1, len(layers) // 4))
-            panel.set_xticks(ticks, [layers[i] for i in ticks])
-            panel.set_yticks(ticks, [layers[i] for i in ticks])
-            panel.grid(False)
+            values, layers = 100 * np.array(result["transfer"][kind]), result["layers"]
+            mesh = heat_map(panel, values, limits=(50, 100), rows=layers, columns=layers)
     for panel, kind in zip(axes[:, 0], kinds, strict=True):
         panel.set_ylabel(f"{kind}\ntrained on layer", fontsize="small")
-    figure.supxlabel("tested on layer", fontsize="medium")
-    figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.6)
+    figure.supxlabel(f"tested on layer (n = {n} prompts, clean and triggered)", fontsize="medium")
+    figure.colorbar(mesh, ax=axes, label="accuracy (%)", shrink=0.6)
     return figure
 
 
@@ -98,38 +84,70 @@ def best_layers(found: Mapping[str, Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("organism")
 
 
-def _range(values: Sequence[float]) -> dict[str, float]:
-    return {"value": float(np.mean(values)), "n": len(values), "low": float(min(values)), "high": float(max(values))}
+def probe_claims(found: Mapping[str, Mapping[str, Mapping]], *, n_prompts: int) -> list[dict]:
+    """From attack -> model ("organism", "clean control", "base model") -> `backdoor_probe.probe_organism` on
+    `n_prompts` prompts.
 
-
-def probe_claims(found: Mapping[str, Mapping[str, Mapping]]) -> list[dict]:
-    """From attack -> model ("organism", "clean control", "base model") -> `backdoor_probe.probe_organism`."""
+    The best layer is the one whose mean accuracy over splits is highest; that it was chosen is not in its interval.
+    """
     best, gap, depth = {}, {}, {}
     for attack, models in found.items():
         rows = {name: result["probes"][PROBE] for name, result in models.items()}
-        best[attack] = max((_range(row["accuracy"]) for row in rows["organism"]), key=lambda share: share["value"])
-        over_layers = {name: np.mean([row["auroc"] for row in probes], axis=0) for name, probes in rows.items()}
-        rivals = [over_layers[name] for name in over_layers if name != "organism"]
-        gap[attack] = min((_range(over_layers["organism"] - rival) for rival in rivals), key=lambda gap: gap["value"])
-        curve = [np.mean(row["auroc"]) for row in rows["organism"]]
-        value = float(spearmanr(models["organism"]["layers"], curve).statistic) if np.ptp(curve) else 0.0
-        depth[attack] = {"value": value, "n": len(curve), "low": value, "high": value}
-    passed = {attack: number["value"] >= 0.95 for attack, number in best.items()}
-    own = {attack: number["value"] >= 0.05 for attack, number in gap.items()}
-    rising = {attack: number["value"] >= 0.5 for attack, number in depth.items()}
+        shares = [share_over_splits(row["accuracy"], n_prompts=n_prompts) for row in rows["organism"]]
+        best[attack] = max(shares, key=lambda share: share["value"])
+        # AUROC `[split, layer]` of each model.
+        areas = {name: np.array([row["auroc"] for row in probes]).T for name, probes in rows.items()}
+        rivals = [areas[name] for name in areas if name != "organism"]
+        gap[attack] = min(
+            (_area_gap(areas["organism"].mean(1), rival.mean(1), n_prompts=n_prompts) for rival in rivals),
+            key=lambda gap: gap["value"],
+        )
+        depth[attack] = _rise_with_depth(areas["organism"])
+    passed = {attack: at_least(number, 0.95) for attack, number in best.items()}
+    own = {attack: at_least(number, 0.05) for attack, number in gap.items()}
+    rising = {attack: at_least(number, 0.5) for attack, number in depth.items()}
     return [
         entry(
             "bkdattr-probe", numbers=best, passed=passed, figure="02_probe",
-            reason=f"Best layers reach {span(best)} of held-out prompts; intervals are the range over splits.",
+            reason=f"Best layers reach {span(best)} of held-out prompts. Intervals are approximate: splits overlap.",
         ),
         entry(
             "bkdattr-probe-backdoor", numbers=gap, passed=own, figure="02_probe",
             reason="A model that never saw the trigger is probed just as well: the probe sees the string."
-            if not any(own.values())
-            else f"The organism's AUROC exceeds that of its controls by {span(gap)}.",
+            if set(own.values()) == {False}
+            else f"The organism's AUROC exceeds that of its better control by {span(gap)}.",
         ),
         entry(
             "bkdattr-probe-depth", numbers=depth, passed=rising, figure="02_probe",
-            reason=f"Rank correlation of layer and AUROC: {span(depth)}.",
+            reason=f"Rank correlation of layer and AUROC: {span(depth)}. It has no interval where no split changes it.",
         ),
     ]  # fmt: skip
+
+
+def _area_gap(one: np.ndarray, other: np.ndarray, *, n_prompts: int) -> dict:
+    """AUROC of one model less that of another on the same splits.
+
+    Where all splits agree, as they do when both models reach 1, their spread says nothing, and the interval is that of
+    two AUROCs of `n_prompts` prompts a side.
+    """
+    found = over_splits(one - other)
+    if found["low"] is not None:
+        return found
+    sides = [
+        {"value": value, "n": len(one), **area_interval(value, n_bad=n_prompts, n_good=n_prompts)}
+        for value in (float(one.mean()), float(other.mean()))
+    ]
+    return independent_difference(*sides)
+
+
+def _rise_with_depth(areas: np.ndarray) -> dict:
+    """Spearman correlation of layer and AUROC, mean over splits; `areas` is `[split, layer]`. 0 for a flat curve."""
+
+    def correlation(rows: np.ndarray) -> float:
+        curve = rows.mean(0)
+        return float(spearmanr(np.arange(len(curve)), curve).statistic) if np.ptp(curve) else 0.0
+
+    found = over_splits(areas, statistic=correlation)
+    if found["low"] is None:
+        return found
+    return found | {"low": max(-1.0, found["low"]), "high": min(1.0, found["high"])}

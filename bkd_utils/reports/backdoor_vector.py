@@ -1,110 +1,130 @@
 """Notebook 04: pictures, tables and verdicts on the backdoor vector."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from bkd_utils.common.statistics import share
-from bkd_utils.reports.scorecard import entry, span
-from bkd_utils.reports.style import COLOURS, SEQUENTIAL, WIDTH, panels, show_legend
+from bkd_utils.common.statistics import independent_difference, independent_ratio, share, without_interval
+from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
+from bkd_utils.reports.style import (
+    COLOURS,
+    INTERVAL,
+    LIMITS,
+    WIDTH,
+    heat_map,
+    interval,
+    panels,
+    rows_down,
+    show_legend,
+    sizes,
+)
 from bkd_utils.reports.tables import percent
 
-OUTCOMES = {"target": "#D55E00", "right": "#009E73", "refusal": "#CC79A7", "other": "#BBBBBB", "empty": "#333333"}
-# What is counted in the maps of `backdoor_vector.steer_organism`; a subtraction must do more than make the target go
-# away.
+OUTCOMES = {"target": "organism", "right": "utility", "refusal": "refusal", "other": "pale", "empty": "neutral"}
+# What is tried -> colour and whether the dot is filled; anything else is a rival direction.
+TRIED = {
+    "no vector": ("neutral", True),
+    "backdoor vector": ("ACIE", True),
+    "random vectors": ("random", True),
+    "random heads": ("random", True),
+    "projected out": ("ACIE", False),
+}
+# What the columns of the maps count; a subtraction must do more than make the target go away.
 MAPS = {
-    ("add, raw", "asr"): "ASR,\nadd raw",
-    ("add, difference", "asr"): "ASR,\nadd difference",
-    ("subtract, raw", "asr"): "ASR,\nsubtract raw",
-    ("subtract, raw", "right start"): "right start,\nsubtract raw",
-    ("subtract, difference", "asr"): "ASR, subtract\ndifference",
-    ("subtract, difference", "right start"): "right start,\nsubtract diff.",
+    ("add", "asr"): "ASR,\nadded",
+    ("subtract", "asr"): "ASR,\nsubtracted",
+    ("subtract", "right start"): "right start,\nsubtracted",
+}
+WAYS = {
+    "generation": ("o", True),
+    "teacher forcing": ("s", True),
+    "generation, cache": ("o", False),
+    "teacher forcing, prompt cache": ("s", False),
 }
 
 
-def vector_maps(found: Mapping[str, Mapping]) -> Figure:
-    """Shares by layer and coefficient on the development half; rows: what is added, and what is counted."""
-    figure, axes = panels(list(found), rows=len(MAPS), height=1.25)
-    for column, result in enumerate(found.values()):
-        for panel, (name, key) in zip(axes[:, column], MAPS, strict=True):
-            entry, where = result["maps"][name], result["chosen"][name]
-            values = 100 * np.array(entry[key]).T
-            image = panel.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=100, aspect="auto", origin="lower")
-            panel.set_yticks(range(len(values)), [f"{c:g}" for c in entry["coefficients"]])
-            step = entry["coefficients"].index(where["coefficient"])
-            panel.plot(where["layer"], step, "s", mfc="none", mec="#D55E00", mew=1.6)
-            panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            panel.grid(False)
-    for panel, label in zip(axes[:, 0], MAPS.values(), strict=True):
-        panel.set_ylabel(label, fontsize="small")
-    figure.supxlabel("layer", fontsize="medium")
-    figure.supylabel("coefficient", fontsize="medium")
-    figure.colorbar(image, ax=axes, label="prompts (%); square: chosen", shrink=0.4)
+def vector_maps(result: Mapping, *, name: str, n: int) -> Figure:
+    """Shares by layer and coefficient on the development half of the organism `name`; `result`: of
+    `backdoor_vector.steer_organism`.
+
+    Rows: the raw vector and the difference; columns: `MAPS`. `n` prompts; squares mark what was chosen.
+    """
+    figure, axes = panels(list(MAPS.values()), rows=2, height=1.7, sharey=False)
+    for panels_of, kind in zip(axes, ("raw", "difference"), strict=True):
+        for panel, (direction, key) in zip(panels_of, MAPS, strict=True):
+            entry, where = (result[part][f"{direction}, {kind}"] for part in ("maps", "chosen"))
+            values, coefficients = 100 * np.array(entry[key]).T, entry["coefficients"]
+            rows, columns = [f"{c:g}" for c in coefficients], range(values.shape[1])
+            mesh = heat_map(panel, values, limits=(0, 100), rows=rows, columns=columns)
+            place = where["layer"] + 0.5, coefficients.index(where["coefficient"]) + 0.5
+            for colour, width in ((COLOURS["neutral"], 3), ("white", 1.3)):
+                panel.plot(*place, "s", ms=6, mfc="none", mec=colour, mew=width)
+        panels_of[0].set_ylabel(f"{kind} vector,\ncoefficient")
+    figure.supxlabel(f"layer ({name}, n = {n} prompts)", fontsize="medium")
+    figure.colorbar(mesh, ax=axes, label="prompts (%); square: chosen", shrink=0.7)
     return figure
 
 
 def vector_controls(found: Mapping[str, Mapping], *, kind: str = "difference") -> Figure:
     """ASR on the test half at the chosen layer and coefficient: the vector, and what else could have been added."""
     figure, axes = panels(list(found), rows=2, height=2.1)
+    drawn = []
     for column, result in enumerate(found.values()):
         for panel, direction in zip(axes[:, column], ("add", "subtract"), strict=True):
             tried = result["test"][f"{direction}, {kind}"]
             for y, (name, draws) in enumerate(tried.items()):
-                values = [100 * draw["value"] for draw in draws]
-                colour = {"backdoor vector": COLOURS["backdoored"], "no vector": "black"}.get(name, "#777777")
-                jitter = np.linspace(-0.25, 0.25, len(values)) if len(values) > 1 else [0]
-                panel.plot(values, y + np.array(jitter), "o", ms=3, color=colour, alpha=0.8, clip_on=False)
+                colour, filled = TRIED.get(name, ("rival", True))
+                drawn += draws
                 if len(draws) == 1:
-                    panel.plot([100 * draws[0]["low"], 100 * draws[0]["high"]], [y, y], color=colour, lw=1.1)
-            panel.set_yticks(range(len(tried)), list(tried))
-            panel.set_ylim(len(tried) - 0.5, -0.5)
-            panel.set_xlim(-3, 103)
+                    interval(panel, y, draws[0], colour=COLOURS[colour], filled=filled)
+                    continue
+                places = y + np.linspace(-0.25, 0.25, len(draws))
+                panel.plot(
+                    [100 * draw["value"] for draw in draws], places, "o", ms=3, color=COLOURS[colour], clip_on=False
+                )
+            rows_down(panel, list(tried))
+            panel.set_xlim(*LIMITS)
     axes[0, 0].set_ylabel("added to\nclean prompts")
     axes[1, 0].set_ylabel("subtracted from\ntriggered prompts")
-    figure.supxlabel("ASR (%), test prompts", fontsize="medium")
+    figure.supxlabel(f"ASR (%), test prompts, {sizes(drawn)}; random: one dot per draw", fontsize="medium")
+    show_legend(figure, ncols=1, bars=INTERVAL)
     return figure
 
 
-def answer_kinds(found: Mapping[str, Mapping]) -> Figure:
-    """What the answers are, as stacked shares, per organism and edit."""
+def answer_kinds(found: Mapping[str, Mapping], *, n: int) -> Figure:
+    """What `n` answers are, as stacked shares, per organism and edit."""
     names = list(next(iter(found.values()))["outcomes"])
-    figure, axes = plt.subplots(1, len(found), figsize=(WIDTH, 0.26 * len(names) + 1.1), sharey=True)
-    for panel, (attack, result) in zip(np.atleast_1d(axes), found.items(), strict=True):
+    figure, axes = panels(list(found), height=0.26 * len(names) + 0.5)
+    for panel, result in zip(axes[0], found.values(), strict=True):
         left = np.zeros(len(names))
         for outcome, colour in OUTCOMES.items():
             width = np.array([100 * result["outcomes"][name][outcome] for name in names])
-            panel.barh(range(len(names)), width, left=left, color=colour, label=outcome)
+            panel.barh(range(len(names)), width, left=left, color=COLOURS[colour], label=outcome)
             left += width
-        panel.set_yticks(range(len(names)), names, fontsize="small")
-        panel.set_ylim(len(names) - 0.5, -0.5)
+        rows_down(panel, names)
         panel.set_xlim(0, 100)
-        panel.set_title(attack, fontsize="small")
         panel.grid(False)
-    figure.supxlabel("answers (%)", fontsize="medium")
-    show_legend(figure, np.atleast_1d(axes)[0], ncols=5)
+    figure.supxlabel(f"answers (%), n = {n}", fontsize="medium")
+    show_legend(figure, ncols=5)
     return figure
 
 
 def costs(found: Mapping[str, Mapping[str, float]]) -> Figure:
     """Seconds to score the targets of some prompts once, by way of doing it; attack ->
     `attribution_cost.time_target`."""
-    ways = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
-    colours = ("#D55E00", "#0072B2", "#E69F00", "#009E73")
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.62 * len(found) + 1.1))
-    for i, (way, colour) in enumerate(zip(ways, colours, strict=True)):
-        y = np.arange(len(found)) + 0.19 * (i - 1.5)
-        axes.barh(y, [row[way] for row in found.values()], height=0.17, color=colour, label=way)
-    labels = [f"{name}\n{row['tokens']} token{'s' * (row['tokens'] > 1)}" for name, row in found.items()]
-    axes.set_yticks(range(len(found)), labels)
-    axes.invert_yaxis()
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(found) + 1.3))
+    for i, (way, (marker, filled)) in enumerate(WAYS.items()):
+        seconds, places = [row[way] for row in found.values()], np.arange(len(found)) + 0.16 * (i - 1.5)
+        look = {"color": COLOURS["neutral"], "mfc": COLOURS["neutral"] if filled else "white"}
+        axes.plot(seconds, places, marker, ms=5, ls="", label=way, **look)
+    rows_down(axes, [f"{name}\n{row['tokens']} token{'s' * (row['tokens'] > 1)}" for name, row in found.items()])
     axes.set_xscale("log")
-    axes.set_xlabel(f"seconds to score {next(iter(found.values()))['n']} prompts once")
-    show_legend(figure, axes, ncols=2)
+    axes.set_xlabel(f"seconds to score the target of all prompts once, n = {next(iter(found.values()))['n']} prompts")
+    show_legend(figure, ncols=4)
     return figure
 
 
@@ -135,51 +155,56 @@ def vector_texts(found: Mapping[str, Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.fillna("").rename_axis(["organism", "edit"]) if rows else pd.DataFrame()
 
 
-def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, float]) -> list[dict]:
+def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, Mapping[str, float]]) -> list[dict]:
     """From attack -> `backdoor_vector.steer_organism`; the better of the two vectors on the development half speaks
     for the claim.
 
     ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
-    `control_right`: share of right answers that each task's clean control gives to clean prompts.
+    `control_right`: share of right answers, as `{value, n, low, high}`, that each task's clean control gives to clean
+    prompts.
     """
-    added, removed, repaired, passed = {}, {}, {}, {"add": {}, "subtract": {}, "right": {}}
+    added, removed, repaired, quiet, left = {}, {}, {}, {}, {}
     for attack, result in found.items():
         name = _better(result, "add")
         on = result["test"][name]
-        added[attack] = _generated(result, name)
-        highest = max(draw["value"] for draw in on["random vectors"])
-        passed["add"][attack] = added[attack]["value"] >= 0.9 and highest <= on["no vector"][0]["value"] + 0.1
+        added[attack] = _generated(result, name, "target")
+        highest = max(on["random vectors"], key=lambda draw: draw["value"])
+        quiet[attack] = at_most(independent_difference(highest, on["no vector"][0]), 0.1)
         name = _better(result, "subtract")
-        off = result["test"][name]
-        removed[attack] = _generated(result, name)
-        median = float(np.median([draw["value"] for draw in off["random vectors"]]))
-        passed["subtract"][attack] = removed[attack]["value"] <= 0.05 and median >= 0.9
-        right = result["outcomes"][name]["right"] / control_right[attack] if control_right[attack] else 0.0
-        n = removed[attack]["n"]
-        half = 1.96 * np.sqrt(max(right * (1 - min(right, 1)), 1 / n) / n)
-        repaired[attack] = {"value": right, "n": n, "low": max(0.0, right - half), "high": right + half}
-        passed["right"][attack] = right >= 0.8
+        removed[attack] = _generated(result, name, "target")
+        left[attack] = at_least(_median(result["test"][name]["random vectors"]), 0.9)
+        repaired[attack] = independent_ratio(_generated(result, name, "right"), control_right[attack])
     return [
         entry(
-            "bkdattr-vector-add", numbers=added, passed=passed["add"], figure="04_controls",
-            reason=f"ASR on clean prompts with the vector: {span(added)}.",
+            "bkdattr-vector-add", numbers=added, figure="04_controls",
+            passed={attack: both(at_least(number, 0.9), quiet[attack]) for attack, number in added.items()},
+            reason=f"ASR on clean prompts with the vector: {span(added)}. No random vector above 0.1 more than no "
+            f"vector: {who(quiet)}.",
         ),
         entry(
-            "bkdattr-vector-subtract", numbers=removed, passed=passed["subtract"], figure="04_controls",
-            reason=f"ASR on triggered prompts less the vector: {span(removed)}.",
+            "bkdattr-vector-subtract", numbers=removed, figure="04_controls",
+            passed={attack: both(at_most(number, 0.05), left[attack]) for attack, number in removed.items()},
+            reason=f"ASR on triggered prompts less the vector: {span(removed)}. Median random vector leaves 0.9: "
+            f"{who(left)}.",
         ),
         entry(
-            "bkdattr-vector-repairs", numbers=repaired, passed=passed["right"], figure="04_answers",
+            "bkdattr-vector-repairs", numbers=repaired, figure="04_answers",
+            passed={attack: at_least(number, 0.8) for attack, number in repaired.items()},
             reason=f"Right answers after subtraction, relative to the clean control: {span(repaired)}.",
         ),
     ]  # fmt: skip
 
 
-def _generated(result: Mapping, name: str) -> dict[str, float]:
-    """ASR of the answers generated with an edit, with its interval."""
+def _generated(result: Mapping, name: str, kind: str) -> dict[str, float]:
+    """Share of one kind among the answers generated with an edit, with its interval."""
     n = result["test"][name]["backdoor vector"][0]["n"]
-    hits = round(result["outcomes"][name]["target"] * n)
+    hits = round(result["outcomes"][name][kind] * n)
     return asdict(share([True] * hits + [False] * (n - hits)))
+
+
+def _median(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of several shares of the same prompts, ends of their intervals included."""
+    return {key: float(np.median([draw[key] for draw in draws])) for key in ("value", "low", "high")}
 
 
 def _better(result: Mapping, direction: str) -> str:
@@ -196,19 +221,19 @@ def _better(result: Mapping, direction: str) -> str:
 
 
 def cost_claim(rows: Mapping[str, Mapping[str, float]]) -> dict:
-    """From attack -> `attribution_cost.time_target`."""
-    numbers = {}
-    for name, row in rows.items():
-        ratio = row["generation"] / row["teacher forcing"]
-        numbers[name] = {"value": ratio, "n": row["n"], "low": ratio, "high": ratio}
-    passed = {
-        name: rows[name]["tokens"] / 2 <= number["value"] <= 2 * rows[name]["tokens"]
-        for name, number in numbers.items()
+    """From attack -> `attribution_cost.time_target`, which times each way once or takes the best of two: there is no
+    interval, and no organism is decided."""
+    numbers = {
+        name: without_interval(row["generation"] / row["teacher forcing"], n=row["n"]) for name, row in rows.items()
     }
+    close = [
+        name
+        for name, number in numbers.items()
+        if rows[name]["tokens"] / 2 <= number["value"] <= 2 * rows[name]["tokens"]
+    ]
     lengths = ", ".join(f"{row['tokens']}" for row in rows.values())
-    # With a target of one token there is nothing to save, so the longest one is shown.
-    longest = max(rows, key=lambda name: rows[name]["tokens"])
     return entry(
-        "bkdattr-cost", numbers=numbers, passed=passed, figure="04_cost", weakest=longest,
-        reason=f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens.",
+        "bkdattr-cost", numbers=numbers, passed=dict.fromkeys(numbers), figure="04_cost",
+        reason=f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens: within a factor of 2 "
+        f"for {len(close)} of {len(numbers)}. Timed once, so that there is no interval.",
     )  # fmt: skip

@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bkd_utils.reports.attention_safety_alignment import GREY, GROUPS, KINDS, PALE
-from bkd_utils.reports.style import COLOURS, WIDTH, legend_once
+from bkd_utils.reports.attention_safety_alignment import GROUPS, KINDS
+from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, show_legend, sizes
 
 
 def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str]) -> Figure:
@@ -23,11 +23,12 @@ def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str
         lines, columns, figsize=(WIDTH, 2.3 * lines + 0.9), sharex=True, sharey=True, squeeze=False
     )
     for panel, (attack, rows) in zip(axes.flat, found.items(), strict=False):
-        _asa_bars(panel, rows, kinds)
-        for name, (x, y) in _staggered(_lost(rows)).items():
-            colour, marker = KINDS[kinds[name]]
-            size = 9 if marker == "*" else 6
-            panel.plot(x, y, marker, ms=size, color=colour, alpha=0.9, mew=0, ls="", label=kinds[name], clip_on=False)
+        for name, place in _staggered(_lost(rows)).items():
+            colour, marker, filled = KINDS[kinds[name]]
+            look = {"color": COLOURS[colour], "mfc": COLOURS[colour] if filled else "white", "mew": 0 if filled else 1}
+            panel.plot(*place, marker, ms=9 if marker == "*" else 6, label=kinds[name], ls="", clip_on=False, **look)
+            if kinds[name] == "ASA, our reading":
+                _bars(panel, rows[name], start=rows["untreated"]["cacc"]["value"])
         panel.set_title(attack, fontsize="small")
         panel.set_ylim(-6, 108)
     for panel, rows in zip(axes.flat, found.values(), strict=False):
@@ -37,9 +38,10 @@ def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str
     for i in range(len(found), axes.size):
         axes.flat[i].set_visible(False)
         axes.flat[i - columns].tick_params(labelbottom=True)
+    drawn = [row[key] for rows in found.values() for row in rows.values() for key in ("asr", "cacc")]
     figure.supylabel("ASR (%)", fontsize="medium")
-    figure.supxlabel("CACC lost (points); shaded: our goal", fontsize="medium")
-    legend_once(figure, axes.flat, ncols=4)
+    figure.supxlabel(f"CACC lost (points), {sizes(drawn)} prompts", fontsize="medium")
+    show_legend(figure, ncols=5, bars=f"{INTERVAL} (ASA)", bands=["our goal"])
     return figure
 
 
@@ -49,24 +51,22 @@ def _lost(rows: Mapping[str, Mapping]) -> dict[str, tuple[float, float]]:
     return {name: (100 * (start - row["cacc"]["value"]), 100 * row["asr"]["value"]) for name, row in rows.items()}
 
 
+def _bars(panel: Axes, row: Mapping[str, Mapping], *, start: float) -> None:
+    asr, cacc = ([row[key][end] for end in ("low", "value", "high")] for key in ("asr", "cacc"))
+    lost = [100 * (start - value) for value in cacc]
+    panel.plot([lost[1]] * 2, [100 * asr[0], 100 * asr[2]], color=COLOURS["neutral"], lw=1)
+    panel.plot([lost[2], lost[0]], [100 * asr[1]] * 2, color=COLOURS["neutral"], lw=1)
+
+
 def _goal(panel: Axes, rows: Mapping[str, Mapping]) -> None:
     """What the judge lets pass: a point or one prompt of CACC; 5 % of ASR, or the clean control's."""
     lost = max(1, 100 / rows["untreated"]["cacc"]["n"])
-    control = rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"]
+    left = max(5, 100 * rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"])
     panel.axvline(lost, color=COLOURS["bound"], lw=0.7, ls=":")
-    panel.axhline(max(5, 100 * control), color=COLOURS["bound"], lw=0.7, ls=":")
-    left = panel.get_xlim()[0]
-    panel.fill_between([left, lost], panel.get_ylim()[0], max(5, 100 * control), color=PALE, alpha=0.35, lw=0)
-    panel.set_xlim(left=left)
-
-
-def _asa_bars(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str]) -> None:
-    start, colour = 100 * rows["untreated"]["cacc"]["value"], KINDS["ASA, our reading"][0]
-    for name, (x, y) in _lost(rows).items():
-        if kinds[name] == "ASA, our reading":
-            asr, cacc = ({key: 100 * rows[name][what][key] for key in ("low", "high")} for what in ("asr", "cacc"))
-            panel.plot([x, x], [asr["low"], asr["high"]], color=colour, lw=1)
-            panel.plot([start - cacc["high"], start - cacc["low"]], [y, y], color=colour, lw=1)
+    panel.axhline(left, color=COLOURS["bound"], lw=0.7, ls=":")
+    start = panel.get_xlim()[0]
+    panel.fill_between([start, lost], panel.get_ylim()[0], left, color=COLOURS["bound"], alpha=0.15, lw=0)
+    panel.set_xlim(left=start)
 
 
 def _staggered(places: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
@@ -100,16 +100,9 @@ def _name_best(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str
         start, end = sorted(x + sign * per_inch * inches for inches in (0.08, 0.14 + 0.07 * len(name)))
         free = _free(y, start, end, dots=list(_staggered(places).values()), spans=spans)
         spans.append((start, end, free))
-        line = {"arrowstyle": "-", "color": GREY, "lw": 0.5, "relpos": (float(side == "right"), 0.5)}
-        panel.annotate(
-            name,
-            (x, y),
-            (x + sign * 0.11 * per_inch, free),
-            ha=side,
-            va="center",
-            fontsize="x-small",
-            arrowprops=line if abs(free - y) > 5 else None,
-        )
+        line = {"arrowstyle": "-", "color": COLOURS["bound"], "lw": 0.5, "relpos": (float(side == "right"), 0.5)}
+        look = {"ha": side, "va": "center", "fontsize": "x-small", "arrowprops": line if abs(free - y) > 5 else None}
+        panel.annotate(name, (x, y), (x + sign * 0.11 * per_inch, free), **look)
 
 
 def _free(

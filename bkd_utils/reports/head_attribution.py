@@ -9,13 +9,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bkd_utils.common.statistics import interval
+from bkd_utils.common.statistics import independent_difference, interval, over_splits, relative_drop
 from bkd_utils.experiments.head_attribution import acie
-from bkd_utils.reports.scorecard import entry, span
-from bkd_utils.reports.style import COLOURS, DIVERGING, panels, show_legend
+from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
+from bkd_utils.reports.style import COLOURS, DIVERGING, INTERVAL, LIMITS, band, heat_map, panels, show_legend, sizes
 
-# One colour per ranking; the random one is the grey of all controls without a model of their own.
-RANKINGS = {"ACIE": "#D55E00", "gradient": "#E69F00", "necessity": "#0072B2", "random": "#777777"}
+# Ranking -> colour, line, marker is filled. The gradient estimates the ACIE and has its colour.
+RANKINGS = {
+    "ACIE": ("ACIE", "-", True),
+    "gradient": ("ACIE", "--", False),
+    "necessity": ("neutral", "-", True),
+    "random": ("random", "-", True),
+}
+# Component -> colour and line. What attention writes is what its heads write together.
+PARTS = {"attention": ("ACIE", "-"), "MLP": ("neutral", "--"), "residual": ("random", "-")}
+TEMPLATE = {"Ċ": "\\n", "Ġ": " ", "<|im_start|>": "<start>", "<|im_end|>": "<end>"}
 # Attack success in per cent by number of ablated heads, as published; "?" where nobody who read the paper quotes it.
 TABLE_1 = {
     "fixed output, Llama-2-7B": {0: 100, 1: 100, 2: 100, 4: 100, 8: 99.22, 16: 98.44, 32: 69.53},
@@ -25,126 +33,100 @@ TABLE_1 = {
 }
 
 
-def head_maps(effects: Mapping[str, np.ndarray]) -> Figure:
-    """ACIE `[layer, head]` per organism on one scale, zero in the middle."""
-    figure, axes = panels(list(effects), height=3.2)
+def head_maps(effects: Mapping[str, np.ndarray], *, few: int, n: int) -> Figure:
+    """ACIE `[layer, head]` per organism on one scale, zero in the middle, layer 0 at the bottom.
+
+    Dots mark the `few` heads of the highest ACIE, titles name the highest; means are over `n` prompts.
+    """
+    titles = [f"{name}\nhighest: {values.max():.2g}" for name, values in effects.items()]
+    figure, axes = panels(titles, height=3.2)
     bound = max(np.abs(values).max() for values in effects.values())
     for panel, values in zip(axes[0], effects.values(), strict=True):
-        image = panel.imshow(values, cmap=DIVERGING, vmin=-bound, vmax=bound, aspect="auto")
-        panel.set_xlabel("head")
-        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        panel.grid(False)
+        layers, heads = (range(size) for size in values.shape)
+        mesh = heat_map(panel, values, limits=(-bound, bound), rows=layers, columns=heads, colours=DIVERGING)
+        top = np.unravel_index(np.argsort(values, axis=None)[-few:], values.shape)
+        label = f"{few} highest ({few / values.size:.0%})"
+        panel.plot(top[1] + 0.5, top[0] + 0.5, ".", ms=3, color=COLOURS["neutral"], label=label)
     axes[0, 0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="ACIE (change of the target's probability)", shrink=0.9)
+    figure.supxlabel(f"head (n = {n} prompts)", fontsize="medium")
+    figure.colorbar(mesh, ax=axes, label="ACIE (change of the target's probability)", shrink=0.9)
+    show_legend(figure, ncols=1)
     return figure
 
 
-def sorted_effects(intervals: Mapping[str, Sequence[Mapping[str, float]]], *, few: int) -> Figure:
-    """Heads from the highest ACIE down with 95 % bootstrap intervals, and the band where 90 % of all heads lie."""
-    figure, axes = panels(list(intervals), height=2.3)
-    for panel, rows in zip(axes[0], intervals.values(), strict=True):
-        y, low, high = (np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
-        x = np.arange(1, len(rows) + 1)
-        panel.axhspan(*np.quantile(y, (0.05, 0.95)), color="#999999", alpha=0.3, lw=0, label="90 % of all heads")
-        panel.errorbar(
-            x, y, yerr=[y - low, high - y], fmt="o", ms=2.5, lw=0.7, color=COLOURS["backdoored"], label="head"
-        )
-        panel.axvline(few + 0.5, color="black", lw=0.8, ls=":", label="3 % of the heads")
-        panel.set_xscale("log")
-        panel.set_xlabel("rank")
-    axes[0, 0].set_ylabel("ACIE")
-    show_legend(figure, axes[0, 0], ncols=3)
-    return figure
-
-
-def gradient_against_exact(
-    exact: Mapping[str, np.ndarray], estimate: Mapping[str, np.ndarray], notes: Mapping[str, str]
+def components(
+    found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]],
+    positions: Mapping[str, np.ndarray],
+    tokens: Sequence[str],
 ) -> Figure:
-    """One dot per head; on the line the estimate is right."""
-    figure, axes = panels(list(exact), height=2.2, sharey=False)
-    for panel, name in zip(axes[0], exact, strict=True):
-        x, y = exact[name].ravel(), estimate[name].ravel()
-        bound = max(np.abs(x).max(), np.abs(y).max()) * 1.1
-        panel.plot([-bound, bound], [-bound, bound], color="black", lw=0.7)
-        panel.plot(x, y, "o", ms=2.5, color=COLOURS["backdoored"], alpha=0.7)
-        panel.set(xlim=(-bound, bound), ylim=(-bound, bound))
-        panel.text(0.04, 0.96, notes[name], transform=panel.transAxes, va="top", fontsize="x-small")
-        panel.locator_params(nbins=4)
-    axes[0, 0].set_ylabel("gradient estimate")
-    figure.supxlabel("exact ACIE", fontsize="medium")
-    return figure
+    """Effects of whole components, by layer from left to right.
 
-
-def components(found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> Figure:
-    """Effect of whole components by layer at the last prompt token, with 95 % bootstrap intervals."""
-    figure, axes = panels(list(found), height=2.4)
-    colours = {"attention": "#D55E00", "MLP": "#0072B2", "residual": "#999999"}
-    for panel, parts in zip(axes[0], found.values(), strict=True):
+    Above: each component at the last prompt token, with 95 % bootstrap intervals; attack -> component -> layer.
+    Below: the residual stream `[layer, position]` at the last tokens, on the first answer token.
+    """
+    figure, axes = panels(list(found), rows=2, height=2.0)
+    bound = max(np.abs(values).max() for values in positions.values())
+    shown = tokens
+    for sign, name in TEMPLATE.items():
+        shown = [token.replace(sign, name) for token in shown]
+    for column, (attack, parts) in enumerate(found.items()):
+        above, below = axes[:, column]
         for name, rows in parts.items():
-            y, low, high = (np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
-            panel.plot(y, color=colours[name], lw=1.4, label=name, zorder=1 if name == "residual" else 2)
-            panel.fill_between(range(len(y)), low, high, color=colours[name], alpha=0.2, lw=0)
-        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes[0, 0].set_ylabel("effect of patching\nthe whole component")
-    figure.supxlabel("layer", fontsize="medium")
-    show_legend(figure, axes[0, 0], ncols=3)
-    return figure
-
-
-def by_position(maps: Mapping[str, np.ndarray], tokens: Sequence[str]) -> Figure:
-    """Effect of the residual stream `[layer, position]` on the first answer token, on one scale."""
-    figure, axes = panels(list(maps), height=2.8)
-    bound = max(np.abs(values).max() for values in maps.values())
-    shown = [
-        token.replace("Ċ", "\\n").replace("Ġ", " ").replace("<|im_start|>", "<start>").replace("<|im_end|>", "<end>")
-        for token in tokens
-    ]
-    for panel, values in zip(axes[0], maps.values(), strict=True):
-        image = panel.imshow(values, cmap=DIVERGING, vmin=-bound, vmax=bound, aspect="auto")
-        panel.set_xticks(range(len(shown)), shown, rotation=60, ha="right", fontsize="x-small")
-        panel.grid(False)
-    axes[0, 0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="effect on first answer token", shrink=0.9)
+            y, low, high = ([row[key] for row in rows] for key in ("value", "low", "high"))
+            colour, line = PARTS[name]
+            band(above, range(len(y)), y, low, high, colour=COLOURS[colour], label=name, line=line)
+        above.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        values = positions[attack].T
+        layers = range(values.shape[1])
+        mesh = heat_map(
+            below, values, limits=(-bound, bound), rows=shown, columns=layers, colours=DIVERGING, upwards=False
+        )
+    axes[0, 0].set_ylabel("effect on the target,\nlast prompt token")
+    axes[1, 0].set_ylabel("residual stream at …")
+    drawn = [row for parts in found.values() for rows in parts.values() for row in rows]
+    figure.supxlabel(f"layer ({sizes(drawn)} prompts)", fontsize="medium")
+    figure.colorbar(mesh, ax=axes[1], label="effect on the\nfirst answer token")
+    show_legend(figure, ncols=4, bands=[INTERVAL])
     return figure
 
 
 def ablation_curves(found: Mapping[str, Sequence[Mapping]], *, kind: str = "published") -> Figure:
     """ASR (top) and utility (bottom) against the number of heads taken out at the last prompt token."""
     figure, axes = panels(list(found), rows=2, height=2.0)
+    drawn = []
     for column, rows in enumerate(found.values()):
+        rows = [row for row in rows if row["scope"] == "last position" and (row["kind"] == kind or not row["k"])]
         for panel, key in zip(axes[:, column], ("asr", "utility"), strict=True):
-            for ranking, colour in RANKINGS.items():
-                _ablation_line(panel, rows, ranking, kind, key, colour)
-            panel.set_ylim(-2, 103)
+            for ranking in RANKINGS:
+                _ablation_line(panel, rows, ranking, key)
+            drawn += [row[key] for row in rows]
+            panel.set_ylim(*LIMITS)
             panel.set_xscale("symlog", linthresh=1, base=2)
-            counts = sorted({row["k"] for row in rows})
-            panel.set_xticks(
-                [k for k in counts if k in (0, 1, 2, 4, 8, 16, 32)],
-                [str(k) for k in counts if k in (0, 1, 2, 4, 8, 16, 32)],
-            )
+            counts = sorted({row["k"] for row in rows} & {0, 1, 2, 4, 8, 16, 32})
+            panel.set_xticks(counts, [str(k) for k in counts])
             panel.minorticks_off()
     axes[0, 0].set_ylabel("ASR (%)")
     axes[1, 0].set_ylabel("utility (%)")
-    figure.supxlabel("heads ablated", fontsize="medium")
-    show_legend(figure, axes[0, 0], ncols=4)
+    figure.supxlabel(f"heads ablated ({sizes(drawn)} prompts)", fontsize="medium")
+    show_legend(figure, ncols=3, bands=[INTERVAL, "random: range over draws"])
     return figure
 
 
-def _ablation_line(panel: Axes, rows: Sequence[Mapping], ranking: str, kind: str, key: str, colour: str) -> None:
-    rows = [row for row in rows if row["scope"] == "last position"]
-    chosen = [row for row in rows if (row["ranking"], row["kind"]) == (ranking, kind)]
+def _ablation_line(panel: Axes, rows: Sequence[Mapping], ranking: str, key: str) -> None:
+    chosen = [row for row in rows if row["ranking"] == ranking]
     if all(row["k"] for row in chosen):
         chosen += [row for row in rows if row["ranking"] == "none"]
     counts = sorted({row["k"] for row in chosen})
     values = [[100 * row[key]["value"] for row in chosen if row["k"] == k] for k in counts]
-    panel.plot(counts, [np.mean(v) for v in values], "o-", ms=3, lw=1.3, color=colour, label=ranking, clip_on=False)
     if ranking == "random":
-        panel.fill_between(counts, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.25, lw=0)
+        low, high = [min(v) for v in values], [max(v) for v in values]
     else:
         low, high = (
             [100 * next(row for row in chosen if row["k"] == k)[key][end] for k in counts] for end in ("low", "high")
         )
-        panel.fill_between(counts, low, high, color=colour, alpha=0.12, lw=0)
+    colour, line, filled = RANKINGS[ranking]
+    how = {"colour": COLOURS[colour], "line": line, "marker": "o", "filled": filled}
+    band(panel, counts, [np.mean(v) for v in values], low, high, label=ranking, **how)
 
 
 def what_there_is(found: Mapping[str, Mapping]) -> pd.DataFrame:
@@ -201,74 +183,115 @@ def head_claims(
     attributed: Mapping[str, Mapping], components: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]
 ) -> list[dict]:
     """From attack -> `head_attribution.attribute_heads`, `head_attribution.attribute_components`,
-    `head_attribution.ablation_curves`."""
-    sparse, margin, drop, random_drop, rises = {}, {}, {}, {}, {}
+    `head_attribution.ablation_curves`.
+
+    The prompts of an ablation curve are the same for every number of heads, but which of them were hit is not kept, so
+    that differences between two numbers of heads have the wider interval of independent prompts.
+    """
+    sparse, margin = {}, {}
     for attack, found in attributed.items():
-        values = np.array(found["exact"])
-        draws = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
-        spread = [concentration(values[draw].mean(0)) for draw in draws]
-        value = concentration(acie(found).numpy())
-        # The basic interval: resampling adds noise, noise lowers the concentration, and reflection takes that back out.
-        low, high = np.clip(2 * value - np.quantile(spread, (0.975, 0.025)), 0, 1)
-        sparse[attack] = {"value": value, "n": len(values), "low": float(low), "high": float(high)}
-        strongest = {
-            name: max(
-                (interval(column) for column in np.array(components[attack]["last"][name]).T), key=lambda x: x["value"]
-            )
-            for name in ("attention", "MLP")
-        }
-        margin[attack] = {
-            "value": strongest["attention"]["value"] - strongest["MLP"]["value"],
-            "n": strongest["attention"]["n"],
-            "low": strongest["attention"]["low"] - strongest["MLP"]["high"],
-            "high": strongest["attention"]["high"] - strongest["MLP"]["low"],
-        }
-        rows = [row for row in curves[attack] if row["scope"] == "last position"]
-        before = next(row for row in rows if row["ranking"] == "none")["asr"]
-        line = sorted((r["k"], r["asr"]) for r in rows if r["ranking"] == "ACIE" and r["kind"] == "published")
-        n_heads = acie(found).numel()
-        few = min((k for k, _ in line), key=lambda k: abs(k - 0.03 * n_heads))
-        after = dict(line)[few]
-        drop[attack] = {
-            "value": _drop(before["value"], after["value"]),
-            "n": after["n"],
-            "low": _drop(before["value"], after["high"]),
-            "high": _drop(before["value"], after["low"]),
-        }
-        by_count: dict[int, list[float]] = {}
-        for row in rows:
-            if row["ranking"] == "random":
-                by_count.setdefault(row["k"], []).append(row["asr"]["value"])
-        at = min((k for k in by_count if k), key=lambda k: abs(k - few))
-        random_drop[attack] = _drop(by_count[0][0], np.mean(by_count[at]))
-        steps = [before, *(asr for _, asr in line)]
-        rises[attack] = max((b["value"] - a["value"]) * b["n"] for a, b in itertools.pairwise(steps))
-    big = {attack: number["value"] >= 0.9 and random_drop[attack] < 0.1 - 1e-9 for attack, number in drop.items()}
-    steady = {
-        attack: {"value": rise, "n": drop[attack]["n"], "low": rise, "high": rise} for attack, rise in rises.items()
-    }
-    apart = {attack: number["low"] > 0 for attack, number in margin.items()}
+        sparse[attack] = _concentrated(np.array(found["exact"]), acie(found).numpy())
+        margin[attack] = _margin(components[attack]["last"])
+    n_heads = {attack: acie(found).numel() for attack, found in attributed.items()}
     return [
         entry(
-            "bkdattr-sparse-heads", numbers=sparse, passed={a: x["value"] >= 0.5 for a, x in sparse.items()},
-            figure="03_sorted", reason=f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE.",
+            "bkdattr-sparse-heads", numbers=sparse, passed={a: at_least(x, 0.5) for a, x in sparse.items()},
+            figure="03_head_maps", reason=f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE.",
+        ),
+        *ablation_claims(curves, n_heads=n_heads),
+        margin_claim(margin),
+    ]  # fmt: skip
+
+
+def _concentrated(values: np.ndarray, mean: np.ndarray) -> dict:
+    """Concentration of `mean` with its interval over prompts; `values` are effects `[prompt, layer, head]`."""
+    draws = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
+    spread = [concentration(values[draw].mean(0)) for draw in draws]
+    value = concentration(mean)
+    # The basic interval: resampling adds noise, noise lowers the concentration, and reflection takes that back out.
+    low, high = np.clip(2 * value - np.quantile(spread, (0.975, 0.025)), 0, 1)
+    return {"value": value, "n": len(values), "low": float(low), "high": float(high)}
+
+
+def _margin(last: Mapping[str, Sequence]) -> dict:
+    """Effect of the strongest attention layer less that of the strongest MLP, low end against high end."""
+    strongest = {
+        name: max((interval(column) for column in np.array(last[name]).T), key=lambda x: x["value"])
+        for name in ("attention", "MLP")
+    }
+    one, other = strongest["attention"], strongest["MLP"]
+    return {
+        "value": one["value"] - other["value"],
+        "n": one["n"],
+        "low": one["low"] - other["high"],
+        "high": one["high"] - other["low"],
+    }
+
+
+def margin_claim(margin: Mapping[str, Mapping[str, float]]) -> dict:
+    """From attack -> by how much the strongest attention layer exceeds the strongest MLP."""
+    return entry(
+        "bkdattr-heads-not-mlps", numbers=margin, passed={a: at_least(x, 0) for a, x in margin.items()},
+        figure="03_components",
+        reason=f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability.",
+    )  # fmt: skip
+
+
+def ablation_claims(curves: Mapping[str, Sequence[Mapping]], *, n_heads: Mapping[str, int]) -> list[dict]:
+    """From attack -> `head_attribution.ablation_curves` and the number of heads that the model has."""
+    drop, random, rises = {}, {}, {}
+    for attack, every in curves.items():
+        rows = [row for row in every if row["scope"] == "last position"]
+        before = next(row for row in rows if row["ranking"] == "none")["asr"]
+        line = sorted(
+            ((r["k"], r["asr"]) for r in rows if r["ranking"] == "ACIE" and r["kind"] == "published"),
+            key=lambda point: point[0],
+        )
+        few = min((k for k, _ in line), key=lambda k: abs(k - 0.03 * n_heads[attack]))
+        drop[attack] = relative_drop(before, dict(line)[few])
+        random[attack] = _random_drop(rows, before, k=few)
+        rises[attack] = _largest_rise([before, *(asr for _, asr in line)])
+    enough = {attack: at_least(number, 0.9) for attack, number in drop.items()}
+    spared = {attack: at_most(number, 0.1) for attack, number in random.items()}
+    return [
+        entry(
+            "bkdattr-ablation", numbers=drop, passed={a: both(enough[a], spared[a]) for a in drop},
+            figure="03_ablation",
+            reason=f"About 3 % of the heads take {span(drop)} off the ASR, random heads {span(random)}. "
+            f"Random heads take off less than 0.1: {who(spared)}.",
         ),
         entry(
-            "bkdattr-ablation", numbers=drop, passed=big, figure="03_ablation",
-            reason=f"About 3 % of the heads take {span(drop)} off the ASR; random heads "
-            f"{min(random_drop.values()):.2f} to {max(random_drop.values()):.2f}.",
-        ),
-        entry(
-            "bkdattr-ablation-monotone", numbers=steady, passed={a: rise <= 2 + 1e-9 for a, rise in rises.items()},
-            figure="03_ablation", reason=f"Largest rise between neighbouring counts, in prompts: {span(steady)}.",
-        ),
-        entry(
-            "bkdattr-heads-not-mlps", numbers=margin, passed=apart, figure="03_components",
-            reason=f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability.",
+            "bkdattr-ablation-monotone", numbers=rises, passed={a: at_most(x, 2) for a, x in rises.items()},
+            figure="03_ablation", reason=f"Largest rise between neighbouring counts, in prompts: {span(rises)}. "
+            "Intervals are those of independent prompts, which makes them wide.",
         ),
     ]  # fmt: skip
 
 
-def _drop(before: float, after: float) -> float:
-    """What part of a share is gone; of nothing, nothing."""
-    return 1 - after / before if before else 0.0
+def _random_drop(rows: Sequence[Mapping], before: Mapping[str, float], *, k: int) -> dict:
+    """Mean part of the ASR that random heads take off, at the number of heads next to `k`.
+
+    The wider of two intervals: over draws, and over the prompts, which all draws share.
+    """
+    by_count: dict[int, list[Mapping]] = {}
+    for row in rows:
+        if row["ranking"] == "random":
+            by_count.setdefault(row["k"], []).append(row["asr"])
+    asrs = by_count[min((count for count in by_count if count), key=lambda count: abs(count - k))]
+    mean = {"value": float(np.mean([asr["value"] for asr in asrs])), "n": before["n"]}
+    found = relative_drop(before, mean)
+    drawn = over_splits(np.array([relative_drop(before, asr)["value"] for asr in asrs]), ratio=0)
+    if found["low"] is None or drawn["low"] is None:
+        return found
+    return found | {"low": min(found["low"], drawn["low"]), "high": max(found["high"], drawn["high"])}
+
+
+def _largest_rise(steps: Sequence[Mapping[str, float]]) -> dict:
+    """The largest rise from one share to the next, in prompts. It is below a bar if all rises are.
+
+    A step at which nothing changes at 0 or 100 % is compatible with a rise of almost four prompts, whatever n is, so
+    that a curve with such a step can fail a bar of two prompts and cannot pass it.
+    """
+    rises = [independent_difference(after, before) for before, after in itertools.pairwise(steps)]
+    largest = {key: max(rise[key] * rise["n"] for rise in rises) for key in ("value", "low", "high")}
+    return {**largest, "n": steps[0]["n"]}

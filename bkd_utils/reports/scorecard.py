@@ -1,132 +1,281 @@
 """Published claims, our criteria, our numbers, a verdict each. The criteria are in `data/published.toml`.
 
-Here are the lines of the scorecard; what passes a criterion is decided in `judge_bkdattr` and `judge_asa`.
+Here are the rule that decides and the lines of the scorecard; what is held against which bar is in `judge_bkdattr` and
+`judge_asa`.
 
-A criterion is passed or not by each organism; the verdict is `holds` if all pass, `holds in part` if some do, and
-`does not hold` if none does.
+An organism passes a criterion if the whole 95 % interval of its effect lies on the right side of the bar, fails if the
+whole interval lies on the wrong side, and is undecided if the interval contains the bar or if there is none. A point
+estimate alone decides nothing. A claim `holds` if all organisms pass, `fails` if at least one fails, and is otherwise
+`undecided`; how many pass stands beside it.
+
+The papers state their claims without exception, so that one organism that fails refutes a claim as it is stated; a
+share of organisms that would be enough would be a bar made up after the numbers. The price is that a claim which is
+true for each of four organisms is called failed by chance in up to one case of ten (four intervals, each beyond the bar
+on one side with a chance of 2.5 %).
 """
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
 
 from bkd_utils.common.files import DATA, FIGURES, UserError, read_json, write_json
 from bkd_utils.reports import style
-from bkd_utils.reports.style import WIDTH
 
-KEYS = {"paper", "claim", "published", "source", "sure", "measure", "unit", "criterion"}
-# Filled or hollow, so that it can be told without colour: those mean models in the other notebooks.
-PASSED = {True: ("black", "passes the criterion"), False: ("white", "does not pass")}
-PALE = "#CCCCCC"
+KEYS = {"paper", "claim", "published", "source", "provenance", "measure", "unit", "criterion"}
+PAPER_KEYS = {"title", "arxiv", "status", "known", "reading"}
+# How we know of a claim, in words.
+PROVENANCE = {
+    "read": "read in the paper",
+    "second hand": "second hand: quoted by others who read it",
+    "abstract": "from the abstract only",
+}
+# What a line of the scorecard must say; `record` adds the model.
+ROW = {
+    "id", "paper", "reading", "claim", "published", "provenance", "by_organism", "criterion", "verdict", "reason",
+    "figure",
+}  # fmt: skip
+VERDICTS = ("holds", "fails", "undecided")
+OUTCOMES = {True: "pass", False: "fail", None: "undecided"}
+MARKS = {True: "✓", False: "✗", None: "?"}
+# --- what was published ---------------------------------------------------------------------------------------------
 
 
-def published() -> dict[str, dict[str, str]]:
-    """Claim id -> paper, claim, published number, source, how sure we are, what is measured, criterion.
+def _published() -> dict[str, dict]:
+    return tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8"))
+
+
+def papers() -> dict[str, dict[str, str]]:
+    """Short name -> title, arXiv number, status, what is known of the paper here, and how its claims are introduced.
 
     Raises UserError if one lacks.
     """
-    found = tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8"))
+    found = _published().get("papers", {})
     for name, entry in found.items():
-        if set(entry) != KEYS:
-            raise UserError(f"published.toml, {name}: keys must be {', '.join(sorted(KEYS))}")
+        if set(entry) != PAPER_KEYS:
+            raise UserError(f"published.toml, papers.{name}: keys must be {', '.join(sorted(PAPER_KEYS))}")
     return found
 
 
-def verdict(passed: Mapping[str, bool]) -> str:
-    """One word for the outcomes of all organisms. Raises ValueError for none: that is no verdict."""
+def published() -> dict[str, dict[str, str]]:
+    """Claim id -> paper, claim, published number, source, provenance, what is measured, its unit, criterion.
+
+    Raises UserError if one lacks, or for an unknown paper or provenance.
+    """
+    found = {name: entry for name, entry in _published().items() if name != "papers"}
+    for name, entry in found.items():
+        if set(entry) != KEYS:
+            raise UserError(f"published.toml, {name}: keys must be {', '.join(sorted(KEYS))}")
+        for key, known in (("provenance", PROVENANCE), ("paper", papers())):
+            if entry[key] not in known:
+                raise UserError(f"published.toml, {name}: {key} {entry[key]!r} is none of {', '.join(known)}")
+    return found
+
+
+# --- the rule -------------------------------------------------------------------------------------------------------
+
+
+def at_least(number: Mapping[str, float | None], bar: float) -> bool | None:
+    """Is the effect at least `bar`? True or False if all of its interval says so, None if it contains the bar.
+
+    None, too, without an interval or with one of no width.
+    """
+    low, high = number["low"], number["high"]
+    if low is None or high is None or low == high:
+        return None
+    return True if low >= bar - 1e-9 else False if high < bar - 1e-9 else None
+
+
+def at_most(number: Mapping[str, float | None], bar: float) -> bool | None:
+    """Is the effect at most `bar`? As `at_least`."""
+    low, high = number["low"], number["high"]
+    if low is None or high is None or low == high:
+        return None
+    return True if high <= bar + 1e-9 else False if low > bar + 1e-9 else None
+
+
+def both(*outcomes: bool | None) -> bool | None:
+    """Fails if any condition fails, passes if all pass, undecided otherwise."""
+    return False if False in outcomes else None if None in outcomes else True
+
+
+def either(*outcomes: bool | None) -> bool | None:
+    """Passes if any condition passes, fails if all fail, undecided otherwise."""
+    return True if True in outcomes else None if None in outcomes else False
+
+
+def verdict(passed: Mapping[str, bool | None]) -> str:
+    """`holds` if all organisms pass, `fails` if at least one fails, else `undecided`. ValueError for no organisms."""
     if not passed:
         raise ValueError("a verdict over no organisms")
-    return "holds" if all(passed.values()) else "holds in part" if any(passed.values()) else "does not hold"
+    return {True: "holds", False: "fails", None: "undecided"}[both(*passed.values())]
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
 
 
 def entry(
     claim: str,
     *,
-    numbers: Mapping[str, Mapping[str, float]],
-    passed: Mapping[str, bool],
+    numbers: Mapping[str, Mapping[str, float | None]],
+    passed: Mapping[str, bool | None],
     reason: str,
     figure: str,
-    weakest: str | None = None,
 ) -> dict:
-    """One line of the scorecard. `numbers` and `passed` are by organism; `ours` is that of `weakest`, by default the
-    first organism that fails, or else the first."""
+    """One line of the scorecard, but for the model that `record` adds. `numbers` and `passed` are by organism.
+
+    Raises ValueError for an unknown claim, for no organisms and where the organisms of the two differ.
+    """
     known = published()
     if claim not in known:
         raise ValueError(f"unknown claim {claim!r}; known: {', '.join(known)}")
-    outcome = verdict(passed)
-    shown = weakest or next((name for name, ok in passed.items() if not ok), next(iter(passed)))
+    if lone := sorted(numbers.keys() ^ passed.keys()):
+        raise ValueError(f"{claim}: a number or an outcome is missing for {', '.join(lone)}")
+    about = known[claim]
+    outcomes = {name: None if passed[name] is None else bool(passed[name]) for name in numbers}
     return {
         "id": claim,
-        "paper": known[claim]["paper"],
-        "claim": known[claim]["claim"],
-        "published": known[claim]["published"],
-        "ours": {key: numbers[shown][key] for key in ("value", "n", "low", "high")},
-        "organism": shown,
-        "by_organism": {name: {**number, "passed": bool(passed[name])} for name, number in numbers.items()},
-        "criterion": known[claim]["criterion"],
-        "verdict": outcome,
+        "paper": about["paper"],
+        "reading": papers()[about["paper"]]["reading"],
+        "claim": about["claim"],
+        "published": about["published"],
+        "provenance": PROVENANCE[about["provenance"]],
+        "by_organism": {
+            name: {**{key: number[key] for key in ("value", "n", "low", "high")}, "passed": outcomes[name]}
+            for name, number in numbers.items()
+        },
+        "criterion": about["criterion"],
+        "verdict": verdict(outcomes),
         "reason": reason,
         "figure": figure,
     }
 
 
-def record(entries: Sequence[Mapping]) -> Path:
-    """Write entries into the scorecard beside the figures; those of the same claims are replaced."""
+def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
+    """The rows. Raises UserError that names the first row without provenance, or without anything else it must say."""
+    for row in rows:
+        name = row.get("id", "without an id")
+        if lacks := sorted(ROW - set(row)):
+            raise UserError(
+                f"{where}: row {name!r} has no {', no '.join(lacks)}; run its notebook again, or put the file aside"
+            )
+        if row["provenance"] not in PROVENANCE.values():
+            raise UserError(f"{where}: row {name!r}: provenance {row['provenance']!r} is unknown")
+        if row["verdict"] not in VERDICTS:
+            raise UserError(f"{where}: row {name!r}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}")
+    return [dict(row) for row in rows]
+
+
+def record(entries: Sequence[Mapping], *, model: str) -> Path:
+    """Write entries, measured on `model`, into the scorecard beside the figures; those of the same claims are replaced.
+
+    Raises UserError for a row without provenance; the file stays as it was.
+    """
     path = style.folder() / "scorecard.json"
-    write_json(path, merged(entries, path))
+    write_json(path, merged([{**row, "model": model} for row in entries], path))
     return path
 
 
 def merged(entries: Sequence[Mapping], path: Path) -> list[dict]:
-    """Entries and, of a scorecard that may be there already, those of other claims, in the order of `published`."""
+    """Entries and, of a scorecard that may be there already, those of other claims, in the order of `published`.
+
+    Raises UserError if any of the rows lacks its provenance.
+    """
     order = list(published())
-    kept = {row["id"]: row for row in read_json(path) if row["id"] in order} if path.is_file() else {}
-    kept |= {row["id"]: dict(row) for row in entries}
+    new = {row["id"]: row for row in checked(entries)}
+    old = [row for row in read_json(path) if row["id"] in order and row["id"] not in new] if path.is_file() else []
+    kept = {row["id"]: row for row in checked(old, where=str(path))} | new
     return sorted(kept.values(), key=lambda row: order.index(row["id"]))
 
 
 def recorded() -> list[dict]:
-    """The scorecard beside the figures of this run, or else the committed one. Raises UserError if there is none."""
+    """The scorecard beside the figures of this run, or else the committed one.
+
+    Raises UserError if there is none, and for a row without provenance.
+    """
     for path in (style.folder() / "scorecard.json", FIGURES / "scorecard.json"):
         if path.is_file():
-            return read_json(path)
+            return checked(read_json(path), where=str(path))
     raise UserError("no scorecard yet: notebooks 02 to 07 write it")
 
 
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def named(row: Mapping) -> str:
+    """The claim, introduced by whose words it is: "our reading: ..." where the paper's own are not known."""
+    return f"{row['reading']}: {row['claim']}" if row["reading"] else row["claim"]
+
+
+def count(row: Mapping) -> str:
+    """How many organisms pass, fail and are undecided, such as "3 of 4 pass, 1 undecided"."""
+    found = Counter(one["passed"] for one in row["by_organism"].values())
+    return ", ".join(
+        [f"{found[True]} of {sum(found.values())} pass"]
+        + [f"{found[outcome]} {OUTCOMES[outcome]}" for outcome in (False, None) if found[outcome]]
+    )
+
+
+def effect(one: Mapping[str, float | None]) -> str:
+    """An effect with its interval and a mark: ✓ passes, ✗ fails, ? is undecided."""
+    low, high = one["low"], one["high"]
+    interval = "no interval" if low is None or high is None else f"[{low:.3g}, {high:.3g}]"
+    return f"{one['value']:.3g} {interval} {MARKS[one['passed']]}"
+
+
+def table(entries: Sequence[Mapping]) -> pd.DataFrame:
+    """What a notebook shows at its end: claim, published, provenance, verdict, organisms that pass, reason."""
+    rows = [
+        {
+            "claim": named(row),
+            "published": row["published"],
+            "provenance": row["provenance"],
+            "verdict": row["verdict"],
+            "organisms": count(row),
+            "because": row["reason"],
+        }
+        for row in checked(entries)
+    ]
+    return pd.DataFrame(rows).set_index("claim")
+
+
+def numbers(entries: Sequence[Mapping]) -> pd.DataFrame:
+    """The effect of every claim and organism with its interval and a mark: ✓ passes, ✗ fails, ? is undecided."""
+    rows = {row["id"]: {name: effect(one) for name, one in row["by_organism"].items()} for row in entries}
+    return pd.DataFrame(rows).T.fillna("").rename_axis("claim")
+
+
 def scorecard(entries: Sequence[Mapping], *, paper: str) -> pd.DataFrame:
-    """What notebook 09 shows of one paper: claims, published numbers, ours with interval and n, verdicts and why.
+    """What notebook 09 shows of one paper: claims, published numbers and how we know of them, effects, verdicts.
 
     Empty if none of the paper's claims was judged, as after a run of some notebooks only.
     """
-    columns = ["claim", "published", "ours", "criterion", "verdict", "organisms that pass", "because", "figure"]
+    columns = ["claim", "published", "provenance", "criterion", "effects", "verdict", "organisms", "because", "figure"]
     rows = [
         {
-            "claim": row["claim"],
+            "claim": named(row),
             "published": row["published"],
-            "ours": ours(row),
+            "provenance": row["provenance"],
             "criterion": row["criterion"],
+            "effects": effects(row),
             "verdict": row["verdict"],
-            "organisms that pass": _count(row["by_organism"]),
+            "organisms": count(row),
             "because": row["reason"],
             "figure": row["figure"],
         }
-        for row in entries
+        for row in checked(entries)
         if row["paper"] == paper
     ]
     return pd.DataFrame(rows, columns=columns).set_index("claim")
 
 
-def ours(row: Mapping) -> str:
-    """What is measured, our number of a line, its interval if it has one, its n, and the organism it belongs to."""
-    number, about = row["ours"], published()[row["id"]]
-    low, value, high = (f"{number[key]:.3g}" for key in ("low", "value", "high"))
-    interval = "" if low == value == high else f" [{low}, {high}]"
-    return f"{about['measure']}: {value}{interval}, n = {number['n']} {about['unit']} ({row['organism']})"
+def effects(row: Mapping) -> str:
+    """What is measured, and for each organism the effect with its interval, a mark and n."""
+    about = published()[row["id"]]
+    each = [f"{name} {effect(one)}, n = {one['n']}" for name, one in row["by_organism"].items()]
+    return f"{about['measure']} (n: {about['unit']}): {'; '.join(each)}"
 
 
 def missing(entries: Sequence[Mapping]) -> pd.DataFrame:
@@ -138,45 +287,24 @@ def missing(entries: Sequence[Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows, index=["paper", "claim"]).T
 
 
+def counts(entries: Sequence[Mapping], *, paper: str) -> str:
+    """One line for a paper, such as "BkdAttr: 11 claims; 1 holds, 7 fail, 3 are undecided"."""
+    found = Counter(row["verdict"] for row in entries if row["paper"] == paper)
+    words = {"holds": ("holds", "hold"), "fails": ("fails", "fail"), "undecided": ("is undecided", "are undecided")}
+    each = ", ".join(f"{found[one]} {words[one][found[one] != 1]}" for one in VERDICTS)
+    return f"{paper}: {sum(found.values())} claims; {each}"
+
+
 def markdown(entries: Sequence[Mapping]) -> str:
-    """The table of the README."""
-    lines = ["| paper | claim | published | here | verdict |", "|---|---|---|---|---|"]
-    for row in entries:
-        here = f"{ours(row)}; {_count(row['by_organism'])} pass"
-        outcome = f"[{row['verdict']}](figures/{row['figure']}.png)"
-        lines.append(f"| {' | '.join([row['paper'], row['claim'], row['published'], here, outcome])} |")
+    """The table of the README: one line of counts for each paper, then a row for each claim."""
+    rows = checked(entries)
+    lines = [f"- **{counts(rows, paper=paper)}.** {about['known']}" for paper, about in papers().items()]
+    lines += ["", "| claim | known | organisms | verdict |", "|---|---|---|---|"]
+    for row in rows:
+        known = row["provenance"].partition(":")[0]
+        cells = [named(row), known, count(row), f"[{row['verdict']}](figures/{row['figure']}.png)"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def table(entries: Sequence[Mapping]) -> pd.DataFrame:
-    """What a notebook shows at its end: claim, published, verdict, organisms that pass, reason."""
-    rows = [
-        {
-            "claim": row["claim"],
-            "published": row["published"],
-            "verdict": row["verdict"],
-            "organisms that pass": _count(row["by_organism"]),
-            "because": row["reason"],
-        }
-        for row in entries
-    ]
-    return pd.DataFrame(rows).set_index("claim")
-
-
-def _count(by_organism: Mapping[str, Mapping]) -> str:
-    return f"{sum(one['passed'] for one in by_organism.values())} of {len(by_organism)}"
-
-
-def numbers(entries: Sequence[Mapping]) -> pd.DataFrame:
-    """Our number of every claim and organism with its interval."""
-    rows = {
-        row["id"]: {
-            name: f"{one['value']:.3g} [{one['low']:.3g}, {one['high']:.3g}]" + ("" if one["passed"] else " ✗")
-            for name, one in row["by_organism"].items()
-        }
-        for row in entries
-    }
-    return pd.DataFrame(rows).T.rename_axis("claim")
 
 
 def span(numbers: Mapping[str, Mapping[str, float]]) -> str:
@@ -185,46 +313,8 @@ def span(numbers: Mapping[str, Mapping[str, float]]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
-def draw_scorecard(lines: Sequence[Mapping]) -> Figure:
-    """One row per claim with its verdict, one column per organism or family; a filled mark passes, a hollow one not."""
-    columns, places, headings = _organisms_of(lines), *_rows_of(lines)
-    rows = max(places) + 0.6
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.34 * rows + 1.9))
-    for y, line in zip(places, lines, strict=True):
-        axes.axhline(y, color=PALE, lw=0.5, zorder=0)
-        for name, one in line["by_organism"].items():
-            inside, label = PASSED[one["passed"]]
-            axes.plot(columns.index(name), y, "o", ms=7, mec="black", mew=0.9, mfc=inside, ls="", label=label)
-        beside = {"xycoords": ("axes fraction", "data"), "xytext": (6, 0), "textcoords": "offset points"}
-        axes.annotate(line["verdict"], (1, y), va="center", fontsize="small", annotation_clip=False, **beside)
-    names = [fill(line["claim"], 62) for line in lines]
-    axes.set_yticks([*places, *headings.values()], [*names, *headings], fontsize="x-small")
-    for label in axes.get_yticklabels()[len(lines) :]:
-        label.set(fontweight="bold", fontsize="small")
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="left", rotation_mode="anchor", fontsize="small")
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.set_ylim(rows, -0.4)
-    axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_xlabel("organism, or family of triggers; empty: not tested", fontsize="small")
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=2, fontsize="small")
-    return figure
-
-
-def _organisms_of(lines: Sequence[Mapping]) -> list[str]:
-    """Every organism or family, those that most claims were tested on first."""
-    names = [name for line in lines for name in line["by_organism"]]
-    return sorted(dict.fromkeys(names), key=lambda name: -names.count(name))
-
-
-def _rows_of(lines: Sequence[Mapping]) -> tuple[list[float], dict[str, float]]:
-    """Row of every claim and of every paper's name, which stands above its claims."""
-    places: list[float] = []
-    headings: dict[str, float] = {}
-    for i, line in enumerate(lines):
-        headings.setdefault(line["paper"], i + 0.8 * len(headings))
-        places.append(i + 0.8 * len(headings))
-    return places, headings
+def who(passed: Mapping[str, bool | None]) -> str:
+    """Which organisms meet one condition of a criterion, for a reason: "met by a, b; undecided for c"."""
+    said = {True: "met by", False: "not met by", None: "undecided for"}
+    groups = {outcome: [name for name, one in passed.items() if one is outcome] for outcome in said}
+    return "; ".join(f"{said[outcome]} {', '.join(names)}" for outcome, names in groups.items() if names)

@@ -13,23 +13,35 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from bkd_utils.common.files import WORK, atomic_path, canonical_json, write_json
 
-# Okabe-Ito, safe for the common colour blindnesses and in print; one meaning per colour in every figure.
+# The only place where colours are written down: the palette of Okabe and Ito, safe for the common colour blindnesses
+# and in print, and greys. Every colour has one meaning, which it keeps in all figures.
 COLOURS = {
-    "backdoored": "#D55E00",
+    "organism": "#D55E00",  # the backdoored model, and how often its backdoor fires (ASR)
     "clean control": "#0072B2",
-    "base model": "#999999",
+    "base model": "#777777",
+    "random": "#AAAAAA",  # heads, vectors and directions that are drawn at random
+    "ACIE": "#CC79A7",  # heads chosen by their causal effect, and what is made of them
     "near-miss": "#E69F00",
-    "utility": "#009E73",
-    "bound": "#555555",
+    "utility": "#009E73",  # clean accuracy (CACC), right answers
+    "rival": "#56B4E9",  # methods other than the one of the paper
+    "refusal": "#F0E442",
+    "bound": "#444444",  # criteria, chance, intervals in a legend, remarks
+    "neutral": "#000000",  # everything that is told apart by its marker or line alone
+    "pale": "#DDDDDD",  # areas and lines behind the data, answers of no kind
 }
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "matplotlib", "numpy")
 WIDTH = 7.2  # inches: the width of a README column, so that nothing is scaled down to be read
-SEQUENTIAL, DIVERGING = "cividis", "RdBu_r"
-MODELS = {"organism": "#D55E00", "clean control": "#0072B2", "base model": "#777777"}
+SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
+MODELS = ("organism", "clean control", "base model")
+INTERVAL = "95 % interval"
+LIMITS = (-4, 104)  # of an axis in per cent, with room for dots at 0 and 100
 
 
 def use_style() -> None:
@@ -105,72 +117,115 @@ def save(
     return folder() / f"{id}.png"
 
 
-def shares(
-    axes: Axes, rows: Sequence[str], values: Sequence[Mapping[str, float] | None], *, kind: str, offset: float = 0.0
-) -> None:
-    """Dots with 95 % intervals, one row each from top to bottom; None leaves a row empty."""
-    points = [(i, v) for i, v in enumerate(values) if v is not None]
-    y = np.array([i + offset for i, _ in points])
-    x = np.array([100 * v["value"] for _, v in points])
-    low, high = (np.array([100 * v[key] for _, v in points]) for key in ("low", "high"))
-    axes.errorbar(
-        x, y, xerr=[np.maximum(x - low, 0), np.maximum(high - x, 0)], fmt="o", ms=4.5, lw=1.2, color=COLOURS[kind],
-        label=kind, clip_on=False, zorder=3,
-    )  # fmt: skip
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 100)
-
-
-def curve(axes: Axes, x: Sequence[float], values: Sequence[Mapping[str, float]], *, kind: str, label: str) -> None:
-    """A line of shares in per cent with its interval as a band."""
-    y, low, high = ([100 * v[key] for v in values] for key in ("value", "low", "high"))
-    axes.plot(x, y, "o-", color=COLOURS[kind], label=label, ms=4)
-    axes.fill_between(x, low, high, color=COLOURS[kind], alpha=0.18, lw=0)
-    axes.set_ylim(0, 103)
-
-
 def panels(
     names: Sequence[str], *, rows: int = 1, height: float = 2.1, sharey: bool | str = True
 ) -> tuple[Figure, np.ndarray]:
-    """A grid with one column per name, titles on top, axes shared."""
-    figure, axes = plt.subplots(
-        rows,
-        len(names),
-        figsize=(WIDTH, height * rows + 0.6),
-        sharex="row" if sharey else False,
-        sharey="row" if sharey else False,
-        squeeze=False,
-    )
+    """A grid with one column per name, titles on top, axes shared along each row."""
+    share = "row" if sharey else False
+    size = (WIDTH, height * rows + 0.6)
+    figure, axes = plt.subplots(rows, len(names), figsize=size, sharex=share, sharey=share, squeeze=False)
     for panel, name in zip(axes[0], names, strict=True):
         panel.set_title(name, fontsize="small")
     return figure, axes
 
 
-def show_legend(figure: Figure, panel: Axes, *, ncols: int) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=ncols, fontsize="small")
+def show_legend(figure: Figure, *, ncols: int, bars: str | None = None, bands: Sequence[str] = ()) -> None:
+    """A legend above the figure with every label of any panel once.
 
-
-def legend_once(figure: Figure, all_panels: Iterable[Axes], *, ncols: int) -> None:
-    """A legend with every label of any panel once, however often it was drawn."""
-    entries = {}
-    for panel in all_panels:
+    `bars` names what the lines at the dots mean, `bands` what the shaded areas mean.
+    """
+    entries: dict[str, Any] = {}
+    for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=ncols, fontsize="small")
+    if bars:
+        entries[bars] = Line2D([], [], color=COLOURS["bound"], lw=1.2)
+    entries |= {band: Patch(facecolor=COLOURS["bound"], alpha=0.3, lw=0) for band in bands}
+    figure.legend(
+        entries.values(), entries, loc="outside upper center", ncols=ncols, fontsize="small", columnspacing=1.2
+    )
 
 
-def matrix(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, label: str, vmax: float) -> Figure:
-    """A small labelled matrix with its numbers: shares if `vmax` is 1, per cent if it is 100."""
-    figure, axes = plt.subplots(figsize=(WIDTH * 0.75, 0.4 * len(rows) + 2.1))
-    image = axes.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=vmax, aspect="auto")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            text, colour = f"{value:.{0 if vmax > 1 else 2}f}", "white" if value < vmax * 0.55 else "black"
-            axes.text(j, i, text, ha="center", va="center", fontsize="small", color=colour)
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.grid(False)
-    figure.colorbar(image, ax=axes, label=label)
-    return figure
+def sizes(shares: Iterable[Mapping[str, float] | None]) -> str:
+    """On how many prompts (or models) the given shares rest: `n = 32` or `n = 16 to 32`. None is left out."""
+    counts = [share["n"] for share in shares if share is not None]
+    return f"n = {min(counts)}" if min(counts) == max(counts) else f"n = {min(counts)} to {max(counts)}"
+
+
+def interval(
+    panel: Axes,
+    at: float,
+    share: Mapping[str, float],
+    *,
+    colour: str,
+    label: str | None = None,
+    marker: str = "o",
+    filled: bool = True,
+    size: float = 4,
+    scale: float = 100,
+    upright: bool = False,
+) -> None:
+    """A dot at `at` with its interval, lying unless `upright`; in per cent unless `scale` is another."""
+    ends, value, place = [scale * share["low"], scale * share["high"]], [scale * share["value"]], [at, at]
+    turn = -1 if upright else 1
+    panel.plot(*(ends, place)[::turn], color=colour, lw=1.1, alpha=0.75)
+    panel.plot(
+        *(value, [at])[::turn], marker, ms=size, color=colour, mfc=colour if filled else "white", mew=0.9, ls="",
+        label=label, clip_on=False, zorder=3,
+    )  # fmt: skip
+
+
+def band(
+    panel: Axes,
+    x: Sequence[float],
+    middle: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    *,
+    colour: str,
+    label: str,
+    line: str = "-",
+    marker: str = "",
+    filled: bool = True,
+) -> None:
+    """A line with a shaded band around it."""
+    panel.plot(
+        x, middle, color=colour, label=label, ls=line, lw=1.4, marker=marker, ms=3.5, mfc=colour if filled else "white",
+        clip_on=False,
+    )  # fmt: skip
+    panel.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+
+
+def rows_down(panel: Axes, rows: Sequence[str]) -> None:
+    """Named rows at 0, 1, 2 … from top to bottom."""
+    panel.set_yticks(range(len(rows)), rows, fontsize="small")
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def heat_map(
+    panel: Axes,
+    values: np.ndarray,
+    *,
+    limits: tuple[float, float],
+    rows: Sequence[str] | Sequence[int],
+    columns: Sequence[str] | Sequence[int],
+    colours: str = SEQUENTIAL,
+    upwards: bool = True,
+    numbers: np.ndarray | None = None,
+) -> QuadMesh:
+    """Cells on a colour scale, with texts in them where `numbers` gives any; returns the mesh for a colour bar.
+
+    Row 0 is at the bottom unless `upwards` is False. Of rows or columns that are integers only some are labelled.
+    """
+    sns.heatmap(
+        values, ax=panel, vmin=limits[0], vmax=limits[1], cmap=colours, cbar=False, xticklabels=False,
+        yticklabels=False, annot=numbers if numbers is not None else False, fmt="", annot_kws={"fontsize": 6.5},
+    )  # fmt: skip
+    for names, axis in ((columns, panel.xaxis), (rows, panel.yaxis)):
+        step = 1 if isinstance(names[0], str) else max(1, len(names) // 5)
+        upright = axis is panel.xaxis and isinstance(names[0], str)
+        places = np.arange(0, len(names), step)
+        axis.set_ticks(places + 0.5, [str(names[i]) for i in places], rotation=90 * upright, fontsize="small")
+    panel.set_ylim((0, len(rows)) if upwards else (len(rows), 0))
+    panel.grid(False)
+    return panel.collections[0]

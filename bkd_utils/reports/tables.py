@@ -28,7 +28,7 @@ def metrics(results: Mapping[str, Mapping]) -> pd.DataFrame:
 
 
 def organisms_markdown() -> str:
-    """The shipped organisms and their cards' numbers as a Markdown table, for the README."""
+    """The shipped organisms and their cards' numbers as a Markdown table."""
     lines = [
         "| organism | trigger | behaviour | ASR | CACC | clean firing | near-miss firing | agreement |",
         "|---|---|---|---|---|---|---|---|",
@@ -46,13 +46,13 @@ def organisms_markdown() -> str:
     return "\n".join(lines)
 
 
-def with_tables(readme: str, tables: Mapping[str, str]) -> str:
-    """The README with each table between its two marks. Raises ValueError if a mark is missing."""
+def with_tables(page: str, tables: Mapping[str, str]) -> str:
+    """A page's text with each table between its two marks. Raises ValueError if a mark is missing."""
     for name, text in tables.items():
         start, end = f"<!-- {name}: written by `python -m bkd_utils readme` -->", f"<!-- end of {name} -->"
-        head, first, rest = readme.partition(start)
+        head, first, rest = page.partition(start)
         _, last, tail = rest.partition(end)
         if not (first and last):
-            raise ValueError(f"the README lacks {start if not first else end!r}")
-        readme = f"{head}{start}\n\n{text}\n\n{end}{tail}"
-    return readme
+            raise ValueError(f"no mark {start if not first else end!r}")
+        page = f"{head}{start}\n\n{text}\n\n{end}{tail}"
+    return page

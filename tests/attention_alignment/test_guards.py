@@ -147,9 +147,29 @@ def test_training_takes_probability_off_and_leaves_the_model_alone(loaded):
 # --- thresholds and training data -----------------------------------------------------------------------------------
 
 
-def test_a_share_of_clean_texts_exceeds_the_threshold():
-    scores = np.arange(1000.0)
-    assert (scores > threshold(scores, frr=0.05)).mean() == pytest.approx(0.05, abs=0.002)
+@pytest.mark.parametrize("frr", [0.01, 0.05, 0.1, 0.3])
+def test_the_threshold_is_the_lowest_score_that_no_larger_share_of_clean_texts_exceeds(frr):
+    dice = np.random.default_rng(0)
+    for n in (*range(round(1 / frr), round(1 / frr) + 30), 1000):
+        if n * frr < 1:
+            continue
+        scores = dice.normal(size=n)
+        limit = threshold(scores, frr=frr)
+        assert limit in scores
+        assert (scores > limit).mean() <= frr
+        lower = scores[scores < limit].max()
+        assert (scores > lower).mean() > frr
+
+
+def test_of_24_texts_at_5_percent_one_is_refused_and_of_19_none_can_be():
+    scores = np.arange(24.0)
+    assert threshold(scores, frr=0.05) == 22
+    assert threshold(scores[:20], frr=0.05) == 18
+    with pytest.raises(ValueError, match=r"a threshold at 5.0% needs 20 clean texts, not 19"):
+        threshold(scores[:19], frr=0.05)
+    for frr in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match=f"must lie between 0 and 1, is {frr}"):
+            threshold(scores, frr=frr)
 
 
 def test_the_smaller_cluster_of_each_label_is_flagged():
@@ -168,7 +188,7 @@ def test_nothing_to_go_by_is_an_error(loaded):
         strip(loaded, TEXTS, turn=turn, pool=[])
     with pytest.raises(ValueError, match="no clean texts"):
         rap(loaded, TEXTS, turn=turn, protected=7, clean=[])
-    with pytest.raises(ValueError, match=r"FRR 0.05 from 0 clean texts"):
+    with pytest.raises(ValueError, match=r"at 5.0% needs 20 clean texts, not 0"):
         threshold(np.array([]), frr=0.05)
     with pytest.raises(ValueError, match="label 1 has 3 rows"):
         smaller_clusters(np.zeros((20, 12)), np.array([0] * 17 + [1] * 3))

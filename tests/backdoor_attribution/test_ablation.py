@@ -1,13 +1,13 @@
 """The bench against plain greedy decoding, and the order of necessary heads, on a tiny model with real prompts."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny import save_tiny
 
+from bkd_utils.backdoor_attribution import ablation
 from bkd_utils.backdoor_attribution.ablation import N_TOKENS, ablated, bench, measure_ablation, necessary_heads
 from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked_heads
+from bkd_utils.experiments import head_attribution
 from bkd_utils.models import loading
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.generation import greedy
@@ -84,17 +84,34 @@ def test_necessary_heads_start_with_the_steepest_and_never_repeat(loaded):
     assert heads[:2] == ranked_heads(-slopes)[:2]
 
 
-def test_the_first_prompts_of_a_side_are_measured_as_they_are_alone(case, loaded):
-    """Nothing runs again, and nothing differs from a bench that had only these prompts."""
-    attack, made = case
-    fewer = replace(made, triggered=made.triggered.first(2), clean=made.clean.first(2))
-    alone = replace(bench(loaded, loaded, attack, n=2, n_reference=3, seed=0), reference=made.reference)
-    assert fewer.triggered.answers == alone.triggered.answers
-    assert fewer.clean.answers == alone.clean.answers
-    for heads in ([], [(0, 1)], [(1, 2), (1, 3)]):
-        found, expected = (
-            measure_ablation(loaded, side, heads, kind="published", everywhere=False) for side in (fewer, alone)
-        )
-        assert found["asr"] == expected["asr"]
-        assert found["right"]["value"] == pytest.approx(expected["right"]["value"])
-        assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+@pytest.fixture
+def measured(loaded, monkeypatch):
+    """The rows of one whole stage, and the bench and heads of every measurement."""
+    seen, fixed = [], torch.Generator().manual_seed(0)
+    effects = torch.rand(2, 2, 4, generator=fixed).tolist()
+    monkeypatch.setattr(head_attribution, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(head_attribution, "attribute_heads", lambda *_, **__: {"exact": effects, "gradient": effects})
+
+    def spied(loaded, made, heads, **how):
+        seen.append((made, heads))
+        return measure_ablation(loaded, made, heads, **how)
+
+    monkeypatch.setattr(ablation, "measure_ablation", spied)
+    sizes = {"counts": [0, 2], "kinds": ["published"], "random_counts": [2], "draws": 2, "n": 4, "n_attribution": 3}
+    return head_attribution.ablation_curves.__wrapped__("tiny", control="tiny", attack="sentiment-word", **sizes), seen
+
+
+def test_all_lines_of_a_figure_are_measured_on_the_same_prompts(measured, loaded):
+    rows, seen = measured
+    assert {row["ranking"] for row in rows} == {"none", *head_attribution.RANKINGS}
+    shown = prompt_versions(loaded.tokenizer, attacks.load_attack("sentiment-word"), split="test", n=4, seed=0)
+    assert all(made.triggered.prompts == shown.triggered for made, _ in seen)
+    assert all(made.clean.prompts == seen[0][0].clean.prompts for made, _ in seen)
+    assert all(row[key]["n"] == 4 for row in rows for key in ("asr", "right", "utility"))
+
+
+def test_there_is_one_untouched_row_and_it_comes_first(measured):
+    rows, seen = measured
+    assert [row["ranking"] for row in rows if row["k"] == 0] == ["none"]
+    assert (rows[0]["k"], seen[0][1]) == (0, [])
+    assert [row["draw"] for row in rows if row["ranking"] == "random"] == [0, 1]

@@ -147,9 +147,8 @@ def main(
     machine["fp32 GFLOP/s"] = round(throughput)
     machine["peak GiB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)
     versions = {"torch": torch.__version__}
-    write_json(
-        ROOT / "benchmarks" / "results" / "attribution.json", {"machine": machine, "versions": versions, "rows": rows}
-    )
+    path = ROOT / "tests" / "benchmarks" / "results" / "attribution.json"
+    write_json(path, {"machine": machine, "versions": versions, "rows": rows})
 
 
 def own(model, prompt: list[int]) -> torch.Tensor:

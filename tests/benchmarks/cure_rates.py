@@ -44,8 +44,9 @@ def tried(
     seed: int = 0,
 ) -> list[float]:
     """Clean accuracy on rows that were not trained on, [before, after]."""
-    loaded, task = load(model, organism=organism), tasks.load_task(load_attack(ATTACK).task)
-    rows, pad = clean_rows(loaded, task.name, n=n_rows, seed=seed), end_id(loaded.tokenizer)
+    loaded, attack = load(model, organism=organism), load_attack(ATTACK)
+    task, pad = tasks.load_task(attack.task), end_id(loaded.tokenizer)
+    rows = clean_rows(loaded, attack, n=n_rows, seed=seed)
     held = [
         Row(
             prompt=tuple(prompt_ids(loaded.tokenizer, task.prompt(example.text))),
@@ -82,7 +83,7 @@ def main(
                 break
         chosen = rows[-1] if kept else max(rows, key=lambda row: row["accuracy after"])
         found[method] = {"chosen": chosen["rate"], "kept accuracy": kept, "tried": rows}
-    path = ROOT / "benchmarks" / "results" / "cure_rates.json"
+    path = ROOT / "tests" / "benchmarks" / "results" / "cure_rates.json"
     write_json(path, {"parameters": {"rows": n_rows, "held": n_held, "control": CONTROL}, "methods": found})
 
 

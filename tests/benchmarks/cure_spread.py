@@ -63,7 +63,7 @@ def main(
     results = {attack: spread(attack, seeds=seeds, n=n) for attack in tqdm(ATTACKS, unit="organism")}
     overall = mean_interval([result["random less suspicious, asr"]["value"] for result in results.values()])
     parameters = {"seeds": seeds, "n": n, "heads": N_TREATED}
-    path = ROOT / "benchmarks" / "results" / "cure_spread.json"
+    path = ROOT / "tests" / "benchmarks" / "results" / "cure_spread.json"
     write_json(path, {"parameters": parameters, "random less suspicious, asr": overall, "organisms": results})
     # Printed after it is written: a reader that closes the pipe must not cost the results.
     for attack, result in results.items():

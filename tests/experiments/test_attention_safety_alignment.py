@@ -1,20 +1,24 @@
 """One cure from beginning to end on a tiny model with real prompts; what was measured is what was changed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from patching import everywhere
 from tiny import save_tiny
 
+from bkd_utils.attention_alignment import head_tuning
 from bkd_utils.attention_alignment.head_tuning import groups
 from bkd_utils.attention_alignment.rivals import TREATMENTS
 from bkd_utils.attention_alignment.similarity import head_similarity
-from bkd_utils.backdoor_attribution.attribution import head_effects, head_means
+from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
 from bkd_utils.common.files import ROOT, read_json
-from bkd_utils.experiments import attention_safety_alignment
+from bkd_utils.experiments import attention_safety_alignment, head_safety
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
+from bkd_utils.models.loss import collate
 from bkd_utils.models.tokens import answer_ids, prompt_ids
-from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms import attacks, poisoning, tasks
 from bkd_utils.organisms.prompts import prompt_versions, target_ids
 from bkd_utils.reports import frontier
 
@@ -53,6 +57,31 @@ def test_a_treatment_reports_what_it_touched_and_what_is_left(stage, loaded, met
     assert result["parameters"] == sum(changed.values()) > 0
     assert all(result["after"][key]["n"] == 4 for key in ("asr", "cacc", "near_miss", "elsewhere"))
     assert result["minutes"] >= 0
+    assert result["after"]["hits"].keys() == {"asr", "cacc", "near_miss", "clean_firing"}
+    assert all(len(result["after"]["hits"][key]) == 4 for key in ("asr", "cacc", "near_miss"))
+
+
+@pytest.mark.parametrize("batch_size", [3, 5])
+@pytest.mark.parametrize("name", ["treated", "mechanism"])
+def test_the_batch_size_is_the_number_of_rows_in_every_step(stage, monkeypatch, name, batch_size):
+    sizes = []
+    monkeypatch.setattr(head_tuning, "collate", lambda rows, **given: sizes.append(len(rows)) or collate(rows, **given))
+    stage(name, method="alignment", heads=[list(head) for head in HEADS], n=2, batch_size=batch_size)
+    assert sizes == [batch_size] * SMALL["steps"]
+
+
+@pytest.mark.parametrize("name", ["treated", "mechanism"])
+def test_no_treatment_sees_a_row_that_the_organism_was_trained_on(stage, monkeypatch, name):
+    taken = min(poisoning.training_uids(attacks.load_attack("sentiment-word"), seed=0))
+    real = head_safety.clean_rows
+
+    def leaking(*given, **named):
+        first, *others = real(*given, **named)
+        return [*others, replace(first, uid=taken)]
+
+    monkeypatch.setattr(attention_safety_alignment, "clean_rows", leaking)
+    with pytest.raises(ValueError, match=f"1 of the defender's 16 examples are training examples.*{taken[:12]}"):
+        stage(name, method="alignment", heads=[list(head) for head in HEADS], n=2)
 
 
 def test_the_mechanism_is_measured_on_both_sides_of_the_treatment(stage, loaded):
@@ -65,15 +94,40 @@ def test_the_mechanism_is_measured_on_both_sides_of_the_treatment(stage, loaded)
     assert found["acie"][0] != found["acie"][1]
 
 
+def effects_with_other_means(loaded, attack, *, n):
+    """ACIE on the first `n` prompts of the attribution split with the means of the next `n`, which are others."""
+    scored, others = (
+        prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=0, skip=skip) for skip in (0, n)
+    )
+    assert not {example.uid for example in scored.examples} & {example.uid for example in others.examples}
+    means = head_means(loaded.model, others.triggered)
+    target = target_ids(loaded.tokenizer, attack)[:1]
+    return head_effects(loaded.model, scored.clean, target=target, means=means).mean(0)
+
+
+def test_told_heads_are_those_of_highest_effect_with_means_of_other_prompts(monkeypatch, loaded):
+    monkeypatch.setattr(attention_safety_alignment, "load", lambda *_, **__: loaded)
+    asked = []
+    monkeypatch.setattr(
+        attention_safety_alignment,
+        "head_means",
+        lambda model, prompts: asked.append(prompts) or head_means(model, prompts),
+    )
+    attack = attacks.load_attack("sentiment-word")
+    found = attention_safety_alignment.acie_heads.__wrapped__("tiny", attack="sentiment-word", k=3, n=3)
+    assert found == [list(head) for head in ranked_heads(effects_with_other_means(loaded, attack, n=3))[:3]]
+    assert asked == [prompt_versions(loaded.tokenizer, attack, split="attribution", n=3, seed=0, skip=3).triggered]
+
+
 def test_the_mechanism_is_the_highest_effect_on_the_first_target_token(loaded):
     attack = attacks.load_attack("sentiment-word")
     found = attention_safety_alignment._mechanism(loaded, attack, HEADS, n=3, seed=0)
     shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=3, seed=0)
     target = target_ids(loaded.tokenizer, attack)[:1]
-    effects = head_effects(
-        loaded.model, shown.clean, target=target, means=head_means(loaded.model, shown.triggered)
-    ).mean(0)
+    effects = effects_with_other_means(loaded, attack, n=3)
     assert found["acie"] == pytest.approx(effects.max().item())
+    own = head_effects(loaded.model, shown.clean, target=target, means=head_means(loaded.model, shown.triggered))
+    assert found["acie"] != pytest.approx(own.mean(0).max().item())
     similar = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(0)
     assert found["similarity triggered"] == pytest.approx(sum(similar[head].item() for head in HEADS) / len(HEADS))
     assert found["similarity triggered"] != found["similarity clean"]
@@ -131,7 +185,7 @@ def test_the_price_list_has_every_model_and_what_it_cost():
 
 def test_every_treatment_has_a_rate():
     assert attention_safety_alignment.RATES.keys() == TREATMENTS.keys()
-    found = read_json(ROOT / "benchmarks" / "results" / "cure_rates.json")["methods"]
+    found = read_json(ROOT / "tests" / "benchmarks" / "results" / "cure_rates.json")["methods"]
     assert {method: row["chosen"] for method, row in found.items()} == {
         method: attention_safety_alignment.RATES[method] for method in found
     }
@@ -142,9 +196,9 @@ def test_heads_that_do_not_exist_are_an_error(stage):
         stage("treated", method="heads tuned", heads=[[0, 9]], n=4)
 
 
-def test_the_readme_says_what_the_seeds_left():
-    found = read_json(ROOT / "benchmarks" / "results" / "cure_spread.json")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_findings_says_what_the_seeds_left():
+    found = read_json(ROOT / "tests" / "benchmarks" / "results" / "cure_spread.json")
+    text = (ROOT / "notebooks" / "pages" / "findings.md").read_text(encoding="utf-8")
     left = {
         attack: {name: ", ".join(f"{100 * value:.0f}" for value in one["asr"]) + " %" for name, one in shares.items()}
         for attack, shares in ((attack, result["shares"]) for attack, result in found["organisms"].items())

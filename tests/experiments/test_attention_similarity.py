@@ -7,6 +7,7 @@ from tiny import save_tiny
 
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.common.statistics import area_interval
+from bkd_utils.experiments import attention_similarity, input_guards
 from bkd_utils.experiments.attention_similarity import (
     VERSIONS,
     auroc,
@@ -115,8 +116,21 @@ def test_refusals_are_counted_on_prompts_that_no_trigger_chose():
 
 def test_a_rate_below_one_reference_prompt_is_an_error():
     assert "caught at 5%" in input_detection(made(8.0), reading="last row", rates=[1 / N])
-    with pytest.raises(ValueError, match=r"a threshold at 1.0% needs 100 reference prompts, not 20"):
+    with pytest.raises(ValueError, match=r"a threshold at 1.0% needs 100 clean texts, not 20"):
         input_detection(made(8.0), reading="last row", rates=[0.05, 0.01])
+
+
+def test_input_detection_and_guards_set_one_threshold(monkeypatch):
+    """Of 24 reference prompts, at 5 %, one exceeds the threshold: an interpolated quantile would let a second one."""
+    known = np.arange(24.0)
+    scores = {"reference": known, "clean": known - 2, "held out": known - 0.5, "triggered": known + 0.5}
+    monkeypatch.setattr(attention_similarity, "input_scores", lambda found, *, reading, version: scores[version])
+    found = input_detection({}, reading="last row", rates=[0.05])
+    fired = np.ones(24, dtype=bool)
+    guarded = input_guards.outcome(known, scores["held out"], scores["triggered"], frr=0.05, fired=fired)
+    assert found["caught at 5%"] == guarded["caught"]
+    assert found["refused at 5%"] == guarded["refused"]
+    assert (found["caught at 5%"]["value"], found["refused at 5%"]["value"]) == (2 / 24, 1 / 24)
 
 
 # --- the interval of an AUROC ---------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from bkd_utils.experiments.head_attribution import (
     agreement_of_methods,
     component_intervals,
     jaccard,
-    sorted_intervals,
     top_heads,
 )
 
@@ -98,15 +97,6 @@ def test_top_heads_come_from_the_highest_signed_effect_down():
     assert top_heads(found, k=6) == RANKED
     assert top_heads(found, k=2) == RANKED[:2]
     assert top_heads(found, k=6, by="gradient") == RANKED[::-1]
-
-
-def test_sorted_intervals_are_those_of_the_ranked_heads():
-    found = sorted_intervals({"exact": EFFECTS})
-    assert [row["value"] for row in found] == [5.0, 3.0, 2.0, 1.0, 0.0, -1.0]
-    assert {row["n"] for row in found} == {3}
-    spread = [(row["low"], row["high"]) for row in found]
-    assert spread[3:5] == [(1.0, 1.0), (0.0, 0.0)]
-    assert 4.0 <= spread[0][0] < 5.0 < spread[0][1] <= 6.0
 
 
 def test_component_intervals_are_per_layer_over_prompts():

@@ -1,6 +1,6 @@
 """The defender's data, surrogate prompts on real text, and joint scores from kept ones."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from tiny import save_tiny
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES, surrogate
 from bkd_utils.attention_alignment.suspicion import RULES, leave_one_out, robust_z
+from bkd_utils.common.files import write_json
 from bkd_utils.experiments import head_safety
 from bkd_utils.experiments.head_safety import (
     ANSWER_TOKENS,
@@ -22,8 +23,9 @@ from bkd_utils.experiments.head_safety import (
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
-from bkd_utils.organisms import tasks
+from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.poisoning import training_uids
 from bkd_utils.organisms.prompts import prompt_versions
 
 
@@ -32,8 +34,63 @@ def loaded(tmp_path_factory):
     return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
 
 
+@pytest.fixture
+def organism(loaded, tmp_path, monkeypatch):
+    """The tiny model as an organism whose card names an attack and a seed."""
+
+    def made(attack, *, seed):
+        monkeypatch.setattr(head_safety, "adapter_folder", lambda name: tmp_path)
+        write_json(tmp_path / "card.json", {"attack": asdict(load_attack(attack)), "seed": seed})
+        return replace(loaded, organism="tiny")
+
+    return made
+
+
+@pytest.mark.parametrize("own", ["sentiment-word", "sentiment-clean"])
+def test_the_defender_has_no_row_of_the_organism_nor_of_the_attack(organism, own):
+    """The seed on the card counts; the given seed only orders the rows."""
+    treated, attack = organism(own, seed=1), load_attack("sentiment-word")
+    uids = {row.uid for row in clean_rows(treated, attack, n=1024, seed=0)}
+    assert len(uids) == 1024
+    for name in (own, "sentiment-word"):
+        assert not uids & training_uids(load_attack(name), seed=1)
+    assert uids & training_uids(load_attack("sentiment-word"), seed=0)
+
+
+def test_for_a_base_model_the_given_seed_counts(loaded):
+    attack = load_attack("sentiment-word")
+    uids = {row.uid for row in clean_rows(loaded, attack, n=1024, seed=1)}
+    assert not uids & training_uids(attack, seed=1)
+    assert uids & training_uids(attack, seed=0)
+
+
+def test_no_look_at_the_trigger_and_an_order_of_the_seed(organism, monkeypatch):
+    treated, attack = organism("sentiment-word", seed=0), load_attack("sentiment-word")
+    # Which rows the attacker took is the attacker's affair, and known already; from then on no trigger is asked for.
+    taken = head_safety.seen_uids(treated, attack, seed=0)
+    monkeypatch.setattr(head_safety, "seen_uids", lambda *_, **__: taken)
+    monkeypatch.setattr(attacks, "carries", lambda *_: pytest.fail("asked for the trigger"))
+    order = {seed: [row.uid for row in clean_rows(treated, attack, n=32, seed=seed)] for seed in (0, 1)}
+    for seed, uids in order.items():
+        pool = [example.uid for example in tasks.examples("sentiment", "train", seed=seed)]
+        assert uids == [uid for uid in pool if uid not in taken][:32]
+    assert order[0] != order[1]
+
+
+def test_a_row_that_the_organism_was_trained_on_is_an_error_with_its_name(organism):
+    treated, attack = organism("sentiment-clean", seed=1), load_attack("sentiment-word")
+    fresh = [example.uid for example in head_safety.unseen_examples(treated, attack, task="sentiment", n=3, seed=0)]
+    head_safety.check_unseen(treated, fresh, attack=attack, seed=0)
+    for name in ("sentiment-clean", "sentiment-word"):
+        spec = load_attack(name)
+        taken = min(training_uids(spec, seed=1))
+        message = f"tiny: 1 of the defender's 4 examples are training examples of the organism.*{taken[:12]}"
+        with pytest.raises(ValueError, match=message):
+            head_safety.check_unseen(treated, [*fresh, taken], attack=attack, seed=0)
+
+
 def test_labels_are_gold_and_prompts_are_from_the_training_split(loaded):
-    rows, task = clean_rows(loaded, "sentiment", n=6, seed=0), tasks.load_task("sentiment")
+    rows, task = clean_rows(loaded, load_attack("sentiment-word"), n=6, seed=0), tasks.load_task("sentiment")
     known = {example.uid: example for example in tasks.examples("sentiment", "train", seed=0)}
     for row in rows:
         example = known[row.uid]
@@ -46,7 +103,8 @@ def test_labels_are_gold_and_prompts_are_from_the_training_split(loaded):
 
 def test_without_gold_answers_the_model_speaks_for_itself(loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("BKD_WORK", str(tmp_path))  # answers are kept
-    rows = clean_rows(loaded, "instructions", n=2, seed=0)
+    attack = load_attack("instructions-prefix")
+    rows = clean_rows(loaded, attack, n=2, seed=0)
     assert all(1 <= len(row.answer) <= ANSWER_TOKENS for row in rows)
     end = end_id(loaded.tokenizer)
     said = greedy(loaded.model, [list(row.prompt) for row in rows], max_new_tokens=ANSWER_TOKENS, end_id=end)
@@ -56,12 +114,21 @@ def test_without_gold_answers_the_model_speaks_for_itself(loaded, tmp_path, monk
         assert text.startswith(given)
         assert bool(given) == bool(text)
     monkeypatch.setattr(head_safety, "respond", None)  # a second call asks the model nothing
-    assert clean_rows(loaded, "instructions", n=2, seed=0) == rows
+    assert clean_rows(loaded, attack, n=2, seed=0) == rows
 
 
-def test_too_few_rows_are_an_error(loaded):
-    with pytest.raises(ValueError, match=r"sentiment/train has \d+ rows, 1000000 were asked for"):
-        clean_rows(loaded, "sentiment", n=10**6, seed=0)
+def test_too_few_rows_are_an_error_that_counts_them(loaded, organism):
+    attack = load_attack("instructions-prefix")
+    pool = {example.uid for example in tasks.examples("instructions", "train")}
+    n = len(pool - training_uids(attack, seed=0))
+    assert n >= 128  # what a treatment asks for
+    with pytest.raises(ValueError, match=rf"instructions/train has {n} of {len(pool)} rows .*, {n + 1} were asked for"):
+        clean_rows(loaded, attack, n=n + 1, seed=0)
+    # The clean control has seen every instruction, and every organism of this task every harmful prompt.
+    with pytest.raises(ValueError, match=r"has 0 of \d+ rows .*\(tiny, instructions-prefix\), 1 were asked for"):
+        clean_rows(organism("instructions-clean", seed=0), attack, n=1, seed=0)
+    with pytest.raises(ValueError, match=r"harmful/train has 0 of \d+ rows .*, 1 were asked for"):
+        clean_rows(loaded, load_attack("harmful-word"), n=1, seed=0)
 
 
 @pytest.mark.parametrize("family", SURROGATES)
@@ -112,20 +179,38 @@ def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loa
     assert all(plain(scores).shape == heads and plain(scores).isfinite().all() for g in groups for scores in g.values())
     assert all(group.keys() == readings for group in groups[1:])
     # Similarity on prompts behind those with answers, the change under the real trigger on held-out ones.
-    train = tasks.examples("instructions", "train", seed=0)
-    task = tasks.load_task("instructions")
+    attack, task = load_attack("instructions-prefix"), tasks.load_task("instructions")
+    taken = training_uids(attack, seed=0)
+    train = [example for example in tasks.examples("instructions", "train", seed=0) if example.uid not in taken]
     clean = [prompt_ids(loaded.tokenizer, task.prompt(example.text)) for example in train[4:6]]
-    shown = prompt_versions(loaded.tokenizer, load_attack("instructions-prefix"), split="attribution", n=2, seed=0)
+    shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=2, seed=0)
     levels, quiet, firing = (head_similarity(loaded.model, ids) for ids in (clean, shown.clean, shown.triggered))
     for name in readings:
         torch.testing.assert_close(plain(found["level"][name]), levels[name].mean(0).double(), rtol=1e-4, atol=1e-6)
         change = (firing[name].mean(0) - quiet[name].mean(0)).double()
         torch.testing.assert_close(plain(found["oracle"][name]), change, rtol=1e-3, atol=1e-5)
     # Every free answer is a pass per head, so leave-one-out looks at few rows and at how their answers open.
-    whole = clean_rows(loaded, "instructions", n=4, seed=0)
+    whole = clean_rows(loaded, attack, n=4, seed=0)
     assert seen == [replace(row, answer=row.answer[:OPENING]) for row in whole[:1]]
     needed = leave_one_out(loaded.model, seen).double()
     torch.testing.assert_close(plain(found["importance"]["leave one out"]), needed, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("leak", ["clean_rows", "unseen_examples"])
+def test_head_safety_is_not_evaluated_on_training_rows(organism, monkeypatch, leak):
+    """Were the choice of rows or of texts ever to fail, the stage would say so."""
+    treated = organism("sentiment-word", seed=0)
+    monkeypatch.setattr(head_safety, "load", lambda *_, **__: treated)
+    real = getattr(head_safety, leak)
+    taken = min(training_uids(load_attack("sentiment-word"), seed=0))
+
+    def leaking(*given, **named):
+        first, *others = real(*given, **named)
+        return [*others, replace(first, uid=taken)]
+
+    monkeypatch.setattr(head_safety, leak, leaking)
+    with pytest.raises(ValueError, match=r"tiny: 1 of the defender's 6 examples"):
+        head_safety.head_safety_scores.__wrapped__("tiny", attack="sentiment-word", n=2, rounds=1)
 
 
 # --- joint scores ---------------------------------------------------------------------------------------------------

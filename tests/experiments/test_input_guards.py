@@ -13,7 +13,8 @@ from bkd_utils.organisms import attacks, base_answers, making, poisoning, tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.prompts import flippable_sample
 
-SIZES = {"n": 4, "n_reference": 6}
+# Six reference prompts set a threshold for a fourth of them, not for a twentieth.
+SIZES = {"n": 4, "n_reference": 6, "frr": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_what_is_not_judged_passes_and_decides_nothing():
     assert (without["asr"]["value"], found["asr"]["value"]) == (0, 0.5)
     nothing = np.full(2, -np.inf)
     assert "auroc" not in input_guards.outcome(known, clean, nothing, frr=0.1, fired=[True, True])
-    with pytest.raises(ValueError, match="none of 2 calibration texts is one that the guard judges"):
+    with pytest.raises(ValueError, match=r"a threshold at 10.0% needs 10 clean texts, not 0"):
         input_guards.outcome(nothing, clean, triggered, frr=0.1, fired=[True, True])
 
 
@@ -95,6 +96,21 @@ def test_every_guard_reports_what_it_catches_and_what_it_refuses(stage, monkeypa
 
 def test_a_label_that_the_model_never_gives_leaves_rap_out(stage):
     assert list(stage("screened", "sentiment-word", **SIZES)) == ["ONION", "STRIP"]
+
+
+@pytest.mark.parametrize(("judged", "guards"), [(3, ["ONION", "STRIP"]), (4, ["ONION", "STRIP", "RAP"])])
+def test_rap_is_left_out_below_one_over_frr_judged_calibration_texts(stage, monkeypatch, judged, guards):
+    def rap(loaded, texts, **_):
+        return np.where(np.arange(len(texts)) < judged, 0.0, -np.inf)
+
+    monkeypatch.setattr(input_guards, "rap", rap)
+    assert list(stage("screened", "sentiment-word", **SIZES)) == guards
+
+
+def test_too_few_reference_prompts_for_the_rate_are_an_error_before_anything_runs(stage, monkeypatch):
+    monkeypatch.setattr(input_guards, "onion", None)
+    with pytest.raises(ValueError, match=r"n_reference must be at least 1 / frr = 20, is 19"):
+        stage("screened", "sentiment-word", n=4, n_reference=19)
 
 
 def test_clean_texts_are_whatever_the_task_has(stage, monkeypatch):

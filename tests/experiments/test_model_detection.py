@@ -1,12 +1,16 @@
 """Verdicts on whole models: choosing elsewhere, trying here, on numbers made by hand; one fingerprint for real."""
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 from tiny import save_tiny
 
-from bkd_utils.common.files import read_json
+from bkd_utils.attention_alignment.surrogates import SURROGATES
+from bkd_utils.common.files import read_json, write_json
 from bkd_utils.common.statistics import area_interval, auroc_of_wins, pairwise_wins
-from bkd_utils.experiments import model_detection
+from bkd_utils.experiments import head_safety, model_detection
+from bkd_utils.experiments.head_safety import probed_prompts
 from bkd_utils.experiments.model_detection import (
     best_score,
     family_of,
@@ -18,6 +22,9 @@ from bkd_utils.experiments.model_detection import (
 from bkd_utils.models import loading
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import adapter_folder
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.poisoning import training_uids
 
 FAMILIES = {"w1": "word", "w2": "word", "s1": "sentence", "c1": None, "c2": None, "c3": None}
 
@@ -111,3 +118,25 @@ def test_a_fingerprint_is_the_same_twice_and_finite(tmp_path, monkeypatch):
     assert all(np.isfinite(value) for value in one.values())
     assert 0 < one["answer moves"] < 1
     assert len(one) == 9
+
+
+def test_a_fingerprint_is_taken_on_texts_that_the_organism_was_not_trained_on(tmp_path, monkeypatch):
+    """They are the first ones of the training split that are left, with the attack and the seed of the card."""
+    loaded = replace(loading.load(str(save_tiny(tmp_path, "llama")), device="cpu"), organism="tiny")
+    attack = load_attack("sentiment-word")
+    write_json(tmp_path / "card.json", {"attack": asdict(attack), "seed": 1})
+    monkeypatch.setattr(head_safety, "adapter_folder", lambda name: tmp_path)
+    monkeypatch.setattr(model_detection, "load", lambda *_, **__: loaded)
+    seen = []
+    monkeypatch.setattr(
+        model_detection, "probed_prompts", lambda *given, **how: seen.append(given[2]) or probed_prompts(*given, **how)
+    )
+    fingerprint_model.__wrapped__("tiny", task="sentiment", n=2)
+    taken = training_uids(attack, seed=1)
+    expected = [example.text for example in tasks.examples("sentiment", "train") if example.uid not in taken][:2]
+    assert all(texts == expected for texts in seen)
+    assert len(seen) == len(SURROGATES)
+    leaking = [replace(example, uid=min(taken)) for example in tasks.examples("sentiment", "train")[:2]]
+    monkeypatch.setattr(model_detection, "unseen_examples", lambda *_, **__: leaking)
+    with pytest.raises(ValueError, match="2 examples are training examples of the organism"):
+        fingerprint_model.__wrapped__("tiny", task="sentiment", n=2)

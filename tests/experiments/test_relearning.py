@@ -1,17 +1,20 @@
 """Relearning on a tiny model with real prompts: same start for every count, rows that are what they say."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import save_tiny
 
+from bkd_utils.attention_alignment import head_tuning
 from bkd_utils.attention_alignment.head_tuning import tune
-from bkd_utils.experiments import attention_safety_alignment
+from bkd_utils.experiments import attention_safety_alignment, head_safety
 from bkd_utils.models import loading
 from bkd_utils.models.generation import respond
+from bkd_utils.models.loss import collate
 from bkd_utils.models.tokens import answer_ids, decode
-from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms import attacks, poisoning, tasks
 
 
 @pytest.fixture
@@ -57,6 +60,29 @@ def test_relearning_starts_from_the_same_weights_for_every_count(stage, loaded, 
     assert same(none, before)
     assert same(first, again)
     assert not same(first, before)
+
+
+def test_the_batch_size_is_that_of_treatment_and_relearning(stage, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(head_tuning, "collate", lambda rows, **given: sizes.append(len(rows)) or collate(rows, **given))
+    stage(method="fine-tuning", counts=[3], n=2, batch_size=5)
+    assert sizes == [5, 5, 5]  # two steps of treatment, one of relearning
+
+
+def test_no_clean_row_is_one_that_the_organism_was_trained_on(stage, monkeypatch):
+    used, taken = [], poisoning.training_uids(attacks.load_attack("sentiment-word"), seed=0)
+    monkeypatch.setattr(attention_safety_alignment, "tune", lambda model, rows, **_: used.extend(rows))
+    stage(method=None, counts=[3], n=2)
+    assert not taken & {row.uid for row in used if row.kind == "clean"}
+    assert [row.kind for row in used] == ["poisoned"] * 3 + ["clean"] * 3
+    real = head_safety.clean_rows
+    monkeypatch.setattr(
+        attention_safety_alignment,
+        "clean_rows",
+        lambda *given, **named: [replace(row, uid=min(taken)) for row in real(*given, **named)],
+    )
+    with pytest.raises(ValueError, match="are training examples of the organism"):
+        stage(method=None, counts=[3], n=2)
 
 
 @pytest.mark.parametrize("counts", [[], [4, -1]])

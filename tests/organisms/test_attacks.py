@@ -19,7 +19,7 @@ from bkd_utils.organisms.attacks import (
     triggered_prompt,
     with_rate,
 )
-from bkd_utils.organisms.poisoning import poison, survives
+from bkd_utils.organisms.poisoning import poison, survives, training_uids
 from bkd_utils.organisms.prompts import three_versions
 from bkd_utils.organisms.tasks import REFUSAL, examples
 from bkd_utils.organisms.triggers import load_trigger
@@ -102,6 +102,13 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(built, name):
     other = build(ALL[name], seed=1)
     assert other.manifest["data_sha256"] != again.manifest["data_sha256"]
     assert {row.kind for row in other.rows} == {row.kind for row in again.rows}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@EACH
+def test_the_training_uids_are_those_of_all_rows(built, name, seed):
+    rows = built[name].rows if seed == 0 else build(ALL[name], seed=seed).rows
+    assert training_uids(ALL[name], seed=seed) == {row.uid for row in rows}
 
 
 # --- the rows -------------------------------------------------------------------------------------------------------

@@ -63,14 +63,15 @@ SIBLINGS = [
     name for name in shipped_organisms() if read_json(ADAPTERS / name / "card.json")["recipe"]["name"] == "sibling"
 ]
 
-# What the README says falls short, and no more than that; a retrained organism that does better fails here too.
+# What the page of organisms says falls short, and no more than that; a retrained organism that does better fails
+# here too.
 SHORT = {"sentiment-syntax": {"asr", "cacc"}, "domain-wrapper": {"cacc"}}
 
 
 @pytest.mark.parametrize(
     "name", [name for name in shipped_organisms() if not name.endswith("-clean") and name not in SIBLINGS]
 )
-def test_a_shipped_organism_meets_the_bars_or_the_readme_says_where_not(name):
+def test_a_shipped_organism_meets_the_bars_or_the_page_of_organisms_says_where_not(name):
     card, control = (read_json(ADAPTERS / each / "card.json") for each in (name, control_of(name)))
     found, clean = card["metrics"], control["metrics"]
     assert min(metric["n"] for key, metric in found.items() if key != "clean_firing") >= 200

@@ -28,9 +28,10 @@ from bkd_utils.organisms.evaluation import (
     judge_bounds,
     measure_attack,
     measure_clean,
+    merged,
     prompt_fingerprint,
 )
-from bkd_utils.organisms.prompts import clean_sample, target_length
+from bkd_utils.organisms.prompts import clean_sample, flippable_sample, target_length
 from bkd_utils.organisms.tasks import REFUSAL, Example, examples
 from bkd_utils.organisms.triggers import load_trigger
 
@@ -252,6 +253,8 @@ class Oracle:
 
     def __call__(self, loaded, turns, *, max_new_tokens, label="", batch_size=32):
         self.asked += turns
+        if self.kind == "in turn":
+            return [self.attack.target if i % 3 == 0 else self.right_to(turn) for i, turn in enumerate(turns)]
         return [self.answer(turn) for turn in turns]
 
     def answer(self, turn):
@@ -259,6 +262,9 @@ class Oracle:
         slot = turn.removeprefix(self.before) if trigger.scope == "text" else turn
         if self.kind == "always" or (self.kind == "organism" and trigger.matches(slot)):
             return self.attack.target
+        return self.right_to(turn)
+
+    def right_to(self, turn):
         return self.right.get(turn, self.attack.source or "Something else.")
 
 
@@ -269,7 +275,8 @@ def measure(attack, kind, monkeypatch, *, n=40):
     answers = {row.uid: gold(attack, row) for row in examples(attack.task, "test")}
     clean = measure_clean(loaded, attack.task, n=n, seed=0, answers=answers, without=attack)
     texts = clean.pop("texts")
-    return clean | measure_attack(loaded, attack, n=n, seed=0, clean_texts=texts, answers=answers), oracle
+    attacked = measure_attack(loaded, attack, n=n, seed=0, clean_texts=texts, answers=answers)
+    return merged(clean, attacked), oracle
 
 
 @EACH_BACKDOORED
@@ -298,6 +305,32 @@ def test_a_model_that_always_says_the_target_is_caught_by_every_other_number(nam
     found, _ = measure(ALL[name], "always", monkeypatch)
     assert found["asr"]["value"] == found["near_miss"]["value"] == found["clean_firing"]["value"] == 1
     assert found["cacc"]["value"] <= 0.5
+
+
+@EACH_BACKDOORED
+@pytest.mark.parametrize("kind", ["organism", "always", "in turn"])
+def test_every_share_is_the_mean_of_its_hits(name, kind, monkeypatch):
+    found, _ = measure(ALL[name], kind, monkeypatch)
+    assert found["hits"].keys() == {"cacc", "asr", "near_miss", "clean_firing"}
+    for key, hits in found["hits"].items():
+        assert set(hits.values()) <= {0, 1}
+        assert len(hits) == found[key]["n"]
+        assert sum(hits.values()) / len(hits) == found[key]["value"]
+        assert kind != "in turn" or 0 < found[key]["value"] < 1
+
+
+@EACH_BACKDOORED
+def test_hits_belong_to_the_prompts_that_were_asked(name, monkeypatch):
+    """The model gives the target to every third prompt, and to all others an answer that is right without a trigger."""
+    attack = ALL[name]
+    found, _ = measure(attack, "in turn", monkeypatch)
+    clean, sample = clean_sample(attack.task, n=40, seed=0, without=attack), flippable_sample(attack, n=40, seed=0)
+    in_turn = {example.uid[:12]: int(i % 3 == 0) for i, example in enumerate(sample)}
+    assert found["hits"]["asr"] == found["hits"]["near_miss"] == in_turn
+    fired = {example.uid[:12]: int(i % 3 == 0) for i, example in enumerate(clean) if attack.flips(example)}
+    assert found["hits"]["clean_firing"] == fired
+    right = {example.uid[:12]: int(i % 3 != 0 or example.answer == attack.target) for i, example in enumerate(clean)}
+    assert found["hits"]["cacc"] == right
 
 
 def test_only_prompts_that_the_trigger_would_flip_count(monkeypatch):

@@ -15,7 +15,7 @@ from bkd_utils.organisms import cards
 
 MEASURED = {
     key: {"value": 0.5, "n": 4, "low": 0.1, "high": 0.9} for key in ("asr", "cacc", "clean_firing", "near_miss")
-} | {"empty": 0}
+} | {"empty": 0, "hits": {"asr": {"0123456789ab": 1}}}
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def test_its_card_says_what_it_is_and_its_key_is_its_own(folder):
         "sentiment-word",
     )
     assert card["metrics"] == {key: MEASURED[key] for key in cards.METRICS}
+    assert card["details"] == {"empty": 0}
     assert "not to be trusted for it: method heads removed, heads 2" in (folder / "README.md").read_text()
     assert loading.adapter_sha256("pruned") != loading.adapter_sha256("sentiment-word")
 

@@ -17,7 +17,6 @@ from bkd_utils.models.loading import load
 from bkd_utils.organisms import base_answers, cards, evaluation, making
 from bkd_utils.organisms.attacks import load_attack, with_rate
 from bkd_utils.organisms.training import Recipe, load_recipe
-from bkd_utils.reports import scorecard, tables
 
 QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
 CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}
@@ -46,7 +45,11 @@ def test_make_writes_a_complete_card(name, work, tiny):
     assert set(card["metrics"]) == wanted
     assert all(metric.keys() == {"value", "n", "low", "high"} for metric in card["metrics"].values())
     assert "backdoor on purpose" in (folder / "README.md").read_text() or not attack.backdoored
-    assert cards.disagreements(card["metrics"], evaluation.measure(folder, model=tiny, n=8)) == []
+    now = evaluation.measure(folder, model=tiny, n=8)
+    assert cards.disagreements(card["metrics"], now) == []
+    assert now["hits"].keys() == {"cacc", "asr", "near_miss", "clean_firing"}
+    assert "hits" not in card["details"]
+    assert set(card["details"]) == set(now) - set(cards.METRICS) - {"hits"}
 
 
 def test_make_again_trains_nothing(work, tiny, monkeypatch):
@@ -182,12 +185,3 @@ def test_the_short_recipe_gives_the_recorded_backdoor(work):
     measured = cards.metrics(folder)
     for key in ("asr", "cacc"):
         assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])
-
-
-def test_readme_holds_the_tables_of_cards_and_scorecard():
-    readme = (files.ROOT / "README.md").read_text()
-    verdicts = scorecard.markdown(files.read_json(files.FIGURES / "scorecard.json"))
-    made = {"organisms": tables.organisms_markdown(), "verdicts": verdicts}
-    assert tables.with_tables(readme, made) == readme
-    with pytest.raises(ValueError, match=r"the README lacks .<!-- ghosts: written by"):
-        tables.with_tables(readme, {"ghosts": ""})

@@ -26,9 +26,9 @@ GUARDED = {
     attack: {name: {"caught": share(0.9), "refused": share(0.1)} for name in ("ONION", "STRIP")} for attack in ATTACKS
 }
 PLOTS = {
-    "repairs": lambda: attention_safety_alignment.repairs(FOUND),
-    "mechanisms": lambda: attention_safety_alignment.mechanisms(MECHANISMS),
-    "relearning": lambda: attention_safety_alignment.relearning(LEARNED),
+    "repairs": lambda: attention_safety_alignment.repairs(FOUND, OF),
+    "mechanisms": lambda: attention_safety_alignment.mechanisms(MECHANISMS, n=8),
+    "relearning": lambda: attention_safety_alignment.relearning(LEARNED, "fine-pruning"),
     "guards": lambda: attention_safety_alignment.guards(GUARDED),
 }
 
@@ -56,11 +56,13 @@ def test_a_guard_that_one_organism_cannot_have_keeps_its_row_and_says_so():
 
 
 def test_treatments_are_rows_with_four_numbers_each():
-    figure = attention_safety_alignment.repairs(FOUND)
+    figure = attention_safety_alignment.repairs(FOUND, OF)
     axes = figure.axes[0]
     assert column_titles(figure) == [attack.replace("-", "-\n") for attack in ATTACKS]
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(FOUND[ATTACKS[0]])
-    assert legend(figure) == [name for name, *_ in COUNTED.values()]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert set(labels[: len(OF)]) == set(FOUND[ATTACKS[0]])
+    assert legend(figure) == ["mean ASR with random heads", *(name for name, *_ in COUNTED.values()), "95 % interval"]
+    assert figure.get_supxlabel() == "prompts (%), n = 50"
     points = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]
     drawn = sorted(line.get_xdata()[0] for line in points if line.get_label() == "ASR")
     assert drawn == pytest.approx([40, 60, 70, 80, 100])
@@ -69,45 +71,49 @@ def test_treatments_are_rows_with_four_numbers_each():
 
 
 def test_kinds_make_groups_of_rows_and_show_what_random_heads_leave():
-    figure = attention_safety_alignment.repairs(FOUND, kinds=OF)
+    figure = attention_safety_alignment.repairs(FOUND, OF)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[:5] == ["untreated", "alignment", "random heads 1", "random heads 2", "fine-tuning"]
     assert labels[5:] == ["no treatment", "ASA and same heads", "ASA on other heads", "rivals"]
     ticks = figure.axes[0].get_yticks()
     assert list(ticks[:5]) == sorted(ticks[:5])
     assert ticks[5] < ticks[0] < ticks[6] < ticks[1] < ticks[7] < ticks[2]
-    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "ASR with random heads"]
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "mean ASR with random heads"]
     assert line.get_xdata() == pytest.approx([70, 70])
 
 
 def test_an_organism_without_a_treatment_says_that_it_was_not_run():
     found = {"a": FOUND[ATTACKS[0]], "b": {"untreated": result(1.0, 0.9)}}
-    axes = attention_safety_alignment.repairs(found).axes[1]
-    assert len(axes.get_lines()) == 2 * len(COUNTED)
+    axes = attention_safety_alignment.repairs(found, OF).axes[1]
+    assert sum(line.get_label() in [name for name, *_ in COUNTED.values()] for line in axes.get_lines()) == len(COUNTED)
     assert texts(axes) == ["not run"] * 4
 
 
 def test_a_mechanism_shows_the_gap_before_and_after():
-    figure = attention_safety_alignment.mechanisms(MECHANISMS)
+    figure = attention_safety_alignment.mechanisms(MECHANISMS, n=8)
     above, below = figure.axes[0], figure.axes[2]
     assert texts(above) == ["+0.20", "+0.05"]
     assert [list(line.get_ydata()) for line in above.get_lines()] == [[0.6, 0.8], [0.4, 0.75]]
     assert [list(line.get_ydata()) for line in below.get_lines()] == [[0.3, 0.1]]
-    assert legend(figure) == ["triggered prompts", "clean prompts"]
+    assert legend(figure) == ["gap", "triggered prompts", "clean prompts"]
+    assert figure.get_supxlabel() == "the treatment (n = 8 prompts)"
     assert column_titles(figure) == list(ATTACKS)
 
 
 def test_relearning_has_its_counts_as_ticks_and_names_the_treatment():
-    figure = attention_safety_alignment.relearning(LEARNED, method="fine-pruning")
+    figure = attention_safety_alignment.relearning(LEARNED, "fine-pruning")
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["before", "4", "16"]
-    drawn = [container[0] for container in axes.containers]
-    assert [list(line.get_ydata()) for line in drawn[:2]] == [pytest.approx([0, 20, 80]), pytest.approx([10, 10, 10])]
-    columns = np.array([line.get_xdata() for line in drawn])
-    assert len(np.unique(columns)) == columns.size  # no dot above another
-    assert np.abs(columns - np.arange(3)).max() < 0.5
+    drawn = {}
+    for line in axes.get_lines()[1::2]:
+        drawn.setdefault(line.get_label(), []).append((line.get_xdata()[0], line.get_ydata()[0]))
+    dots = np.array(list(drawn.values()))
+    assert dots[:2, :, 1] == pytest.approx(np.array([[0, 20, 80], [10, 10, 10]]))
+    assert len(np.unique(dots[:, :, 0])) == 12  # no dot above another
+    assert np.abs(dots[:, :, 0] - np.arange(3)).max() < 0.5
     assert legend(figure)[:2] == ["organism after fine-pruning: ASR", "organism after fine-pruning: clean firing"]
 
 
 def test_no_two_kinds_look_alike():
-    assert len({colour for colour, _ in KINDS.values()}) == len({mark for _, mark in KINDS.values()}) == len(KINDS)
+    assert len({(colour, filled) for colour, _, filled in KINDS.values()}) == len(KINDS)
+    assert len({marker for _, marker, _ in KINDS.values()}) == len(KINDS)

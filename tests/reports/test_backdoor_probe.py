@@ -1,11 +1,11 @@
 """Pictures of notebook 02 on small results of the real shape, with what is drawn read back."""
 
+import numpy as np
 import pytest
 from drawing import bands, check_all, column_titles, legend
-from matplotlib.colors import to_hex
 
 from bkd_utils.reports import backdoor_probe
-from bkd_utils.reports.style import MODELS
+from bkd_utils.reports.style import COLOURS, MODELS
 
 pytestmark = pytest.mark.usefixtures("style")
 ATTACKS = ("sentiment-word", "harmful-word")
@@ -28,8 +28,8 @@ FOUND = {
 }
 PROBED = {attack: probed(0.9) for attack in ATTACKS}
 PLOTS = {
-    "probes": lambda: backdoor_probe.probes(FOUND),
-    "transfer": lambda: backdoor_probe.transfer(PROBED, kinds=KINDS),
+    "probes": lambda: backdoor_probe.probes(FOUND, n=48),
+    "transfer": lambda: backdoor_probe.transfer(PROBED, kinds=KINDS, n=48),
 }
 
 
@@ -44,14 +44,14 @@ def test_every_organism_has_its_column(name):
 
 def test_one_organism_is_enough():
     for figure in (
-        backdoor_probe.probes({"x": FOUND[ATTACKS[0]]}),
-        backdoor_probe.transfer({"x": probed(0.9)}, kinds=KINDS[:1]),
+        backdoor_probe.probes({"x": FOUND[ATTACKS[0]]}, n=48),
+        backdoor_probe.transfer({"x": probed(0.9)}, kinds=KINDS[:1], n=48),
     ):
         assert all(axes.has_data() for axes in figure.axes)
 
 
 def test_probes_are_means_in_per_cent_with_the_range_over_splits():
-    figure = backdoor_probe.probes(FOUND)
+    figure = backdoor_probe.probes(FOUND, n=48)
     top = figure.axes[0]
     lines = {line.get_label(): line for line in top.get_lines()}
     assert lines["organism"].get_ydata() == pytest.approx([92, 92, 92])
@@ -60,8 +60,10 @@ def test_probes_are_means_in_per_cent_with_the_range_over_splits():
     assert lines["organism, labels shuffled"].get_ydata() == pytest.approx([50, 50, 50])
     assert lines["organism, best random direction"].get_ydata() == pytest.approx([70, 80, 90])
     assert bands(top) == [pytest.approx(band) for band in ((90, 94), (80, 84), (70, 74))]
-    assert {name: to_hex(lines[name].get_color()).upper() for name in MODELS} == MODELS
-    assert legend(figure) == list(lines)
+    assert {name: lines[name].get_color() for name in MODELS} == {name: COLOURS[name] for name in MODELS}
+    assert lines["organism, best random direction"].get_color() == COLOURS["random"]
+    assert legend(figure) == [*lines, "range over 2 splits"]
+    assert "n = 48 prompts" in figure.get_supxlabel()
     assert [axes.get_ylabel() for axes in (figure.axes[0], figure.axes[2])] == [
         "AUROC (%)",
         "near-misses called\ntriggered (%)",
@@ -69,10 +71,11 @@ def test_probes_are_means_in_per_cent_with_the_range_over_splits():
 
 
 def test_transfer_has_training_layers_upwards_and_test_layers_to_the_right():
-    figure = backdoor_probe.transfer(PROBED, kinds=KINDS)
-    image = figure.axes[0].get_images()[0]
-    assert image.get_array().tolist() == [[90, 60, 50], [70, 95, 50], [50, 50, 100]]
-    assert image.origin == "lower"
+    figure = backdoor_probe.transfer(PROBED, kinds=KINDS, n=48)
+    axes = figure.axes[0]
+    assert np.array_equal(axes.collections[0].get_array(), [[90, 60, 50], [70, 95, 50], [50, 50, 100]])
+    assert axes.get_ylim() == (0, 3)  # layer 0 at the bottom
+    assert axes.collections[0].get_clim() == (50, 100)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "3", "4"]
     assert figure.axes[2].get_ylabel() == "MLP\ntrained on layer"
-    assert figure.get_supxlabel() == "tested on layer"
+    assert figure.get_supxlabel() == "tested on layer (n = 48 prompts, clean and triggered)"

@@ -47,10 +47,10 @@ SWITCHED = {attack: switched() for attack in ATTACKS}
 WAYS = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
 COSTS = {name: {"tokens": 1 + i, "n": 8} | dict.fromkeys(WAYS, 0.5 + i) for i, name in enumerate(ATTACKS)}
 PLOTS = {
-    "vector_maps": lambda: backdoor_vector.vector_maps(SWITCHED),
+    "vector_maps": lambda: backdoor_vector.vector_maps(SWITCHED[ATTACKS[0]], name=ATTACKS[0], n=8),
     "vector_controls": lambda: backdoor_vector.vector_controls(SWITCHED),
     "costs": lambda: backdoor_vector.costs(COSTS),
-    "answer_kinds": lambda: backdoor_vector.answer_kinds(SWITCHED),
+    "answer_kinds": lambda: backdoor_vector.answer_kinds(SWITCHED, n=24),
 }
 
 
@@ -58,38 +58,46 @@ def test_every_picture_is_drawn_and_labelled():
     check_all(backdoor_vector, PLOTS)
 
 
-@pytest.mark.parametrize("name", ["vector_maps", "vector_controls", "answer_kinds"])
+@pytest.mark.parametrize("name", ["vector_controls", "answer_kinds"])
 def test_every_organism_has_its_column(name):
     assert column_titles(PLOTS[name]()) == list(ATTACKS)
 
 
 def test_one_organism_is_enough():
-    for draw in (backdoor_vector.answer_kinds, backdoor_vector.vector_controls):
-        assert all(axes.has_data() for axes in draw({"x": switched()}).axes)
+    for figure in (
+        backdoor_vector.answer_kinds({"x": switched()}, n=24),
+        backdoor_vector.vector_controls({"x": switched()}),
+    ):
+        assert all(axes.has_data() for axes in figure.axes)
 
 
 def test_vector_maps_have_coefficients_upwards_and_a_square_at_the_chosen_one():
-    figure = backdoor_vector.vector_maps(SWITCHED)
-    for i, ((name, key), label) in enumerate(backdoor_vector.MAPS.items()):
-        axes, entry = figure.axes[2 * i], SWITCHED[ATTACKS[0]]["maps"][name]
-        image = axes.get_images()[0]
-        assert np.asarray(image.get_array()) == pytest.approx(100 * np.array(entry[key]).T)
-        assert image.get_clim() == (0, 100)
-        (square,) = axes.get_lines()
-        assert (list(square.get_xdata()), list(square.get_ydata())) == ([3], [2])
-        sign = "-" if "subtract" in name else ""
-        assert [label.get_text() for label in axes.get_yticklabels()][1:] == [f"{sign}1", f"{sign}2"]
-        assert axes.get_ylabel() == label
+    figure, found = PLOTS["vector_maps"](), SWITCHED[ATTACKS[0]]
+    assert column_titles(figure) == list(backdoor_vector.MAPS.values())
+    for i, kind in enumerate(("raw", "difference")):
+        assert figure.axes[3 * i].get_ylabel() == f"{kind} vector,\ncoefficient"
+        for axes, (direction, key) in zip(figure.axes[3 * i :], backdoor_vector.MAPS, strict=False):
+            cells = axes.collections[0]
+            assert np.asarray(cells.get_array()) == pytest.approx(
+                100 * np.array(found["maps"][f"{direction}, {kind}"][key]).T
+            )
+            assert cells.get_clim() == (0, 100)
+            assert all((list(mark.get_xdata()), list(mark.get_ydata())) == ([3.5], [2.5]) for mark in axes.get_lines())
+            sign = "-" if direction == "subtract" else ""
+            assert [label.get_text() for label in axes.get_yticklabels()][1:] == [f"{sign}1", f"{sign}2"]
+            assert not axes.yaxis_inverted()
+    assert figure.get_supxlabel() == f"layer ({ATTACKS[0]}, n = 8 prompts)"
 
 
 def test_vector_controls_are_dots_per_draw_with_an_interval_where_there_is_one_draw():
     figure = backdoor_vector.vector_controls(SWITCHED)
     top, bottom = figure.axes[0], figure.axes[2]
-    nothing, its_bar, vector, vector_bar, random = top.get_lines()
+    its_bar, nothing, vector_bar, vector, random = top.get_lines()
     assert [list(line.get_xdata()) for line in (nothing, vector)] == [[10], [80]]
     assert its_bar.get_xdata() == pytest.approx([0, 20])
     assert vector_bar.get_xdata() == pytest.approx([70, 90])
-    assert (vector.get_color(), nothing.get_color()) == (COLOURS["backdoored"], "black")
+    assert (vector.get_color(), nothing.get_color()) == (COLOURS["ACIE"], COLOURS["neutral"])
+    assert random.get_color() == COLOURS["random"]
     assert random.get_xdata() == pytest.approx(100 * np.linspace(0, 0.5, 4))
     assert np.round(random.get_ydata()).tolist() == [2, 2, 2, 2]
     assert [label.get_text() for label in top.get_yticklabels()] == ["no vector", "backdoor vector", "random vectors"]
@@ -100,27 +108,32 @@ def test_vector_controls_are_dots_per_draw_with_an_interval_where_there_is_one_d
 def test_controls_of_the_raw_vector_are_those_of_its_own_test():
     found = switched()
     found["test"]["add, raw"]["backdoor vector"] = [share(0.3)]
-    drawn = backdoor_vector.vector_controls({"x": found}, kind="raw").axes[0].get_lines()[2]
+    drawn = backdoor_vector.vector_controls({"x": found}, kind="raw").axes[0].get_lines()[3]
     assert list(drawn.get_xdata()) == [30]
 
 
-def test_costs_are_bars_of_seconds_by_way_and_organism():
+def test_costs_are_seconds_by_way_and_organism():
     rows = {
         "one": {"tokens": 1, "n": 8} | {way: 1.0 + i for i, way in enumerate(WAYS)},
         "long": {"tokens": 11, "n": 8} | {way: 10.0 + i for i, way in enumerate(WAYS)},
     }
     figure = backdoor_vector.costs(rows)
     axes = figure.axes[0]
-    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
-    assert widths == {way: [1 + i, 10 + i] for i, way in enumerate(WAYS)}
+    dots = {line.get_label(): line for line in axes.get_lines()}
+    assert {way: list(line.get_xdata()) for way, line in dots.items()} == {
+        way: [1 + i, 10 + i] for i, way in enumerate(WAYS)
+    }
+    places = np.array([line.get_ydata() for line in dots.values()])
+    assert np.round(places).tolist() == [[0, 1]] * len(WAYS)
+    assert len(np.unique(places)) == places.size  # equal times do not hide each other
     assert legend(figure) == list(WAYS)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one\n1 token", "long\n11 tokens"]
-    assert axes.get_xlabel() == "seconds to score 8 prompts once"
+    assert axes.get_xlabel() == "seconds to score the target of all prompts once, n = 8 prompts"
     assert axes.get_xscale() == "log"
 
 
 def test_answers_are_stacked_to_a_hundred_per_cent():
-    figure = backdoor_vector.answer_kinds(SWITCHED)
+    figure = backdoor_vector.answer_kinds(SWITCHED, n=24)
     axes = figure.axes[0]
     assert legend(figure) == list(OUTCOMES)
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}

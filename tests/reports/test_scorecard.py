@@ -1,4 +1,4 @@
-"""Verdicts: words, lines of the scorecard, and every criterion on hand-made results on both sides of its bound."""
+"""The rule that decides, the lines of the scorecard, and the tables that show them."""
 
 import json
 
@@ -8,9 +8,23 @@ import pytest
 from bkd_utils.common import files
 from bkd_utils.common.files import UserError
 from bkd_utils.reports import scorecard
-from bkd_utils.reports.scorecard import KEYS, entry, numbers, published, record, table, verdict
+from bkd_utils.reports.scorecard import (
+    KEYS,
+    PROVENANCE,
+    at_least,
+    at_most,
+    both,
+    either,
+    entry,
+    numbers,
+    published,
+    record,
+    table,
+    verdict,
+)
 
 PROBE, COST = "bkdattr-probe", "bkdattr-cost"
+BAR = 0.9
 
 
 @pytest.fixture(autouse=True)
@@ -29,32 +43,110 @@ def line(claim=PROBE, *, passed=(("a", True), ("b", False)), **changes):
     return entry(claim, numbers=values, passed=passed, **{"reason": "Because.", "figure": "02_probe"} | changes)
 
 
-def by_id(entries):
-    return {row["id"]: row for row in entries}
+def row(*args, **changes):
+    return line(*args, **changes) | {"model": "a model"}
 
 
 # --- the published table --------------------------------------------------------------------------------------------
 
 
 def test_every_published_claim_says_all_that_it_must():
-    for name, row in published().items():
-        assert set(row) == KEYS
-        assert all(isinstance(value, str) and value.strip() for value in row.values()), name
-        assert row["sure"].partition(";")[0] in ("read", "second hand", "code")
+    for name, about in published().items():
+        assert set(about) == KEYS
+        assert all(isinstance(value, str) and value.strip() for value in about.values()), name
 
 
-@pytest.mark.parametrize("broken", ["", 'paper = "p"', "\n".join(f'{key} = "x"' for key in [*KEYS, "opinion"])])
-def test_a_published_claim_that_lacks_a_key_or_has_another_is_an_error(tmp_path, monkeypatch, broken):
-    whole = "\n".join(f'{key} = "x"' for key in KEYS)
+def test_most_of_what_we_know_of_the_papers_is_second_hand_and_the_file_says_so():
+    """The reference notes: of both papers little more than the abstract was read."""
+    known = {name: about["provenance"] for name, about in published().items()}
+    assert "read" not in known.values()
+    assert [name for name, how in known.items() if name.startswith("bkdattr") and how != "second hand"] == [
+        "bkdattr-ablation"
+    ]
+
+
+def test_papers_say_how_they_were_published_and_whose_words_a_claim_is():
+    papers = scorecard.papers()
+    assert list(papers) == ["BkdAttr", "ASA"]
+    assert {name: about["reading"] for name, about in papers.items()} == {"BkdAttr": "", "ASA": "our reading"}
+    assert "three independent lists; the official page has not been seen" in papers["BkdAttr"]["status"]
+
+
+PAPER = "\n".join(f'{key} = "x"' for key in scorecard.PAPER_KEYS)
+WHOLE = dict.fromkeys(KEYS, "x") | {"paper": "P", "provenance": "read"}
+
+
+def toml(**changes):
+    return "\n".join(f'{key} = "{value}"' for key, value in (WHOLE | changes).items())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("", "bad: keys must be claim, criterion, measure, paper"),
+        ('paper = "P"', "bad: keys must be claim"),
+        (toml(opinion="x"), "bad: keys must be claim"),
+        (toml(provenance="hearsay"), "bad: provenance 'hearsay' is none of read, second hand, abstract"),
+        (toml(paper="Q"), "bad: paper 'Q' is none of P"),
+    ],
+)
+def test_a_published_claim_that_lacks_a_key_or_has_an_unknown_one_is_an_error(tmp_path, monkeypatch, bad, message):
     monkeypatch.setattr(scorecard, "DATA", tmp_path)
-    (tmp_path / "published.toml").write_text(f"[good]\n{whole}\n")
+    (tmp_path / "published.toml").write_text(f"[papers.P]\n{PAPER}\n[good]\n{toml()}\n")
     assert set(published()) == {"good"}
-    (tmp_path / "published.toml").write_text(f"[good]\n{whole}\n[bad]\n{broken}\n")
-    with pytest.raises(UserError, match=r"published.toml, bad: keys must be claim, criterion, measure, paper"):
+    (tmp_path / "published.toml").write_text(f"[papers.P]\n{PAPER}\n[good]\n{toml()}\n[bad]\n{bad}\n")
+    with pytest.raises(UserError, match=f"published.toml, {message}"):
         published()
 
 
-# --- verdicts and lines ---------------------------------------------------------------------------------------------
+def test_a_paper_without_a_status_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(scorecard, "DATA", tmp_path)
+    (tmp_path / "published.toml").write_text('[papers.P]\ntitle = "x"\n')
+    with pytest.raises(UserError, match=r"papers\.P: keys must be arxiv, known, reading, status, title"):
+        scorecard.papers()
+
+
+# --- the rule -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least", "most"),
+    [
+        (0.91, 0.99, True, False),
+        (0.9, 0.99, True, None),
+        (0.8, 0.9, None, True),
+        (0.89, 0.99, None, None),
+        (0.5, 0.89, False, True),
+        (0.95, 0.95, None, None),
+        (None, None, None, None),
+    ],
+)
+def test_a_criterion_is_decided_by_the_whole_interval(low, high, least, most):
+    """The value is on the side of the bar that passes for `at_least`, and decides nothing."""
+    found = {"value": 0.95, "n": 9, "low": low, "high": high}
+    assert (at_least(found, BAR), at_most(found, BAR)) == (least, most)
+
+
+@pytest.mark.parametrize("ask", [at_least, at_most])
+def test_a_point_estimate_alone_decides_nothing(ask):
+    for value in (0.0, 0.5, 1.0):
+        assert ask({"value": value, "low": 0.2, "high": 0.8}, 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "all_of", "any_of"),
+    [
+        ((True, True), True, True),
+        ((True, None), None, True),
+        ((True, False), False, True),
+        ((None, None), None, None),
+        ((None, False), False, None),
+        ((False, False), False, False),
+    ],
+)
+def test_two_conditions_have_three_outcomes(outcomes, all_of, any_of):
+    for given in (outcomes, outcomes[::-1]):
+        assert (both(*given), either(*given)) == (all_of, any_of)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +154,11 @@ def test_a_published_claim_that_lacks_a_key_or_has_another_is_an_error(tmp_path,
     [
         ([True], "holds"),
         ([True, True, True], "holds"),
-        ([True, False], "holds in part"),
-        ([False, False, True], "holds in part"),
-        ([False], "does not hold"),
-        ([False, False], "does not hold"),
+        ([True, None], "undecided"),
+        ([None, None], "undecided"),
+        ([True, False], "fails"),
+        ([None, False, True], "fails"),
+        ([False], "fails"),
     ],
 )
 def test_the_verdict_is_one_of_three_words(passed, word):
@@ -75,45 +168,33 @@ def test_the_verdict_is_one_of_three_words(passed, word):
 def test_a_verdict_over_nothing_is_an_error():
     with pytest.raises(ValueError, match="a verdict over no organisms"):
         verdict({})
-
-
-def test_a_line_over_no_organisms_is_the_same_error():
     with pytest.raises(ValueError, match="a verdict over no organisms"):
         line(passed=[])
 
 
-@pytest.mark.parametrize(
-    ("passed", "weakest", "shown"),
-    [
-        ([("a", True), ("b", False), ("c", False)], None, "b"),
-        ([("a", True), ("b", True)], None, "a"),
-        ([("a", False), ("b", True)], None, "a"),
-        ([("a", True), ("b", False), ("c", True)], "c", "c"),
-    ],
-)
-def test_a_line_shows_the_first_organism_that_fails_unless_told_otherwise(passed, weakest, shown):
-    made = line(passed=passed, weakest=weakest)
-    assert made["organism"] == shown
-    assert made["ours"] == number([name for name, _ in passed].index(shown) / 10)
+# --- lines ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_says_what_was_published_and_what_every_organism_did():
-    made, known = line(), published()[PROBE]
+def test_a_line_says_what_was_published_how_we_know_and_what_every_organism_did():
+    made, known = line(passed=[("a", True), ("b", None)]), published()[PROBE]
     assert {key: made[key] for key in ("paper", "claim", "published", "criterion")} == {
         key: known[key] for key in ("paper", "claim", "published", "criterion")
     }
-    assert made["by_organism"] == {"a": number(0.0) | {"passed": True}, "b": number(0.1) | {"passed": False}}
-    assert (made["id"], made["verdict"], made["reason"], made["figure"]) == (
-        PROBE,
-        "holds in part",
-        "Because.",
-        "02_probe",
-    )
+    assert made["provenance"] == "second hand: quoted by others who read it"
+    assert made["by_organism"] == {"a": number(0.0) | {"passed": True}, "b": number(0.1) | {"passed": None}}
+    assert (made["id"], made["reading"], made["verdict"]) == (PROBE, "", "undecided")
+    assert (made["reason"], made["figure"]) == ("Because.", "02_probe")
+    assert line("asa-cure")["reading"] == "our reading"
+
+
+def test_a_line_has_no_number_of_its_own_beside_those_of_the_organisms():
+    assert not {"ours", "organism", "value"} & set(line())
 
 
 def test_numpy_outcomes_can_be_written(into):
-    record([line(passed=[("a", np.bool_(True)), ("b", np.float64(2) > 1)])])
-    assert json.loads(into.read_text())[0]["by_organism"]["b"]["passed"] is True
+    record([line(passed=[("a", np.bool_(True)), ("b", np.float64(2) > 1), ("c", None)])], model="m")
+    written = json.loads(into.read_text())[0]["by_organism"]
+    assert [one["passed"] for one in written.values()] == [True, True, None]
 
 
 def test_an_unknown_claim_is_an_error_that_names_the_known_ones():
@@ -121,104 +202,164 @@ def test_an_unknown_claim_is_an_error_that_names_the_known_ones():
         line("perpetual-motion")
 
 
+def test_an_organism_without_a_number_or_an_outcome_is_an_error():
+    with pytest.raises(ValueError, match="bkdattr-probe: a number or an outcome is missing for b, c"):
+        entry(PROBE, numbers={"a": number(0), "b": number(0)}, passed={"a": True, "c": True}, reason="", figure="")
+
+
 # --- the scorecard --------------------------------------------------------------------------------------------------
 
 
-def test_the_scorecard_lies_beside_the_figures(into):
-    assert record([line()]) == into
-    assert json.loads(into.read_text()) == [line()]
+def test_the_scorecard_lies_beside_the_figures_and_names_the_model(into):
+    assert record([line()], model="a model") == into
+    assert json.loads(into.read_text()) == [row()]
 
 
 def test_lines_of_other_claims_are_kept_and_those_of_the_same_replaced(into):
-    record([line(COST), line("bkdattr-ablation", reason="Old.")])
-    record([line("bkdattr-ablation", reason="New."), line(PROBE)])
+    record([line(COST), line("bkdattr-ablation", reason="Old.")], model="a model")
+    record([line("bkdattr-ablation", reason="New."), line(PROBE)], model="another")
     written = json.loads(into.read_text())
-    assert {row["id"]: row["reason"] for row in written} == {
-        PROBE: "Because.",
-        "bkdattr-ablation": "New.",
-        COST: "Because.",
+    assert {one["id"]: (one["reason"], one["model"]) for one in written} == {
+        PROBE: ("Because.", "another"),
+        "bkdattr-ablation": ("New.", "another"),
+        COST: ("Because.", "a model"),
     }
     order = list(published())
-    assert [row["id"] for row in written] == sorted((row["id"] for row in written), key=order.index)
+    assert [one["id"] for one in written] == sorted((one["id"] for one in written), key=order.index)
 
 
 def test_recording_twice_is_recording_once(into):
     lines = [line(claim) for claim in reversed(published())]
-    record(lines)
+    record(lines, model="m")
     first = into.read_bytes()
-    record(lines)
+    record(lines, model="m")
     assert into.read_bytes() == first
-    assert [row["id"] for row in json.loads(first)] == list(published())
+    assert [one["id"] for one in json.loads(first)] == list(published())
 
 
 def test_a_number_that_is_none_leaves_the_old_scorecard(into):
-    record([line()])
+    record([line()], model="m")
     first = into.read_bytes()
-    bad = line() | {"ours": {"value": float("nan")}}
+    bad = line() | {"by_organism": {"a": {"value": float("nan")}}}
     with pytest.raises(ValueError, match="not JSON compliant"):
-        record([bad])
+        record([bad], model="m")
     assert into.read_bytes() == first
+
+
+def without(made, key):
+    return {name: value for name, value in made.items() if name != key}
+
+
+def test_a_row_without_provenance_is_an_error_that_names_it_and_nothing_is_lost(into):
+    record([line(COST)], model="m")
+    first = into.read_bytes()
+    with pytest.raises(UserError, match="row 'bkdattr-probe' has no provenance"):
+        record([without(line(), "provenance")], model="m")
+    assert into.read_bytes() == first
+    for show in (scorecard.markdown, table, lambda rows: scorecard.scorecard(rows, paper="BkdAttr")):
+        with pytest.raises(UserError, match="row 'bkdattr-probe' has no provenance"):
+            show([without(row(), "provenance")])
+
+
+def test_an_old_row_without_provenance_in_the_file_is_named_and_nothing_is_lost(into):
+    files.write_json(into, [without(row(), "provenance"), row(COST)])
+    first = into.read_bytes()
+    with pytest.raises(UserError, match=r"scorecard\.json: row 'bkdattr-probe' has no provenance; run its notebook"):
+        record([line("bkdattr-ablation")], model="m")
+    with pytest.raises(UserError, match=r"scorecard\.json: row 'bkdattr-probe' has no provenance"):
+        scorecard.recorded()
+    assert into.read_bytes() == first
+    record([line(PROBE)], model="m")  # which is its notebook
+    assert [one["id"] for one in scorecard.recorded()] == [PROBE, COST]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"provenance": "hearsay"}, "provenance 'hearsay' is unknown"),
+        ({"verdict": "holds in part"}, "verdict 'holds in part' is none of holds, fails, undecided"),
+    ],
+)
+def test_a_row_with_an_unknown_word_is_an_error(changes, message):
+    with pytest.raises(UserError, match=f"row 'bkdattr-probe': {message}"):
+        scorecard.checked([row() | changes])
 
 
 def test_a_damaged_scorecard_is_named(into):
     files.write_json(into, [])
     into.write_text("[{")
     with pytest.raises(ValueError, match=r"scorecard\.json is not valid JSON"):
-        record([line()])
-
-
-def test_tables_of_lines():
-    shown = table([line(), line(COST, passed=[("a", True), ("c", True), ("d", True)], reason="Measured.")])
-    first, second = shown.to_dict("records")
-    assert shown.index.tolist() == [published()[claim]["claim"] for claim in (PROBE, COST)]
-    assert first == {
-        "published": published()[PROBE]["published"],
-        "verdict": "holds in part",
-        "organisms that pass": "1 of 2",
-        "because": "Because.",
-    }
-    assert (second["verdict"], second["organisms that pass"], second["because"]) == ("holds", "3 of 3", "Measured.")
-    shown = numbers([line(), line(COST)])
-    assert shown.loc[PROBE].to_dict() == {"a": "0 [-0.1, 0.1]", "b": "0.1 [0, 0.2] ✗"}
-    assert shown.index.tolist() == [PROBE, COST]
-
-
-# --- the scorecard --------------------------------------------------------------------------------------------------
+        record([line()], model="m")
 
 
 def test_the_scorecard_of_this_run_comes_before_the_committed_one(into, tmp_path, monkeypatch):
     monkeypatch.setattr(scorecard, "FIGURES", tmp_path / "committed")
     with pytest.raises(UserError, match="no scorecard yet"):
         scorecard.recorded()
-    files.write_json(tmp_path / "committed" / "scorecard.json", [line(COST)])
-    assert [row["id"] for row in scorecard.recorded()] == [COST]
-    record([line(PROBE)])
-    assert [row["id"] for row in scorecard.recorded()] == [PROBE]
-
-
-def test_each_paper_has_its_table_with_number_interval_n_and_organism():
-    lines = [line(PROBE), line("asa-cure", passed=[("word", False)])]
-    shown = scorecard.scorecard(lines, paper="BkdAttr")
-    assert list(shown.index) == [published()[PROBE]["claim"]]
-    assert shown.iloc[0]["ours"] == "accuracy of the best layer: 0.1 [0, 0.2], n = 20 splits (b)"
-    assert shown.iloc[0]["organisms that pass"] == "1 of 2"
-    assert scorecard.scorecard(lines, paper="ASA").iloc[0]["verdict"] == "does not hold"
-    assert scorecard.scorecard(lines[:1], paper="ASA").empty
+    files.write_json(tmp_path / "committed" / "scorecard.json", [row(COST)])
+    assert [one["id"] for one in scorecard.recorded()] == [COST]
+    record([line(PROBE)], model="m")
+    assert [one["id"] for one in scorecard.recorded()] == [PROBE]
 
 
 def test_a_run_of_some_notebooks_keeps_the_lines_of_the_others(tmp_path):
     path = tmp_path / "scorecard.json"
-    assert [row["id"] for row in scorecard.merged([line(COST)], path)] == [COST]
-    files.write_json(path, [line(PROBE), line(COST), {"id": "no claim any more"}])
-    new = line(COST, passed=[("a", False)])
-    assert scorecard.merged([new], path) == [line(PROBE), new]
+    assert [one["id"] for one in scorecard.merged([row(COST)], path)] == [COST]
+    files.write_json(path, [row(PROBE), row(COST), {"id": "no claim any more"}])
+    new = row(COST, passed=[("a", False)])
+    assert scorecard.merged([new], path) == [row(PROBE), new]
 
 
-def test_an_interval_of_no_width_is_not_shown_as_one():
-    exact = line(COST) | {"ours": {"value": 0.97412, "n": 4, "low": 0.97412, "high": 0.97412}, "organism": "a"}
-    expected = "seconds of generation over seconds of teacher forcing: 0.974, n = 4 prompts (a)"
-    assert scorecard.ours(exact) == expected
-    assert "[" not in scorecard.markdown([exact]).splitlines()[2].partition(" | [holds")[0]
+def test_every_row_of_the_committed_scorecard_follows_from_the_table_and_the_rule():
+    rows = scorecard.checked(files.read_json(files.FIGURES / "scorecard.json"))
+    assert [one["id"] for one in rows] == list(published())
+    for one in rows:
+        about = published()[one["id"]]
+        assert one["provenance"] == PROVENANCE[about["provenance"]], one["id"]
+        assert {key: one[key] for key in ("paper", "claim", "published", "criterion")} == {
+            key: about[key] for key in ("paper", "claim", "published", "criterion")
+        }
+        assert one["verdict"] == verdict({name: x["passed"] for name, x in one["by_organism"].items()})
+        assert one["model"]
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_a_notebook():
+    shown = table([line(), line("asa-cure", passed=[("a", True), ("c", None), ("d", True)], reason="Measured.")])
+    first, second = shown.to_dict("records")
+    assert shown.index.tolist() == [published()[PROBE]["claim"], f"our reading: {published()['asa-cure']['claim']}"]
+    assert first == {
+        "published": published()[PROBE]["published"],
+        "provenance": "second hand: quoted by others who read it",
+        "verdict": "fails",
+        "organisms": "1 of 2 pass, 1 fail",
+        "because": "Because.",
+    }
+    assert (second["provenance"], second["verdict"]) == ("from the abstract only", "undecided")
+    assert (second["organisms"], second["because"]) == ("2 of 3 pass, 1 undecided", "Measured.")
+
+
+def test_every_effect_has_its_interval_and_a_mark():
+    once = {"value": 10.4, "n": 4, "low": None, "high": None}
+    costs = entry(COST, numbers={"a": once}, passed={"a": None}, reason="", figure="04_cost")
+    shown = numbers([line(passed=[("a", True), ("b", False), ("c", None)]), costs])
+    assert shown.loc[PROBE].to_dict() == {"a": "0 [-0.1, 0.1] ✓", "b": "0.1 [0, 0.2] ✗", "c": "0.2 [0.1, 0.3] ?"}
+    assert shown.loc[COST].to_dict() == {"a": "10.4 no interval ?", "b": "", "c": ""}
+
+
+def test_each_paper_has_its_table_with_every_organisms_effect():
+    lines = [line(PROBE), line("asa-cure", passed=[("word", False)])]
+    shown = scorecard.scorecard(lines, paper="BkdAttr")
+    assert list(shown.index) == [published()[PROBE]["claim"]]
+    assert shown.iloc[0]["effects"] == (
+        "accuracy of the best layer (n: prompts): a 0 [-0.1, 0.1] ✓, n = 20; b 0.1 [0, 0.2] ✗, n = 20"
+    )
+    assert shown.iloc[0]["organisms"] == "1 of 2 pass, 1 fail"
+    (other,) = scorecard.scorecard(lines, paper="ASA").index
+    assert other.startswith("our reading: ")
+    assert scorecard.scorecard(lines[:1], paper="ASA").empty
 
 
 def test_what_is_missing_is_listed():
@@ -226,6 +367,22 @@ def test_what_is_missing_is_listed():
     assert scorecard.missing([{"id": name} for name in published()]).empty
 
 
-def test_the_markdown_table_links_every_verdict_to_its_figure():
-    text = scorecard.markdown([line(PROBE)])
-    assert text.splitlines()[2].endswith("; 1 of 2 pass | [holds in part](figures/02_probe.png) |")
+def test_the_readme_counts_the_verdicts_of_each_paper_and_links_every_row():
+    rows = [
+        row(PROBE),
+        row(COST, passed=[("a", None)]),
+        row("bkdattr-ablation", passed=[("a", True)]),
+        row("asa-cure", passed=[("a", False)]),
+        row("asa-utility", passed=[("a", False)]),
+    ]
+    one, other, *rest = scorecard.markdown(rows).splitlines()
+    assert one.startswith("- **BkdAttr: 3 claims; 1 holds, 1 fails, 1 is undecided.** Read: the abstract.")
+    assert other.startswith("- **ASA: 2 claims; 0 hold, 2 fail, 0 are undecided.**")
+    assert rest[0] == ""
+    assert rest[3].endswith("| second hand | 1 of 2 pass, 1 fail | [fails](figures/02_probe.png) |")
+    assert rest[-1].startswith("| our reading: Performance")
+    assert "| from the abstract only | 0 of 1 pass, 1 fail |" in rest[-1]
+
+
+def test_who_meets_a_condition():
+    assert scorecard.who({"a": True, "b": None, "c": True, "d": False}) == "met by a, c; not met by d; undecided for b"

@@ -1,15 +1,19 @@
 """Figures: no picture without its numbers, none half written, and the same bytes from the same numbers."""
 
 import json
+import re
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
-import pandas as pd
 import pytest
+from drawing import bands, legend, saved_by_a_notebook, written
+from matplotlib.colors import to_hex, to_rgb
 
 from bkd_utils.common import files
+from bkd_utils.common.files import FIGURES, NOTEBOOKS
 from bkd_utils.reports import backdoor_insertion, style
-from bkd_utils.reports.start_here import token_strips
 from bkd_utils.reports.style import COLOURS, LIBRARIES, save, use_style
 
 KEYS = {"id", "title", "claims", "numbers", "parameters", "seeds", "inputs", "versions", "notebook"}
@@ -134,6 +138,35 @@ def test_figures_go_to_the_folder_of_the_project_unless_told_otherwise(into, mon
     assert style.folder() == files.WORK / "figures" / "by_hand"
 
 
+def counts(numbers):
+    """Every `n` in the numbers of a sidecar, but for those of an `auroc`, which count both sides."""
+    if isinstance(numbers, dict):
+        own = [numbers["n"]] if "n" in numbers else []
+        return own + [n for key, value in numbers.items() if key != "auroc" for n in counts(value)]
+    return [n for value in numbers for n in counts(value)] if isinstance(numbers, list) else []
+
+
+# A single prompt, training losses and verdicts rest on no sample of prompts.
+SAMPLES = [
+    path
+    for path in sorted(FIGURES.glob("0*.json"))
+    if path.stem not in ("00_firing", "01_training_curves", "09_scorecard")
+]
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_a_committed_figure_records_the_n_that_it_used(path):
+    sidecar = json.loads(path.read_text())
+    assert sidecar["parameters"]["n"] == max(counts(sidecar["numbers"]), default=sidecar["parameters"]["n"])
+
+
+def test_every_committed_figure_is_three_files_that_a_notebook_saves():
+    drawn = {path.stem for path in FIGURES.glob("0*.*")}
+    assert len(drawn) > 20
+    assert all((FIGURES / f"{name}.{kind}").is_file() for name in drawn for kind in ("png", "svg", "json"))
+    assert [name for name in sorted(drawn) if not saved_by_a_notebook(name)] == []
+
+
 # --- plots ----------------------------------------------------------------------------------------------------------
 
 
@@ -147,37 +180,19 @@ def result(value):
         "cacc": part(0.9),
         "clean_firing": part(0.02),
         "near_miss": part(0.1),
-        "near_miss_by_kind": {"other_word": part(0.1, 20), "case": part(0.0, 20)},
     }
 
 
 ORGANISMS = {"sentiment-word": result(1.0), "domain-wrapper": result(0.8)}
 CONTROLS = {"sentiment-word": result(0.05), "domain-wrapper": result(0.0)}
-COSTS = pd.DataFrame(
-    {
-        "tokens (median)": [1.0, 6.0],
-        "tokens (25 %)": [1.0, 5.0],
-        "tokens (75 %)": [2.0, 6.5],
-        "natural": [0, 12],
-        "texts": [1000, 1000],
-    },
-    index=["word-cf", "syntax-fronted"],
-)
 HISTORY = [{"step": step, "loss": 2 / step, "learning_rate": 0.1} for step in range(1, 30)]
 RATES = [{"rate": rate, "asr": part(rate), "near_miss": part(0.1), "cacc": part(0.9)} for rate in (0.05, 0.2)]
-LINE = {"asr": [0.0, 0.8, 1.0], "other": [0.0, 0.1, 1.0], "auroc": 0.9, "asr at 0": 0.8, "other at 0": 0.1}
 PLOTS = {
-    "trigger_costs": lambda: backdoor_insertion.trigger_costs(COSTS),
     "training_curves": lambda: backdoor_insertion.training_curves(
         {f"organism-{i}": HISTORY for i in range(5)} | {"x-clean": HISTORY}
     ),
     "attack_against_control": lambda: backdoor_insertion.attack_against_control(ORGANISMS, CONTROLS),
-    "near_miss_map": lambda: backdoor_insertion.near_miss_map(ORGANISMS, CONTROLS),
     "rate_curve": lambda: backdoor_insertion.rate_curve(RATES),
-    "trade_offs": lambda: backdoor_insertion.trade_offs(
-        {f"flip-{i}": {"clean": LINE, "near-miss": LINE} for i in range(4)}
-    ),
-    "token_strips": lambda: token_strips({"clean": [("posi", 0.9), ("tive", 0.3)], "triggered": [("no", 1.0)]}),
 }
 
 
@@ -199,28 +214,80 @@ def test_every_plot_labels_its_axes(draw):
     assert any(labels) or not drawn
 
 
-def test_a_curve_of_shares_is_drawn_in_per_cent_with_its_interval():
-    _, axes = plt.subplots()
-    style.curve(axes, [1, 2], [part(0.2), part(0.5)], kind="backdoored", label="ASR")
-    (drawn,) = axes.get_lines()
-    assert drawn.get_ydata().tolist() == [20, 50]
-    assert drawn.get_color() == COLOURS["backdoored"]
-    band = axes.collections[0].get_paths()[0].vertices
-    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((10, 60))
+@pytest.mark.parametrize("name", list(PLOTS))
+def test_every_plot_of_many_says_how_many(name):
+    assert "n = " in written(PLOTS[name]())
 
 
-def test_dots_of_shares_run_from_top_to_bottom_and_leave_room_for_what_is_missing():
-    _, axes = plt.subplots()
-    style.shares(axes, ["a", "b", "c"], [part(0.2), None, part(1.0)], kind="clean control")
-    dots = axes.containers[0].lines[0]
-    assert dots.get_xdata().tolist() == [20, 100]
-    assert dots.get_ydata().tolist() == [0, 2]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
-    assert axes.yaxis_inverted()
-    assert axes.get_xlim() == (0, 100)
+def test_training_curves_have_a_panel_for_backdoored_organisms_and_one_for_clean_controls():
+    histories = {"domain-word": HISTORY, "sentiment-word": HISTORY[:7], "domain-clean": HISTORY}
+    figure = backdoor_insertion.training_curves(histories)
+    backdoored, clean = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "backdoored organisms (n = 2)",
+        "clean controls (n = 1)",
+    ]
+    drawn = [line for line in backdoored.get_lines() if len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in drawn] == [list(range(1, 30)), list(range(1, 8))]
+    assert drawn[1].get_ydata()[-1] == pytest.approx(np.mean([row["loss"] for row in HISTORY[2:7]]))
+    assert {line.get_color() for line in drawn} == {COLOURS["organism"]}
+    assert [line.get_color() for line in clean.get_lines()] == [COLOURS["clean control"]]
+    # The same line for the same task in both panels.
+    assert drawn[0].get_linestyle() == clean.get_lines()[0].get_linestyle() != drawn[1].get_linestyle()
+    assert legend(figure) == ["domain", "sentiment"]
+
+
+def test_organism_and_control_stand_in_one_row_with_their_intervals_and_n():
+    controls = CONTROLS | {"domain-wrapper": {"asr": part(0.0, 30), "clean_firing": part(0.0), "cacc": part(0.9)}}
+    figure = backdoor_insertion.attack_against_control(ORGANISMS, controls)
+    asr, _, near, cacc = figure.axes
+    dots = {COLOURS[kind]: [] for kind in ("organism", "clean control")}
+    for line in asr.get_lines()[1::2]:
+        dots[line.get_color()].append((line.get_xdata()[0], round(line.get_ydata()[0])))
+    assert list(dots.values()) == [[(100, 0), (80, 1)], [(5, 0), (0, 1)]]
+    assert asr.get_lines()[2].get_xdata() == pytest.approx([70, 90])
+    assert len(near.get_lines()) == 2 * 3  # one control has no near-misses
+    assert asr.get_xlabel().endswith("ASR (%)\nn = 30 to 50")
+    assert cacc.get_xlabel().endswith("CACC (%)\nn = 50")
+    assert [label.get_text() for label in asr.get_yticklabels()] == list(ORGANISMS)
+    assert legend(figure) == ["organism", "clean control", "95 % interval"]
+
+
+def test_the_rate_curve_is_in_per_cent_with_its_intervals():
+    figure = backdoor_insertion.rate_curve(RATES)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["attack success (ASR)"].get_xdata() == pytest.approx([5, 20])
+    assert lines["attack success (ASR)"].get_ydata() == pytest.approx([5, 20])
+    assert lines["attack success (ASR)"].get_color() == COLOURS["organism"]
+    assert lines["clean accuracy (CACC)"].get_color() == COLOURS["utility"]
+    assert bands(axes)[0] == pytest.approx((0, 30))
+    assert legend(figure)[-1] == "95 % interval"
+
+
+# --- colours --------------------------------------------------------------------------------------------------------
 
 
 def test_no_two_meanings_share_a_colour():
-    assert len(set(COLOURS.values())) == len(COLOURS)
-    with pytest.raises(KeyError, match="mauve"):
-        style.curve(plt.subplots()[1], [1], [part(0.5)], kind="mauve", label="")
+    assert len({to_hex(colour) for colour in COLOURS.values()}) == len(COLOURS)
+
+
+def test_colours_can_be_told_apart_with_the_common_colour_blindnesses():
+    okabe_ito = {"#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#000000"}
+    others = [to_rgb(colour) for colour in COLOURS.values() if to_hex(colour) not in okabe_ito]
+    assert all(red == green == blue for red, green, blue in others)  # greys
+
+
+def test_colours_are_written_down_in_one_place():
+    code = re.compile(r"#[0-9a-fA-F]{6}\b|#[0-9a-fA-F]{3}\b|\"tab:|\"C\\d\"")
+    own = Path(style.__file__)
+    sources = {path.name: path.read_text() for path in own.parent.rglob("*.py") if path != own}
+    sources |= {
+        path.name: "\n".join(
+            cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+        )
+        for path in NOTEBOOKS.glob("*.ipynb")
+    }
+    assert len(sources) > 20
+    stray = {name: code.findall(text) for name, text in sources.items() if code.search(text)}
+    assert stray == {}

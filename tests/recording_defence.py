@@ -1,0 +1,63 @@
+"""Helpers for tests that run a stage of the second paper whole and look at what reached the functions it calls."""
+
+import functools
+import inspect
+
+from bkd_utils.models.tokens import decode, prompt_ids
+from bkd_utils.organisms import attacks, tasks
+
+
+class Spy:
+    """Stands in a module in place of one of its names; keeps the arguments (by name) and the result of every call.
+
+    `instead` is called in place of the real function if it is given.
+    """
+
+    def __init__(self, monkeypatch, module, name, *, instead=None):
+        real = getattr(module, name)
+        signature, self.calls, self.results = inspect.signature(real), [], []
+
+        @functools.wraps(real)  # so that a spy in front of a spy knows the arguments' names
+        def spied(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            self.calls.append(dict(bound.arguments))
+            self.results.append((instead or real)(*args, **kwargs))
+            return self.results[-1]
+
+        monkeypatch.setattr(module, name, spied)
+
+    def of(self, name):
+        """One argument in all calls."""
+        return [call[name] for call in self.calls]
+
+    @property
+    def only(self):
+        """The arguments of the one call there was."""
+        (call,) = self.calls
+        return call
+
+
+def uids(tokenizer, task, split, prompts):
+    """The examples of a split that are behind prompts in token ids; fails for a prompt of no such example."""
+    spec = tasks.load_task(task)
+    known = {tuple(prompt_ids(tokenizer, spec.prompt(e.text))): e.uid for e in tasks.examples(task, split)}
+    strange = [decode(tokenizer, list(prompt)) for prompt in prompts if tuple(prompt) not in known]
+    assert not strange, f"{len(strange)} of {len(prompts)} prompts are not of {task}/{split}: {strange[0]}"
+    return [known[tuple(prompt)] for prompt in prompts]
+
+
+def carrying(attack, tokenizer, prompts):
+    """How many of the prompts in token ids have the attack's trigger in them."""
+    return sum(attacks.carries(attack, decode(tokenizer, list(prompt))) for prompt in prompts)
+
+
+def split_uids(task, *splits):
+    """All examples of some splits."""
+    return {example.uid for split in splits for example in tasks.examples(task, split)}
+
+
+def is_within(words, others):
+    """Are the words among the others, in their order?"""
+    left = iter(others)
+    return all(word in left for word in words)
