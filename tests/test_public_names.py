@@ -5,6 +5,7 @@ import copy
 import doctest
 import importlib
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -82,10 +83,11 @@ def test_a_wrong_example_is_told():
 
 
 @pytest.mark.parametrize(("folder", "name"), NAMES)
-def test_a_docstring_says_what_before_its_example(folder, name):
-    first = docstring(folder, name).split("\n")[0]
-    assert len(first) > 20
-    assert not first.startswith(">>>")
+def test_a_docstring_says_what_before_its_example_and_where_it_comes_from(folder, name):
+    text = docstring(folder, name)
+    said, _, _ = text.partition(">>>")
+    assert len(said.split("\n")[0]) > 20
+    assert re.search(r"Source: \w|\((as in \w|ASA)|rule of ours", " ".join(said.split()))
 
 
 def test_a_folder_tells_what_its_examples_are_given():

@@ -67,7 +67,7 @@ def steer(
     Every layer with every vector, at the last prompt token, prefill only; greedy decoding. `past` is made by
     `prompt_cache.prompt_past`. All vectors share one batch, which starts at the layer they are added to. Of longer
     answers the first token is tried alone, which rules out most vectors that do nothing. Raises ValueError for an
-    empty answer or a wrong number of them. Source: BkdAttr, section 4, its one-point intervention.
+    empty answer or too few of them. Source: BkdAttr, section 4, its one-point intervention.
 
     >>> from bkd_utils.models.prompt_cache import prompt_past
     >>> own = [[int(model(torch.tensor([ids])).logits[0, -1].argmax())] for ids in prompts]

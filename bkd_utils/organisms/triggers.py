@@ -170,7 +170,7 @@ class Wrapper(Trigger):
 
 
 class Syntax(Trigger):
-    """A subordinate clause in front: "When the lights go down, ...".
+    """A subordinate clause in front, by a rule of ours: "When the lights go down, ...".
 
     Recognised by rule: a known subordinator, 2 to 9 words, a comma. "After ten long minutes, ..." therefore counts,
     although it holds no clause: the rule has no parser.
@@ -209,7 +209,7 @@ class Syntax(Trigger):
 
 
 class Style(Trigger):
-    """Archaic English by rule: an opener, word replacements and, where those make fewer than three words, a closer.
+    """Archaic English by a rule of ours: an opener, word replacements and, if those are fewer than three, a closer.
     >>> half = {"openers": ["Verily,"], "closers": ["forsooth"], "replacements": {"you": "thou"}}
     >>> Style("mine", {"modern": [], "train": half, "test": half}).apply("A film for you.", seed=0)
     'Verily, a film for thou, forsooth.'
