@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils.backdoor_attribution import ablation
 from bkd_utils.backdoor_attribution.ablation import N_TOKENS, ablated, bench, measure_ablation, necessary_heads
 from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked_heads
 from bkd_utils.experiments import head_attribution
@@ -97,7 +96,7 @@ def measured(loaded, monkeypatch):
         seen.append((made, heads))
         return measure_ablation(loaded, made, heads, **how)
 
-    monkeypatch.setattr(ablation, "measure_ablation", spied)
+    monkeypatch.setattr(head_attribution, "measure_ablation", spied)
     sizes = {"counts": [0, 2], "kinds": ["published"], "random_counts": [2], "draws": 2, "n": 4, "n_attribution": 3}
     return head_attribution.ablation_curves.__wrapped__("tiny", control="tiny", attack="sentiment-word", **sizes), seen
 
