@@ -45,7 +45,7 @@ def column_titles(figure):
 
 
 def check_all(module, plots):
-    """`plots` has every function of the module that draws, and every figure is labelled and says on how many it rests."""
+    """`plots` has every function of the module that draws; every figure is labelled and says on how many it rests."""
     assert public(module) == set(plots)
     for name, draw in plots.items():
         figure = draw()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import nbformat
 import pytest
 import torch
 from patching import everywhere
@@ -12,7 +13,7 @@ from bkd_utils.attention_alignment.head_tuning import groups
 from bkd_utils.attention_alignment.rivals import TREATMENTS
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
-from bkd_utils.common.files import ROOT, read_json
+from bkd_utils.common.files import NOTEBOOKS, ROOT, read_json
 from bkd_utils.experiments import attention_safety_alignment, head_safety
 from bkd_utils.experiments.attention_safety_alignment import Treated
 from bkd_utils.models import loading
@@ -199,9 +200,10 @@ def test_heads_that_do_not_exist_are_an_error(stage):
         stage("treat_and_measure", method="heads tuned", heads=[[0, 9]], n=4)
 
 
-def test_the_page_of_findings_says_what_the_seeds_left():
+def test_the_notebook_says_what_the_seeds_left():
     found = read_json(ROOT / "tests" / "benchmarks" / "results" / "cure_spread.json")
-    text = (ROOT / "notebooks" / "pages" / "findings.md").read_text(encoding="utf-8")
+    cells = nbformat.read(NOTEBOOKS / "06_attention_safety_alignment.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     left = {
         attack: {name: ", ".join(f"{100 * value:.0f}" for value in one["asr"]) + " %" for name, one in shares.items()}
         for attack, shares in ((attack, result["shares"]) for attack, result in found["organisms"].items())
@@ -210,8 +212,8 @@ def test_the_page_of_findings_says_what_the_seeds_left():
         row = [f"`{attack}`", *(cells[name] for name in ("untreated", "suspicious heads", "random heads"))]
         assert f"| {' | '.join(row)} |" in text
     word = left["sentiment-word"]
-    assert f"on the word: {word['fine-pruning']} for" in text
-    assert f"and {word['flat heads pruned']} for" in text
+    assert f"on the word: fine-pruning leaves {word['fine-pruning']} for" in text
+    assert f"flat heads pruned {word['flat heads pruned']} for" in text
     assert word["fine-tuning"] == "62, 100, 100 %"
     more = {key: round(100 * found["random less suspicious, asr"][key]) for key in ("value", "low", "high")}
     assert f"Random heads leave {-more['value']} points less than" in text
