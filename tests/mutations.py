@@ -248,16 +248,17 @@ class Runner:
             if not (tree / file).is_file():
                 return {test: f"{test} is not collected, there is no {file}" for test in tests}
             try:
-                ended = self.run(tree, tests, timeout=60 + self.timeout * len(tests))["ended"]
+                report = self.run(tree, tests, timeout=60 + self.timeout * len(tests))
             except (TimeoutError, RuntimeError) as error:
                 return dict.fromkeys(tests, f"{file} without the mutation: {error}")
         wrong = {}
         for test in tests:
-            ends = {end for node, end in ended.items() if _is(test, node)}
+            ends = {node: end for node, end in report["ended"].items() if _is(test, node)}
+            bad = [f"{end}: {report['why'].get(node, '')}" for node, end in ends.items() if end != "passed"]
             if not ends:
                 wrong[test] = f"{test} is not collected"
-            elif ends != {"passed"}:
-                wrong[test] = f"{test} does not pass without the mutation"
+            elif bad:
+                wrong[test] = f"{test} does not pass without the mutation, {bad[0]}"
         return wrong
 
     def tried(self, mutation: Mutation) -> Outcome:
