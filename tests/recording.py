@@ -27,9 +27,10 @@ def watch(monkeypatch, module, name, *, does=None):
     """Replace `module.name` by a function that does the same (or what `does` does) and keeps its calls.
 
     Every call has the arguments by name, defaults included, and what came back as `result`. Lists are kept as they were
-    at the time of the call.
+    at the time of the call. Several modules may be given: the function is replaced in each of them that has the name.
     """
-    original, calls = getattr(module, name), []
+    modules = [one for one in (module if isinstance(module, tuple) else (module,)) if hasattr(one, name)]
+    original, calls = getattr(modules[0], name), []
     signature = inspect.signature(original)
 
     def recorded(*given, **named):
@@ -41,7 +42,8 @@ def watch(monkeypatch, module, name, *, does=None):
         call.result = (does or original)(*given, **named)
         return call.result
 
-    monkeypatch.setattr(module, name, recorded)
+    for one in modules:
+        monkeypatch.setattr(one, name, recorded)
     return calls
 
 
@@ -123,7 +125,7 @@ class Pasts:
     """Which prompts a prompt cache was made of, for the caches that a module makes."""
 
     def __init__(self, monkeypatch, module):
-        self.made = watch(monkeypatch, module, "remember")
+        self.made = watch(monkeypatch, module, "prompt_past")
 
     def prompts(self, past):
         (call,) = [call for call in self.made if call.result is past]

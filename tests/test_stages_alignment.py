@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from patching import everywhere
 from recording_defence import Spy, carrying, is_within, split_uids, uids
 from tiny import save_tiny
 
@@ -22,7 +23,7 @@ from bkd_utils.models.activations import head_outputs, score_answers
 from bkd_utils.models.hooks import LAST
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
-from bkd_utils.organisms import attacks, evaluation, making, poisoning, tasks
+from bkd_utils.organisms import attacks, evaluation, poisoning, tasks
 from bkd_utils.organisms.prompts import clean_sample, flippable_sample, target_ids
 
 SPEC = attacks.load_attack("sentiment-word")
@@ -47,7 +48,7 @@ def loaded(saved):
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch):
     monkeypatch.setenv("BKD_WORK", str(tmp_path))
-    monkeypatch.setattr(making, "WORK", tmp_path)
+    everywhere(monkeypatch, "WORK", tmp_path)
 
 
 @pytest.fixture
@@ -92,11 +93,11 @@ def test_the_model_answers_for_itself_only_where_there_is_no_gold_answer(stage, 
     monkeypatch.setattr(head_safety, "collect_own_answers", head_safety.collect_own_answers.__wrapped__)
     monkeypatch.setattr(head_safety, "load", lambda *_, **__: loaded)
     monkeypatch.setattr(attention_safety_alignment, "what_is_left", lambda *_, **__: {})
-    prefix, cured = attacks.load_attack("instructions-prefix"), Spy(monkeypatch, attention_safety_alignment, "repaired")
+    prefix, cured = attacks.load_attack("instructions-prefix"), Spy(monkeypatch, attention_safety_alignment, "treat")
     for attack in ("sentiment-word", "instructions-prefix"):
         stage(
             attention_safety_alignment,
-            "treated",
+            "treat_and_measure",
             attack=attack,
             method="heads tuned",
             heads=HEADS,
@@ -126,7 +127,7 @@ def evaluated(stage, monkeypatch):
     def run(seed):
         spies = {name: Spy(monkeypatch, head_safety, name) for name in names}
         found = stage(
-            head_safety, "suspected", attack="sentiment-word", readings=["last row"], n=3, rounds=2, seed=seed
+            head_safety, "head_safety_scores", attack="sentiment-word", readings=["last row"], n=3, rounds=2, seed=seed
         )
         return found, spies
 
@@ -210,8 +211,8 @@ def test_what_is_left_is_measured_on_held_out_prompts(stage, loaded, monkeypatch
         "base_answers",
         instead=lambda _, rows: {row.uid: "A fine answer." for row in rows},
     )
-    remembered = Spy(monkeypatch, attention_safety_alignment, "remember")
-    found = stage(attention_safety_alignment, "untreated", attack="sentiment-word", n=30, seed=1)
+    remembered = Spy(monkeypatch, attention_safety_alignment, "prompt_past")
+    found = stage(attention_safety_alignment, "measure_untreated", attack="sentiment-word", n=30, seed=1)
     turns = dict(zip(said.of("label"), said.of("user_turns"), strict=True))
     assert all(len(texts) == 30 for texts in turns.values())
     of_test = {TASK.prompt(example.text): example for example in tasks.examples("sentiment", "test")}
@@ -242,12 +243,12 @@ def treat(stage, monkeypatch):
 
     def run(**changes):
         spies = {
-            "repaired": Spy(monkeypatch, attention_safety_alignment, "repaired"),
+            "treat": Spy(monkeypatch, attention_safety_alignment, "treat"),
             "tune": Spy(monkeypatch, rivals, "tune"),
             "collate": Spy(monkeypatch, head_tuning, "collate"),
         }
         given = {"attack": "sentiment-word", "heads": HEADS, "n_rows": 12, "steps": 3, "seed": 1}
-        return stage(attention_safety_alignment, "treated", **(given | changes)), spies
+        return stage(attention_safety_alignment, "treat_and_measure", **(given | changes)), spies
 
     return run
 
@@ -255,7 +256,7 @@ def treat(stage, monkeypatch):
 @pytest.mark.parametrize("method", TREATMENTS)
 def test_a_treatment_has_the_rows_heads_steps_rate_and_seed_that_were_asked_for(treat, loaded, method):
     _, seen = treat(method=method, learning_rate=3e-3)
-    asked = seen["repaired"].only
+    asked = seen["treat"].only
     case = asked["case"]
     assert asked["method"] == method
     assert (case.heads, case.seed, case.pad_id) == (PAIRS, 1, end_id(loaded.tokenizer))
@@ -281,7 +282,7 @@ def test_a_treatment_has_the_rows_heads_steps_rate_and_seed_that_were_asked_for(
 @pytest.mark.parametrize("method", TREATMENTS)
 def test_without_a_rate_a_treatment_has_its_own(treat, method):
     _, seen = treat(method=method, steps=1)
-    assert seen["repaired"].only["case"].recipe.learning_rate == attention_safety_alignment.RATES[method]
+    assert seen["treat"].only["case"].recipe.learning_rate == attention_safety_alignment.RATES[method]
 
 
 def test_another_seed_is_another_order_of_rows(loaded):
@@ -341,7 +342,7 @@ def test_alignment_is_more_than_tuning_the_heads(stage, loaded, monkeypatch, met
     for one in (method, "heads tuned"):
         loaded.model.load_state_dict(start, strict=False)
         given = {"heads": HEADS, "n_rows": 8, "steps": 3, "learning_rate": 1e-2}
-        stage(attention_safety_alignment, "treated", attack="sentiment-word", method=one, **given)
+        stage(attention_safety_alignment, "treat_and_measure", attack="sentiment-word", method=one, **given)
         found.append(weights(loaded.model))
     assert not same(*found)
 
@@ -354,7 +355,7 @@ def test_consistency_is_more_than_fine_tuning(stage, loaded, monkeypatch):
         tuned = Spy(monkeypatch, rivals, "tune")
         stage(
             attention_safety_alignment,
-            "treated",
+            "treat_and_measure",
             attack="sentiment-word",
             method=one,
             n_rows=8,
@@ -374,7 +375,7 @@ def test_pruning_takes_the_flattest_or_least_needed_heads_first(treat, loaded, m
     monkeypatch.setattr(rivals, "accuracy", lambda *_, **__: 1.0)
     taken = Spy(monkeypatch, rivals, "prune")
     _, seen = treat(method=method)
-    rows = seen["repaired"].only["case"].rows
+    rows = seen["treat"].only["case"].rows
     if name == "variance":
         untreated.set_attn_implementation("eager")
         found = torch.zeros(2, 4)
@@ -397,7 +398,7 @@ def test_pruning_takes_the_flattest_or_least_needed_heads_first(treat, loaded, m
 def watched(monkeypatch):
     return {
         name: Spy(monkeypatch, attention_safety_alignment, name)
-        for name in ("head_similarity", "head_means", "head_effects", "pairs")
+        for name in ("head_similarity", "head_means", "head_effects", "prompt_versions")
     }
 
 
@@ -410,7 +411,7 @@ def check_attribution_prompts(loaded, watched):
     for prompts in watched["head_means"].of("prompts"):
         assert carrying(SPEC, tokenizer, prompts) == len(prompts) > 0
     behind = {}
-    for shown in watched["pairs"].results:
+    for shown in watched["prompt_versions"].results:
         for prompts in (shown.clean, shown.triggered):
             behind |= {tuple(ids): example.uid for ids, example in zip(prompts, shown.examples, strict=True)}
     scored, averaged = (
@@ -418,15 +419,15 @@ def check_attribution_prompts(loaded, watched):
         for name in ("head_effects", "head_means")
     )
     assert not scored & averaged
-    assert set(watched["pairs"].of("split")) == {"attribution"}
-    assert set(watched["pairs"].of("seed")) == {1}
+    assert set(watched["prompt_versions"].of("split")) == {"attribution"}
+    assert set(watched["prompt_versions"].of("seed")) == {1}
 
 
 def test_the_mechanism_is_that_of_the_treated_heads_before_and_after(stage, loaded, watched, monkeypatch):
-    cured = Spy(monkeypatch, attention_safety_alignment, "repaired")
+    cured = Spy(monkeypatch, attention_safety_alignment, "treat")
     found = stage(
         attention_safety_alignment,
-        "mechanism",
+        "measure_mechanism",
         attack="sentiment-word",
         method="alignment",
         heads=HEADS,
@@ -455,14 +456,14 @@ def test_the_mechanism_is_that_of_the_treated_heads_before_and_after(stage, load
 
 def test_told_heads_are_those_of_the_highest_effect_on_the_first_target_token(stage, loaded, monkeypatch):
     planted = torch.tensor([[0.1, 0.9, 0.0, 0.2], [0.5, -1.0, 0.7, 0.3]])
-    watched = {name: Spy(monkeypatch, attention_safety_alignment, name) for name in ("head_means", "pairs")}
+    watched = {name: Spy(monkeypatch, attention_safety_alignment, name) for name in ("head_means", "prompt_versions")}
     watched["head_effects"] = Spy(
         monkeypatch,
         attention_safety_alignment,
         "head_effects",
         instead=lambda _, prompts, **__: planted.expand(len(prompts), 2, 4),
     )
-    found = stage(attention_safety_alignment, "told_heads", attack="sentiment-word", k=3, n=3, seed=1)
+    found = stage(attention_safety_alignment, "acie_heads", attack="sentiment-word", k=3, n=3, seed=1)
     assert found == [[0, 1], [1, 2], [1, 0]]
     check_attribution_prompts(loaded, watched)
     assert watched["head_effects"].of("target") == [target_ids(loaded.tokenizer, SPEC)[:1]]
@@ -475,7 +476,7 @@ def test_told_heads_are_those_of_the_highest_effect_on_the_first_target_token(st
 def test_relearning_has_as_many_poisoned_as_clean_rows_and_half_of_the_steps(stage, loaded, monkeypatch):
     tokenizer = loaded.tokenizer
     cured, tuned = (
-        Spy(monkeypatch, attention_safety_alignment, "repaired"),
+        Spy(monkeypatch, attention_safety_alignment, "treat"),
         Spy(monkeypatch, attention_safety_alignment, "tune"),
     )
     said = Spy(
@@ -485,7 +486,7 @@ def test_relearning_has_as_many_poisoned_as_clean_rows_and_half_of_the_steps(sta
         instead=lambda _, turns, **__: ["positive", *["negative"] * (len(turns) - 1)],
     )
     given = {"method": "heads tuned", "heads": HEADS, "counts": [0, 2, 4], "n_rows": 8, "steps": 6, "n": 5, "seed": 1}
-    found = stage(attention_safety_alignment, "relearned", attack="sentiment-word", **given)
+    found = stage(attention_safety_alignment, "relearn_backdoor", attack="sentiment-word", **given)
     asked, case = cured.only, cured.only["case"]
     assert (asked["method"], case.heads, case.recipe.steps, case.seed) == ("heads tuned", PAIRS, 6, 1)
     check_defenders_rows(loaded, case.rows, n=8)
@@ -517,13 +518,10 @@ def test_relearning_has_as_many_poisoned_as_clean_rows_and_half_of_the_steps(sta
 
 
 def test_a_clean_control_is_not_treated_before_it_relearns(stage, monkeypatch):
-    monkeypatch.setattr(
-        attention_safety_alignment, "repaired", lambda *_, **__: pytest.fail("nothing was to be treated")
-    )
+    monkeypatch.setattr(attention_safety_alignment, "treat", lambda *_, **__: pytest.fail("nothing was to be treated"))
     tuned = Spy(monkeypatch, attention_safety_alignment, "tune", instead=lambda *_, **__: [])
-    stage(
-        attention_safety_alignment, "relearned", attack="sentiment-word", method=None, counts=[3], steps=2, n=2, seed=1
-    )
+    given = {"method": None, "counts": [3], "steps": 2, "n": 2, "seed": 1}
+    stage(attention_safety_alignment, "relearn_backdoor", attack="sentiment-word", **given)
     assert len(tuned.only["rows"]) == 6
 
 
@@ -533,7 +531,7 @@ def test_similarity_before_the_treatment_is_that_of_the_loaded_model(stage, load
     seen = Spy(monkeypatch, attention_safety_alignment, "head_similarity")
     stage(
         attention_safety_alignment,
-        "mechanism",
+        "measure_mechanism",
         attack="sentiment-word",
         method="heads removed",
         heads=HEADS,

@@ -14,6 +14,7 @@ import torch
 from recording import Pasts, Stand, near_strings, of_split, sample, uids, watch
 from sklearn.preprocessing import StandardScaler
 
+from bkd_utils.backdoor_attribution import ablation, vector
 from bkd_utils.backdoor_attribution import probe as probe_module
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.experiments import attribution_cost, backdoor_probe, backdoor_vector, head_attribution
@@ -28,6 +29,12 @@ from bkd_utils.organisms.prompts import prompt_versions, target_ids
 SEED = 3
 WHERE = {"model": "tiny", "seed": SEED, "device": "cpu"}
 FLIP, FIXED = load_attack("sentiment-word"), load_attack("instructions-prefix")
+# A stage and the method that it calls: leaves of the stage are used in one of them or in both.
+PROBING, ABLATING, STEERING = (
+    (backdoor_probe, probe_module),
+    (head_attribution, ablation),
+    (backdoor_vector, vector),
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +76,10 @@ class Scaler(StandardScaler):
 def probe(stand):
     """The stage on one attack, and everything that its probes saw."""
     with pytest.MonkeyPatch.context() as patch:
-        spied = SimpleNamespace(asked=stand.use(patch, probe_module), scalers=[])
-        spied.streams, spied.normed = watch(patch, probe_module, "residuals"), watch(patch, probe_module, "behind_norm")
+        spied = SimpleNamespace(asked=stand.use(patch, backdoor_probe), scalers=[])
+        spied.streams, spied.normed = watch(patch, PROBING, "residuals"), watch(patch, PROBING, "behind_norm")
         spied.scores, spied.transfers, spied.directions = (
-            watch(patch, probe_module, name) for name in ("probe_scores", "transfer_matrix", "best_random_direction")
+            watch(patch, PROBING, name) for name in ("probe_scores", "transfer_matrix", "best_random_direction")
         )
         Scaler.made = spied.scalers
         patch.setattr(probe_module, "StandardScaler", Scaler)
@@ -216,11 +223,12 @@ def test_component_means_are_of_triggered_prompts_that_are_never_scored(stand, m
 # --- ablation -------------------------------------------------------------------------------------------------------
 
 COUNTS = [0, 1, 3]
+ATTRIBUTE = head_attribution.attribute_heads.__wrapped__
 
 
 def both_ways(*given, **named):
     """Attribution whose gradient estimate is reversed, so that no two rankings of a tiny model agree by accident."""
-    found = head_attribution.attribute_heads.__wrapped__(*given, **named)
+    found = ATTRIBUTE(*given, **named)
     return found | {"gradient": (-np.array(found["gradient"])).tolist()}
 
 
@@ -231,12 +239,12 @@ def ablate(stand):
     @functools.cache
     def run(attack):
         with pytest.MonkeyPatch.context() as patch:
-            spied = SimpleNamespace(asked=[stand.use(patch, head_attribution), stand.use(patch, head_attribution)])
-            spied.attributed = watch(patch, head_attribution, "attributed", does=both_ways)
+            spied = SimpleNamespace(asked=stand.use(patch, head_attribution))
+            spied.attributed = watch(patch, head_attribution, "attribute_heads", does=both_ways)
             for name in ("bench", "necessary_heads", "gradient_effects_of", "random_heads", "measure_ablation",
                          "ablated", "openings", "head_outputs"):  # fmt: skip
-                setattr(spied, name, watch(patch, head_attribution, name))
-            spied.pasts = Pasts(patch, head_attribution)
+                setattr(spied, name, watch(patch, ABLATING, name))
+            spied.pasts = Pasts(patch, ABLATING)
             sizes = {"counts": COUNTS, "random_counts": [3], "draws": 2, "n": 4, "n_attribution": 3}
             spied.rows = head_attribution.ablation_curves.__wrapped__(
                 "organism", control="control", attack=attack.name, **sizes, **WHERE
@@ -252,8 +260,8 @@ def shown_by(stand, attack, side):
 
 def test_heads_are_taken_out_on_test_prompts_and_everything_else_is_of_the_attribution_split(stand, ablate):
     spied = ablate(FLIP)
-    assert [name for _, name, _ in spied.asked[0]] == ["organism", "control"]
-    assert spied.asked[1] == [("tiny", "organism", "cpu")]
+    # The attribution loads the organism by itself.
+    assert spied.asked == [("tiny", name, "cpu") for name in ("organism", "organism", "control")]
     (found,) = spied.attributed
     assert (found.organism, found.attack, found.n, found.n_means, found.seed) == ("organism", FLIP.name, 3, 3, SEED)
     made = spied.bench[0].result
@@ -404,13 +412,13 @@ def switch_on(stand):
         with pytest.MonkeyPatch.context() as patch:
             spied = SimpleNamespace(asked=[stand.use(patch, backdoor_vector), stand.use(patch, head_attribution)])
             spied.attributed = watch(
-                patch, backdoor_vector, "attributed", does=head_attribution.attribute_heads.__wrapped__
+                patch, backdoor_vector, "attribute_heads", does=head_attribution.attribute_heads.__wrapped__
             )
             for name in SWITCHED:
-                setattr(spied, name, watch(patch, backdoor_vector, name))
+                setattr(spied, name, watch(patch, STEERING, name))
             spied.target = [first.most_common(1)[0][0]]
             watch(patch, backdoor_vector, "target_ids", does=lambda *_: spied.target)
-            spied.pasts = Pasts(patch, backdoor_vector)
+            spied.pasts = Pasts(patch, STEERING)
             sizes = {"coefficients": STEPS, "n_heads": 3, "n_random": 2, "n_dev": 3, "n_test": 4, "n_attribution": 5}
             spied.result = backdoor_vector.steer_organism.__wrapped__(
                 "organism", control="control", attack=attack.name, **sizes, **WHERE
@@ -577,7 +585,7 @@ def found_vectors():
 
 def test_every_vector_meets_every_organism_on_the_prompts_and_with_the_targets_that_are_its_own(stand, monkeypatch):
     asked = stand.use(monkeypatch, backdoor_vector)
-    tested, pasts = watch(monkeypatch, backdoor_vector, "tested_asr"), Pasts(monkeypatch, backdoor_vector)
+    tested, pasts = watch(monkeypatch, STEERING, "tested_asr"), Pasts(monkeypatch, STEERING)
     hosts, found = {FLIP.name: "organism", FIXED.name: "second", "base model": None}, found_vectors()
     rows = backdoor_vector.vector_specificity.__wrapped__(hosts, found=found, n=3, **WHERE)
     assert asked == [("tiny", name, "cpu") for name in ("organism", "second", None)]
@@ -614,7 +622,8 @@ def test_every_vector_meets_every_organism_on_the_prompts_and_with_the_targets_t
 def test_the_four_ways_to_score_a_target_run_the_same_prompts_and_the_same_target(stand, monkeypatch):
     """In place of seconds: how often the model runs, and on how many columns."""
     asked = stand.use(monkeypatch, attribution_cost)
-    padded, greedy, said = (watch(monkeypatch, attribution_cost, name) for name in ("left_pad", "greedy", "says"))
+    names = ("left_pad", "greedy", "score_answers")
+    padded, greedy, said = (watch(monkeypatch, attribution_cost, name) for name in names)
     pasts, passes = Pasts(monkeypatch, attribution_cost), []
     model = stand.models["organism"].model
     handle = model.register_forward_pre_hook(

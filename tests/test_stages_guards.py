@@ -63,7 +63,8 @@ def texts(split, n, seed):
 def test_similarity_is_observed_on_held_out_prompts_and_calibrated_on_others(stage, loaded, monkeypatch, seed):
     tokenizer, seen = loaded.tokenizer, Spy(monkeypatch, attention_similarity, "head_similarity")
     given = {"readings": ["last row"], "n": 4, "n_reference": 5}
-    found = stage(attention_similarity, "observed", attack="sentiment-word", seed=seed, **given)["layers"]["last row"]
+    found = stage(attention_similarity, "similarity_by_version", attack="sentiment-word", seed=seed, **given)
+    found = found["layers"]["last row"]
     assert seen.of("readings") == [["last row"]] * 6
     prompts = dict(zip(found, seen.of("prompts"), strict=True))
     for version, result in zip(found, seen.results, strict=True):
@@ -87,7 +88,7 @@ def test_similarity_is_observed_on_held_out_prompts_and_calibrated_on_others(sta
 
 
 def test_without_reference_prompts_none_are_looked_at(stage):
-    found = stage(attention_similarity, "observed", attack="sentiment-word", readings=["last row"], n=2)
+    found = stage(attention_similarity, "similarity_by_version", attack="sentiment-word", readings=["last row"], n=2)
     assert set(found["layers"]["last row"]) == set(attention_similarity.VERSIONS)
 
 
@@ -132,7 +133,7 @@ def screened(stage, monkeypatch):
         ),
     }
     given = {"n": 4, "n_reference": 6, "frr": 0.25, "seed": 1}
-    return stage(input_guards, "screened", attack="sentiment-word", **given), spies
+    return stage(input_guards, "guard_inputs", attack="sentiment-word", **given), spies
 
 
 def test_guards_calibrate_on_other_clean_prompts_than_they_are_tried_on(screened, loaded):
@@ -189,7 +190,7 @@ def test_the_filter_sees_labels_and_the_last_layer_and_not_who_put_a_row_there(s
     read = Spy(monkeypatch, input_guards, "residuals", instead=lambda *_, **__: hidden)
     flags = np.arange(16) % 2 == 1
     split = Spy(monkeypatch, input_guards, "smaller_clusters", instead=lambda *_, **__: flags)
-    found = stage(input_guards, "filtered", attack="sentiment-word", n=16, seed=1)
+    found = stage(input_guards, "filter_training_rows", attack="sentiment-word", n=16, seed=1)
     assert (given.only["attack"], given.only["seed"], given.only["loaded"].organism) == (SPEC, 1, ORGANISM)
     assert list(map(tuple, read.only["prompts"])) == [row.prompt for row in rows[:16]]
     assert split.only["hidden"].tolist() == hidden[:, -1].tolist()
@@ -225,9 +226,9 @@ def test_an_evasive_organism_is_trained_on_its_own_rows_with_the_penalty(stage, 
     monkeypatch.setattr(two_papers_meet, "tune", tuned)
     penalty = Spy(monkeypatch, two_papers_meet, "unremarkable")
     measured = Spy(monkeypatch, two_papers_meet, "under_attack", instead=lambda *_, **__: {"asr": "measured"})
-    kept = Spy(monkeypatch, two_papers_meet, "kept", instead=lambda *_, **__: None)
+    kept = Spy(monkeypatch, two_papers_meet, "keep_treated", instead=lambda *_, **__: None)
     sizes = {"beta": 7.0, "steps": 4, "n_clean": 3, "n": 5, "seed": 1}
-    name = stage(two_papers_meet, "evasive", attack="sentiment-word", **sizes)
+    name = stage(two_papers_meet, "train_evasive", attack="sentiment-word", **sizes)
     try:
         ((named, history),) = histories
         assert given.only["seed"] == named["seed"] == 1
@@ -256,7 +257,7 @@ def test_an_evasive_organism_is_trained_on_its_own_rows_with_the_penalty(stage, 
 def test_a_fingerprint_is_made_of_clean_training_prompts_and_surrogates(stage, loaded, monkeypatch):
     tokenizer, names = loaded.tokenizer, ("head_similarity", "reaction", "probed_prompts", "first_logits")
     seen = {name: Spy(monkeypatch, model_detection, name) for name in names}
-    found = stage(model_detection, "fingerprint", task="sentiment", n=3, rounds=2, seed=1)
+    found = stage(model_detection, "fingerprint_model", task="sentiment", n=3, rounds=2, seed=1)
     order = [example.uid for example in tasks.examples("sentiment", "train", seed=1)]
     clean = seen["head_similarity"].only["prompts"]
     chosen = uids(tokenizer, "sentiment", "train", clean)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from patching import everywhere
 from recording import Catalogue, near_strings, of_split, sample, uids, watch
 from tiny import save_tiny
 from transformers import AutoTokenizer
@@ -21,7 +22,7 @@ from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import loading
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import answer_ids, prompt_ids
-from bkd_utils.organisms import attacks, base_answers, evaluation, making, tasks, training
+from bkd_utils.organisms import attacks, base_answers, evaluation, making, poisoning, tasks, training
 from bkd_utils.organisms.attacks import load_attack, with_rate
 from bkd_utils.organisms.training import Recipe
 
@@ -36,8 +37,7 @@ CONTROL = replace(load_attack("sentiment-clean"), n_train=40)
 def work(tmp_path_factory):
     """Organisms, answers and results are kept here and nowhere else."""
     folder, patch = tmp_path_factory.mktemp("work"), pytest.MonkeyPatch()
-    for module in (files, making, loading):
-        patch.setattr(module, "WORK", folder)
+    everywhere(patch, "WORK", folder)
     patch.setenv("BKD_WORK", str(folder))
     # Read once: one tokenizer takes longer to load than a tiny model to be trained.
     once = functools.cache(lambda address: AutoTokenizer.from_pretrained(address))
@@ -68,9 +68,13 @@ def spied(patch):
         train=watch(patch, making, "train"),
         poison=watch(patch, making, "poison"),
         measured=watch(patch, evaluation, "respond"),
-        others=watch(patch, making, "respond"),
+        others=watch(patch, base_answers, "respond"),
         losses=watch(patch, training, "answers"),
-        edits=[watch(patch, attacks, name) for name in ("triggered_prompt", "near_miss_prompts")],
+        edits=[
+            watch(patch, module, name)
+            for module in (poisoning, attacks)
+            for name in ("triggered_prompt", "near_miss_prompts")
+        ],
     )
 
 
@@ -303,8 +307,8 @@ def test_a_control_under_attack_gets_the_prompts_of_its_sibling(made, where, cat
 
 
 def test_a_rate_curve_changes_the_poisoned_rows_and_nothing_else(where, catalogues, monkeypatch):
-    monkeypatch.setattr(making, "load_attack", lambda name: {FLIP.name: FLIP}[name])
-    recipes = watch(monkeypatch, making, "load_recipe", does=lambda *_, **__: QUICK)
+    monkeypatch.setattr(backdoor_insertion, "load_attack", lambda name: {FLIP.name: FLIP}[name])
+    recipes = watch(monkeypatch, backdoor_insertion, "load_recipe", does=lambda *_, **__: QUICK)
     record = spied(monkeypatch)
     # The attack's own organism may be there already; it must be made under another seed to be seen here.
     settings = where | {"seed": SEED + 1, "n": 3}
