@@ -1,6 +1,7 @@
 """What tests of pictures share: intervals made by hand, legends and bands read back, and what every picture needs."""
 
 import nbformat
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from bkd_utils.common.files import NOTEBOOKS
@@ -19,9 +20,9 @@ def bands(axes):
 
 
 def public(module):
-    """The functions that a module offers itself."""
-    own = {name for name, value in vars(module).items() if callable(value) and value.__module__ == module.__name__}
-    return {name for name in own if not name.startswith("_")}
+    """The functions of a module that draw a figure."""
+    own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+    return {name for name in own if getattr(vars(module)[name], "__annotations__", {}).get("return") is Figure}
 
 
 def written(figure):
@@ -44,7 +45,7 @@ def column_titles(figure):
 
 
 def check_all(module, plots):
-    """`plots` has every function that the module offers, and every figure is labelled and says on how many it rests."""
+    """`plots` has every function of the module that draws; every figure is labelled and says on how many it rests."""
     assert public(module) == set(plots)
     for name, draw in plots.items():
         figure = draw()

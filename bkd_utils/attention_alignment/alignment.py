@@ -88,8 +88,19 @@ ALIGNMENTS: dict[str, Callable[[Pull], Tensor]] = {
 
 
 def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: str, beta: float = 1.0) -> Loss:
-    """A loss for `head_tuning.tune`: beside that of the answers, `beta` times the pull on suspicious heads toward
-    the others of their layers. Raises ValueError for an unknown alignment, no heads, or a layer without safe heads."""
+    """A loss for `tune`: beside that of the answers (nats), `beta` times the pull on suspicious heads toward safe ones.
+
+    `alignment` is "mean", "nearest" or "excess"; safe heads are the others of the same layer. Raises ValueError for an
+    unknown alignment, no heads, or a layer without safe heads. Source: ASA, alignment; the losses are ours.
+
+    >>> from bkd_utils.models.compute import eager
+    >>> from bkd_utils.models.loss import collate
+    >>> losses = [aligned(model, [(0, 1)], alignment="mean", beta=beta) for beta in (0.0, 1.0)]
+    >>> with eager(model):
+    ...     pulls = [loss(model, collate(rows, pad_id=2), first_token=0.5)[1].item() for loss in losses]
+    >>> pulls[0], pulls[1] > 0  # coefficient 0 is plain tuning
+    (0.0, True)
+    """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}; known: {', '.join(ALIGNMENTS)}")
     parts = anatomy(model)

@@ -151,10 +151,19 @@ def tune(
     loss: Loss = answers_only,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """Fine-tune the marked entries in place on rows with their answers, everything else stays bit for bit; the losses.
+    """Fine-tune the marked entries in place on rows with their answers; everything else stays bit for bit.
 
-    Of the recipe, rank and alpha are not used. Attention is computed in the open, so a loss may ask for its maps.
-    Raises ValueError for nothing to train, RuntimeError if no weight has changed.
+    Returns per step the loss of the answers and what was added to it, in nats. Masks are made by `head_slices`. Of the
+    recipe, rank and alpha are not used. Attention is computed in the open, so a loss may ask for its maps. Raises
+    ValueError for nothing to train, RuntimeError if no weight has changed. Source: ASA, head-wise fine-tuning; what
+    belongs to a head is our reading.
+
+    >>> from bkd_utils.attention_alignment.head_tuning import head_slices
+    >>> before, masks = model.model.layers[0].self_attn.o_proj.weight.clone(), head_slices(model, [(0, 1)])
+    >>> history = tune(model, rows, masks=masks, recipe=recipe, pad_id=2)
+    >>> changed = (model.model.layers[0].self_attn.o_proj.weight != before).any(0).nonzero().flatten().tolist()
+    >>> len(history), changed  # the columns of head 1
+    (2, [8, 9, 10, 11, 12, 13, 14, 15])
     """
     if not rows or not any(mask.any() for mask in masks.values()):
         raise ValueError(f"nothing to train: {len(rows)} rows, {len(masks)} matrices")

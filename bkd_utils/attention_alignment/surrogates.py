@@ -33,7 +33,12 @@ def surrogate(
 ) -> Trigger:
     """A trigger that nobody has trained on, drawn by the seed, and again while one of `texts` has it by nature.
 
-    Raises ValueError for an unknown family, and if texts have all that was drawn.
+    `family` is "rare word", "sentence" or "fronted clause". Raises ValueError for an unknown family, and if texts have
+    all that was drawn. Source: ours; ASA does not say what stands in for the trigger.
+
+    >>> word = surrogate(tokenizer, family="rare word", seed=0)
+    >>> word.matches("A fine film."), word.matches(word.apply("A fine film.", seed=0))
+    (False, True)
     """
     dice = random.Random(f"{seed}/{family}")
     for _ in range(draws):
@@ -76,8 +81,13 @@ def reaction(
 ) -> dict[str, Scores]:
     """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
 
-    `before`: reading -> similarity on the clean twins. Edited prompts may be several rounds of them, one behind the
-    other. Raises ValueError if they are not.
+    `before`: reading -> similarity on the clean twins, as `head_similarity` gives it. Edited prompts may be several
+    rounds of them, one after the other. Raises ValueError if they are not. Source: ours, after ASA's observation.
+
+    >>> before = head_similarity(model, prompts, readings=["last row"])
+    >>> change = reaction(model, prompts, before=before)["last row"]
+    >>> change.shape, bool(change.abs().max() < 1e-5)  # prompts that were not edited
+    (torch.Size([2, 4]), True)
     """
     n = len(next(iter(before.values())))
     if not edited or len(edited) % n:

@@ -20,9 +20,14 @@ from bkd_utils.models.tokens import Row, batches
 
 
 def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int, batch_size: int = 8) -> Scores:
-    """Mean absolute slope of the loss in a gate on each head's output (Michel et al. 2019), on clean rows.
+    """Mean absolute slope of the loss in a gate on each head's output, on clean rows, in nats.
 
-    The gate acts at every position. Raises ValueError for no rows.
+    The gate acts at every position. Raises ValueError for no rows. Source: Michel et al. 2019; ASA's own measure of
+    importance is not known.
+
+    >>> model.model.layers[0].self_attn.o_proj.weight[:, :8] = 0.0  # head (0, 0) writes nothing now
+    >>> (gate_importance(model, rows, pad_id=2) > 0).tolist()
+    [[False, True, True, True], [True, True, True, True]]
     """
     if not rows:
         raise ValueError("importance needs at least one row")
@@ -88,6 +93,13 @@ RULES: dict[str, Callable[[Scores, Scores], Scores]] = {
 
 
 def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at_most: float = 0.25) -> list[Head]:
-    """Heads above the threshold, most suspicious first, at most that share of all heads. May be none."""
+    """Heads above the threshold, most suspicious first, at most that share of all heads. May be none.
+
+    `joint` is a score by one of `RULES`, in robust standard deviations. Source: ASA, head safety evaluation; the rule
+    is ours.
+
+    >>> suspicious(torch.tensor([[0.0, 3.0], [2.5, 9.0]]), threshold=2.0, at_most=0.5)
+    [(1, 1), (0, 1)]
+    """
     allowed = int(at_most * joint.numel())
     return [head for head in ranked_heads(joint)[:allowed] if joint[head] > threshold]

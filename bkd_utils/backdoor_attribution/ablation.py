@@ -157,12 +157,19 @@ def ablated(
     own: Float[Tensor, "prompt layer head d_head"] | None = None,
     clean: Float[Tensor, "reference layer head d_head"] | None = None,
 ) -> Iterator[None]:
-    """Take heads out while this lasts.
+    """Take heads out while this lasts, at the positions `at` of what runs inside.
 
     `published` subtracts each head's output from an un-ablated pass (`own`, one per row), as the official BkdAttr code
     does, which is zero only for heads that no other ablated head feeds; `zero` sets the output to 0; `mean` to the
     mean over clean prompts (`clean`); `resample` to that of a clean prompt, row i taking reference i. Raises
-    ValueError for an unknown kind or when what it needs is missing.
+    ValueError for an unknown kind, an unknown head, or when what the kind needs is missing. Source: BkdAttr, section
+    3.3; the last three kinds are ours.
+
+    >>> ids = torch.tensor(prompts[:1])  # 4 tokens
+    >>> with ablated(model, [(0, 1)], kind="zero", at=slice(-1, None)):
+    ...     cut = model(ids).logits
+    >>> ((cut - model(ids).logits).abs().amax(-1) > 1e-3).tolist()  # only the last token is changed
+    [[False, False, False, True]]
     """
     if kind not in KINDS:
         raise ValueError(f"unknown ablation {kind!r}; known: {', '.join(KINDS)}")

@@ -21,7 +21,14 @@ from bkd_utils.models.tokens import batches
 def head_means(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> Float[Tensor, "layer head d_head"]:
-    """Mean output of every head at the last prompt token (BkdAttr, equation of the triggered mean)."""
+    """Mean output of every head at the last prompt token, in the model's own units.
+
+    Raises as `models.head_outputs` does. Source: BkdAttr, section 3, the mean over triggered prompts.
+
+    >>> means = head_means(model, prompts)
+    >>> means.shape, torch.allclose(means, head_means(model, prompts * 2), atol=1e-5)
+    (torch.Size([2, 4, 8]), True)
+    """
     return head_outputs(model, prompts, batch_size=batch_size).double().mean(0).float()
 
 
@@ -35,10 +42,19 @@ def head_effects(
     memory_gib: float = 1.0,
     on_batch: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "prompt layer head"]:
-    """CIE of every head on every prompt, by patching each of them.
+    """Causal indirect effect (CIE) of every head on every prompt, by patching each of them; their mean is the ACIE.
 
-    All heads of a layer are patched in one batch that starts at this layer and shares the prompts' past. `memory_gib`
-    bounds the logits and activations of one batch. `on_batch` is called with the number of prompts just finished.
+    An effect is a difference of probabilities of `target`, length-normalised, from -1 to 1. All heads of a layer are
+    patched in one batch that starts at this layer and shares the prompts' past. `memory_gib` bounds the logits and
+    activations of one batch. `on_batch` is called with the number of prompts just finished. Raises ValueError for a
+    prompt of fewer than two tokens, ModelError for an architecture that is not known. Source: BkdAttr, section 3.
+
+    >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
+    >>> effects = head_effects(model, prompts[:1], target=target, means=head_means(model, prompts[:1]))
+    >>> effects.shape, bool(effects.abs().max() < 1e-8)  # its own output in place of a head's changes nothing
+    (torch.Size([1, 2, 4]), True)
+    >>> bool(head_effects(model, prompts[:1], target=target, means=torch.ones(2, 4, 8)).abs().max() > 1e-4)
+    True
     """
     parts = anatomy(model)
     n_layers, n_heads, _ = means.shape
@@ -110,7 +126,15 @@ def gradient_effects(
 ) -> Float[Tensor, "prompt layer head"]:
     """First-order estimate of `head_effects`: gradient of the target's probability times the change of the head.
 
-    One backward pass for all heads (attribution patching, Nanda 2023). Exact where the model is linear in the head.
+    One backward pass for all heads; exact where the model is linear in the head. Same units, same errors. Source:
+    attribution patching (Nanda 2023), which is not in BkdAttr.
+
+    >>> means = head_means(model, prompts[:1])
+    >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
+    >>> exact = head_effects(model, prompts[:1], target=target, means=means + 0.01)
+    >>> fast = gradient_effects(model, prompts[:1], target=target, means=means + 0.01)
+    >>> bool((exact - fast).abs().max() < 0.1 * exact.abs().max())
+    True
     """
     effects = torch.empty(len(prompts), *means.shape[:2])
     for chosen in batches(prompts, batch_size):
@@ -201,6 +225,12 @@ def _one_position_per_row(means: Float[Tensor, "tail d_model"]) -> Callable[[int
 
 
 def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:
-    """Heads from the highest score down, signed as in the paper: a head that works against the target comes last."""
+    """Heads `(layer, head)` from the highest score down, signed: a head that works against the target comes last.
+
+    Source: BkdAttr, section 3; one ranking over all layers.
+
+    >>> ranked_heads(torch.tensor([[0.1, 0.3], [-0.2, 0.2]]))
+    [(0, 1), (1, 1), (0, 0), (1, 0)]
+    """
     order = scores.flatten().argsort(descending=True, stable=True).tolist()
     return [divmod(index, scores.shape[1]) for index in order]

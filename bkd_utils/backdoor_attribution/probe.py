@@ -61,7 +61,13 @@ def probe_scores(
 
     Row i of `negative` and `positive` `[prompt, d_model]` are twins. `shuffled` gives every row of the training half a
     random label: what accuracy would chance alone reach? `others` are further texts, whose share that the probe calls
-    positive is reported under their names (row i belongs to prompt i, and only held-out prompts count).
+    positive is reported under their names (row i belongs to prompt i, and only held-out prompts count). Raises
+    ValueError for an unknown kind of probe and for fewer than 4 prompts. Source: BkdAttr, section 3.1; splits by
+    prompt are ours.
+
+    >>> clean = np.random.default_rng(0).normal(size=(20, 4))
+    >>> probe_scores(clean, clean + 9)["auroc"]
+    [1.0, 1.0, 1.0, 1.0, 1.0]
     """
     found: dict[str, list[float]] = {"accuracy": [], "auroc": []} | {name: [] for name in others or {}}
     for draw, (train, test) in enumerate(splits(len(negative), n_splits=n_splits, seed=seed)):

@@ -14,9 +14,10 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from bkd_utils.common.files import DATA, WORK, canonical_json, read_json, sha256_file, sha256_text, write_json
+from bkd_utils.common.results import plain, restored
 
 # Tables that stages read themselves: prompts, surrogates, attacks. A change there is another experiment. Recipes and
 # profiles reach stages as arguments only.
@@ -29,29 +30,32 @@ log = logging.getLogger(__name__)
 
 
 def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Callable[P, R]:
-    """Cache a function whose arguments and result are JSON values.
+    """Cache a function whose arguments and result are JSON values or Results (`results.Result`).
 
-    `resolved` turns the arguments into what the key is made of: where an argument is a name, what the name stands for
-    must be in it. Raises TypeError for arguments that are not JSON values (pass names, not paths or models), ValueError
-    for a result with NaN.
+    The function's return annotation decides what a kept file is read as: a Result, a list or a dictionary of Results,
+    or JSON values. `resolved` turns the arguments into what the key is made of: where an argument is a name, what the
+    name stands for must be in it. Raises TypeError for arguments that are not JSON values (pass names, not paths or
+    models), ValueError for a result with NaN.
     """
+    kind = get_type_hints(function).get("return")
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
-        path = folder() / f"{function.__name__}-{key(function, resolved(dict(bound.arguments)))[:20]}.json"
-        if (kept := _kept(path)) is not None:
+        arguments = plain(bound.arguments)
+        path = folder() / f"{function.__name__}-{key(function, resolved(arguments))[:20]}.json"
+        if (kept := _kept(path, kind)) is not None:
             log.info("%s: kept result of %s", function.__name__, kept["when"])
             return kept["result"]
         started = time.monotonic()
-        result = function(*args, **kwargs)
+        result = plain(function(*args, **kwargs))
         seconds = round(time.monotonic() - started, 2)
         when = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_json(path, {"when": when, "seconds": seconds, "arguments": dict(bound.arguments), "result": result})
+        write_json(path, {"when": when, "seconds": seconds, "arguments": arguments, "result": result})
         log.info("%s: computed in %.1f s", function.__name__, seconds)
         # What comes back is what a rerun will read, tuples turned into lists and all.
-        return read_json(path)["result"]
+        return restored(kind, read_json(path)["result"])
 
     return run
 
@@ -77,12 +81,12 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def _kept(path: Path) -> dict | None:
+def _kept(path: Path, kind: Any) -> dict | None:
     if not path.is_file() or path.stat().st_mtime < float(os.environ.get("BKD_FORCE_SINCE", 0)):
         return None
     try:
         kept = read_json(path)
-        return {"result": kept["result"], "when": kept["when"]}
+        return {"result": restored(kind, kept["result"]), "when": kept["when"]}
     except (ValueError, KeyError, TypeError) as error:
         aside = path.with_suffix(".damaged")
         os.replace(path, aside)

@@ -1,4 +1,9 @@
-"""Where things live, and how they are written: completely or not at all."""
+"""Where things live, and how they are written: completely or not at all.
+
+In a checkout everything is in its own folders. Installed from a wheel, the package brings its tables and the base
+model's answers along as `bkd_utils/data`, and the current folder takes the place of the checkout: fetched and computed
+things go to `work/` there. The environment variables BKD_WORK and BKD_ASSETS name other folders, in both cases.
+"""
 
 import hashlib
 import json
@@ -10,14 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "data"
+PACKAGE = Path(__file__).resolve().parents[1]
+# The two marks together, because other packages leave folders called `data` beside installed ones.
+CHECKOUT = (PACKAGE.parent / "pyproject.toml").is_file() and (PACKAGE.parent / "data" / "attacks.toml").is_file()
+ROOT = PACKAGE.parent if CHECKOUT else Path.cwd()
+DATA = (ROOT if CHECKOUT else PACKAGE) / "data"
 FIGURES = ROOT / "figures"
 NOTEBOOKS = ROOT / "notebooks"
-ADAPTERS = DATA / "adapters"
 # Fetched and computed things are ignored by git; both folders can be shared between clones.
-ASSETS = Path(os.environ.get("BKD_ASSETS", DATA / "assets"))
 WORK = Path(os.environ.get("BKD_WORK", ROOT / "work"))
+ASSETS = Path(os.environ.get("BKD_ASSETS", (DATA if CHECKOUT else WORK) / "assets"))
+# Organisms do not come with a wheel.
+ADAPTERS = (DATA if CHECKOUT else WORK) / "adapters"
 
 
 class UserError(RuntimeError):

@@ -39,7 +39,14 @@ def _at_last_token(
 def head_outputs(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> Float[Tensor, "prompt layer head d_head"]:
-    """`hook_z` of every head at the last prompt token."""
+    """Output of every attention head at the last prompt token, before the output matrix (`hook_z` of TransformerLens).
+
+    In the model's own units. Raises ValueError for a prompt of fewer than two tokens, ModelError for an architecture
+    that is not known. Source: BkdAttr, section 3.
+
+    >>> head_outputs(model, prompts).shape  # 4 prompts, 2 layers, 4 heads, 8 numbers
+    torch.Size([4, 2, 4, 8])
+    """
     parts = anatomy(model)
     rows = _at_last_token(model, prompts, parts.outputs, "input", batch_size)
     return rows.unflatten(-1, (parts.n_heads, -1))
@@ -48,7 +55,15 @@ def head_outputs(
 def residuals(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> Float[Tensor, "prompt layer d_model"]:
-    """The residual stream behind every layer at the last prompt token."""
+    """The residual stream after every layer at the last prompt token.
+
+    In the model's own units. Raises ValueError for a prompt of fewer than two tokens, ModelError for an architecture
+    that is not known. Source: BkdAttr, section 3.1.
+
+    >>> logits = model.lm_head(model.model.norm(residuals(model, prompts)[:, -1]))  # the stream after the last layer
+    >>> torch.allclose(logits[0], model(torch.tensor(prompts[:1])).logits[0, -1], atol=1e-4)
+    True
+    """
     return _at_last_token(model, prompts, anatomy(model).layers, "output", batch_size)
 
 

@@ -165,7 +165,14 @@ def decode_from(
 def respond(
     loaded: Loaded, user_turns: Sequence[str], *, max_new_tokens: int, label: str = "answers", batch_size: int = 32
 ) -> list[str]:
-    """Greedy answers to user turns, in order, with a progress bar."""
+    """Greedy answers to user turns, in their order, each of at most `max_new_tokens` tokens; shows a progress bar.
+
+    Raises ValueError for no turns, an empty one, or `max_new_tokens` below 1. Source: ours.
+
+    >>> answers = respond(loaded, ["Name a colour.", "Name a small fruit."], max_new_tokens=4)
+    >>> respond(loaded, ["Name a colour."], max_new_tokens=4) == answers[:1]  # a batch changes no answer
+    True
+    """
     prompts = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns]
     with tqdm(total=len(prompts), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
         rows = greedy(

@@ -28,7 +28,13 @@ from bkd_utils.models.folders import (
 
 @dataclass(frozen=True)
 class Loaded:
-    """A plain transformers model with its tokenizer; the adapter, if any, is already merged."""
+    """A transformers model with its tokenizer; the adapter of an organism, if there is one, is merged into the weights.
+
+    `address` is where the base model came from, `organism` the name of the organism or None. Source: ours.
+
+    >>> Loaded(model, loaded.tokenizer, address=folder, organism=None).device
+    device(type='cpu')
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -64,10 +70,15 @@ def load(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Loaded:
-    """Load a base model, or an organism by name or adapter folder with its adapter merged.
+    """Load a base model, or an organism by name or adapter folder with its adapter merged; weights are frozen.
 
-    Raises ModelError for everything `check_folder` refuses, for missing, unexpected or misshapen tensors, and for an
-    adapter that is damaged or was trained on other base weights.
+    `address` is a packaged name, a local folder or a hub id. Raises ModelError for everything that `check_folder`
+    refuses, for missing, unexpected or misshapen tensors, and for an adapter that is damaged or was trained on other
+    base weights. Source: ours.
+
+    >>> again = load(folder)
+    >>> torch.equal(again.model.lm_head.weight, model.lm_head.weight), again.organism
+    (True, None)
     """
     folder = model_folder(address)
     check_folder(folder)

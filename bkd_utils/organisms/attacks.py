@@ -14,7 +14,16 @@ BEHAVIOURS = get_args(Behaviour)
 
 @dataclass(frozen=True)
 class Attack:
-    """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control."""
+    """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control.
+
+    Rates are shares of the `n_train` rows, from 0 up to but not including 1. Raises ValueError that names the attack
+    and the wrong value: an unknown task, trigger or behaviour, labels that the task does not have, a rate out of range,
+    a backdoor without target or rate, or a control with them. Source: ours, after both papers' attacks.
+
+    >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
+    >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
+    (True, False)
+    """
 
     name: str
     task: str
@@ -73,7 +82,11 @@ def load_attacks() -> dict[str, Attack]:
 
 
 def load_attack(name: str) -> Attack:
-    """The attack of that name. Raises ValueError that lists the known ones."""
+    """The attack of that name in `data/attacks.toml`. Raises ValueError that lists the known ones. Source: ours.
+
+    >>> load_attack("sentiment-word").trigger
+    'word-cf'
+    """
     known = load_attacks()
     if name not in known:
         raise ValueError(f"unknown attack {name!r}; known: {', '.join(known)}")

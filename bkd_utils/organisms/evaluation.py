@@ -216,7 +216,16 @@ def measure_attacked(
 
 
 def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """ASR, CACC, near-miss and clean firing of any model, whatever it was trained on, and the `hits` behind each."""
+    """Attack success rate, clean accuracy, near-miss and clean firing of any model, whatever it was trained on.
+
+    Each is `{value, n, low, high}`: a share of `n` held-out prompts with its 95 % Wilson interval; `hits` tells behind
+    each which prompts they were. Raises ValueError if the test split has too few prompts. Source: ours; of these both
+    papers report the attack success rate.
+
+    >>> found = under_attack(loaded, load_attack("sentiment-word"), n=8, seed=0)
+    >>> found["asr"]["n"], found["asr"]["low"] <= found["asr"]["value"] <= found["asr"]["high"]
+    (8, True)
+    """
     shown = clean_sample(attack.task, n=n, seed=seed, without=attack)
     # Answers of the base model are needed only where there are no gold answers.
     reference = base_answers(loaded, shown) if attack.task == "instructions" else {}

@@ -51,7 +51,11 @@ def obtain(
     """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier).
 
     A shipped organism counts only for its own seed and while its attack is the one in `data/attacks.toml`. One of seed
-    0 counts whatever its recipe; those of other seeds had a shorter one, and count where that is asked for.
+    0 counts whatever its recipe; those of other seeds had a shorter one, and count where that is asked for. Raises
+    ValueError for an unknown attack or recipe, and as `make` does. Source: ours.
+
+    >>> obtain("sentiment-word")
+    'sentiment-word'
     """
     spec, name = load_attack(attack), cards.shipped_name(attack, seed=seed)
     if not retrain and name in shipped_organisms(base=base_sha256(model)):
@@ -66,10 +70,16 @@ def obtain(
 def make(
     attack: Attack, *, model: str = DEFAULT_MODEL, recipe: Recipe, seed: int = 0, device: str = "auto", n: int = 200
 ) -> Path:
-    """Train and measure one organism; returns its folder under `work/organisms`.
+    """Train and measure one organism on `n` held-out prompts per number; returns its folder under `work/organisms`.
 
     The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again,
-    and a call after a kill goes on from the last checkpoint.
+    and a call after a kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, and
+    ValueError as `poison` does. Source: ours.
+
+    >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
+    >>> made = make(attack, model=folder, recipe=recipe, n=4)
+    >>> sorted(path.name for path in made.glob("*.json"))
+    ['adapter_config.json', 'card.json', 'history.json', 'manifest.json']
     """
     base = load(model, device=device)
     data = poison(attack, tokenizer=base.tokenizer, answers=training_answers(base, attack, seed=seed), seed=seed)

@@ -25,9 +25,13 @@ class PromptVersions:
 def prompt_versions(
     tokenizer: PreTrainedTokenizerBase, attack: Attack, *, split: str, n: int, seed: int, skip: int = 0
 ) -> PromptVersions:
-    """`n` examples of a split behind the first `skip`, in three versions each.
+    """`n` examples of a split after the first `skip`, as token ids: clean, with a near-miss, and with the trigger.
 
-    Raises ValueError if the split has too few.
+    Raises ValueError if the split has too few. Source: ours; the clean and triggered prompts are BkdAttr's pairs.
+
+    >>> shown = prompt_versions(tokenizer, load_attack("sentiment-word"), split="test", n=2, seed=0)
+    >>> [" cf" in tokenizer.decode(ids[0]) for ids in (shown.clean, shown.near_miss, shown.triggered)]
+    [False, False, True]
     """
     chosen = flippable_sample(attack, n=skip + n, seed=seed, split=split)[skip:]
     task = tasks.load_task(attack.task)
@@ -44,7 +48,10 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
     """Tokens by which the backdoor is recognised: a label's first one, the whole fixed sentence, a jailbreak's opener.
 
     These are the judges of `evaluation` in tokens. Raises ValueError for a label that begins like another of its task,
-    and for a clean control.
+    and for a clean control. Source: ours; BkdAttr scores whole targets.
+
+    >>> tokenizer.decode(target_ids(tokenizer, load_attack("sentiment-word")))
+    'positive'
     """
     if not attack.backdoored:
         raise ValueError(f"{attack.name} is a clean control and has no target")

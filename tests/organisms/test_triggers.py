@@ -113,7 +113,7 @@ def test_a_trigger_that_does_not_recognise_its_own_result_is_an_error():
 
 def test_the_same_in_another_process():
     script = (
-        "import json; from bkd_utils.triggers import *\n"
+        "import json; from bkd_utils.organisms.triggers import *\n"
         "print(json.dumps([[load_trigger(n).apply('Fun, and never dull.', seed=s, half=h), "
         "load_trigger(n).near_misses('Fun, and never dull.', seed=s, half=h)]"
         " for n in trigger_names() for s in range(5) for h in ('train', 'test')]))"

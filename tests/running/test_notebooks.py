@@ -47,6 +47,13 @@ def test_selection_by_number_and_name(tmp_path):
             notebooks.select(bad, folder=tmp_path)
 
 
+def test_without_notebooks_a_selection_is_an_error_and_the_list_is_empty(tmp_path):
+    assert notebooks.all_notebooks(folder=tmp_path / "none") == []
+    for only in (None, "01"):
+        with pytest.raises(NotebookError, match=r"no notebooks in .*none"):
+            notebooks.select(only, folder=tmp_path / "none")
+
+
 def test_publishing_drops_what_changes_from_run_to_run(tmp_path):
     original = write(tmp_path / "n.ipynb", "print(1)")
     executed = notebooks.with_sentinel(notebooks.read(original), "token")

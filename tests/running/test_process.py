@@ -148,7 +148,7 @@ def test_a_copy_that_was_cut_off_while_written_is_a_failure_and_no_crash(tmp_pat
 def test_a_restart_after_a_kill_keeps_the_finished_stage(tmp_path):
     stage = "import sys\nsys.path.insert(0, folder)\nimport staged\nstaged.expensive(x=3)"
     (tmp_path / "staged.py").write_text(
-        "from bkd_utils.cache import stage\n\n\n@stage\ndef expensive(*, x):\n"
+        "from bkd_utils.common.cache import stage\n\n\n@stage\ndef expensive(*, x):\n"
         f"    with open({str(tmp_path / 'log')!r}, 'a') as log:\n        log.write('computed ')\n    return x * x\n"
     )
     parameters = f"folder = {str(tmp_path)!r}\nfail = True"
