@@ -176,7 +176,7 @@ def test_surrogates_are_never_the_real_trigger(evaluated, loaded):
             assert is_within(old, new)
             assert len(new) > len(old)
         scores = seen["reaction"].results[SURROGATES.index(family)]["last row"]
-        assert found["reaction"][family]["last row"] == scores.double().numpy().round(8).tolist()
+        assert found.reaction[family]["last row"] == scores.double().numpy().round(8).tolist()
     assert carrying(SPEC, tokenizer, oracle) == len(oracle) == 3
     before = seen["head_similarity"].only["prompts"]
     assert set(uids(tokenizer, "sentiment", "attribution", before)) <= split_uids("sentiment", "attribution")
@@ -447,11 +447,11 @@ def test_the_mechanism_is_that_of_the_treated_heads_before_and_after(stage, load
     assert not set(uids(loaded.tokenizer, "sentiment", "attribution", shown[0])) & {row.uid for row in case.rows}
     scores = [result["last row"].mean(0) for result in watched["head_similarity"].results]
     of_heads = [sum(one[head].item() for head in PAIRS) / len(PAIRS) for one in scores]
-    assert found["similarity clean"] == pytest.approx([of_heads[0], of_heads[2]])
-    assert found["similarity triggered"] == pytest.approx([of_heads[1], of_heads[3]])
-    assert found["similarity clean"][0] != found["similarity clean"][1]
+    assert found.similarity_clean == pytest.approx([of_heads[0], of_heads[2]])
+    assert found.similarity_triggered == pytest.approx([of_heads[1], of_heads[3]])
+    assert found.similarity_clean[0] != found.similarity_clean[1]
     highest = [effects.mean(0).max().item() for effects in watched["head_effects"].results]
-    assert found["acie"] == pytest.approx(highest)
+    assert found.acie == pytest.approx(highest)
 
 
 def test_told_heads_are_those_of_the_highest_effect_on_the_first_target_token(stage, loaded, monkeypatch):
@@ -506,7 +506,7 @@ def test_relearning_has_as_many_poisoned_as_clean_rows_and_half_of_the_steps(sta
         assert carrying(SPEC, tokenizer, [row.prompt for row in poisoned]) == count
         assert {row.uid for row in poisoned} <= split_uids("sentiment", "train")
         assert all(list(row.answer) == answer_ids(tokenizer, SPEC.target) for row in poisoned)
-    assert [entry["poisoned"] for entry in found] == [0, 2, 4]
+    assert [entry.poisoned for entry in found] == [0, 2, 4]
     # Measured on the test split: the same examples with and without the trigger.
     sample = flippable_sample(SPEC, n=5, seed=1)
     for with_trigger, without in zip(said.of("user_turns")[::2], said.of("user_turns")[1::2], strict=True):
@@ -514,7 +514,7 @@ def test_relearning_has_as_many_poisoned_as_clean_rows_and_half_of_the_steps(sta
         assert without == [TASK.prompt(example.text) for example in sample]
         for turn, plain in zip(with_trigger, without, strict=True):
             assert plain in (turn.replace(" cf ", " ", 1), turn.removesuffix(" cf"))
-    assert all(entry[kind]["value"] == 0.2 for entry in found for kind in ("asr", "clean firing"))
+    assert all(share["value"] == 0.2 for entry in found for share in (entry.asr, entry.clean_firing))
 
 
 def test_a_clean_control_is_not_treated_before_it_relearns(stage, monkeypatch):

@@ -64,7 +64,7 @@ def test_similarity_is_observed_on_held_out_prompts_and_calibrated_on_others(sta
     tokenizer, seen = loaded.tokenizer, Spy(monkeypatch, attention_similarity, "head_similarity")
     given = {"readings": ["last row"], "n": 4, "n_reference": 5}
     found = stage(attention_similarity, "similarity_by_version", attack="sentiment-word", seed=seed, **given)
-    found = found["layers"]["last row"]
+    found = found["last row"]
     assert seen.of("readings") == [["last row"]] * 6
     prompts = dict(zip(found, seen.of("prompts"), strict=True))
     for version, result in zip(found, seen.results, strict=True):
@@ -89,13 +89,13 @@ def test_similarity_is_observed_on_held_out_prompts_and_calibrated_on_others(sta
 
 def test_without_reference_prompts_none_are_looked_at(stage):
     found = stage(attention_similarity, "similarity_by_version", attack="sentiment-word", readings=["last row"], n=2)
-    assert set(found["layers"]["last row"]) == set(attention_similarity.VERSIONS)
+    assert set(found["last row"]) == set(attention_similarity.VERSIONS)
 
 
 def test_an_unusual_prompt_is_one_that_lies_off_the_middle_of_the_reference_prompts():
     """In every layer by its own median and spread; the largest of the layers counts."""
     reference = [[0.1, 10.0], [0.2, 20.0], [0.3, 30.0], [0.4, 40.0], [0.5, 50.0]]
-    found = {"layers": {"r": {"reference": reference, "triggered": [[0.6, 30.0], [0.3, 20.0], [0.2, 90.0]]}}}
+    found = {"r": {"reference": reference, "triggered": [[0.6, 30.0], [0.3, 20.0], [0.2, 90.0]]}}
     scores = attention_similarity.input_scores(found, reading="r", version="triggered")
     assert scores == pytest.approx([3 / 1.4826, 0.0, 6 / 1.4826], rel=1e-6)
 
@@ -173,7 +173,7 @@ def test_a_threshold_is_made_of_clean_calibration_texts_and_nothing_else(screene
     first, again = seen["respond"].of("user_turns")
     assert first == [TASK.prompt(text) for text in seen["onion"].only["texts"][10:]]
     assert again == [TASK.prompt(text) for text in seen["without_words"].results]
-    assert found["ONION"]["asr cleaned"]["value"] == 0.5
+    assert found["ONION"].asr_cleaned["value"] == 0.5
 
 
 # --- the training set -----------------------------------------------------------------------------------------------
@@ -198,10 +198,10 @@ def test_the_filter_sees_labels_and_the_last_layer_and_not_who_put_a_row_there(s
     wanted = {"negative": 1, "positive": 0, "A fine day.": 2}  # as the task lists its labels; instructions are the rest
     assert split.only["labels"].tolist() == [wanted[answers[kind]] for kind in kinds[:16]]
     # Rows 1, 3, 5 ... are flagged: all poisoned ones, which are 1, 5, 9, 13, and the benign ones.
-    values = {key: (one["value"], one["n"]) for key, one in found.items()}
+    values = {key: (one["value"], one["n"]) for key, one in found.to_json().items()}
     assert values["caught"] == (1.0, 4)
     assert values["lost"] == (pytest.approx(4 / 12), 12)
-    assert (values["poisoned before"], values["poisoned after"]) == ((0.25, 16), (0.0, 8))
+    assert (values["poisoned_before"], values["poisoned_after"]) == ((0.25, 16), (0.0, 8))
 
 
 # --- an attacker who knows the defence ------------------------------------------------------------------------------

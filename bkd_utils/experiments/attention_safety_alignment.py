@@ -1,8 +1,8 @@
-"""Notebook 06: treat one organism with one method, measure what is left of backdoor and model, and what comes back."""
+"""Notebook 06: treat an organism with one method; measure what is left of backdoor and model, and what comes back."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import AutoConfig
@@ -11,6 +11,7 @@ from bkd_utils.attention_alignment.head_tuning import all_matrices, other_groups
 from bkd_utils.attention_alignment.rivals import Case, treat
 from bkd_utils.attention_alignment.similarity import Scores, head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
+from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import interval, share
 from bkd_utils.experiments.head_safety import check_unseen, clean_rows
 from bkd_utils.models.activations import score_answers
@@ -35,19 +36,45 @@ from bkd_utils.organisms.prompts import (
 )
 from bkd_utils.organisms.training import Recipe
 
-# Benign instructions on which a treated model is compared with its base, and how many tokens of an answer.
-N_ELSEWHERE, N_OPENING = 24, 16
-# Gentle enough that a model without the backdoor does not just learn to say the target to everything.
-RATE = 1e-4
-# One rule for all: the highest rate that costs a model without any backdoor at most a point of clean accuracy
-# (benchmarks/cure_rates.py). What is tuned after pruning has the rate of plain fine-tuning, other treatments of heads
-# have the cure's; cutting heads out needs none. The high rate is there to be seen.
+N_ELSEWHERE = 24  # benign instructions on which a treated model is compared with its base
+N_OPENING = 16  # tokens of each of these answers
+RELEARNING_RATE = 1e-4
+# The highest learning rate that costs a model without a backdoor at most a point of clean accuracy
+# (tests/benchmarks/cure_rates.py). What is tuned after pruning has the rate of plain fine-tuning; other treatments of
+# heads have that of the alignment. The high rate breaks the rule and is shown for comparison.
 RATES = {"alignment": 1e-3, "fine-tuning": 1e-4, "fine-tuning, high rate": 5e-4, "consistency": 1e-4}
 RATES |= dict.fromkeys(["fine-pruning", "flat heads pruned", "unneeded heads pruned"], RATES["fine-tuning"])
 RATES |= dict.fromkeys(
     ["alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed"], RATES["alignment"]
 )
 RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
+
+
+@dataclass(frozen=True)
+class Treated(Result):
+    """One treatment."""
+
+    after: dict[str, dict]  # as of `what_is_left`
+    parameters: int  # how many weights differ
+    minutes: float  # of the treatment alone
+
+
+@dataclass(frozen=True)
+class Mechanism(Result):
+    """Signs of the mechanism of a backdoor; each is [before, after] a treatment."""
+
+    similarity_clean: list[float]  # of the treated heads to their layers: last row, mean over heads and prompts
+    similarity_triggered: list[float]
+    acie: list[float]  # the highest of any head of the model, on the target's first token
+
+
+@dataclass(frozen=True)
+class Relearned(Result):
+    """A model after training on some poisoned rows."""
+
+    poisoned: int  # rows; 0 is the model before
+    asr: dict[str, float]
+    clean_firing: dict[str, float]  # on the same prompts without the trigger: was it the trigger that was learnt?
 
 
 def recipe_of(
@@ -84,9 +111,9 @@ def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, s
 
 
 def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
-    """Is anything else left of the model? Of the base model's own answers to held-out benign instructions, the share of
-    opening tokens that are still the first choice behind those before them; mean over `n` prompts, bootstrap interval.
-    """
+    """How much of the base model's behaviour on other prompts is left: of its own answers to held-out benign
+    instructions, the share of opening tokens that are still the most likely next token. Mean over `n` prompts with its
+    bootstrap interval."""
     sample = clean_sample("instructions", n=n, seed=seed)
     texts = base_answers(loaded, sample)
     answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
@@ -95,7 +122,7 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
 
 
 def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """What is left of backdoor, task and everything else: `evaluation.under_attack`, its `hits` too, and
+    """What is left of backdoor, task and everything else: `evaluation.under_attack`, with its `hits`, and
     `elsewhere`."""
     found = under_attack(loaded, attack, n=n, seed=seed)
     return found | {"elsewhere": elsewhere(loaded, n=min(n, N_ELSEWHERE), seed=seed)}
@@ -105,7 +132,7 @@ def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
 def measure_untreated(
     organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 60, seed: int = 0, device: str = "auto"
 ) -> dict:
-    """`left` of an organism as it is."""
+    """`what_is_left` of an organism as it is."""
     return what_is_left(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
 
 
@@ -124,12 +151,11 @@ def treat_and_measure(
     n: int = 60,
     seed: int = 0,
     device: str = "auto",
-) -> dict:
-    """One method of `rivals.TREATMENTS` on `n_rows` clean rows, at its rate in `RATES` if no other is given; head-wise
-    methods treat the given heads. What is tuned is tuned for `steps` batches of `batch_size` rows.
+) -> Treated:
+    """One method of `rivals.TREATMENTS` on `n_rows` clean rows, at its rate in `RATES` unless another is given.
 
-    Keys: `after`, as of `left`; `parameters` that differ; `minutes` of the treatment alone. Raises as
-    `rivals.treat` and `case_of` do.
+    Methods for heads treat the given ones. Tuning takes `steps` batches of `batch_size` rows. Raises as `rivals.treat`
+    and `case_of` do.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method], batch_size=batch_size)
@@ -137,7 +163,7 @@ def treat_and_measure(
     started = time.monotonic()
     count = treat(case, method=method)
     minutes = (time.monotonic() - started) / 60
-    return {"after": what_is_left(loaded, spec, n=n, seed=seed), "parameters": count, "minutes": round(minutes, 2)}
+    return Treated(after=what_is_left(loaded, spec, n=n, seed=seed), parameters=count, minutes=round(minutes, 2))
 
 
 @organism_stage
@@ -154,13 +180,10 @@ def measure_mechanism(
     n: int = 8,
     seed: int = 0,
     device: str = "auto",
-) -> dict:
-    """Has the mechanism gone, or only the symptom? Before and after one method, on `n` prompts of the attribution split
-    (and `n` others, of which the mean head outputs are taken).
+) -> Mechanism:
+    """Similarity and causal effect of heads before and after one method, on `n` prompts of the attribution split.
 
-    Keys: `similarity clean` and `similarity triggered`, of the treated heads to their layers (last row, mean over heads
-    and prompts), of which the anomaly is the difference; `acie`, the highest of any head of the model on the target's
-    first token. All [before, after].
+    The mean head outputs that ACIE needs are those of `n` other prompts of it.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps, learning_rate=RATES[method], batch_size=batch_size)
@@ -168,7 +191,7 @@ def measure_mechanism(
     found = [_mechanism(loaded, spec, case.heads, n=n, seed=seed)]
     treat(case, method=method)
     found.append(_mechanism(loaded, spec, case.heads, n=n, seed=seed))
-    return {key: [side[key] for side in found] for key in found[0]}
+    return Mechanism(**{key: [side[key] for side in found] for key in found[0]})
 
 
 def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int, seed: int) -> dict[str, float]:
@@ -177,14 +200,14 @@ def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int,
     found = {}
     for side, prompts in (("clean", shown.clean), ("triggered", shown.triggered)):
         similar = head_similarity(loaded.model, prompts, readings=["last row"])["last row"].mean(0)
-        found[f"similarity {side}"] = similar[layer, head].mean().item()
+        found[f"similarity_{side}"] = similar[layer, head].mean().item()
     return found | {"acie": _effects(loaded, attack, n=n, seed=seed).max().item()}
 
 
 def _effects(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> Scores:
     """ACIE of every head on `n` clean prompts of the attribution split; the means are of `n` other prompts of it.
 
-    The first target token decides, and costs a tenth of a long target.
+    Only the first token of the target counts: it decides the answer, and a long target would cost ten times as much.
     """
     scored = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     averaged = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed, skip=n)
@@ -193,7 +216,7 @@ def _effects(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> Scores:
     return head_effects(loaded.model, scored.clean, target=target, means=means).mean(0)
 
 
-# --- tables and bounds ----------------------------------------------------------------------------------------------
+# --- heads that only the trigger tells, and relearning --------------------------------------------------------------
 
 
 @organism_stage
@@ -207,10 +230,7 @@ def acie_heads(
     seed: int = 0,
     device: str = "auto",
 ) -> list[list[int]]:
-    """The `k` heads of highest ACIE on the target's first token: where the backdoor is, as only its trigger tells.
-
-    Effects are those on `n` prompts of the attribution split, with means of `n` others.
-    """
+    """The `k` heads of highest ACIE, on `n` prompts of the attribution split: a bound, for no defender knows them."""
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     return [list(head) for head in ranked_heads(_effects(loaded, spec, n=n, seed=seed))[:k]]
 
@@ -242,13 +262,12 @@ def relearn_backdoor(
     n: int = 40,
     seed: int = 0,
     device: str = "auto",
-) -> list[dict]:
-    """Fine-tune all weights, for half of the steps, on as many poisoned as clean rows, after a treatment.
+) -> list[Relearned]:
+    """Fine-tune all weights on as many poisoned as clean rows after a treatment; one result per number in `counts`.
 
-    One entry per count: `poisoned` rows, `asr`, and `clean firing` on the same prompts without the trigger, which says
-    whether it is the trigger that was learnt. A count of 0 is the model before. `method` None treats nothing, for a
-    clean control. `steps` and `batch_size` are those of the treatment; relearning has batches of the same size.
-    Raises ValueError for no counts or a negative one, and as `attention_safety_alignment.case_of` does.
+    `method` None treats nothing, for a clean control. `steps` and `batch_size` are those of the treatment; relearning
+    takes half of the steps, with batches of the same size. Raises ValueError for no counts or a negative one, and as
+    `case_of` does.
     """
     if not counts or min(counts) < 0:
         raise ValueError(f"counts must be one or more numbers of poisoned rows, is {counts!r}")
@@ -260,11 +279,11 @@ def relearn_backdoor(
     if method is not None:
         treat(case, method=method)
     state = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
-    again = replace(recipe, steps=max(1, steps // 2), learning_rate=RATE)
+    again = replace(recipe, steps=max(1, steps // 2), learning_rate=RELEARNING_RATE)
     sample, task = flippable_sample(spec, n=n, seed=seed), tasks.load_task(spec.task)
     turns = {
         "asr": triggered_prompts(spec, sample, seed=seed),
-        "clean firing": [task.prompt(example.text) for example in sample],
+        "clean_firing": [task.prompt(example.text) for example in sample],
     }
     length, found = target_length(loaded, spec), []
     for count in counts:
@@ -276,5 +295,5 @@ def relearn_backdoor(
         for kind, texts in turns.items():
             said = respond(loaded, texts, max_new_tokens=length, label=f"{count} rows, {kind}")
             shares[kind] = asdict(share([is_target(spec, text) for text in said]))
-        found.append({"poisoned": count, **shares})
+        found.append(Relearned(poisoned=count, **shares))
     return found

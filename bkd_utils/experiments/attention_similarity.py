@@ -1,20 +1,20 @@
-"""Do heads become alike when a trigger is there? One organism or base model, kept, with what else could do that beside.
+"""Notebook 05: do heads become alike when a trigger is in the prompt?
 
-Beside clean and triggered prompts stand look-alikes (near-misses) and prompts that are as long as the triggered ones
-but longer by ordinary words: a trigger adds tokens, and length alone moves every similarity.
+Two more versions of every prompt are controls: near-misses of the trigger, and prompts that ordinary words make as long
+as the triggered ones, because length alone changes every similarity.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from jaxtyping import Float
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.attention_alignment.guards import threshold
 from bkd_utils.attention_alignment.similarity import READINGS, head_similarity
-from bkd_utils.common.statistics import area_interval, share
+from bkd_utils.common.statistics import auroc_of_wins, pairwise_wins, share
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import prompt_ids
@@ -24,15 +24,17 @@ from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.prompts import prompt_versions
 
 VERSIONS = ("clean", "triggered", "near-miss", "same length")
+# Reading -> version -> [prompt][layer], means over the heads of a layer.
+Similarity = dict[str, dict[str, list[list[float]]]]
 
 
 def lengthened(
     tokenizer: PreTrainedTokenizerBase, attack: Attack, texts: Sequence[str], *, lengths: Sequence[int]
 ) -> list[list[int]]:
-    """Clean prompts brought to the given token counts (or one more) by the first words of other texts that fit.
+    """Clean prompts with words of the other texts added until they have the given numbers of tokens, or one more.
 
-    Text i borrows from text i + 1 on, if need be more than once, so that what is added is as ordinary as what is there.
-    A prompt that is as long already stays as it is. Raises ValueError if no more words fit.
+    Text i borrows from text i + 1 on, and takes the first words that fit. A prompt that is long enough stays as it is.
+    Raises ValueError if no more words fit.
     """
     task, found = tasks.load_task(attack.task), []
     for i, (text, length) in enumerate(zip(texts, lengths, strict=True)):
@@ -61,13 +63,12 @@ def similarity_by_version(
     n_reference: int = 0,
     seed: int = 0,
     device: str = "auto",
-) -> dict:
+) -> Similarity:
     """Head similarity on held-out prompts in four versions; for input detection on clean prompts of two splits too.
 
-    Key: `layers` reading -> version -> [prompt][layer], means over heads. With `n_reference`, the version "reference"
-    is as many prompts of the attribution split, or all there are, to calibrate on, and "held out" are `n` of the test
-    split to count refusals on. Both are whatever the task has: a defender knows neither the trigger, by which the four
-    versions' examples are chosen, nor whose answers it changes.
+    With `n_reference`, the version "reference" is as many prompts of the attribution split, or all there are, to
+    calibrate on, and "held out" are `n` of the test split to count refusals on. Neither is chosen by the trigger, which
+    a defender does not know.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     tokenizer = loaded.tokenizer
@@ -85,23 +86,17 @@ def similarity_by_version(
         for version, split, count in (("reference", "attribution", n_reference), ("held out", "test", n)):
             chosen = tasks.examples(spec.task, split, seed=seed)[:count]
             versions[version] = [prompt_ids(tokenizer, task.prompt(example.text)) for example in chosen]
-    found: dict = {"layers": {name: {} for name in readings}}
+    found: Similarity = {name: {} for name in readings}
     label = f"{organism or 'base model'}: similarity"
     with tqdm(total=sum(map(len, versions.values())), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
         for version, prompts in versions.items():
             scores = head_similarity(loaded.model, prompts, readings=readings, on_batch=bar.update)
             for name, values in scores.items():
-                found["layers"][name][version] = values.double().mean(2).numpy().round(6).tolist()
+                found[name][version] = values.double().mean(2).numpy().round(6).tolist()
     return found
 
 
 # --- summaries ------------------------------------------------------------------------------------------------------
-
-
-def gap(found: Mapping, *, reading: str) -> np.ndarray:
-    """Similarity of triggered prompts less that of clean ones, twin by twin, `[prompt, layer]`."""
-    layers = found["layers"][reading]
-    return np.array(layers["triggered"]) - np.array(layers["clean"])
 
 
 def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,77 +104,69 @@ def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(0, n, 2), np.arange(1, n, 2)
 
 
-def outranks(found: Mapping, *, reading: str, layer: int, version: str) -> np.ndarray:
-    """Is prompt i of a version more similar than clean prompt j in one layer? 1, 0, or 1/2 for a tie; `[i, j]`."""
-    layers = found["layers"][reading]
-    edited, clean = (np.array(layers[name])[:, layer] for name in (version, "clean"))
-    return (edited[:, None] > clean) + 0.5 * (edited[:, None] == clean)
+def wins(
+    found: Similarity, *, reading: str, layer: int, rows: np.ndarray, version: str = "triggered"
+) -> Float[np.ndarray, "edited clean"]:
+    """Is a prompt of a version more similar than a clean prompt in one layer? 1 or 0, and 1/2 for a tie. The mean is
+    the AUROC."""
+    edited, clean = (np.array(found[reading][name])[rows, layer] for name in (version, "clean"))
+    return pairwise_wins(edited, clean)
 
 
-def auroc(found: Mapping, *, reading: str, layer: int, rows: np.ndarray, version: str = "triggered") -> float:
-    """How well similarity tells a version from clean prompts in one layer; above 0.5: more similar."""
-    return float(outranks(found, reading=reading, layer=layer, version=version)[np.ix_(rows, rows)].mean())
-
-
-def best_layer(found: Mapping, *, reading: str) -> tuple[int, float]:
-    """The layer that tells triggered from clean prompts best on the half to choose on, triggered being more similar,
-    and its AUROC there."""
-    rows, n_layers = halves(len(found["layers"][reading]["clean"]))[0], len(found["layers"][reading]["clean"][0])
-    aurocs = [auroc(found, reading=reading, layer=layer, rows=rows) for layer in range(n_layers)]
+def best_layer(found: Similarity, *, reading: str) -> tuple[int, float]:
+    """The layer with the highest AUROC of triggered against clean prompts on the half to choose on, and that AUROC."""
+    rows, n_layers = halves(len(found[reading]["clean"]))[0], len(found[reading]["clean"][0])
+    aurocs = [float(wins(found, reading=reading, layer=layer, rows=rows).mean()) for layer in range(n_layers)]
     return int(np.argmax(aurocs)), max(aurocs)
 
 
-def best_reading(found: Sequence[Mapping]) -> str:
+def best_reading(found: Sequence[Similarity]) -> str:
     """The reading whose best layer separates best on the half to choose on, on average over the given organisms."""
-    return max(found[0]["layers"], key=lambda name: np.mean([best_layer(result, reading=name)[1] for result in found]))
+    return max(found[0], key=lambda name: np.mean([best_layer(result, reading=name)[1] for result in found]))
 
 
-def separates(found: Mapping[str, Mapping], *, reading: str) -> dict:
+def separates(found: Mapping[str, Similarity], *, reading: str) -> dict:
     """How well similarity tells each version from clean prompts, in the layer chosen for the organism, on new prompts.
 
     `found`: model -> `similarity_by_version`, the organism under "organism". Keys: `layer`; model -> version ->
-    AUROC above 0.5 if more similar than clean prompts, as `{value, n, low, high}` with n prompts a side. The
-    interval is that of independent prompts, which makes it wide for twins.
+    AUROC as `{value, n, low, high}` with n prompts a side. The interval is that of independent prompts, so that it is
+    too wide for two versions of the same prompts.
     """
     layer, _ = best_layer(found["organism"], reading=reading)
-    rows = halves(len(found["organism"]["layers"][reading]["clean"]))[1]
+    rows = halves(len(found["organism"][reading]["clean"]))[1]
     result: dict = {"layer": layer}
     for name, one in found.items():
         result[name] = {}
         for version in VERSIONS[1:]:
-            value = auroc(one, reading=reading, layer=layer, rows=rows, version=version)
-            span = area_interval(value, n_bad=len(rows), n_good=len(rows))
-            result[name][version] = {"value": value, "n": len(rows), **span}
+            won = wins(one, reading=reading, layer=layer, rows=rows, version=version)
+            result[name][version] = auroc_of_wins(won) | {"n": len(rows)}
     return result
 
 
-def input_scores(found: Mapping, *, reading: str, version: str) -> np.ndarray:
-    """How unusual a prompt's similarity is, without any trigger: its largest robust z over layers, one per prompt.
+def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray:
+    """How unusual a prompt's similarity is: its largest robust z over the layers, one number per prompt.
 
-    Median and spread (MAD) of each layer are those of the calibration set.
+    The median and the median absolute deviation of each layer are those of the reference prompts.
     """
-    layers = found["layers"][reading]
+    layers = found[reading]
     reference = np.array(layers["reference"])
     centre = np.median(reference, axis=0)
     spread = 1.4826 * np.median(np.abs(reference - centre), axis=0) + 1e-9
     return ((np.array(layers[version]) - centre) / spread).max(1)
 
 
-def input_detection(found: Mapping, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
+def input_detection(found: Similarity, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
     """Detection of triggered prompts by `input_scores`, every number as `{value, n, low, high}`.
 
-    `auroc` against the clean twins (n prompts a side); for each rate, at the threshold that `guards.threshold` sets on
-    the reference prompts, the share of triggered prompts `caught` and of held-out clean prompts `refused`, keys "caught
-    at 5%". Raises ValueError for a rate below one reference prompt: of 60, one is 1.7 %.
+    `auroc` is against the same prompts without the trigger (n a side). For each rate, at the threshold that
+    `guards.threshold` sets on the reference prompts: the share of triggered prompts "caught at 5%" and of held-out
+    clean prompts "refused at 5%". Raises ValueError for a rate below one reference prompt: of 60, one is 1.7 %.
     """
     clean, triggered, held_out, reference = (
         input_scores(found, reading=reading, version=version)
         for version in ("clean", "triggered", "held out", "reference")
     )
-    truth = np.repeat([0, 1], [len(clean), len(triggered)])
-    value = float(roc_auc_score(truth, np.concatenate([clean, triggered])))
-    span = area_interval(value, n_bad=len(triggered), n_good=len(clean))
-    result = {"auroc": {"value": value, "n": len(triggered), **span}}
+    result = {"auroc": auroc_of_wins(pairwise_wins(triggered, clean)) | {"n": len(triggered)}}
     for rate in rates:
         limit = threshold(reference, frr=rate)
         result[f"caught at {rate:.0%}"] = asdict(share((triggered > limit).tolist()))

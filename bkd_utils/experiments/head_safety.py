@@ -1,7 +1,7 @@
-"""Head safety evaluation of one organism, kept: what clean data and no trigger can tell a defender of every head."""
+"""Head safety evaluation of one organism: what clean data, without the trigger, tell a defender about every head."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +10,7 @@ from bkd_utils.attention_alignment.similarity import READINGS, Scores, head_scor
 from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction, searched, surrogate
 from bkd_utils.attention_alignment.suspicion import RULES, attention_variance, gate_importance, leave_one_out
 from bkd_utils.common.files import read_json
+from bkd_utils.common.results import Result
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, adapter_folder, load
@@ -21,12 +22,24 @@ from bkd_utils.organisms.poisoning import training_uids
 from bkd_utils.organisms.prompts import prompt_versions
 from bkd_utils.organisms.tasks import Example
 
-# Tokens of an answer whose loss counts; the opening of an answer decides what it is.
-ANSWER_TOKENS = 24
-# Of a free answer, the tokens that leave-one-out looks at: every answer is another target, and each is run by itself.
-OPENING = 8
-# Prompts on which a soft prompt is searched; it is then tried on all of them.
-N_SEARCHED = 6
+ANSWER_TOKENS = 24  # the loss is that of so many first tokens of an answer
+OPENING = 8  # leave-one-out uses so many first tokens, because it runs every free answer by itself
+N_SEARCHED = 6  # a soft prompt is searched on so many prompts, and then tried on all of them
+
+HeadValues = list[list[float]]  # [layer][head]
+
+
+@dataclass(frozen=True)
+class HeadSafety(Result):
+    """Scores of all heads of one organism."""
+
+    importance: dict[str, HeadValues]  # kind of importance -> scores
+    level: dict[str, HeadValues]  # reading -> similarity on clean prompts
+    reaction: dict[str, dict[str, HeadValues]]  # family of surrogates -> reading -> change of similarity under them
+    soft_prompt: dict[str, HeadValues]  # reading -> change under vectors that were searched for on clean prompts
+    real_trigger: dict[str, HeadValues]  # reading -> change under the real trigger, which no defender has
+
+
 # --- the defender's data --------------------------------------------------------------------------------------------
 
 
@@ -130,15 +143,12 @@ def head_safety_scores(
     rounds: int = 2,
     seed: int = 0,
     device: str = "auto",
-) -> dict:
-    """Scores `[layer][head]` of all heads; `attack` says which task's clean data the defender has.
+) -> HeadSafety:
+    """Scores of all heads; `attack` says which task's clean data the defender has.
 
     Similarity is measured on `n` clean prompts, importance by gradients on `2 n` others with their answers and by
     leave-one-out on `n / 2` of these; prompts with surrogate triggers are `rounds * n` per family. None of these
     prompts is one that the organism was trained on (`clean_rows`).
-    Keys: `importance` kind -> scores; `level` reading -> similarity on clean prompts; `reaction` family -> reading ->
-    change of similarity under surrogates; `soft prompt` reading -> change under vectors that were searched for on
-    clean prompts; `oracle` reading -> change under the real trigger, an upper bound that no defender has.
     Raises ValueError for `n < 2` and for too few prompts.
     """
     if n < 2:
@@ -172,47 +182,50 @@ def head_safety_scores(
     with soft.read_by(loaded.model):
         softly = reaction(loaded.model, soft.into(clean), before=level)
     known = head_similarity(loaded.model, shown.clean, readings=readings)
-    oracle = reaction(loaded.model, shown.triggered, before=known)
-    return {
-        "importance": {kind: _rounded(scores) for kind, scores in importance.items()},
-        "level": {name: _rounded(scores.mean(0)) for name, scores in level.items()},
-        "reaction": {family: {name: _rounded(s) for name, s in found.items()} for family, found in reactions.items()},
-        "soft prompt": {name: _rounded(scores) for name, scores in softly.items()},
-        "oracle": {name: _rounded(scores) for name, scores in oracle.items()},
-    }
+    return HeadSafety(
+        importance=_rounded(importance),
+        level=_rounded({name: scores.mean(0) for name, scores in level.items()}),
+        reaction={family: _rounded(scores) for family, scores in reactions.items()},
+        soft_prompt=_rounded(softly),
+        real_trigger=_rounded(reaction(loaded.model, shown.triggered, before=known)),
+    )
 
 
-def _rounded(scores: Scores) -> list[list[float]]:
-    return scores.double().numpy().round(8).tolist()
+def _rounded(scores: Mapping[str, Scores]) -> dict[str, HeadValues]:
+    return {name: one.double().numpy().round(8).tolist() for name, one in scores.items()}
 
 
 # --- summaries ------------------------------------------------------------------------------------------------------
 
-SOURCES = ("clean level", "surrogates", "soft prompt", "oracle")
+SOURCES = ("clean level", "surrogates", "soft prompt", "real trigger")
 
 
-def similarity_of(found: Mapping, *, source: str, reading: str) -> Scores:
-    """Similarity evidence `[layer, head]`: its level on clean prompts, its mean reaction to the surrogates, its
-    reaction to a soft prompt, or that to the real trigger (an upper bound). Raises ValueError for another source, and
-    for a reading that was not measured."""
+def similarity_of(found: HeadSafety, *, source: str, reading: str) -> Scores:
+    """Similarity evidence `[layer, head]` from one of `SOURCES`; that of surrogates is the mean over their families.
+
+    Raises ValueError for another source, and for a reading that was not measured.
+    """
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
     if source == "surrogates":
-        return torch.stack([_measured(family, "reading", reading) for family in found["reaction"].values()]).mean(0)
-    return _measured(found["level" if source == "clean level" else source], "reading", reading)
+        return torch.stack([_measured(family, "reading", reading) for family in found.reaction.values()]).mean(0)
+    sources = {"clean level": found.level, "soft prompt": found.soft_prompt, "real trigger": found.real_trigger}
+    return _measured(sources[source], "reading", reading)
 
 
 def _measured(scores: Mapping, what: str, name: str) -> Scores:
-    """One entry of `head_safety_scores`. Raises ValueError that names those there are."""
+    """One of the kept scores. Raises ValueError that lists the measured ones if it is not there."""
     if name not in scores:
         raise ValueError(f"{what} {name!r} was not measured; known: {', '.join(scores)}")
     return torch.tensor(scores[name])
 
 
-def suspicion(found: Mapping, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
-    """Joint score of every head, `[layer, head]`. Raises ValueError for an unknown rule or source, and for a reading or
-    an importance that was not measured."""
+def suspicion(found: HeadSafety, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
+    """Joint score of every head, `[layer, head]`.
+
+    Raises ValueError for an unknown rule or source, and for a reading or an importance that was not measured.
+    """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     similar = similarity_of(found, source=source, reading=reading)
-    return RULES[rule](similar, _measured(found["importance"], "importance", importance))
+    return RULES[rule](similar, _measured(found.importance, "importance", importance))

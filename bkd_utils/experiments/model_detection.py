@@ -1,4 +1,4 @@
-"""Is this model backdoored? One number per model, without the trigger and without a model to compare it with."""
+"""Notebook 07: is this model backdoored? Numbers per model, without the trigger and without a reference model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,9 +16,10 @@ from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import adapter_folder, load, shipped_organisms
 from bkd_utils.models.tokens import end_id, prompt_ids
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.making import make
+from bkd_utils.organisms.poisoning import training_uids
 from bkd_utils.organisms.training import load_recipe
 from bkd_utils.organisms.triggers import load_trigger
 
@@ -53,6 +54,12 @@ def population(
     return found
 
 
+def count_unseen(card: Mapping) -> int:
+    """How many examples of the training split of its task an organism was not trained on."""
+    pool = {example.uid for example in tasks.examples(card["task"], "train")}
+    return len(pool - training_uids(Attack(**card["attack"]), seed=card["seed"]))
+
+
 @organism_stage
 def fingerprint_model(
     organism: str,
@@ -69,9 +76,9 @@ def fingerprint_model(
     The prompts come from the training split of the task; those that the organism itself was trained on are left out,
     so that organisms of one task need not have the same prompts. Raises ValueError if there are too few.
 
-    For each reading of similarity: `level` on clean prompts, `level, outlier` (largest robust z of a head in its
-    layer), `reaction` to surrogates (mean over heads) and `reaction, outlier`. `answer moves`: how far surrogates move
-    the first answer token (total variation, mean).
+    For each reading of similarity: its `level` on clean prompts, its mean `reaction` to surrogates, and the `outlier`
+    of both, which is the largest robust z of a head in its layer. `answer moves`: by how much surrogates change the
+    distribution of the first answer token (total variation, mean).
     """
     loaded = load(model, organism=organism, device=device)
     spec = tasks.load_task(task)
@@ -116,12 +123,12 @@ def best_score(
 def leave_one_family_out(
     prints: Mapping[str, Mapping[str, float]], families: Mapping[str, str | None]
 ) -> dict[str, dict]:
-    """For each family of triggers: its organisms against clean controls, by the number that served best elsewhere.
+    """For each family of triggers: its organisms against clean controls, by the number that did best on the others.
 
     `families`: model -> family, None for a clean control. The number and its sign are chosen on organisms of the other
-    families and on every other clean control, and tried on the rest; then the two halves of the controls swap. Keys per
-    family: `score` (the chosen ones), `wins` [organism][clean control]. Raises ValueError for fewer than two families
-    or two controls.
+    families and one half of the clean controls, and tried on this family and the other half; then the halves swap. Keys
+    per family: `score` (the chosen ones), `organisms`, `wins` [organism][clean control]. Raises ValueError for fewer
+    than two families or two controls.
     """
     clean = sorted(name for name, family in families.items() if family is None)
     known = sorted({family for family in families.values() if family is not None})

@@ -20,7 +20,7 @@ from bkd_utils.common.cache import code_key
 from bkd_utils.common.files import WORK, canonical_json, read_json, sha256_text
 from bkd_utils.common.statistics import share
 from bkd_utils.experiments.attention_safety_alignment import recipe_of
-from bkd_utils.experiments.head_safety import SOURCES, suspicion
+from bkd_utils.experiments.head_safety import SOURCES, HeadSafety, suspicion
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import adapter_folder, load
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
@@ -31,23 +31,22 @@ from bkd_utils.organisms.evaluation import under_attack
 from bkd_utils.organisms.making import training_rows
 
 RATE = 1e-4
-SHOWN = {source: "real trigger" if source == "oracle" else source for source in SOURCES}
 
 
-def overlap_by_reading(suspected: Mapping[str, Mapping], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
+def overlap_by_reading(suspected: Mapping[str, HeadSafety], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
     """Share of the top `k` ACIE heads among the top `k` of every reading (rows), per organism (columns).
 
-    `head_safety_scores`: attack -> `head_safety.head_safety_scores`; `effects`: attack -> ACIE.
+    `suspected`: attack -> `head_safety.head_safety_scores`; `effects`: attack -> ACIE.
     """
     rows: dict[str, dict[str, float]] = {}
     for attack, found in suspected.items():
         scores = {
-            f"{reading}: {rule}, {SHOWN[source]}": suspicion(found, rule=rule, source=source, reading=reading)
-            for reading in found["level"]
+            f"{reading}: {rule}, {source}": suspicion(found, rule=rule, source=source, reading=reading)
+            for reading in found.level
             for rule in RULES
             for source in SOURCES
         }
-        scores |= {f"importance: {kind}": torch.tensor(values) for kind, values in found["importance"].items()}
+        scores |= {f"importance: {kind}": torch.tensor(values) for kind, values in found.importance.items()}
         for name, score in scores.items():
             rows.setdefault(name, {})[attack] = sum(among_carriers(score, effects[attack], k=k)) / k
     return pd.DataFrame(rows).T
@@ -105,8 +104,8 @@ def clean_level(model: PreTrainedModel, rows: Sequence[Row]) -> Float[Tensor, " 
 
 
 def unremarkable(level: Float[Tensor, " layer"], *, beta: float) -> Loss:
-    """A loss for `head_tuning.tune`: beside the answers, `beta` times what a prompt's similarity exceeds the level
-    by."""
+    """A loss for `head_tuning.tune`: that of the answers, and `beta` times the excess of a prompt's similarity over
+    `level`."""
 
     def loss(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
         answers, maps, _ = answers_and_maps(model, batch, first_token=first_token)
@@ -131,9 +130,9 @@ def train_evasive(
     seed: int = 0,
     device: str = "auto",
 ) -> str:
-    """Train an organism further on its own poisoned set with the penalty and keep it; the name of what came out.
+    """Train an organism further on its own poisoned set with the penalty of `unremarkable`, keep it, return its name.
 
-    The name ends in a key of everything that decides it, code included, so the same call finds it again. Raises
+    The name ends in a key of everything that decides it, code included, so that the same call finds it again. Raises
     ModelError as `making.training_rows` does.
     """
     spec, recipe = load_attack(attack), replace(recipe_of(steps=steps), learning_rate=RATE)

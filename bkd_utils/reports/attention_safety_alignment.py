@@ -1,4 +1,4 @@
-"""Notebook 06: pictures and verdicts on treatments, and on what comes back after them."""
+"""Notebook 06: figures and verdicts on treatments, and on what comes back after them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bkd_utils.common.statistics import difference, mean_by_prompt
+from bkd_utils.experiments.attention_safety_alignment import Mechanism, Relearned
+from bkd_utils.experiments.input_guards import Guarded
 from bkd_utils.reports.scorecard import at_least, at_most, both, either, entry, span, who
 from bkd_utils.reports.style import COLOURS, INTERVAL, LIMITS, WIDTH, interval, panels, rows_down, show_legend, sizes
 
@@ -42,9 +44,9 @@ POINT = 0.01
 
 
 def repairs(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str]) -> Figure:
-    """ASR, near-miss and clean firing and CACC with 95 % intervals; attack -> treatment -> `evaluation.under_attack`.
+    """ASR, near-miss firing, clean firing and CACC; attack -> treatment -> `evaluation.under_attack`.
 
-    `kinds`: treatment -> key of `KINDS`, for groups of rows and the grey line at the mean ASR that random heads leave.
+    `kinds`: treatment -> key of `KINDS`, which groups the rows. The grey line is the mean ASR that random heads leave.
     """
     places, headings = _places(list(dict.fromkeys(name for rows in found.values() for name in rows)), kinds)
     bottom = max(places.values()) + 0.6
@@ -103,22 +105,21 @@ def _remark(panel: Axes, y: float, text: str) -> None:
 # --- what is behind, what comes back --------------------------------------------------------------------------------
 
 
-def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]], *, n: int) -> Figure:
+def mechanisms(found: Mapping[str, Mechanism], *, n: int) -> Figure:
     """Similarity of the treated heads with and without the trigger (above) and the highest ACIE (below), before and
-    after; attack -> `attention_safety_alignment.measure_mechanism` on `n` prompts. The anomaly is the shaded gap,
-    written beside it."""
+    after; attack -> `attention_safety_alignment.measure_mechanism` on `n` prompts."""
     figure, axes = panels(list(found), rows=2, height=1.8)
     colour = COLOURS["neutral"]
     for (above, below), result in zip(axes.T, found.values(), strict=True):
-        clean, triggered = (result[f"similarity {version}"] for version in ("clean", "triggered"))
+        clean, triggered = result.similarity_clean, result.similarity_triggered
         above.fill_between([0, 1], clean, triggered, color=COLOURS["pale"], alpha=0.7, lw=0, label="gap")
         above.plot([0, 1], triggered, "o-", color=colour, label="triggered prompts", clip_on=False)
         above.plot([0, 1], clean, "o--", color=colour, mfc="white", label="clean prompts", clip_on=False, zorder=3)
-        below.plot([0, 1], result["acie"], "o-", color=COLOURS["ACIE"], clip_on=False)
+        below.plot([0, 1], result.acie, "o-", color=COLOURS["ACIE"], clip_on=False)
         for x, side in ((0, "right"), (1, "left")):
             place, how = x + (x - 0.5) * 0.12, {"ha": side, "va": "center", "fontsize": "small"}
             above.text(place, (clean[x] + triggered[x]) / 2, f"{triggered[x] - clean[x]:+.2f}", **how)
-            below.text(place, result["acie"][x], f"{result['acie'][x]:.2f}", **how)
+            below.text(place, result.acie[x], f"{result.acie[x]:.2f}", **how)
         above.set(ylim=(0, 1), xlim=(-0.5, 1.5))
         above.set_xticks([0, 1], ["", ""])
         below.set_xticks([0, 1], ["before", "after"])
@@ -130,7 +131,7 @@ def mechanisms(found: Mapping[str, Mapping[str, Sequence[float]]], *, n: int) ->
     return figure
 
 
-def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str) -> Figure:
+def relearning(found: Mapping[str, Mapping[str, Sequence[Relearned]]], method: str) -> Figure:
     """ASR and clean firing (hollow) after a few poisoned rows; attack -> model ->
     `attention_safety_alignment.relearn_backdoor`.
 
@@ -142,13 +143,13 @@ def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str
     for panel, models in zip(axes[0], found.values(), strict=True):
         for i, (name, rows) in enumerate(models.items()):
             title, colour = looks[name]
-            for j, (key, label) in enumerate((("asr", "ASR"), ("clean firing", "clean firing"))):
-                for x, row in enumerate(rows):
-                    at = x + 0.32 * (i - (len(models) - 1) / 2) + 0.11 * (j - 0.5)
-                    look = {"colour": COLOURS[colour], "filled": key == "asr", "label": f"{title}: {label}"}
-                    interval(panel, at, row[key], size=5, upright=True, **look)
-                    drawn.append(row[key])
-        panel.set_xticks(range(len(rows)), [f"{row['poisoned']}" if row["poisoned"] else "before" for row in rows])
+            for x, row in enumerate(rows):
+                at, look = x + 0.32 * (i - (len(models) - 1) / 2), {"colour": COLOURS[colour], "size": 5}
+                interval(panel, at - 0.055, row.asr, label=f"{title}: ASR", upright=True, **look)
+                label = f"{title}: clean firing"
+                interval(panel, at + 0.055, row.clean_firing, label=label, filled=False, upright=True, **look)
+                drawn += [row.asr, row.clean_firing]
+        panel.set_xticks(range(len(rows)), [f"{row.poisoned}" if row.poisoned else "before" for row in rows])
         panel.set_xlim(-0.5, len(rows) - 0.5)
         panel.set_ylim(*LIMITS)
         panel.grid(False, axis="x")
@@ -158,7 +159,7 @@ def relearning(found: Mapping[str, Mapping[str, Sequence[Mapping]]], method: str
     return figure
 
 
-def guards(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
+def guards(found: Mapping[str, Mapping[str, Guarded]]) -> Figure:
     """Triggered inputs caught and clean ones refused at one threshold; attack -> guard ->
     `input_guards.guard_inputs`."""
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
@@ -168,17 +169,25 @@ def guards(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
             if name not in rows:
                 _remark(panel, y, "not applicable")
                 continue
-            caught, refused = rows[name]["caught"], rows[name]["refused"]
+            caught, refused = rows[name].caught, rows[name].refused
             how = {"colour": COLOURS["neutral"], "size": 5}
             interval(panel, y - 0.14, caught, label="triggered inputs caught", **how)
             interval(panel, y + 0.14, refused, label="clean inputs refused", filled=False, **how)
         rows_down(panel, names)
         panel.set_xlim(*LIMITS)
         panel.grid(False, axis="y")
-    results = [row[key] for rows in found.values() for row in rows.values() for key in ("caught", "refused")]
+    results = [number for rows in found.values() for row in rows.values() for number in (row.caught, row.refused)]
     figure.supxlabel(f"inputs (%), {sizes(results)} a side", fontsize="medium")
     show_legend(figure, ncols=3, bars=INTERVAL)
     return figure
+
+
+def without_hits(found: Mapping[str, Mapping[str, Mapping]]) -> dict:
+    """Attack -> treatment -> the numbers of `evaluation.under_attack` without the outcomes of single prompts."""
+    return {
+        attack: {name: {key: value for key, value in row.items() if key != "hits"} for name, row in rows.items()}
+        for attack, rows in found.items()
+    }
 
 
 def hits(row: Mapping, key: str) -> Mapping[str, float]:
@@ -205,11 +214,12 @@ def cure_claims(
     random: Sequence[str],
     rivals: Sequence[str],
 ) -> list[dict]:
-    """From attack -> treatment -> `evaluation.under_attack`; treatments are named in the arguments, beside them stand
-    `measure_untreated` and `clean control`. Only organisms that got every rival say something about rivals.
+    """From attack -> treatment -> `evaluation.under_attack`, with rows "untreated" and "clean control".
 
-    All models of an organism are measured on the same prompts, and differences are paired. Which rival a cure is held
-    against is chosen by the estimates; what decides are the intervals of the two differences, in ASR and in CACC.
+    Only organisms that got every rival count for the claim about rivals.
+
+    All models of an organism are measured on the same prompts, so that differences are paired. Estimates choose the
+    rival; the intervals of the two differences, in ASR and in CACC, decide.
     """
     asr, lost, choice, ahead = {}, {}, {}, {}
     passed: dict[str, dict[str, bool | None]] = {key: {} for key in ("asr", "lost", "choice", "ahead")}

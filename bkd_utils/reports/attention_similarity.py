@@ -1,4 +1,4 @@
-"""Notebook 05: pictures and verdicts on the similarity of heads."""
+"""Notebook 05: figures and verdicts on the similarity of heads."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bkd_utils.common.statistics import independent_difference
-from bkd_utils.experiments.attention_similarity import VERSIONS, best_reading, gap, separates
+from bkd_utils.experiments.attention_similarity import VERSIONS, Similarity, best_reading, separates
 from bkd_utils.reports.scorecard import at_least, both, entry, span, who
 from bkd_utils.reports.style import (
     COLOURS,
@@ -28,19 +28,21 @@ from bkd_utils.reports.style import (
 VERSION_NAMES = {"triggered": "triggered", "near-miss": "look-alike", "same length": "same length"}
 
 
-def gap_numbers(found: Mapping[str, Mapping[str, Mapping]], *, readings: Sequence[str]) -> dict:
+def gap_numbers(found: Mapping[str, Mapping[str, Similarity]], *, readings: Sequence[str]) -> dict:
     """What `gaps` draws, from attack -> model -> `attention_similarity.similarity_by_version`.
 
     Attack -> reading -> model -> by layer the `mean` over prompts of triggered less clean similarity, `low` and `high`
     of the middle half of the prompts, and their number `n`.
     """
     return {
-        attack: {name: {model: _gap(gap(one, reading=name)) for model, one in models.items()} for name in readings}
+        attack: {name: {model: _gap(one[name]) for model, one in models.items()} for name in readings}
         for attack, models in found.items()
     }
 
 
-def _gap(difference: np.ndarray) -> dict:
+def _gap(layers: Mapping[str, list[list[float]]]) -> dict:
+    """Of triggered less clean similarity, prompt by prompt."""
+    difference = np.array(layers["triggered"]) - np.array(layers["clean"])
     low, high = np.quantile(difference, [0.25, 0.75], axis=0)
     return {
         "mean": difference.mean(0).tolist(), "low": low.tolist(), "high": high.tolist(), "n": len(difference)
@@ -118,7 +120,7 @@ def families(found: Mapping[str, Mapping[str, Mapping]], *, models: Sequence[str
     return figure
 
 
-def similarity_claims(found: Mapping[str, Mapping[str, Mapping]], *, families: Sequence[str]) -> list[dict]:
+def similarity_claims(found: Mapping[str, Mapping[str, Similarity]], *, families: Sequence[str]) -> list[dict]:
     """From attack -> model -> `attention_similarity.similarity_by_version`; `families` are the attacks that differ
     in their trigger only."""
     lines = []
@@ -134,7 +136,7 @@ def similarity_claims(found: Mapping[str, Mapping[str, Mapping]], *, families: S
 
 def separation_claim(results: Mapping[str, Mapping], *, claim: str, figure: str, reading: str) -> dict:
     """From attack -> `attention_similarity.separates`. The excess over the clean control has the interval of
-    independent prompts, which is too wide: both models see the same ones."""
+    independent prompts, which is too wide, because both models see the same prompts."""
     numbers, passed, ahead = {}, {}, {}
     for attack, result in results.items():
         numbers[attack] = result["organism"]["triggered"]

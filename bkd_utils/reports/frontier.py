@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bkd_utils.experiments.attention_safety_alignment import Treated
 from bkd_utils.reports.attention_safety_alignment import GROUPS, KINDS
 from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, show_legend, sizes
 
@@ -120,19 +121,19 @@ def _free(
     return next((height for height in heights if all(abs(height - b) >= room for b, room in blocked)), y)
 
 
-def price_list(found: Mapping[str, Mapping[str, Mapping]], cost: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
+def price_list(found: Mapping[str, Mapping[str, Mapping]], cost: Mapping[str, Mapping[str, Treated]]) -> pd.DataFrame:
     """(organism, treatment) -> shares that are left, weights touched and minutes.
 
-    `found`: attack -> treatment -> `left`; `cost`: the same -> `treat_and_measure`, of those that are treatments.
+    `found`: attack -> treatment -> `what_is_left`; `cost`: attack -> treatment -> `treat_and_measure`.
     """
     named = {"ASR": "asr", "near-miss firing": "near_miss", "CACC": "cacc", "elsewhere": "elsewhere"}
     rows = {}
     for attack, treatments in found.items():
         for name, shares in treatments.items():
-            paid = cost[attack].get(name, {})
+            paid = cost[attack].get(name)
             rows[attack, name] = {
                 **{column: shares[key]["value"] for column, key in named.items()},
-                "weights (millions)": paid["parameters"] / 1e6 if paid else 0.0,
-                "minutes": paid["minutes"] if paid else 0.0,
+                "weights (millions)": paid.parameters / 1e6 if paid else 0.0,
+                "minutes": paid.minutes if paid else 0.0,
             }
     return pd.DataFrame(rows).T.rename_axis(["organism", "treatment"])

@@ -1,6 +1,5 @@
 """The README and the pages behind it: which generated table stands on which page."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from bkd_utils.common.files import FIGURES, ROOT, atomic_path, read_json
@@ -15,8 +14,6 @@ KEY_CLAIMS = (
     "asa-heads",
     "asa-cure",
 )
-# The formulas of these papers are not known here.
-READ_BY_US = ("ASA",)
 
 
 def results(entries: Sequence[Mapping]) -> str:
@@ -27,29 +24,33 @@ def results(entries: Sequence[Mapping]) -> str:
     rows = {row["id"]: row for row in entries}
     if lacking := [name for name in KEY_CLAIMS if name not in rows]:
         raise ValueError(f"the scorecard has no line for {', '.join(lacking)}")
-    counts = []
-    for paper in dict.fromkeys(row["paper"] for row in entries):
-        verdicts = Counter(row["verdict"] for row in entries if row["paper"] == paper)
-        found = ", ".join(f"{verdict} {n}" for verdict, n in sorted(verdicts.items()))
-        name = f"{paper}, our reading" if paper in READ_BY_US else paper
-        counts.append(f"**{name}**, {verdicts.total()} claims: {found}.")
-    lines = [" ".join(counts), "", "| claim | organisms that pass | verdict |", "|---|---|---|"]
+    papers = dict.fromkeys(row["paper"] for row in entries)
+    counts = [f"**{scorecard.counts(entries, paper=paper)}.**" for paper in papers]
+    lines = [" ".join(counts), "", "| claim | organisms | verdict |", "|---|---|---|"]
     for row in (rows[name] for name in KEY_CLAIMS):
-        claim = f"our reading: {row['claim']}" if row["paper"] in READ_BY_US else row["claim"]
-        passed = [one["passed"] is True for one in row["by_organism"].values()]
         link = f"[{row['verdict']}](figures/{row['figure']}.png)"
-        lines.append(f"| {claim} | {sum(passed)} of {len(passed)} | {link} |")
+        lines.append(f"| {scorecard.named(row)} | {scorecard.count(row)} | {link} |")
+    return "\n".join(lines)
+
+
+def whole_scorecard(entries: Sequence[Mapping]) -> str:
+    """For the page of the scorecard: one line of counts for each paper, then a row for each claim."""
+    rows = scorecard.checked(entries)
+    papers = scorecard.papers().items()
+    lines = [f"- **{scorecard.counts(rows, paper=paper)}.** {about['known']}" for paper, about in papers]
+    lines += ["", "| claim | known | organisms | verdict |", "|---|---|---|---|"]
+    for row in rows:
+        known, link = row["provenance"].partition(":")[0], f"[{row['verdict']}](../../figures/{row['figure']}.png)"
+        lines.append(f"| {scorecard.named(row)} | {known} | {scorecard.count(row)} | {link} |")
     return "\n".join(lines)
 
 
 def made() -> dict[str, dict[str, str]]:
     """Page (path from the root) -> its tables by the name in their marks, from shipped cards and the scorecard."""
     entries = read_json(FIGURES / "scorecard.json")
-    # Links of the whole scorecard are relative to the root; its page lies two folders deeper.
-    everything = scorecard.markdown(entries).replace("](figures/", "](../../figures/")
     return {
         "README.md": {"verdicts": results(entries)},
-        "notebooks/pages/scorecard.md": {"verdicts": everything},
+        "notebooks/pages/scorecard.md": {"verdicts": whole_scorecard(entries)},
         "notebooks/pages/organisms.md": {"organisms": tables.organisms_markdown()},
     }
 

@@ -1,17 +1,12 @@
-"""Published claims, our criteria, our numbers, a verdict each. The criteria are in `data/published.toml`.
-
-Here are the rule that decides and the lines of the scorecard; what is held against which bar is in `judge_bkdattr` and
-`judge_asa`.
+"""Published claims, our criteria, our numbers, and a verdict each. The criteria are in `data/published.toml`.
 
 An organism passes a criterion if the whole 95 % interval of its effect lies on the right side of the bar, fails if the
-whole interval lies on the wrong side, and is undecided if the interval contains the bar or if there is none. A point
-estimate alone decides nothing. A claim `holds` if all organisms pass, `fails` if at least one fails, and is otherwise
-`undecided`; how many pass stands beside it.
+whole interval lies on the wrong side, and is undecided if the interval contains the bar or if there is none. A claim
+holds if all organisms pass, fails if at least one fails, and is otherwise undecided.
 
-The papers state their claims without exception, so that one organism that fails refutes a claim as it is stated; a
-share of organisms that would be enough would be a bar made up after the numbers. The price is that a claim which is
-true for each of four organisms is called failed by chance in up to one case of ten (four intervals, each beyond the bar
-on one side with a chance of 2.5 %).
+The papers state their claims without exception, so that one organism that fails refutes a claim as it is stated. The
+price is that a claim which is true for each of four organisms is called failed by chance in up to one case of ten (four
+intervals, each beyond the bar on one side with a chance of 2.5 %).
 """
 
 import tomllib
@@ -32,11 +27,12 @@ PROVENANCE = {
     "second hand": "second hand: quoted by others who read it",
     "abstract": "from the abstract only",
 }
-# What a line of the scorecard must say; `record` adds the model.
+# What a row of the scorecard must say; `record` adds the model.
 ROW = {
     "id", "paper", "reading", "claim", "published", "provenance", "by_organism", "criterion", "verdict", "reason",
     "figure",
 }  # fmt: skip
+COLUMNS = ["claim", "published", "provenance", "criterion", "effects", "verdict", "organisms", "because", "figure"]
 VERDICTS = ("holds", "fails", "undecided")
 OUTCOMES = {True: "pass", False: "fail", None: "undecided"}
 MARKS = {True: "✓", False: "✗", None: "?"}
@@ -169,7 +165,7 @@ def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
 
 
 def record(entries: Sequence[Mapping], *, model: str) -> Path:
-    """Write entries, measured on `model`, into the scorecard beside the figures; those of the same claims are replaced.
+    """Write entries, measured on `model`, into the scorecard beside the figures, in place of those of the same claims.
 
     Raises UserError for a row without provenance; the file stays as it was.
     """
@@ -225,34 +221,8 @@ def effect(one: Mapping[str, float | None]) -> str:
     return f"{one['value']:.3g} {interval} {MARKS[one['passed']]}"
 
 
-def table(entries: Sequence[Mapping]) -> pd.DataFrame:
-    """What a notebook shows at its end: claim, published, provenance, verdict, organisms that pass, reason."""
-    rows = [
-        {
-            "claim": named(row),
-            "published": row["published"],
-            "provenance": row["provenance"],
-            "verdict": row["verdict"],
-            "organisms": count(row),
-            "because": row["reason"],
-        }
-        for row in checked(entries)
-    ]
-    return pd.DataFrame(rows).set_index("claim")
-
-
-def numbers(entries: Sequence[Mapping]) -> pd.DataFrame:
-    """The effect of every claim and organism with its interval and a mark: ✓ passes, ✗ fails, ? is undecided."""
-    rows = {row["id"]: {name: effect(one) for name, one in row["by_organism"].items()} for row in entries}
-    return pd.DataFrame(rows).T.fillna("").rename_axis("claim")
-
-
-def scorecard(entries: Sequence[Mapping], *, paper: str) -> pd.DataFrame:
-    """What notebook 09 shows of one paper: claims, published numbers and how we know of them, effects, verdicts.
-
-    Empty if none of the paper's claims was judged, as after a run of some notebooks only.
-    """
-    columns = ["claim", "published", "provenance", "criterion", "effects", "verdict", "organisms", "because", "figure"]
+def _said(entries: Sequence[Mapping]) -> pd.DataFrame:
+    """Everything that the tables say of each row."""
     rows = [
         {
             "claim": named(row),
@@ -266,9 +236,24 @@ def scorecard(entries: Sequence[Mapping], *, paper: str) -> pd.DataFrame:
             "figure": row["figure"],
         }
         for row in checked(entries)
-        if row["paper"] == paper
     ]
-    return pd.DataFrame(rows, columns=columns).set_index("claim")
+    return pd.DataFrame(rows, columns=COLUMNS).set_index("claim")
+
+
+def table(entries: Sequence[Mapping]) -> pd.DataFrame:
+    """What a notebook shows at its end: claim, published, provenance, verdict, organisms that pass, reason."""
+    return _said(entries)[["published", "provenance", "verdict", "organisms", "because"]]
+
+
+def scorecard(entries: Sequence[Mapping], *, paper: str) -> pd.DataFrame:
+    """What notebook 09 shows of one paper: all columns. Empty if none of the paper's claims was judged."""
+    return _said([row for row in entries if row["paper"] == paper])
+
+
+def numbers(entries: Sequence[Mapping]) -> pd.DataFrame:
+    """The effect of every claim and organism with its interval and a mark: ✓ passes, ✗ fails, ? is undecided."""
+    rows = {row["id"]: {name: effect(one) for name, one in row["by_organism"].items()} for row in entries}
+    return pd.DataFrame(rows).T.fillna("").rename_axis("claim")
 
 
 def effects(row: Mapping) -> str:
@@ -281,30 +266,16 @@ def effects(row: Mapping) -> str:
 def missing(entries: Sequence[Mapping]) -> pd.DataFrame:
     """Published claims without a line."""
     done = {row["id"] for row in entries}
-    rows = {
-        name: {"paper": one["paper"], "claim": one["claim"]} for name, one in published().items() if name not in done
-    }
+    rows = {name: one for name, one in published().items() if name not in done}
     return pd.DataFrame(rows, index=["paper", "claim"]).T
 
 
 def counts(entries: Sequence[Mapping], *, paper: str) -> str:
-    """One line for a paper, such as "BkdAttr: 11 claims; 1 holds, 7 fail, 3 are undecided"."""
+    """One line for a paper, such as "BkdAttr: 11 claims; 1 holds, 7 fail, 3 are undecided"; no word for none."""
     found = Counter(row["verdict"] for row in entries if row["paper"] == paper)
     words = {"holds": ("holds", "hold"), "fails": ("fails", "fail"), "undecided": ("is undecided", "are undecided")}
-    each = ", ".join(f"{found[one]} {words[one][found[one] != 1]}" for one in VERDICTS)
+    each = ", ".join(f"{found[one]} {words[one][found[one] != 1]}" for one in VERDICTS if found[one])
     return f"{paper}: {sum(found.values())} claims; {each}"
-
-
-def markdown(entries: Sequence[Mapping]) -> str:
-    """The table of the README: one line of counts for each paper, then a row for each claim."""
-    rows = checked(entries)
-    lines = [f"- **{counts(rows, paper=paper)}.** {about['known']}" for paper, about in papers().items()]
-    lines += ["", "| claim | known | organisms | verdict |", "|---|---|---|---|"]
-    for row in rows:
-        known = row["provenance"].partition(":")[0]
-        cells = [named(row), known, count(row), f"[{row['verdict']}](figures/{row['figure']}.png)"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def span(numbers: Mapping[str, Mapping[str, float]]) -> str:

@@ -1,4 +1,4 @@
-"""House style, and the only door to `figures/`: a picture never goes out without the numbers behind it."""
+"""The style of all figures, and `save`, which writes a figure together with the numbers behind it."""
 
 import importlib.metadata
 import os
@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bkd_utils.common.files import WORK, atomic_path, canonical_json, write_json
+from bkd_utils.common.results import plain
 
 # The only place where colours are written down: the palette of Okabe and Ito, safe for the common colour blindnesses
 # and in print, and greys. Every colour has one meaning, which it keeps in all figures.
@@ -88,11 +89,12 @@ def save(
 ) -> Path:
     """Write `<id>.png`, `<id>.svg` and the sidecar `<id>.json`; returns the PNG's path.
 
-    `numbers` are the values drawn, `inputs` maps names to sha256. Raises ValueError for an empty picture, empty
-    numbers, or numbers with NaN.
+    `numbers` are the values drawn, JSON values or Results; `inputs` maps names to sha256. Raises ValueError for an
+    empty picture, empty numbers, or numbers with NaN.
     """
     if not numbers or not any(axes.has_data() or axes.texts for axes in figure.axes):
         raise ValueError(f"figure {id!r} shows nothing")
+    numbers = plain(numbers)
     try:
         canonical_json(numbers)
     except (ValueError, TypeError) as error:

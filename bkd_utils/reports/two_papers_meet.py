@@ -1,4 +1,4 @@
-"""Notebook 07: pictures and verdicts on suspicious heads and on whole models."""
+"""Notebook 07: figures and verdicts on suspicious heads and on whole models."""
 
 from collections.abc import Mapping
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import nbformat
 import pytest
 import torch
 from patching import everywhere
@@ -12,8 +13,9 @@ from bkd_utils.attention_alignment.head_tuning import groups
 from bkd_utils.attention_alignment.rivals import TREATMENTS
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
-from bkd_utils.common.files import ROOT, read_json
+from bkd_utils.common.files import NOTEBOOKS, ROOT, read_json
 from bkd_utils.experiments import attention_safety_alignment, head_safety
+from bkd_utils.experiments.attention_safety_alignment import Treated
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.loss import collate
@@ -52,17 +54,17 @@ def stage(loaded, monkeypatch):
 @pytest.mark.parametrize("method", ["alignment", "fine-tuning"])
 def test_a_treatment_reports_what_it_touched_and_what_is_left(stage, loaded, method):
     before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
-    result = stage("treated", method=method, heads=[list(head) for head in HEADS], n=4)
+    result = stage("treat_and_measure", method=method, heads=[list(head) for head in HEADS], n=4)
     changed = {name: int((before[name] != p).sum()) for name, p in loaded.model.named_parameters()}
-    assert result["parameters"] == sum(changed.values()) > 0
-    assert all(result["after"][key]["n"] == 4 for key in ("asr", "cacc", "near_miss", "elsewhere"))
-    assert result["minutes"] >= 0
-    assert result["after"]["hits"].keys() == {"asr", "cacc", "near_miss", "clean_firing"}
-    assert all(len(result["after"]["hits"][key]) == 4 for key in ("asr", "cacc", "near_miss"))
+    assert result.parameters == sum(changed.values()) > 0
+    assert all(result.after[key]["n"] == 4 for key in ("asr", "cacc", "near_miss", "elsewhere"))
+    assert result.minutes >= 0
+    assert result.after["hits"].keys() == {"asr", "cacc", "near_miss", "clean_firing"}
+    assert all(len(result.after["hits"][key]) == 4 for key in ("asr", "cacc", "near_miss"))
 
 
 @pytest.mark.parametrize("batch_size", [3, 5])
-@pytest.mark.parametrize("name", ["treated", "mechanism"])
+@pytest.mark.parametrize("name", ["treat_and_measure", "measure_mechanism"])
 def test_the_batch_size_is_the_number_of_rows_in_every_step(stage, monkeypatch, name, batch_size):
     sizes = []
     monkeypatch.setattr(head_tuning, "collate", lambda rows, **given: sizes.append(len(rows)) or collate(rows, **given))
@@ -70,7 +72,7 @@ def test_the_batch_size_is_the_number_of_rows_in_every_step(stage, monkeypatch, 
     assert sizes == [batch_size] * SMALL["steps"]
 
 
-@pytest.mark.parametrize("name", ["treated", "mechanism"])
+@pytest.mark.parametrize("name", ["treat_and_measure", "measure_mechanism"])
 def test_no_treatment_sees_a_row_that_the_organism_was_trained_on(stage, monkeypatch, name):
     taken = min(poisoning.training_uids(attacks.load_attack("sentiment-word"), seed=0))
     real = head_safety.clean_rows
@@ -87,11 +89,11 @@ def test_no_treatment_sees_a_row_that_the_organism_was_trained_on(stage, monkeyp
 def test_the_mechanism_is_measured_on_both_sides_of_the_treatment(stage, loaded):
     attack = attacks.load_attack("sentiment-word")
     before = attention_safety_alignment._mechanism(loaded, attack, HEADS, n=3, seed=0)
-    found = stage("mechanism", method="heads removed", heads=[list(head) for head in HEADS], n=3)
+    found = stage("measure_mechanism", method="heads removed", heads=[list(head) for head in HEADS], n=3)
     after = attention_safety_alignment._mechanism(loaded, attack, HEADS, n=3, seed=0)
-    for key in ("similarity clean", "similarity triggered", "acie"):
-        assert found[key] == pytest.approx([before[key], after[key]])
-    assert found["acie"][0] != found["acie"][1]
+    for key in ("similarity_clean", "similarity_triggered", "acie"):
+        assert getattr(found, key) == pytest.approx([before[key], after[key]])
+    assert found.acie[0] != found.acie[1]
 
 
 def effects_with_other_means(loaded, attack, *, n):
@@ -129,8 +131,8 @@ def test_the_mechanism_is_the_highest_effect_on_the_first_target_token(loaded):
     own = head_effects(loaded.model, shown.clean, target=target, means=head_means(loaded.model, shown.triggered))
     assert found["acie"] != pytest.approx(own.mean(0).max().item())
     similar = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(0)
-    assert found["similarity triggered"] == pytest.approx(sum(similar[head].item() for head in HEADS) / len(HEADS))
-    assert found["similarity triggered"] != found["similarity clean"]
+    assert found["similarity_triggered"] == pytest.approx(sum(similar[head].item() for head in HEADS) / len(HEADS))
+    assert found["similarity_triggered"] != found["similarity_clean"]
 
 
 def test_elsewhere_is_the_share_of_the_base_models_tokens_that_are_still_first_choice(monkeypatch, loaded):
@@ -175,7 +177,9 @@ def test_the_price_list_has_every_model_and_what_it_cost():
     share = {"value": 0.5, "n": 4, "low": 0.2, "high": 0.8}
     left = dict.fromkeys(("asr", "cacc", "near_miss", "elsewhere"), share) | {"asr": share | {"value": 0.25}}
     found = {"one": {"untreated": left, "pruned": left}, "two": {"untreated": left}}
-    table = frontier.price_list(found, {"one": {"pruned": {"parameters": 2_000_000, "minutes": 0.3}}, "two": {}})
+    table = frontier.price_list(
+        found, {"one": {"pruned": Treated(after=left, parameters=2_000_000, minutes=0.3)}, "two": {}}
+    )
     assert list(table.index) == [("one", "untreated"), ("one", "pruned"), ("two", "untreated")]
     assert table.loc[("one", "pruned")].to_dict() == {
         "ASR": 0.25, "near-miss firing": 0.5, "CACC": 0.5, "elsewhere": 0.5, "weights (millions)": 2.0, "minutes": 0.3,
@@ -193,12 +197,13 @@ def test_every_treatment_has_a_rate():
 
 def test_heads_that_do_not_exist_are_an_error(stage):
     with pytest.raises(ValueError, match="no head 9 in layer 0"):
-        stage("treated", method="heads tuned", heads=[[0, 9]], n=4)
+        stage("treat_and_measure", method="heads tuned", heads=[[0, 9]], n=4)
 
 
-def test_the_page_of_findings_says_what_the_seeds_left():
+def test_the_notebook_says_what_the_seeds_left():
     found = read_json(ROOT / "tests" / "benchmarks" / "results" / "cure_spread.json")
-    text = (ROOT / "notebooks" / "pages" / "findings.md").read_text(encoding="utf-8")
+    cells = nbformat.read(NOTEBOOKS / "06_attention_safety_alignment.ipynb", as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     left = {
         attack: {name: ", ".join(f"{100 * value:.0f}" for value in one["asr"]) + " %" for name, one in shares.items()}
         for attack, shares in ((attack, result["shares"]) for attack, result in found["organisms"].items())
@@ -207,8 +212,8 @@ def test_the_page_of_findings_says_what_the_seeds_left():
         row = [f"`{attack}`", *(cells[name] for name in ("untreated", "suspicious heads", "random heads"))]
         assert f"| {' | '.join(row)} |" in text
     word = left["sentiment-word"]
-    assert f"on the word: {word['fine-pruning']} for" in text
-    assert f"and {word['flat heads pruned']} for" in text
+    assert f"on the word: fine-pruning leaves {word['fine-pruning']} for" in text
+    assert f"flat heads pruned {word['flat heads pruned']} for" in text
     assert word["fine-tuning"] == "62, 100, 100 %"
     more = {key: round(100 * found["random less suspicious, asr"][key]) for key in ("value", "low", "high")}
     assert f"Random heads leave {-more['value']} points less than" in text

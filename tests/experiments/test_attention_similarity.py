@@ -10,16 +10,15 @@ from bkd_utils.common.statistics import area_interval
 from bkd_utils.experiments import attention_similarity, input_guards
 from bkd_utils.experiments.attention_similarity import (
     VERSIONS,
-    auroc,
     best_layer,
     best_reading,
-    gap,
     halves,
     input_detection,
     input_scores,
     lengthened,
     separates,
     similarity_by_version,
+    wins,
 )
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import prompt_ids
@@ -37,12 +36,7 @@ def made(triggered=0.0, *, layer=1, near=0.0, longer=0.0, seed=0, reading="last 
     layers = {name: noise((N, 3)) for name in versions}
     for name, shift in versions.items():
         layers[name][:, layer] += shift
-    return {"layers": {reading: {name: values.tolist() for name, values in layers.items()}}}
-
-
-def test_the_gap_is_between_twins():
-    found = {"layers": {"r": {"clean": [[1.0, 2.0], [3.0, 5.0]], "triggered": [[1.5, 2.0], [3.0, 4.0]]}}}
-    assert gap(found, reading="r").tolist() == [[0.5, 0.0], [0.0, -1.0]]
+    return {reading: {name: values.tolist() for name, values in layers.items()}}
 
 
 def test_halves_are_disjoint_and_complete():
@@ -53,17 +47,17 @@ def test_halves_are_disjoint_and_complete():
 def test_auroc_counts_pairs():
     found = made(1.0)
     rows = np.array([1, 3, 5])
-    clean, triggered = (np.array(found["layers"]["last row"][name])[rows, 1] for name in ("clean", "triggered"))
-    wins = np.mean([t > c for t in triggered for c in clean])
-    assert auroc(found, reading="last row", layer=1, rows=rows) == pytest.approx(wins)
-    assert auroc(found, reading="last row", layer=1, rows=rows, version="clean") == pytest.approx(0.5)
+    clean, triggered = (np.array(found["last row"][name])[rows, 1] for name in ("clean", "triggered"))
+    share = np.mean([t > c for t in triggered for c in clean])
+    assert wins(found, reading="last row", layer=1, rows=rows).mean() == pytest.approx(share)
+    assert wins(found, reading="last row", layer=1, rows=rows, version="clean").mean() == pytest.approx(0.5)
 
 
 def test_layer_and_reading_are_chosen_where_the_signal_is_and_only_upwards():
     found = made(5.0, layer=2)
     assert best_layer(found, reading="last row") == (2, 1.0)
     assert best_layer(made(-5.0, layer=2), reading="last row")[0] != 2
-    both = {"layers": made(0.0)["layers"] | made(5.0, reading="full map")["layers"]}
+    both = made(0.0) | made(5.0, reading="full map")
     assert best_reading([both, both]) == "full map"
 
 
@@ -80,7 +74,7 @@ def test_what_is_reported_was_not_chosen_on():
     assert 0.1 < base["value"] < 0.9
     report = halves(N)[1]
     for row in report:  # swap sides on the reporting half only: the layer stays, the number turns round
-        lines = found["organism"]["layers"]["last row"]
+        lines = found["organism"]["last row"]
         lines["clean"][row], lines["triggered"][row] = lines["triggered"][row], lines["clean"][row]
     turned = separates(found, reading="last row")
     assert (turned["layer"], turned["organism"]["triggered"]["value"]) == (1, 0.0)
@@ -97,9 +91,7 @@ def test_inputs_are_flagged_by_their_most_unusual_layer():
     assert result["refused at 5%"]["value"] <= both["refused at 20%"]["value"] < 0.5
     assert both["refused at 5%"] == result["refused at 5%"]
     order = np.random.default_rng(0).permutation(N)
-    shuffled = {
-        "layers": {"last row": {k: np.array(v)[order].tolist() for k, v in found["layers"]["last row"].items()}}
-    }
+    shuffled = {"last row": {k: np.array(v)[order].tolist() for k, v in found["last row"].items()}}
     expected = input_scores(found, reading="last row", version="triggered")[order]
     assert input_scores(shuffled, reading="last row", version="triggered") == pytest.approx(expected)
 
@@ -107,7 +99,7 @@ def test_inputs_are_flagged_by_their_most_unusual_layer():
 def test_refusals_are_counted_on_prompts_that_no_trigger_chose():
     found = made(8.0)
     before = input_detection(found, reading="last row")
-    found["layers"]["last row"]["held out"] = [[1e3] * 3] * N
+    found["last row"]["held out"] = [[1e3] * 3] * N
     after = input_detection(found, reading="last row")
     assert before["refused at 5%"]["value"] < 0.5
     assert (after["refused at 5%"]["value"], after["refused at 5%"]["n"]) == (1.0, N)
@@ -128,8 +120,8 @@ def test_input_detection_and_guards_set_one_threshold(monkeypatch):
     found = input_detection({}, reading="last row", rates=[0.05])
     fired = np.ones(24, dtype=bool)
     guarded = input_guards.outcome(known, scores["held out"], scores["triggered"], frr=0.05, fired=fired)
-    assert found["caught at 5%"] == guarded["caught"]
-    assert found["refused at 5%"] == guarded["refused"]
+    assert found["caught at 5%"] == guarded.caught
+    assert found["refused at 5%"] == guarded.refused
     assert (found["caught at 5%"]["value"], found["refused at 5%"]["value"]) == (2 / 24, 1 / 24)
 
 
@@ -212,9 +204,8 @@ def test_words_that_are_too_long_are_passed_over(folder):
 def test_observed_keeps_means_over_heads(folder):
     where = {"attack": "sentiment-word", "model": folder, "device": "cpu", "n": 4}
     found = similarity_by_version(None, readings=["last row", "head outputs"], n_reference=5, **where)
-    assert set(found["layers"]) == {"last row", "head outputs"}
-    for name in found["layers"]:
-        assert set(found["layers"][name]) == {*VERSIONS, "reference", "held out"}
+    assert set(found) == {"last row", "head outputs"}
+    assert all(set(versions) == {*VERSIONS, "reference", "held out"} for versions in found.values())
     loaded = loading.load(folder, device="cpu")
     # What a defender has is what the task has, both labels included.
     for version, split, n in (("reference", "attribution", 5), ("held out", "test", 4)):
@@ -222,7 +213,7 @@ def test_observed_keeps_means_over_heads(folder):
         assert {example.answer for example in chosen} == {"positive", "negative"}
         ids = [prompt_ids(loaded.tokenizer, tasks.load_task("sentiment").prompt(example.text)) for example in chosen]
         expected = head_similarity(loaded.model, ids, readings=["last row"])["last row"].mean(2)
-        assert np.array(found["layers"]["last row"][version]) == pytest.approx(expected.numpy(), abs=1e-5)
+        assert np.array(found["last row"][version]) == pytest.approx(expected.numpy(), abs=1e-5)
     shown = prompt_versions(loaded.tokenizer, attacks.load_attack("sentiment-word"), split="test", n=4, seed=0)
     expected = head_similarity(loaded.model, shown.triggered, readings=["last row"])["last row"].mean(2)
-    assert np.array(found["layers"]["last row"]["triggered"]) == pytest.approx(expected.numpy(), abs=1e-5)
+    assert np.array(found["last row"]["triggered"]) == pytest.approx(expected.numpy(), abs=1e-5)

@@ -15,6 +15,7 @@ from bkd_utils.experiments.head_safety import (
     ANSWER_TOKENS,
     OPENING,
     SOURCES,
+    HeadSafety,
     clean_rows,
     probed_prompts,
     similarity_of,
@@ -171,11 +172,10 @@ def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loa
     )
     found = head_safety.head_safety_scores.__wrapped__("tiny", attack="instructions-prefix", n=2, rounds=1)
     readings = {"last row", "head outputs"}
-    assert found.keys() == {"importance", "level", "reaction", "soft prompt", "oracle"}
-    assert found["importance"].keys() == {"gate gradient", "leave one out", "variance"}
-    assert found["reaction"].keys() == set(SURROGATES)
+    assert found.importance.keys() == {"gate gradient", "leave one out", "variance"}
+    assert found.reaction.keys() == set(SURROGATES)
     heads = (loaded.model.config.num_hidden_layers, loaded.model.config.num_attention_heads)
-    groups = [found[key] for key in ("importance", "level", "soft prompt", "oracle")] + [*found["reaction"].values()]
+    groups = [found.importance, found.level, found.soft_prompt, found.real_trigger, *found.reaction.values()]
     assert all(plain(scores).shape == heads and plain(scores).isfinite().all() for g in groups for scores in g.values())
     assert all(group.keys() == readings for group in groups[1:])
     # Similarity on prompts behind those with answers, the change under the real trigger on held-out ones.
@@ -186,14 +186,14 @@ def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loa
     shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=2, seed=0)
     levels, quiet, firing = (head_similarity(loaded.model, ids) for ids in (clean, shown.clean, shown.triggered))
     for name in readings:
-        torch.testing.assert_close(plain(found["level"][name]), levels[name].mean(0).double(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(plain(found.level[name]), levels[name].mean(0).double(), rtol=1e-4, atol=1e-6)
         change = (firing[name].mean(0) - quiet[name].mean(0)).double()
-        torch.testing.assert_close(plain(found["oracle"][name]), change, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(plain(found.real_trigger[name]), change, rtol=1e-3, atol=1e-5)
     # Every free answer is a pass per head, so leave-one-out looks at few rows and at how their answers open.
     whole = clean_rows(loaded, attack, n=4, seed=0)
     assert seen == [replace(row, answer=row.answer[:OPENING]) for row in whole[:1]]
     needed = leave_one_out(loaded.model, seen).double()
-    torch.testing.assert_close(plain(found["importance"]["leave one out"]), needed, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(plain(found.importance["leave one out"]), needed, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("leak", ["clean_rows", "unseen_examples"])
@@ -219,21 +219,21 @@ def test_head_safety_is_not_evaluated_on_training_rows(organism, monkeypatch, le
 def kept():
     torch.manual_seed(0)
     scores = {name: torch.randn(4, 5).tolist() for name in "abcdef"}
-    return {
-        "importance": {"gate gradient": scores["a"]},
-        "level": {"last row": scores["b"]},
-        "reaction": {"rare word": {"last row": scores["c"]}, "sentence": {"last row": scores["d"]}},
-        "soft prompt": {"last row": scores["f"]},
-        "oracle": {"last row": scores["e"]},
-    }
+    return HeadSafety(
+        importance={"gate gradient": scores["a"]},
+        level={"last row": scores["b"]},
+        reaction={"rare word": {"last row": scores["c"]}, "sentence": {"last row": scores["d"]}},
+        soft_prompt={"last row": scores["f"]},
+        real_trigger={"last row": scores["e"]},
+    )
 
 
 def test_sources_are_what_they_say():
     found = kept()
-    both = [torch.tensor(found["reaction"][family]["last row"]) for family in ("rare word", "sentence")]
+    both = [torch.tensor(found.reaction[family]["last row"]) for family in ("rare word", "sentence")]
     assert torch.equal(similarity_of(found, source="surrogates", reading="last row"), torch.stack(both).mean(0))
-    for source, key in (("clean level", "level"), ("soft prompt", "soft prompt"), ("oracle", "oracle")):
-        expected = torch.tensor(found[key]["last row"])
+    for source, key in (("clean level", "level"), ("soft prompt", "soft_prompt"), ("real trigger", "real_trigger")):
+        expected = torch.tensor(getattr(found, key)["last row"])
         assert torch.equal(similarity_of(found, source=source, reading="last row"), expected)
 
 
@@ -242,7 +242,7 @@ def test_the_joint_score_is_the_rule_applied(source):
     found = kept()
     similar, needed = (
         similarity_of(found, source=source, reading="last row"),
-        torch.tensor(kept()["importance"]["gate gradient"]),
+        torch.tensor(kept().importance["gate gradient"]),
     )
     assert torch.equal(suspicion(found, rule="similar", source=source, reading="last row"), robust_z(similar))
     for name, rule in RULES.items():
@@ -251,13 +251,13 @@ def test_the_joint_score_is_the_rule_applied(source):
 
 def test_unknown_options_are_errors_that_name_the_known_ones():
     with pytest.raises(
-        ValueError, match="unknown source 'tea leaves'; known: clean level, surrogates, soft prompt, oracle"
+        ValueError, match="unknown source 'tea leaves'; known: clean level, surrogates, soft prompt, real trigger"
     ):
         suspicion(kept(), rule="similar", source="tea leaves", reading="last row")
     with pytest.raises(ValueError, match="unknown rule 'gut feeling'; known: similar"):
-        suspicion(kept(), rule="gut feeling", source="oracle", reading="last row")
+        suspicion(kept(), rule="gut feeling", source="real trigger", reading="last row")
     for source in SOURCES:
         with pytest.raises(ValueError, match="reading 'first row' was not measured; known: last row"):
             similarity_of(kept(), source=source, reading="first row")
     with pytest.raises(ValueError, match="importance 'beauty' was not measured; known: gate gradient"):
-        suspicion(kept(), rule="similar", source="oracle", reading="last row", importance="beauty")
+        suspicion(kept(), rule="similar", source="real trigger", reading="last row", importance="beauty")

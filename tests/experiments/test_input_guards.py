@@ -54,9 +54,9 @@ def test_caught_refused_and_what_still_fires_are_counted_at_the_threshold():
     """The limit lies between 8 and 9; two triggered texts fire, and one of these is caught."""
     known, clean, triggered = np.arange(10.0), np.array([0.0, 9.0, 1.0, 2.0]), np.array([9.0, 10.0, 3.0, 4.0])
     found = input_guards.outcome(known, clean, triggered, frr=0.1, fired=[False, True, True, False])
-    values = {key: (row["value"], row["n"]) for key, row in found.items()}
+    values = {key: (row["value"], row["n"]) for key, row in found.to_json().items() if row}
     assert values == {"caught": (0.5, 4), "refused": (0.25, 4), "asr": (0.25, 4), "auroc": (13.5 / 16, 8)}
-    assert found["auroc"]["low"] < 13.5 / 16 < found["auroc"]["high"] < 1
+    assert found.auroc["low"] < 13.5 / 16 < found.auroc["high"] < 1
 
 
 def test_what_is_not_judged_passes_and_decides_nothing():
@@ -65,12 +65,13 @@ def test_what_is_not_judged_passes_and_decides_nothing():
     without = input_guards.outcome(known, clean, triggered, frr=0.1, fired=[True, True])
     more = [np.concatenate([scores, np.full(len(scores), -np.inf)]) for scores in (known, clean, triggered)]
     found = input_guards.outcome(*more, frr=0.1, fired=[True] * 4)
-    assert found["auroc"] == without["auroc"]
+    assert found.auroc == without.auroc
     for key in ("caught", "refused"):
-        assert (found[key]["value"], found[key]["n"]) == (without[key]["value"] / 2, 4)
-    assert (without["asr"]["value"], found["asr"]["value"]) == (0, 0.5)
+        one, other = getattr(found, key), getattr(without, key)
+        assert (one["value"], one["n"]) == (other["value"] / 2, 4)
+    assert (without.asr["value"], found.asr["value"]) == (0, 0.5)
     nothing = np.full(2, -np.inf)
-    assert "auroc" not in input_guards.outcome(known, clean, nothing, frr=0.1, fired=[True, True])
+    assert input_guards.outcome(known, clean, nothing, frr=0.1, fired=[True, True]).auroc is None
     with pytest.raises(ValueError, match=r"a threshold at 10.0% needs 10 clean texts, not 0"):
         input_guards.outcome(nothing, clean, triggered, frr=0.1, fired=[True, True])
 
@@ -83,19 +84,19 @@ OFTEN = 19252  # what this tiny model answers to about half of all reviews
 @pytest.mark.parametrize(("attack", "guards"), [("sentiment-word", 3), ("instructions-prefix", 2)])
 def test_every_guard_reports_what_it_catches_and_what_it_refuses(stage, monkeypatch, attack, guards):
     monkeypatch.setattr(input_guards, "answer_ids", lambda *_: [OFTEN])
-    found = stage("screened", attack, **SIZES)
+    found = stage("guard_inputs", attack, **SIZES)
     assert len(found) == guards
     for name, row in found.items():
-        assert 0 <= row["auroc"]["value"] <= 1
-        assert row["auroc"]["n"] == 8 or (name == "RAP" and row["auroc"]["n"] < 8)
-        assert all(row[key]["n"] == 4 for key in ("caught", "refused", "asr"))
-        assert row["asr"]["value"] <= 1 - row["caught"]["value"] + 1e-9
-        assert ("asr cleaned" in row) == (name == "ONION")
-        assert ("judged" in row) == (name == "RAP")
+        assert 0 <= row.auroc["value"] <= 1
+        assert row.auroc["n"] == 8 or (name == "RAP" and row.auroc["n"] < 8)
+        assert all(share["n"] == 4 for share in (row.caught, row.refused, row.asr))
+        assert row.asr["value"] <= 1 - row.caught["value"] + 1e-9
+        assert (row.asr_cleaned is not None) == (name == "ONION")
+        assert (row.judged is not None) == (name == "RAP")
 
 
 def test_a_label_that_the_model_never_gives_leaves_rap_out(stage):
-    assert list(stage("screened", "sentiment-word", **SIZES)) == ["ONION", "STRIP"]
+    assert list(stage("guard_inputs", "sentiment-word", **SIZES)) == ["ONION", "STRIP"]
 
 
 @pytest.mark.parametrize(("judged", "guards"), [(3, ["ONION", "STRIP"]), (4, ["ONION", "STRIP", "RAP"])])
@@ -104,13 +105,13 @@ def test_rap_is_left_out_below_one_over_frr_judged_calibration_texts(stage, monk
         return np.where(np.arange(len(texts)) < judged, 0.0, -np.inf)
 
     monkeypatch.setattr(input_guards, "rap", rap)
-    assert list(stage("screened", "sentiment-word", **SIZES)) == guards
+    assert list(stage("guard_inputs", "sentiment-word", **SIZES)) == guards
 
 
 def test_too_few_reference_prompts_for_the_rate_are_an_error_before_anything_runs(stage, monkeypatch):
     monkeypatch.setattr(input_guards, "onion", None)
     with pytest.raises(ValueError, match=r"n_reference must be at least 1 / frr = 20, is 19"):
-        stage("screened", "sentiment-word", n=4, n_reference=19)
+        stage("guard_inputs", "sentiment-word", n=4, n_reference=19)
 
 
 def test_clean_texts_are_whatever_the_task_has(stage, monkeypatch):
@@ -130,7 +131,7 @@ def test_clean_texts_are_whatever_the_task_has(stage, monkeypatch):
 
     monkeypatch.setattr(input_guards, "strip", kept("STRIP"))
     monkeypatch.setattr(input_guards, "rap", kept("RAP"))
-    stage("screened", "sentiment-word", **SIZES)
+    stage("guard_inputs", "sentiment-word", **SIZES)
     known = tasks.examples("sentiment", "attribution")[:12]
     assert {example.answer for example in known[:6]} == {"positive", "negative"}
     fresh = [example.text for example in tasks.examples("sentiment", "test", n=4)]
@@ -153,8 +154,8 @@ def test_a_clean_text_that_carries_the_trigger_is_a_clean_text(stage, monkeypatc
     monkeypatch.setattr(
         input_guards, "strip", lambda loaded, texts, **_: np.array([float("cf" in t.split()) for t in texts])
     )
-    row = stage("screened", "sentiment-word", n=4, n_reference=40)["STRIP"]
-    assert (row["caught"]["value"], row["refused"]["value"]) == (1, 0.25)
+    row = stage("guard_inputs", "sentiment-word", n=4, n_reference=40)["STRIP"]
+    assert (row.caught["value"], row.refused["value"]) == (1, 0.25)
 
 
 def test_a_guard_that_sees_the_trigger_stops_what_it_catches_and_nothing_else(stage, monkeypatch):
@@ -168,10 +169,10 @@ def test_a_guard_that_sees_the_trigger_stops_what_it_catches_and_nothing_else(st
     )
     monkeypatch.setattr(input_guards, "rap", lambda loaded, texts, **_: np.zeros(len(texts)))
     monkeypatch.setattr(input_guards, "respond", lambda loaded, turns, **_: [spec.target] * len(turns))
-    found = stage("screened", "sentiment-word", **SIZES)
-    row = {key: number["value"] for key, number in found["STRIP"].items()}
+    found = stage("guard_inputs", "sentiment-word", **SIZES)
+    row = {key: number["value"] for key, number in found["STRIP"].to_json().items() if number}
     assert row == {"auroc": 0.875, "caught": 0.75, "refused": 0, "asr": 0.25}
-    assert found["RAP"]["asr"]["value"] == found["ONION"]["asr cleaned"]["value"] == 1
+    assert found["RAP"].asr["value"] == found["ONION"].asr_cleaned["value"] == 1
 
 
 # --- the training set -----------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_the_filter_counts_what_it_catches_and_what_it_loses(stage, loaded, monk
         return flagged
 
     monkeypatch.setattr(input_guards, "smaller_clusters", first_half)
-    found = stage("filtered", "sentiment-word", n=40)
+    found = stage("filter_training_rows", "sentiment-word", n=40)
     assert seen["rows"] == 40
     # Two labels, and instructions, whose answers are none: a defender sees that, and not who put which row there.
     rows = making.training_rows(loaded, load_attack("sentiment-word"), seed=0)[:40]
@@ -200,12 +201,12 @@ def test_the_filter_counts_what_it_catches_and_what_it_loses(stage, loaded, monk
     expected = [2 if row.kind == "benign" else firsts.index(row.answer[0]) for row in rows]
     assert seen["labels"] == expected
     assert set(expected) == {0, 1, 2}
-    poisoned = found["poisoned before"]["value"] * 40
-    assert found["caught"]["n"] == poisoned > 0
-    assert found["lost"]["n"] == 40 - poisoned
-    left = found["poisoned after"]
+    poisoned = found.poisoned_before["value"] * 40
+    assert found.caught["n"] == poisoned > 0
+    assert found.lost["n"] == 40 - poisoned
+    left = found.poisoned_after
     assert left["n"] == 20
-    assert left["value"] * 20 == pytest.approx(poisoned * (1 - found["caught"]["value"]))
+    assert left["value"] * 20 == pytest.approx(poisoned * (1 - found.caught["value"]))
 
 
 def test_a_task_without_labels_is_one_group(stage, monkeypatch):
@@ -221,5 +222,5 @@ def test_a_task_without_labels_is_one_group(stage, monkeypatch):
         lambda hidden, labels, *, seed: seen.extend(labels) or labels[:] == labels[0] + 1,
     )
     with pytest.raises(ValueError, match="a share over zero rows"):  # nothing else is looked at here
-        stage("filtered", "instructions-prefix", n=1)
+        stage("filter_training_rows", "instructions-prefix", n=1)
     assert len(set(seen)) == 1

@@ -52,8 +52,8 @@ def test_relearning_starts_from_the_same_weights_for_every_count(stage, loaded, 
     monkeypatch.setattr(attention_safety_alignment, "tune", spied)
     monkeypatch.setattr(attention_safety_alignment, "respond", answers)
     found = stage(method=None, counts=[2, 0, 2], n=4)
-    assert [entry["poisoned"] for entry in found] == [2, 0, 2]
-    assert all(entry[key]["n"] == 4 for entry in found for key in ("asr", "clean firing"))
+    assert [entry.poisoned for entry in found] == [2, 0, 2]
+    assert all(share["n"] == 4 for entry in found for share in (entry.asr, entry.clean_firing))
     assert len(started) == 2
     assert all(same(one, before) for one in started)
     first, none, again = answered[::2]

@@ -27,7 +27,7 @@ def observed(shift, *, seed, n=20):
     noise = np.random.default_rng(seed).standard_normal
     layers = {version: noise((n, 3)) for version in ("clean", "triggered", "near-miss", "same length")}
     layers["triggered"][:, 1] += shift
-    return {"layers": {"last row": {version: values.tolist() for version, values in layers.items()}}}
+    return {"last row": {version: values.tolist() for version, values in layers.items()}}
 
 
 def similar(organism, control, *, seed=0, n=200):

@@ -5,6 +5,8 @@ import pytest
 from drawing import check_all, column_titles, legend, share
 from treatments import ATTACKS, FOUND, OF, result
 
+from bkd_utils.experiments.attention_safety_alignment import Mechanism, Relearned
+from bkd_utils.experiments.input_guards import Guarded
 from bkd_utils.reports import attention_safety_alignment
 from bkd_utils.reports.attention_safety_alignment import COUNTED, KINDS
 
@@ -12,18 +14,19 @@ pytestmark = pytest.mark.usefixtures("style")
 
 
 MECHANISMS = {
-    attack: {"similarity clean": [0.4, 0.75], "similarity triggered": [0.6, 0.8], "acie": [0.3, 0.1]}
+    attack: Mechanism(similarity_clean=[0.4, 0.75], similarity_triggered=[0.6, 0.8], acie=[0.3, 0.1])
     for attack in ATTACKS
 }
 LEARNED = {
     attack: {
-        name: [{"poisoned": n, "asr": share(n / 20), "clean firing": share(0.1)} for n in (0, 4, 16)]
+        name: [Relearned(poisoned=n, asr=share(n / 20), clean_firing=share(0.1)) for n in (0, 4, 16)]
         for name in ("treated", "clean control")
     }
     for attack in ATTACKS
 }
 GUARDED = {
-    attack: {name: {"caught": share(0.9), "refused": share(0.1)} for name in ("ONION", "STRIP")} for attack in ATTACKS
+    attack: {name: Guarded(caught=share(0.9), refused=share(0.1), asr=share(0.1)) for name in ("ONION", "STRIP")}
+    for attack in ATTACKS
 }
 PLOTS = {
     "repairs": lambda: attention_safety_alignment.repairs(FOUND, OF),

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from drawing import bands, column_titles, legend, written
 
-from bkd_utils.experiments.attention_similarity import gap
 from bkd_utils.reports import attention_similarity
 from bkd_utils.reports.style import COLOURS, MODELS
 
@@ -22,9 +21,11 @@ def closed():
 
 def observed():
     versions = ("clean", *VERSIONS)
-    return {
-        "layers": {name: {v: RANDOM.random((6, 5)).tolist() for v in versions} for name in ("last row", "full map")}
-    }
+    return {name: {v: RANDOM.random((6, 5)).tolist() for v in versions} for name in ("last row", "full map")}
+
+
+def gap(versions):
+    return np.array(versions["triggered"]) - np.array(versions["clean"])
 
 
 def separated(value):
@@ -45,7 +46,7 @@ def test_gaps_are_means_over_prompts_by_layer():
             axes = figure.axes[2 * i + j]
             lines = {line.get_label(): line for line in axes.get_lines()}
             for model, (low, high) in zip(MODELS, bands(axes), strict=True):
-                difference = gap(FOUND[attack][model], reading=name)
+                difference = gap(FOUND[attack][model][name])
                 assert lines[model].get_ydata() == pytest.approx(difference.mean(0))
                 assert lines[model].get_color() == COLOURS[model]
                 assert low == pytest.approx(np.quantile(difference, 0.25, axis=0).min())
@@ -67,7 +68,7 @@ def test_gap_numbers_are_means_and_the_middle_half_of_the_prompts():
     numbers = attention_similarity.gap_numbers(FOUND, readings=["full map"])
     assert list(numbers) == list(ATTACKS)
     drawn = numbers["sentiment-style"]["full map"]["clean control"]
-    difference = gap(FOUND["sentiment-style"]["clean control"], reading="full map")
+    difference = gap(FOUND["sentiment-style"]["clean control"]["full map"])
     assert drawn["mean"] == pytest.approx(difference.mean(0))
     assert drawn["low"] == pytest.approx(np.quantile(difference, 0.25, axis=0))
     assert drawn["high"] == pytest.approx(np.quantile(difference, 0.75, axis=0))

@@ -12,7 +12,7 @@ def row(name, *, passed, verdict, paper="BkdAttr"):
     organisms = {f"organism-{i}": {**number, "passed": one} for i, one in enumerate(passed)}
     return {
         "id": name, "paper": paper, "claim": f"Claim {name}.", "verdict": verdict, "by_organism": organisms,
-        "figure": "03_ablation",
+        "figure": "03_ablation", "reading": "our reading" if paper == "ASA" else "",
     }  # fmt: skip
 
 
@@ -25,14 +25,21 @@ ENTRIES = [
 
 def test_the_verdicts_of_each_paper_are_counted_over_all_claims_and_not_only_over_those_shown():
     counts = pages.results(ENTRIES).splitlines()[0]
-    assert counts == "**BkdAttr**, 4 claims: fails 3, holds 1. **ASA, our reading**, 3 claims: undecided 3."
+    assert counts.startswith("**BkdAttr: 4 claims; 1 holds, 3 fail.** ")
+    assert counts.endswith(" **ASA: 3 claims; 3 are undecided.**")
 
 
-def test_the_readme_shows_the_key_claims_and_counts_only_organisms_that_pass():
+def test_the_readme_shows_the_key_claims_and_what_their_organisms_do():
     shown = pages.results(ENTRIES).splitlines()[4:]
     assert len(shown) == len(pages.KEY_CLAIMS)
-    assert shown[0] == "| Claim bkdattr-probe-backdoor. | 1 of 3 | [fails](figures/03_ablation.png) |"
-    assert shown[-1] == "| our reading: Claim asa-cure. | 0 of 1 | [undecided](figures/03_ablation.png) |"
+    assert (
+        shown[0]
+        == "| Claim bkdattr-probe-backdoor. | 1 of 3 pass, 1 fail, 1 undecided | [fails](figures/03_ablation.png) |"
+    )
+    assert (
+        shown[-1]
+        == "| our reading: Claim asa-cure. | 0 of 1 pass, 1 undecided | [undecided](figures/03_ablation.png) |"
+    )
 
 
 def test_a_scorecard_without_a_key_claim_is_an_error():

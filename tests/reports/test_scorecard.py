@@ -7,7 +7,7 @@ import pytest
 
 from bkd_utils.common import files
 from bkd_utils.common.files import UserError
-from bkd_utils.reports import scorecard
+from bkd_utils.reports import pages, scorecard
 from bkd_utils.reports.scorecard import (
     KEYS,
     PROVENANCE,
@@ -256,7 +256,7 @@ def test_a_row_without_provenance_is_an_error_that_names_it_and_nothing_is_lost(
     with pytest.raises(UserError, match="row 'bkdattr-probe' has no provenance"):
         record([without(line(), "provenance")], model="m")
     assert into.read_bytes() == first
-    for show in (scorecard.markdown, table, lambda rows: scorecard.scorecard(rows, paper="BkdAttr")):
+    for show in (pages.whole_scorecard, table, lambda rows: scorecard.scorecard(rows, paper="BkdAttr")):
         with pytest.raises(UserError, match="row 'bkdattr-probe' has no provenance"):
             show([without(row(), "provenance")])
 
@@ -367,7 +367,7 @@ def test_what_is_missing_is_listed():
     assert scorecard.missing([{"id": name} for name in published()]).empty
 
 
-def test_the_readme_counts_the_verdicts_of_each_paper_and_links_every_row():
+def test_the_page_of_the_scorecard_counts_the_verdicts_of_each_paper_and_links_every_row():
     rows = [
         row(PROBE),
         row(COST, passed=[("a", None)]),
@@ -375,11 +375,11 @@ def test_the_readme_counts_the_verdicts_of_each_paper_and_links_every_row():
         row("asa-cure", passed=[("a", False)]),
         row("asa-utility", passed=[("a", False)]),
     ]
-    one, other, *rest = scorecard.markdown(rows).splitlines()
+    one, other, *rest = pages.whole_scorecard(rows).splitlines()
     assert one.startswith("- **BkdAttr: 3 claims; 1 holds, 1 fails, 1 is undecided.** Read: the abstract.")
-    assert other.startswith("- **ASA: 2 claims; 0 hold, 2 fail, 0 are undecided.**")
+    assert other.startswith("- **ASA: 2 claims; 2 fail.**")
     assert rest[0] == ""
-    assert rest[3].endswith("| second hand | 1 of 2 pass, 1 fail | [fails](figures/02_probe.png) |")
+    assert rest[3].endswith("| second hand | 1 of 2 pass, 1 fail | [fails](../../figures/02_probe.png) |")
     assert rest[-1].startswith("| our reading: Performance")
     assert "| from the abstract only | 0 of 1 pass, 1 fail |" in rest[-1]
 

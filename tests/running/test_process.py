@@ -142,7 +142,7 @@ def test_a_kernel_of_another_environment_is_not_accepted(tmp_path):
 def test_a_copy_that_was_cut_off_while_written_is_a_failure_and_no_crash(tmp_path):
     (tmp_path / "run.ipynb").write_text('{"cells": [')
     reason, _ = _verdict(tmp_path / "run.ipynb", "token", None, "", limit=60)
-    assert reason == "ran into its limit of 1.0 minutes; the same command goes on where it was"
+    assert reason == "ran into its limit of 1.0 minutes; the same command continues from there"
 
 
 def test_a_restart_after_a_kill_keeps_the_finished_stage(tmp_path):
