@@ -29,7 +29,6 @@ from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 # The user's last token and the whole assistant header of a chat template fit in here.
 TAIL = 6
-RANKINGS = ("ACIE", "gradient", "necessity", "random")
 
 
 @dataclass(frozen=True)
