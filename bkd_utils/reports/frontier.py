@@ -1,6 +1,6 @@
-"""Notebook 06: what a treatment takes off the attack, against what it costs."""
+"""Notebook 06: how much of the attack a treatment removes, against what it costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -87,38 +87,17 @@ def _best(places: Mapping[str, tuple[float, float]], *, above: float) -> list[st
 
 
 def _name_best(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str]) -> None:
-    """Names beside the best treatments, towards the middle, clear of dots and other names; not those of the legend."""
+    """Names above the best treatments, at least 8 % of ASR apart; without those that the legend names."""
     places = _lost(rows)
     treated = {name: place for name, place in places.items() if kinds[name] not in GROUPS["no treatment"]}
     left, right = panel.get_xlim()
-    per_inch = (right - left) / (panel.get_figure().get_figwidth() / panel.get_subplotspec().get_gridspec().ncols)
-    spans: list[tuple[float, float, float]] = []
+    height = -8.0
     for name in _best(treated, above=places["untreated"][1]):
         if kinds[name] in ("ASA, our reading", "random heads"):
             continue
         x, y = places[name]
-        sign, side = (-1, "right") if x > (left + right) / 2 else (1, "left")
-        start, end = sorted(x + sign * per_inch * inches for inches in (0.08, 0.14 + 0.07 * len(name)))
-        free = _free(y, start, end, dots=list(_staggered(places).values()), spans=spans)
-        spans.append((start, end, free))
-        line = {"arrowstyle": "-", "color": COLOURS["bound"], "lw": 0.5, "relpos": (float(side == "right"), 0.5)}
-        look = {"ha": side, "va": "center", "fontsize": "x-small", "arrowprops": line if abs(free - y) > 5 else None}
-        panel.annotate(name, (x, y), (x + sign * 0.11 * per_inch, free), **look)
-
-
-def _free(
-    y: float,
-    start: float,
-    end: float,
-    *,
-    dots: Sequence[tuple[float, float]],
-    spans: Sequence[tuple[float, float, float]],
-) -> float:
-    """The height nearest to `y` at which a name from `start` to `end` covers no dot and no name, or `y` if none."""
-    blocked = [(b, 6) for a, b in dots if start <= a <= end]
-    blocked += [(other, 8) for first, last, other in spans if start < last and first < end]
-    heights = sorted((y, *range(104)), key=lambda height: abs(height - y))
-    return next((height for height in heights if all(abs(height - b) >= room for b, room in blocked)), y)
+        height = max(y + 8, height + 8)
+        panel.text(x, height, name, ha="right" if x > (left + right) / 2 else "left", va="center", fontsize="x-small")
 
 
 def price_list(found: Mapping[str, Mapping[str, Mapping]], cost: Mapping[str, Mapping[str, Treated]]) -> pd.DataFrame:

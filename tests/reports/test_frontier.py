@@ -54,13 +54,10 @@ def test_equal_treatments_do_not_hide_each_other():
     assert texts(axes) == ["fine-tuning", "consistency"]
 
 
-def test_names_cover_no_dot_and_no_other_name():
-    dots = [(5, 0), (20, 3), (20, 12)]
-    assert frontier._free(0, 6, 15, dots=dots, spans=[]) == 0
-    assert frontier._free(0, 6, 30, dots=dots, spans=[]) == 18
-    assert frontier._free(0, 6, 15, dots=dots, spans=[(10, 20, 1)]) == 9
-    assert frontier._free(90, 6, 15, dots=[(10, 92)], spans=[]) == 86
-    assert frontier._free(1, 6, 15, dots=[(10, height) for height in range(0, 105, 5)], spans=[]) == 1
+def test_names_of_treatments_that_are_close_to_each_other_are_written_apart():
+    found = FOUND[ATTACKS[0]] | {"fine-tuning": result(0.1, 0.9), "consistency": result(0.12, 0.95)}
+    axes = frontier.frontier({"a": found}, OF | {"consistency": "rival"}).axes[0]
+    assert [text.get_position()[1] for text in axes.texts] == pytest.approx([18, 26])
 
 
 def test_the_goal_is_what_the_judge_lets_pass():
