@@ -62,7 +62,8 @@ def test_an_evasive_organism_is_kept_and_found_again(tiny_organism, tmp_path, mo
 def named(tmp_path, monkeypatch):
     """`two_papers_meet.train_evasive` without loading, training or keeping anything."""
     everywhere(monkeypatch, "WORK", tmp_path)
-    for name in ("load", "training_rows", "clean_level", "all_matrices", "end_id", "tune", "keep_treated", "under_attack"):
+    done = ("load", "training_rows", "clean_level", "all_matrices", "end_id", "tune", "keep_treated", "under_attack")
+    for name in done:
         monkeypatch.setattr(two_papers_meet, name, MagicMock())
     return lambda: two_papers_meet.train_evasive("sentiment-word", attack="sentiment-word", device="cpu")
 

@@ -13,7 +13,7 @@ from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
 from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import generation
-from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, settings_sha256
+from bkd_utils.models.folders import ModelError, settings_sha256
 from bkd_utils.models.loading import load
 from bkd_utils.organisms import base_answers, cards, evaluation, making
 from bkd_utils.organisms.attacks import load_attack, with_rate
@@ -39,7 +39,7 @@ def tiny(tmp_path_factory):
 def shipped_answers(work, tiny):
     """The shipped answers as those of the tiny model, which would otherwise answer thousands of training prompts."""
     (work / "answers").mkdir(parents=True)
-    shipped = files.DATA / "answers" / base_answers.answers_name(DEFAULT_MODEL)
+    (shipped,) = (files.DATA / "answers").glob("*.json")
     shutil.copyfile(shipped, work / "answers" / base_answers.answers_name(tiny))
 
 
