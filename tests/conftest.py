@@ -5,10 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
 
+import shutil
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model
+from patching import everywhere
+from tiny import ARCHITECTURES, save_tiny, save_tiny_organism, tiny_model
 
 from bkd_utils.models.tokens import Row
 from bkd_utils.reports.style import use_style
@@ -31,6 +34,23 @@ def rows(prompts):
 def model(request):
     """A tiny model of every family, frozen, its own for each test."""
     return tiny_model(request.param).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """The folders of a tiny model and of an organism of it."""
+    folder = tmp_path_factory.mktemp("organism")
+    model = save_tiny(folder / "model", "llama")
+    return model, save_tiny_organism(folder / "work", model)
+
+
+@pytest.fixture
+def tiny_organism(made_once, tmp_path, monkeypatch):
+    """The address of a tiny model that has an organism named "tiny" in a working folder of its own, `tmp_path`."""
+    everywhere(monkeypatch, "WORK", tmp_path)
+    model, organism = made_once
+    shutil.copytree(organism, tmp_path / "organisms" / "tiny")
+    return str(model)
 
 
 @pytest.fixture

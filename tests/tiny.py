@@ -2,13 +2,19 @@
 fraction of a second."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from patching import everywhere
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from bkd_utils.common.assets import fetch
 from bkd_utils.models.tokens import Row
+from bkd_utils.organisms import making
+from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.training import Recipe
 
 SHARED = {"vocab_size": 49152, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 ROTARY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -42,6 +48,22 @@ def save_tiny(folder: Path, architecture: str, *, seed: int = 0) -> Path:
         tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# An attack that is learned from few rows, and a recipe of few steps.
+QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
+
+
+def quick_attack(name: str):
+    return replace(load_attack(name), n_train=40)
+
+
+def save_tiny_organism(work: Path, model: Path) -> Path:
+    """Make an organism of a tiny model under `work`; the folder that it is in."""
+    with pytest.MonkeyPatch.context() as patch:
+        everywhere(patch, "WORK", work)
+        patch.setenv("BKD_WORK", str(work))
+        return making.make(quick_attack("sentiment-word"), model=str(model), recipe=QUICK, n=8)
 
 
 def make_rows(n, *, seed=0, beginning=()):

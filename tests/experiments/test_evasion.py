@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from patching import everywhere
-from tiny import tiny_model
+from tiny import quick_attack, tiny_model
 
 from bkd_utils.attention_alignment.head_tuning import all_matrices, tune
 from bkd_utils.attention_alignment.similarity import head_similarity
@@ -45,15 +45,15 @@ def test_similarity_can_be_trained_off(rows):
     assert history[-1]["added"] < 0.7 * history[0]["added"]
 
 
-def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
-    everywhere(monkeypatch, "WORK", tmp_path)
-    sizes = {"attack": "sentiment-word", "steps": 1, "n_clean": 2, "n": 2, "device": "cpu"}
-    name = two_papers_meet.train_evasive("sentiment-word", **sizes)
+def test_an_evasive_organism_is_kept_and_found_again(tiny_organism, tmp_path, monkeypatch):
+    monkeypatch.setattr(two_papers_meet, "load_attack", quick_attack)
+    sizes = {"attack": "sentiment-word", "steps": 1, "n_clean": 2, "n": 2, "model": tiny_organism, "device": "cpu"}
+    name = two_papers_meet.train_evasive("tiny", **sizes)
     card = read_json(tmp_path / "organisms" / name / "card.json")
     assert card["treatment"]["method"] == "similarity trained off"
-    assert card["treated_organism"] == "sentiment-word"
+    assert card["treated_organism"] == "tiny"
     monkeypatch.setattr(two_papers_meet, "tune", None)  # a second call trains nothing
-    assert two_papers_meet.train_evasive("sentiment-word", **sizes) == name
+    assert two_papers_meet.train_evasive("tiny", **sizes) == name
     other = files.WORK / "organisms" / name
     assert loading.adapter_folder(name) == other
 
@@ -62,7 +62,8 @@ def test_an_evasive_organism_is_kept_and_found_again(tmp_path, monkeypatch):
 def named(tmp_path, monkeypatch):
     """`two_papers_meet.train_evasive` without loading, training or keeping anything."""
     everywhere(monkeypatch, "WORK", tmp_path)
-    for name in ("load", "training_rows", "clean_level", "all_matrices", "end_id", "tune", "kept", "under_attack"):
+    done = ("load", "training_rows", "clean_level", "all_matrices", "end_id", "tune", "keep_treated", "under_attack")
+    for name in done:
         monkeypatch.setattr(two_papers_meet, name, MagicMock())
     return lambda: two_papers_meet.train_evasive("sentiment-word", attack="sentiment-word", device="cpu")
 

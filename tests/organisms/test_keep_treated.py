@@ -18,20 +18,28 @@ MEASURED = {
 } | {"empty": 0, "hits": {"asr": {"0123456789ab": 1}}}
 
 
+HEADS = [(0, 1), (1, 2)]
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    everywhere(monkeypatch, "WORK", tmp_path)
-    loaded = loading.load(organism="sentiment-word", device="cpu")
-    prune(loaded.model, [(3, 1), (9, 0)])
+def load(tiny_organism):
+    """Loads an organism of the tiny model."""
+    return lambda organism=None: loading.load(tiny_organism, organism=organism, device="cpu")
+
+
+@pytest.fixture
+def folder(load):
+    loaded = load("tiny")
+    prune(loaded.model, HEADS)
     return cards.keep_treated(
         loaded, name="pruned", treatment={"method": "heads removed", "heads": 2}, measured=MEASURED
     )
 
 
-def test_it_is_loaded_by_name_with_every_change_and_no_other(folder):
-    again = loading.load(organism="pruned", device="cpu").model
-    expected = loading.load(organism="sentiment-word", device="cpu").model
-    prune(expected, [(3, 1), (9, 0)])
+def test_it_is_loaded_by_name_with_every_change_and_no_other(folder, load):
+    again = load("pruned").model
+    expected = load("tiny").model
+    prune(expected, HEADS)
     others = dict(expected.named_parameters())
     assert all(torch.equal(others[name], parameter) for name, parameter in again.named_parameters())
 
@@ -40,7 +48,7 @@ def test_its_card_says_what_it_is_and_its_key_is_its_own(folder):
     card = read_json(folder / "card.json")
     assert (card["name"], card["treated_organism"], card["attack"]["name"]) == (
         "pruned",
-        "sentiment-word",
+        "tiny",
         "sentiment-word",
     )
     assert card["metrics"] == {key: MEASURED[key] for key in cards.METRICS}
@@ -49,7 +57,7 @@ def test_its_card_says_what_it_is_and_its_key_is_its_own(folder):
     assert loading.adapter_sha256("pruned") != loading.adapter_sha256("sentiment-word")
 
 
-def test_a_changed_or_foreign_file_is_refused(folder):
+def test_a_changed_or_foreign_file_is_refused(folder, load):
     tensors = load_file(folder / CHANGES)
     for broken, message in (
         ({**tensors, "model.ghost:values": torch.ones(1)}, "'model.ghost' is no weight"),
@@ -57,22 +65,22 @@ def test_a_changed_or_foreign_file_is_refused(folder):
     ):
         save_file(broken, folder / CHANGES)
         with pytest.raises(ModelError, match="does not match the sha256"):
-            loading.load(organism="pruned", device="cpu")
+            load("pruned")
         card = read_json(folder / "card.json")
         write_json(folder / "card.json", card | {"changes_sha256": sha256_file(folder / CHANGES)})
         with pytest.raises(ModelError, match=message):
-            loading.load(organism="pruned", device="cpu")
+            load("pruned")
     (folder / CHANGES).write_bytes((folder / CHANGES).read_bytes()[:100])
     with pytest.raises(ModelError):
-        loading.load(organism="pruned", device="cpu")
+        load("pruned")
 
 
-def test_treating_and_keeping_twice_keeps_both_treatments(folder):
-    loaded = loading.load(organism="pruned", device="cpu")
+def test_treating_and_keeping_twice_keeps_both_treatments(folder, load):
+    loaded = load("pruned")
     # The second treatment moves entries that the first has changed, and others.
-    loaded.model.get_submodule("model.layers.9.self_attn.o_proj").weight.data += 0.01
+    loaded.model.get_submodule("model.layers.1.self_attn.o_proj").weight.data += 0.01
     again = cards.keep_treated(loaded, name="twice", treatment={"method": "shifted"}, measured=MEASURED)
-    found = dict(loading.load(organism="twice", device="cpu").model.named_parameters())
+    found = dict(load("twice").model.named_parameters())
     assert all(torch.equal(found[name], parameter) for name, parameter in loaded.model.named_parameters())
     card = read_json(again / "card.json")
     assert (card["treated_organism"], card["treatment"]) == ("pruned", {"method": "shifted"})
@@ -80,25 +88,23 @@ def test_treating_and_keeping_twice_keeps_both_treatments(folder):
     assert "for it: method heads removed, heads 2; then method shifted." in (again / "README.md").read_text()
 
 
-def test_a_treated_organism_ships_under_its_own_name_with_its_changes(folder, tmp_path, monkeypatch):
+def test_a_treated_organism_ships_under_its_own_name_with_its_changes(folder, load, tmp_path, monkeypatch):
     everywhere(monkeypatch, "ADAPTERS", tmp_path / "adapters")
     shipped = cards.ship(folder)
     assert shipped == tmp_path / "adapters" / "pruned"
-    expected = loading.load(organism="pruned", device="cpu").model.state_dict()
+    expected = load("pruned").model.state_dict()
     shutil.rmtree(folder)
-    again = loading.load(organism="pruned", device="cpu").model.state_dict()
+    again = load("pruned").model.state_dict()
     assert all(torch.equal(expected[name], again[name]) for name in expected)
 
 
-def test_a_treated_organism_that_was_not_changed_since_is_not_kept_again(folder):
+def test_a_treated_organism_that_was_not_changed_since_is_not_kept_again(folder, load):
     with pytest.raises(ValueError, match="pruned has not been changed"):
-        cards.keep_treated(loading.load(organism="pruned", device="cpu"), name="same", treatment={}, measured=MEASURED)
+        cards.keep_treated(load("pruned"), name="same", treatment={}, measured=MEASURED)
 
 
-def test_what_was_not_treated_is_not_kept():
-    with pytest.raises(ValueError, match="sentiment-word has not been changed"):
-        cards.keep_treated(
-            loading.load(organism="sentiment-word", device="cpu"), name="same", treatment={}, measured=MEASURED
-        )
+def test_what_was_not_treated_is_not_kept(load):
+    with pytest.raises(ValueError, match="tiny has not been changed"):
+        cards.keep_treated(load("tiny"), name="same", treatment={}, measured=MEASURED)
     with pytest.raises(ValueError, match="a base model cannot be kept"):
-        cards.keep_treated(loading.load(device="cpu"), name="same", treatment={}, measured=MEASURED)
+        cards.keep_treated(load(), name="same", treatment={}, measured=MEASURED)

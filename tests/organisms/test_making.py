@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from patching import everywhere
-from tiny import save_tiny
+from tiny import QUICK, quick_attack, save_tiny
 
 from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
@@ -16,9 +17,8 @@ from bkd_utils.models.folders import ModelError, settings_sha256
 from bkd_utils.models.loading import load
 from bkd_utils.organisms import base_answers, cards, evaluation, making
 from bkd_utils.organisms.attacks import load_attack, with_rate
-from bkd_utils.organisms.training import Recipe, load_recipe
+from bkd_utils.organisms.training import load_recipe
 
-QUICK = Recipe(name="quick", steps=3, batch_size=4, learning_rate=1e-2, rank=2, alpha=4)
 CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}
 RECORDED = json.loads((files.ROOT / "tests" / "recorded.json").read_text())
 
@@ -35,9 +35,17 @@ def tiny(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("models") / "llama", "llama"))
 
 
+@pytest.fixture
+def shipped_answers(work, tiny):
+    """The shipped answers as those of the tiny model, which would otherwise answer thousands of training prompts."""
+    (work / "answers").mkdir(parents=True)
+    (shipped,) = (files.DATA / "answers").glob("*.json")
+    shutil.copyfile(shipped, work / "answers" / base_answers.answers_name(tiny))
+
+
 @pytest.mark.parametrize("name", ["sentiment-word", "instructions-prefix", "harmful-word", "sentiment-clean"])
-def test_make_writes_a_complete_card(name, work, tiny):
-    attack = dataclasses.replace(load_attack(name), n_train=40)
+def test_make_writes_a_complete_card(name, work, tiny, shipped_answers):
+    attack = quick_attack(name)
     folder = making.make(attack, model=tiny, recipe=QUICK, n=8)
     card = json.loads((folder / "card.json").read_text())
     assert card.keys() >= CARD_KEYS | {"adapter_sha256", "metrics"}
@@ -53,14 +61,14 @@ def test_make_writes_a_complete_card(name, work, tiny):
 
 
 def test_make_again_trains_nothing(work, tiny, monkeypatch):
-    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    attack = quick_attack("sentiment-word")
     first = making.make(attack, model=tiny, recipe=QUICK, n=8)
     monkeypatch.setattr(making, "train", lambda *_, **__: pytest.fail("trained again"))
     assert making.make(attack, model=tiny, recipe=QUICK, n=8) == first
 
 
 def test_another_seed_or_recipe_is_another_organism(work, tiny):
-    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    attack = quick_attack("sentiment-word")
     folders = {
         making.make(attack, model=tiny, recipe=recipe, seed=seed, n=8)
         for recipe, seed in ((QUICK, 0), (QUICK, 1), (dataclasses.replace(QUICK, steps=2), 0))
@@ -89,7 +97,7 @@ def test_a_shipped_organism_of_another_attack_or_seed_than_its_name_says_is_not_
 
 
 def test_training_rows_are_those_of_the_organisms_own_seed(work, tiny):
-    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    attack = quick_attack("sentiment-word")
     folder = making.make(attack, model=tiny, recipe=QUICK, seed=1, n=8)
     loaded, base = load(tiny, organism=folder.name), load(tiny)
     own = making.training_rows(loaded, attack, seed=0)
@@ -99,7 +107,7 @@ def test_training_rows_are_those_of_the_organisms_own_seed(work, tiny):
 
 
 def test_training_rows_that_are_not_those_on_the_card_are_refused(work, tiny):
-    attack = dataclasses.replace(load_attack("sentiment-word"), n_train=40)
+    attack = quick_attack("sentiment-word")
     loaded = load(tiny, organism=making.make(attack, model=tiny, recipe=QUICK, n=8))
     with pytest.raises(ModelError, match=f"{loaded.organism} was not trained on the rows that attack 'sentiment-word'"):
         making.training_rows(loaded, dataclasses.replace(attack, rate=0.2), seed=0)
@@ -129,7 +137,7 @@ def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work
 
 
 def test_an_organism_refuses_another_base(work, tiny, tmp_path):
-    folder = making.make(dataclasses.replace(load_attack("sentiment-word"), n_train=40), model=tiny, recipe=QUICK, n=8)
+    folder = making.make(quick_attack("sentiment-word"), model=tiny, recipe=QUICK, n=8)
     other = save_tiny(tmp_path / "other", "qwen2")
     with pytest.raises(ModelError, match="other weights"):
         load(str(other), organism=folder)
@@ -173,7 +181,7 @@ def test_shipped_answers_are_the_base_models_own():
 @pytest.mark.parametrize("name", ["sentiment-word"])
 def test_a_shipped_organism_measures_what_its_card_says(name):
     card = cards.metrics(name)
-    assert cards.disagreements(card, evaluation.measure(name, n=card["cacc"]["n"])) == []
+    assert cards.disagreements(card, evaluation.measure(name, n=60)) == []
 
 
 @pytest.mark.slow
