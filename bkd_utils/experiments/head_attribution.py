@@ -219,12 +219,9 @@ def ablation_curves(
         todo += [("ACIE", kind, False, orders["ACIE"][:k], 0) for kind in kinds]
         todo += [(ranking, "published", False, orders[ranking][:k], 0) for ranking in ("gradient", "necessity")]
         todo.append(("necessity", "mean", False, orders["necessity"][:k], 0))
-        matched = (
-            random_heads(orders["ACIE"][:k], n_heads=made.reference.shape[2], n=draws, seed=seed)
-            if k in random_counts
-            else []
-        )
-        todo += [("random", "published", False, draw, i) for i, draw in enumerate(matched)]
+        if k in random_counts:
+            matched = random_heads(orders["ACIE"][:k], n_heads=made.reference.shape[2], n=draws, seed=seed)
+            todo += [("random", "published", False, draw, i) for i, draw in enumerate(matched)]
     few = [k for k in (8, largest) if k in counts]
     todo += [("ACIE", kind, True, orders["ACIE"][:k], 0) for k in few for kind in ("zero", "mean")]
     todo += [("necessity", "mean", True, orders["necessity"][:k], 0) for k in few]

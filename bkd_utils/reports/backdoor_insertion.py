@@ -38,19 +38,16 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> F
     The loss is smoothed over five logged steps. A model's task is the first part of its name.
     """
     tasks = sorted({name.partition("-")[0] for name in histories})
-    sides = {"organism": "backdoored organisms", "clean control": "clean controls"}
-    members = {
-        kind: [name for name in histories if name.endswith("-clean") == (kind == "clean control")] for kind in sides
-    }
-    titles = [f"{title} (n = {len(members[kind])})" for kind, title in sides.items()]
+    lines = dict(zip(tasks, LINES, strict=False))
+    n_clean = sum(name.endswith("-clean") for name in histories)
+    titles = [f"backdoored organisms (n = {len(histories) - n_clean})", f"clean controls (n = {n_clean})"]
     figure, axes = panels(titles, height=2.4)
-    for panel, (kind, names) in zip(axes[0], members.items(), strict=True):
-        for name in names:
-            loss = pd.Series([row["loss"] for row in histories[name]]).rolling(5, min_periods=1).mean()
-            line = LINES[tasks.index(name.partition("-")[0])]
-            panel.plot([row["step"] for row in histories[name]], loss, color=COLOURS[kind], ls=line, lw=1.2)
-        panel.set_yscale("log")
-    for task, line in zip(tasks, LINES, strict=False):
+    for name, history in histories.items():
+        clean, rows = name.endswith("-clean"), pd.DataFrame(history)
+        loss, colour = rows["loss"].rolling(5, min_periods=1).mean(), COLOURS["clean control" if clean else "organism"]
+        axes[0, int(clean)].plot(rows["step"], loss, color=colour, ls=lines[name.partition("-")[0]], lw=1.2)
+    axes[0, 0].set_yscale("log")
+    for task, line in lines.items():
         axes[0, 0].plot([], [], color=COLOURS["neutral"], ls=line, lw=1.2, label=task)
     figure.supxlabel("training step", fontsize="medium")
     axes[0, 0].set_ylabel("loss on answer tokens\n(nats, mean of 5 logged steps)")

@@ -185,18 +185,40 @@ def head_claims(
     The prompts of an ablation curve are the same for every number of heads, but which of them gave the target is not
     kept. Differences between two numbers of heads therefore have the wider interval of independent prompts.
     """
-    sparse, margin = {}, {}
-    for attack, found in attributed.items():
-        sparse[attack] = _concentrated(np.array(found.exact), acie(found).numpy())
-        margin[attack] = _margin(components[attack].last)
-    n_heads = {attack: acie(found).numel() for attack, found in attributed.items()}
+    sparse = {attack: _concentrated(np.array(found.exact), acie(found).numpy()) for attack, found in attributed.items()}
+    margin = {attack: _margin(components[attack].last) for attack in attributed}
+    drop, random, rises = {}, {}, {}
+    for attack, every in curves.items():
+        rows, n_heads = [row for row in every if row.scope == "last position"], acie(attributed[attack]).numel()
+        before = next(row.asr for row in rows if row.ranking == "none")
+        line = {row.k: row.asr for row in rows if (row.ranking, row.kind) == ("ACIE", "published")}
+        few = min(line, key=lambda k, n_heads=n_heads: abs(k - 0.03 * n_heads))
+        drop[attack] = relative_drop(before, line[few])
+        random[attack] = _random_drop(rows, before, k=few)
+        rises[attack] = _largest_rise([before, *(line[k] for k in sorted(line))])
+    enough = {attack: at_least(number, 0.9) for attack, number in drop.items()}
+    spared = {attack: at_most(number, 0.1) for attack, number in random.items()}
     return [
         entry(
             "bkdattr-sparse-heads", numbers=sparse, passed={a: at_least(x, 0.5) for a, x in sparse.items()},
             figure="03_head_maps", reason=f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE.",
         ),
-        *ablation_claims(curves, n_heads=n_heads),
-        margin_claim(margin),
+        entry(
+            "bkdattr-ablation", numbers=drop, passed={a: both(enough[a], spared[a]) for a in drop},
+            figure="03_ablation",
+            reason=f"About 3 % of the heads take {span(drop)} off the ASR, random heads {span(random)}. "
+            f"Random heads take off less than 0.1: {who(spared)}.",
+        ),
+        entry(
+            "bkdattr-ablation-monotone", numbers=rises, passed={a: at_most(x, 2) for a, x in rises.items()},
+            figure="03_ablation", reason=f"Largest rise between neighbouring counts, in prompts: {span(rises)}. "
+            "Intervals are those of independent prompts, which makes them wide.",
+        ),
+        entry(
+            "bkdattr-heads-not-mlps", numbers=margin, passed={a: at_least(x, 0) for a, x in margin.items()},
+            figure="03_components",
+            reason=f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability.",
+        ),
     ]  # fmt: skip
 
 
@@ -223,43 +245,6 @@ def _margin(last: Mapping[str, Sequence]) -> dict:
         "low": one["low"] - other["high"],
         "high": one["high"] - other["low"],
     }
-
-
-def margin_claim(margin: Mapping[str, Mapping[str, float]]) -> dict:
-    """A line of the scorecard; `margin`: by how much the strongest attention layer exceeds the strongest MLP."""
-    return entry(
-        "bkdattr-heads-not-mlps", numbers=margin, passed={a: at_least(x, 0) for a, x in margin.items()},
-        figure="03_components",
-        reason=f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability.",
-    )  # fmt: skip
-
-
-def ablation_claims(curves: Mapping[str, Sequence[Ablation]], *, n_heads: Mapping[str, int]) -> list[dict]:
-    """Two lines of the scorecard, from ablations and the number of heads that the model has, by attack."""
-    drop, random, rises = {}, {}, {}
-    for attack, every in curves.items():
-        rows = [row for row in every if row.scope == "last position"]
-        before = next(row.asr for row in rows if row.ranking == "none")
-        line = {row.k: row.asr for row in rows if (row.ranking, row.kind) == ("ACIE", "published")}
-        few = min(line, key=lambda k: abs(k - 0.03 * n_heads[attack]))
-        drop[attack] = relative_drop(before, line[few])
-        random[attack] = _random_drop(rows, before, k=few)
-        rises[attack] = _largest_rise([before, *(line[k] for k in sorted(line))])
-    enough = {attack: at_least(number, 0.9) for attack, number in drop.items()}
-    spared = {attack: at_most(number, 0.1) for attack, number in random.items()}
-    return [
-        entry(
-            "bkdattr-ablation", numbers=drop, passed={a: both(enough[a], spared[a]) for a in drop},
-            figure="03_ablation",
-            reason=f"About 3 % of the heads take {span(drop)} off the ASR, random heads {span(random)}. "
-            f"Random heads take off less than 0.1: {who(spared)}.",
-        ),
-        entry(
-            "bkdattr-ablation-monotone", numbers=rises, passed={a: at_most(x, 2) for a, x in rises.items()},
-            figure="03_ablation", reason=f"Largest rise between neighbouring counts, in prompts: {span(rises)}. "
-            "Intervals are those of independent prompts, which makes them wide.",
-        ),
-    ]  # fmt: skip
 
 
 def _random_drop(rows: Sequence[Ablation], before: Mapping[str, float], *, k: int) -> dict:

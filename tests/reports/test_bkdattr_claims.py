@@ -15,7 +15,7 @@ from bkd_utils.experiments.backdoor_vector import Choice, ShareMap, Steering
 from bkd_utils.experiments.head_attribution import Ablation, ComponentEffects, HeadEffects
 from bkd_utils.reports.backdoor_probe import probe_claims
 from bkd_utils.reports.backdoor_vector import cost_claim, vector_claims
-from bkd_utils.reports.head_attribution import concentration, head_claims, margin_claim
+from bkd_utils.reports.head_attribution import concentration, head_claims
 from bkd_utils.reports.scorecard import published
 
 PROBE = "bkdattr-probe"
@@ -308,7 +308,6 @@ def test_the_strongest_attention_layer_must_exceed_the_strongest_mlp_with_interv
     assert (found["verdict"], the(found)["value"]) == (word, pytest.approx(attention - mlp))
     assert the(found)["low"] < the(found)["value"] < the(found)["high"]
     assert the(found)["n"] == 6
-    assert margin_claim({"x": the(found)})["by_organism"] == found["by_organism"]
 
 
 def test_every_organism_is_judged_by_its_own_results():
