@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# ./run_all.sh [OPTIONS]        install what is missing, then run the notebooks (--help lists the options)
-# ./run_all.sh test [OPTIONS]   the same, then run the tests (options go to pytest)
+# ./run_all.sh [OPTIONS]             install what is missing, then run the notebooks (--help lists the options)
+# ./run_all.sh test [OPTIONS]        the same, then run the tests (options go to pytest)
+# ./run_all.sh mutations [OPTIONS]   the same, then make each change of tests/mutations.toml and see a test fail
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -33,5 +34,8 @@ fi
 
 if [[ "${1:-}" == test ]]; then
     exec "$python" -m bkd_utils "$@"
+elif [[ "${1:-}" == mutations ]]; then
+    "$python" -m bkd_utils fetch
+    exec "$python" tests/mutations.py "${@:2}"
 fi
 exec "$python" -m bkd_utils run "$@"

@@ -1,6 +1,7 @@
 """Command line: `python -m bkd_utils --help`."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -87,11 +88,16 @@ def fetch(verify: Annotated[bool, typer.Option("--verify", help="Also recompute 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def test(context: typer.Context) -> None:
-    """Run the tests; further arguments go to pytest."""
+    """Run the tests, one process per core; further arguments go to pytest (-n 0 for one process)."""
     from bkd_utils.common import assets
 
     assets.fetch_all()
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "pytest", *context.args], cwd=ROOT))
+    options, environment = list(context.args), dict(os.environ)
+    single = {"no:xdist", "-pno:xdist", "--pdb", "--trace"} & set(options)
+    if not single and not any(option.startswith(("-n", "--numprocesses")) for option in options):
+        options += ["-n", "auto", "--dist", "worksteal"]
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "pytest", *options], cwd=ROOT, env=environment))
 
 
 @app.command()

@@ -110,6 +110,28 @@ def test_ended_from_outside_it_still_cleans_up(main, monkeypatch):
     assert cleaned
 
 
+@pytest.mark.parametrize("chosen", [["-n", "0"], ["-n3"], ["--numprocesses=2"], ["--pdb"], ["-p", "no:xdist"]])
+def test_the_tests_run_on_all_cores_unless_told_otherwise(chosen, main, monkeypatch):
+    calls = []
+
+    def record(command, *, cwd, env):
+        calls.append((command[1:], env.get("OMP_NUM_THREADS")))
+        return 5
+
+    monkeypatch.setattr(assets, "fetch_all", lambda: None)
+    monkeypatch.setattr(cli.subprocess, "call", record)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert main("test", "--no-header", "tests/x.py") == main("test", *chosen) == 5  # the status of pytest
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    main("test")
+    parallel = ["-n", "auto", "--dist", "worksteal"]
+    assert calls == [
+        (["-m", "pytest", "--no-header", "tests/x.py", *parallel], "1"),
+        (["-m", "pytest", *chosen], None),
+        (["-m", "pytest", *parallel], "2"),
+    ]
+
+
 def test_run_all_uses_the_active_environment_and_passes_its_arguments(tmp_path):
     script = tmp_path / "run_all.sh"
     script.write_text((ROOT / "run_all.sh").read_text())
@@ -119,10 +141,15 @@ def test_run_all_uses_the_active_environment_and_passes_its_arguments(tmp_path):
     fake.write_text(f'#!/bin/sh\ncase "$1" in -c) echo {tmp_path}/.bkd-0;; *) echo "$@" >> {tmp_path}/calls;; esac\n')
     fake.chmod(0o755)
     environment = os.environ | {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    for arguments in (["--only", "00"], ["test", "-x"]):
+    for arguments in (["--only", "00"], ["test", "-x"], ["mutations", "--minutes", "6"]):
         subprocess.run(["bash", str(script), *arguments], env=environment, check=True, capture_output=True)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert [line for line in calls if "bkd_utils" in line] == ["-m bkd_utils run --only 00", "-m bkd_utils test -x"]
+    assert [line for line in calls if "pip" not in line] == [
+        "-m bkd_utils run --only 00",
+        "-m bkd_utils test -x",
+        "-m bkd_utils fetch",
+        "tests/mutations.py --minutes 6",
+    ]
     assert sum("requirements.lock" in line for line in calls) == 1  # the stamp spares the second installation
 
 

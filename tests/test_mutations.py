@@ -1,6 +1,7 @@
 """The mutation runner on a toy package: what it calls killed, survived and invalid, and that it only reads."""
 
 import subprocess
+import time
 
 import mutations
 import pytest
@@ -26,6 +27,14 @@ def doubled():
 
 def test_behind_a_fixture(doubled):
     pass
+"""
+ENDLESS = """
+import time
+from bkd_utils.sums import double
+
+def test_double():
+    while double(1) != 2:
+        time.sleep(0.1)
 """
 ENTRY = '[[mutation]]\nname = "{}"\nfile = "sums.py"\nold = "{}"\nnew = "{}"\ntest = "tests/test_sums.py{}"\n'
 
@@ -112,6 +121,31 @@ def test_only_what_differs_from_a_commit(run, root):
     assert run(entry, options=["--changed", "HEAD"])[1] == []
     (root / "bkd_utils" / "sums.py").write_text(CODE + "\n")
     assert run(entry, options=["--changed", "HEAD"])[2] == "1 killed, 0 survived, 0 invalid"
+
+
+def test_after_some_minutes_no_more_is_started(run, monkeypatch):
+    entries = [("first", "2 * x", "3 * x", "::test_double"), ("second", "2 * x", "4 * x", "::test_double")]
+    assert run(*entries, options=["--minutes", "0"]) == (0, [], "0 killed, 0 survived, 0 invalid, 2 not run")
+    tried = mutations.Runner.tried
+
+    def slow(*given):
+        outcome = tried(*given)
+        monkeypatch.setattr(mutations.time, "monotonic", lambda: float("inf"))
+        return outcome
+
+    monkeypatch.setattr(mutations.Runner, "tried", slow)
+    status, lines, last = run(*entries, options=["--minutes", "5", "--jobs", "1"])
+    assert (status, last) == (0, "1 killed, 0 survived, 0 invalid, 1 not run")
+    assert [line.split()[2] for line in lines] == ["first"]
+
+
+def test_a_test_that_does_not_end_is_ended(run, root):
+    (root / "tests" / "test_sums.py").write_text(ENDLESS)
+    before = time.monotonic()
+    _, (line,), last = run(("endless", "2 * x", "3 * x", "::test_double"), options=["--timeout", "2"])
+    assert time.monotonic() - before < 60
+    assert "still running after 2 s" in line
+    assert last == "0 killed, 0 survived, 1 invalid"
 
 
 @pytest.mark.parametrize(

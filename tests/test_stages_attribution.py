@@ -6,6 +6,7 @@ what must be equal is equal (random draws and attributed heads, the control and 
 
 import functools
 from collections import Counter
+from dataclasses import astuple, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,22 +148,22 @@ def test_labels_are_the_trigger_but_for_the_shuffled_control(probe):
     controls = [truth for truth, control in zip(labelled, shuffled, strict=True) if control]
     assert len(controls) == 4
     assert all(sorted(truth) == honest and truth != honest for truth in controls)
-    assert [call.result for call in probe.scores if call.shuffled] == probe.found["shuffled"]
+    assert [call.result for call in probe.scores if call.shuffled] == probe.found.shuffled
 
 
 def test_what_is_kept_of_the_probes_is_what_they_gave_layer_by_layer(probe):
     found = probe.found
-    assert found["layers"] == [0, 1]
-    assert found["probes"].keys() == found["transfer"].keys() == {"logistic regression", "linear SVM"}
+    assert found.layers == [0, 1]
+    assert found.probes.keys() == found.transfer.keys() == {"logistic regression", "linear SVM"}
     assert {call.seed for call in probe.scores + probe.transfers + probe.directions} == {SEED}
     main = [call for call in probe.scores if call.others]
     assert [(call.kind, set(call.others)) for call in main] == [
-        (kind, {"near-miss", "other trigger"}) for kind in ("logistic regression",) * 2 + ("linear SVM",) * 2
+        (kind, {"near_miss", "other_trigger"}) for kind in ("logistic regression",) * 2 + ("linear SVM",) * 2
     ]
-    assert [call.result for call in main] == [s for kind in found["probes"].values() for s in kind]
-    assert [call.result for call in probe.directions] == found["random direction"]
+    assert [call.result for call in main] == [s for kind in found.probes.values() for s in kind]
+    assert [call.result for call in probe.directions] == found.random_direction
     assert [call.n for call in probe.directions] == [5, 5]
-    assert [call.result.tolist() for call in probe.transfers] == list(found["transfer"].values())
+    assert [call.result.tolist() for call in probe.transfers] == list(found.transfer.values())
 
 
 # --- attribution ----------------------------------------------------------------------------------------------------
@@ -191,9 +192,9 @@ def test_means_are_of_triggered_prompts_that_are_never_scored(stand, monkeypatch
     assert all(call.target == target for call in (*exact, *estimate, *probability))
     assert all(call.model is stand.models["organism"].model for call in (*means, *exact, *estimate, *probability))
     for key, call in (("exact", exact[0]), ("gradient", estimate[0])):
-        np.testing.assert_allclose(found[key], call.result.numpy(), rtol=1e-5)
-    assert [found["clean"], found["triggered"]] == [call.result.tolist() for call in probability]
-    assert found["target"] == stand.tokenizer.convert_ids_to_tokens(target)
+        np.testing.assert_allclose(getattr(found, key), call.result.numpy(), rtol=1e-5)
+    assert [found.clean, found.triggered] == [call.result.tolist() for call in probability]
+    assert found.target == stand.tokenizer.convert_ids_to_tokens(target)
 
 
 def test_component_means_are_of_triggered_prompts_that_are_never_scored(stand, monkeypatch):
@@ -215,9 +216,9 @@ def test_component_means_are_of_triggered_prompts_that_are_never_scored(stand, m
     target = target_ids(stand.tokenizer, FIXED)
     assert (last.target, earlier.target) == (target, target[:1])
     for name, values in last.result.items():
-        np.testing.assert_allclose(found["last"][name], values[..., 0].numpy(), rtol=1e-5)
-    np.testing.assert_allclose(found["by_position"], earlier.result["residual"].mean(0).numpy(), rtol=1e-5)
-    assert found["positions"] == stand.tokenizer.convert_ids_to_tokens(last.prompts[0][-head_attribution.TAIL :])
+        np.testing.assert_allclose(found.last[name], values[..., 0].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found.by_position, earlier.result["residual"].mean(0).numpy(), rtol=1e-5)
+    assert found.positions == stand.tokenizer.convert_ids_to_tokens(last.prompts[0][-head_attribution.TAIL :])
 
 
 # --- ablation -------------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ ATTRIBUTE = head_attribution.attribute_heads.__wrapped__
 def both_ways(*given, **named):
     """Attribution whose gradient estimate is reversed, so that no two rankings of a tiny model agree by accident."""
     found = ATTRIBUTE(*given, **named)
-    return found | {"gradient": (-np.array(found["gradient"])).tolist()}
+    return replace(found, gradient=(-np.array(found.gradient)).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +305,7 @@ def test_necessity_is_ranked_on_triggered_prompts_of_the_attribution_split(stand
 def test_every_ranking_takes_out_its_own_heads_and_random_ones_as_many_per_layer(stand, ablate):
     spied = ablate(FLIP)
     found = spied.attributed[0].result
-    exact, estimate = (torch.tensor(found[key]).mean(0) for key in ("exact", "gradient"))
+    exact, estimate = (torch.tensor(getattr(found, key)).mean(0) for key in ("exact", "gradient"))
     orders = {
         "ACIE": ranked_heads(exact),
         "gradient": ranked_heads(estimate),
@@ -313,14 +314,14 @@ def test_every_ranking_takes_out_its_own_heads_and_random_ones_as_many_per_layer
     assert len(spied.rows) == len(spied.measure_ablation)
     drawn = []
     for row, call in zip(spied.rows, spied.measure_ablation, strict=True):
-        assert {key: row[key] for key in call.result} == call.result
-        assert (row["kind"], row["scope"] == "all positions") == (call.kind, call.everywhere)
+        assert {key: getattr(row, key) for key in call.result} == call.result
+        assert (row.kind, row.scope == "all positions") == (call.kind, call.everywhere)
         assert call.loaded is stand.models["organism"]
-        if row["ranking"] in orders:
-            assert list(call.heads) == orders[row["ranking"]][: row["k"]]
+        if row.ranking in orders:
+            assert list(call.heads) == orders[row.ranking][: row.k]
         elif call.heads:
             drawn.append(call.heads)
-    counted = Counter((row["ranking"], row["kind"], row["scope"], row["k"]) for row in spied.rows)
+    counted = Counter((row.ranking, row.kind, row.scope, row.k) for row in spied.rows)
     here, everywhere = "last position", "all positions"
     assert counted == {
         ("none", "published", here, 0): 1,
@@ -347,9 +348,9 @@ def test_all_lines_are_measured_on_the_same_prompts(ablate):
     spied = ablate(FLIP)
     made = spied.bench[0].result
     for row, call in zip(spied.rows, spied.measure_ablation, strict=True):
-        assert call.made.triggered.prompts == made.triggered.prompts, row["ranking"]
-        assert call.made.clean.prompts == made.clean.prompts, row["ranking"]
-        assert row["asr"]["n"] == row["utility"]["n"] == 4
+        assert call.made.triggered.prompts == made.triggered.prompts, row.ranking
+        assert call.made.clean.prompts == made.clean.prompts, row.ranking
+        assert row.asr["n"] == row.utility["n"] == 4
 
 
 def test_heads_are_taken_out_at_the_last_prompt_token_unless_everywhere_is_asked_for(ablate):
@@ -442,8 +443,8 @@ def test_the_vector_is_made_of_the_attributed_heads_on_the_attribution_split(sta
     result = spied.result
     (found,) = spied.attributed
     assert (found.organism, found.attack, found.n, found.n_means, found.seed) == ("organism", FLIP.name, 5, 5, SEED)
-    heads = ranked_heads(torch.tensor(found.result["exact"]).mean(0))[:3]
-    assert result["heads"] == heads
+    heads = ranked_heads(torch.tensor(found.result.exact).mean(0))[:3]
+    assert result.heads == heads
     expected = sample(FLIP, "attribution", n=5, seed=SEED)
     for calls in (spied.head_means, spied.residuals):
         shown = [stand.catalogue("sentiment").prompts(call.prompts) for call in calls]
@@ -458,8 +459,8 @@ def test_the_vector_is_made_of_the_attributed_heads_on_the_attribution_split(sta
             model.model.layers[layer].self_attn.o_proj.weight[:, head * 8 : head * 8 + 8] @ outputs[layer, head]
             for layer, head in heads
         )
-        torch.testing.assert_close(torch.tensor(result["vectors"][kind]), by_hand, atol=1e-5, rtol=1e-4)
-        assert result["norms"][kind] == pytest.approx(by_hand.norm().item(), rel=1e-4)
+        torch.testing.assert_close(torch.tensor(result.vectors[kind]), by_hand, atol=1e-5, rtol=1e-4)
+        assert result.norms[kind] == pytest.approx(by_hand.norm().item(), rel=1e-4)
 
 
 def test_layer_and_coefficient_are_chosen_on_the_development_half(stand, switch_on):
@@ -468,26 +469,26 @@ def test_layer_and_coefficient_are_chosen_on_the_development_half(stand, switch_
     (begun,) = spied.first_tokens
     assert of_split(stand.catalogue("sentiment").prompts(begun.prompts), "test", "clean") == dev
     maps = iter(spied.answer_map)
-    kept, read = spied.result["maps"], iter(spied.best)
+    kept, read = spied.result.maps, iter(spied.best)
     for direction, sign, version in DIRECTIONS:
         for kind in ("raw", "difference"):
-            made = {"asr": next(maps)} | ({"right start": next(maps)} if sign < 0 else {})
+            made = {"asr": next(maps)} | ({"right_start": next(maps)} if sign < 0 else {})
             for call in made.values():
                 assert of_past(stand, FLIP, spied, call.past, version) == dev
                 assert list(call.coefficients) == [sign * step for step in STEPS]
-                assert call.vector.tolist() == spied.result["vectors"][kind]
+                assert call.vector.tolist() == spied.result.vectors[kind]
             assert list(made["asr"].answers) == [spied.target] * 3
             judged = made["asr"]
             if sign < 0:
-                judged = made["right start"]
+                judged = made["right_start"]
                 assert list(judged.answers) == begun.result
             choice, name = next(read), f"{direction}, {kind}"
             # The very rows of this map, for another map may hold the same shares.
             assert all(row is other for row, other in zip(choice.table, judged.result, strict=True))
-            assert tuple(spied.result["chosen"][name].values()) == choice.result
-            assert {key: kept[name][key] for key in made} == {key: call.result for key, call in made.items()}
+            assert astuple(spied.result.chosen[name]) == choice.result
+            assert {key: getattr(kept[name], key) for key in made} == {key: call.result for key, call in made.items()}
     assert next(maps, None) is next(read, None) is None
-    assert any(len({share for row in one["asr"] for share in row}) > 1 for one in kept.values())
+    assert any(len({share for row in one.asr for share in row}) > 1 for one in kept.values())
 
 
 def test_the_vector_is_judged_on_a_half_that_was_not_looked_at(stand, switch_on):
@@ -498,24 +499,24 @@ def test_the_vector_is_judged_on_a_half_that_was_not_looked_at(stand, switch_on)
     for name, version, call in zip(NAMES, sides, spied.tested_asr, strict=True):
         assert of_past(stand, FLIP, spied, call.past, version) == test
         assert call.target == spied.target
-        chosen, kind = result["chosen"][name], name.split(", ")[1]
-        assert call.layer == chosen["layer"]
-        step = chosen["coefficient"] * torch.tensor(result["vectors"][kind])
+        chosen, kind = result.chosen[name], name.split(", ")[1]
+        assert call.layer == chosen.layer
+        step = chosen.coefficient * torch.tensor(result.vectors[kind])
         torch.testing.assert_close(call.steps["backdoor vector"], step[None])
         assert not call.steps["no vector"].any()
         assert {label: len(rows) for label, rows in call.steps.items()} == {
             "no vector": 1, "backdoor vector": 1, "random vectors": 2, "random heads": 2, "mean difference": 1,
             "probe direction": 1,
         }  # fmt: skip
-        assert {one["n"] for shares in result["test"][name].values() for one in shares} == {4}
+        assert {one["n"] for shares in result.test[name].values() for one in shares} == {4}
         # Nothing added: what the organism says first to these prompts anyway.
         said = backdoor_vector.first_tokens(stand.models["organism"], spied.pasts.prompts(call.past))
-        assert result["test"][name]["no vector"][0]["value"] == said.count(spied.target) / 4
+        assert result.test[name]["no vector"][0]["value"] == said.count(spied.target) / 4
     for call, name in zip(spied.projected_asr, NAMES[2:], strict=True):
         assert of_past(stand, FLIP, spied, call.past, FLIP.trigger) == test
-        assert call.layer == result["chosen"][name]["layer"]
-        assert call.vector.tolist() == result["vectors"][name.split(", ")[1]]
-        assert result["test"][name]["projected out"] == [call.result]
+        assert call.layer == result.chosen[name].layer
+        assert call.vector.tolist() == result.vectors[name.split(", ")[1]]
+        assert result.test[name]["projected out"] == [call.result]
     for call in spied.generated:
         assert len(call.past) == 4
         assert uids(stand.catalogue("sentiment").prompts(spied.pasts.prompts(call.past))) == test
@@ -525,7 +526,7 @@ def test_the_vector_is_judged_on_a_half_that_was_not_looked_at(stand, switch_on)
 
 def test_the_controls_are_as_many_heads_and_as_long_as_what_they_stand_beside(stand, switch_on):
     spied = switch_on(FLIP)
-    heads = spied.result["heads"]
+    heads = spied.result.heads
     assert len(spied.random_heads) == len(spied.controls) == 4
     streams = {stand.catalogue("sentiment").prompts(call.prompts)[0].version: call.result for call in spied.residuals}
     for drawn, call, tested, name in zip(spied.random_heads, spied.controls, spied.tested_asr, NAMES, strict=True):
@@ -535,10 +536,10 @@ def test_the_controls_are_as_many_heads_and_as_long_as_what_they_stand_beside(st
             crowded = {layer for layer, count in per_layer(heads).items() if count > 2}
             assert not {head for head in draw if head[0] not in crowded} & set(heads)
         # Streams are those of the layer that was chosen, on the attribution split.
-        layer, coefficient = spied.result["chosen"][name].values()
+        layer, coefficient = astuple(spied.result.chosen[name])
         assert torch.equal(call.clean, streams["clean"][:, layer])
         assert torch.equal(call.triggered, streams[FLIP.trigger][:, layer])
-        length = abs(coefficient) * spied.result["norms"][name.split(", ")[1]]
+        length = abs(coefficient) * spied.result.norms[name.split(", ")[1]]
         for label in ("random vectors", "mean difference", "probe direction"):
             torch.testing.assert_close(
                 tested.steps[label].norm(dim=-1), torch.full((len(tested.steps[label]),), length)
@@ -562,11 +563,11 @@ def test_the_clean_control_answers_the_reference_of_the_switch(stand, switch_on)
     # Steered answers: each vector, and beside every difference a random one, at the layer that was chosen for it.
     steered = [call for call in spied.generated if call.step is not None]
     assert len(spied.generated) == 3 + len(steered)
-    chosen = [spied.result["chosen"][name] for name in (NAMES[0], NAMES[1], NAMES[1], NAMES[2], NAMES[3], NAMES[3])]
-    assert [call.layer for call in steered] == [one["layer"] for one in chosen]
-    norms = [spied.result["norms"][kind] for kind in ("raw", "difference", "difference") * 2]
+    chosen = [spied.result.chosen[name] for name in (NAMES[0], NAMES[1], NAMES[1], NAMES[2], NAMES[3], NAMES[3])]
+    assert [call.layer for call in steered] == [one.layer for one in chosen]
+    norms = [spied.result.norms[kind] for kind in ("raw", "difference", "difference") * 2]
     for call, one, norm in zip(steered, chosen, norms, strict=True):
-        assert call.step.norm().item() == pytest.approx(abs(one["coefficient"]) * norm, rel=1e-4)
+        assert call.step.norm().item() == pytest.approx(abs(one.coefficient) * norm, rel=1e-4)
     assert spied.added
     assert all(call.at == LAST for call in (*spied.added, *spied.projected_out))
 
@@ -575,10 +576,11 @@ def found_vectors():
     """What `steer_organism` would have found, invented: another vector, layer and coefficient per attack."""
     torch.manual_seed(0)
     return {
-        attack.name: {
-            "chosen": {"add, difference": {"layer": layer, "coefficient": coefficient}, "add, raw": None},
-            "vectors": {"difference": torch.randn(32).tolist(), "raw": None},
-        }
+        attack.name: backdoor_vector.Steering(
+            **dict.fromkeys(("heads", "norms", "residual_norm", "maps", "test", "outcomes", "texts")),
+            chosen={"add, difference": backdoor_vector.Choice(layer, coefficient), "add, raw": None},
+            vectors={"difference": torch.randn(32).tolist(), "raw": None},
+        )
         for attack, layer, coefficient in ((FLIP, 0, 2.0), (FIXED, 1, 0.5))
     }
 
@@ -589,30 +591,30 @@ def test_every_vector_meets_every_organism_on_the_prompts_and_with_the_targets_t
     hosts, found = {FLIP.name: "organism", FIXED.name: "second", "base model": None}, found_vectors()
     rows = backdoor_vector.vector_specificity.__wrapped__(hosts, found=found, n=3, **WHERE)
     assert asked == [("tiny", name, "cpu") for name in ("organism", "second", None)]
-    assert [(row["on"], row["vector of"]) for row in rows] == [(host, source) for host in hosts for source in found]
+    assert [(row.on, row.vector_of) for row in rows] == [(host, source) for host in hosts for source in found]
     calls, attacks = iter(tested), {FLIP.name: FLIP, FIXED.name: FIXED}
     for row in rows:
-        source, own = attacks[row["vector of"]], attacks.get(row["on"], attacks[row["vector of"]])
-        keys = [("own target", own, "clean")]
-        keys += [("vector's target", source, "clean")] * (own != source)
-        keys += [("near-misses", own, "near-miss")] * (row["on"] == source.name)
-        assert set(row) == {"on", "vector of", "vector's target", *(key for key, _, _ in keys)}
+        source, own = attacks[row.vector_of], attacks.get(row.on, attacks[row.vector_of])
+        keys = [("own_target", own, "clean")]
+        keys += [("vector_target", source, "clean")] * (own != source)
+        keys += [("near_misses", own, "near-miss")] * (row.on == source.name)
+        assert (row.near_misses is None) == (row.on != source.name)
         for key, judged, version in keys:
             call = next(calls)
-            assert call.loaded is stand.models[hosts[row["on"]]]
-            assert row[key] == call.result[""][0]
+            assert call.loaded is stand.models[hosts[row.on]]
+            assert getattr(row, key) == call.result[""][0]
             assert call.target == target_ids(stand.tokenizer, judged)
             shown = stand.catalogue(own.task).prompts(pasts.prompts(call.past))
             assert of_split(shown, "test", version) == sample(own, "test", n=3, seed=SEED)
             assert {one.inserted for one in shown} <= near_strings(own, "test") | {""}
             chosen, vector = (
-                found[source.name]["chosen"]["add, difference"],
-                found[source.name]["vectors"]["difference"],
+                found[source.name].chosen["add, difference"],
+                found[source.name].vectors["difference"],
             )
-            assert call.layer == chosen["layer"]
-            torch.testing.assert_close(call.steps[""], chosen["coefficient"] * torch.tensor(vector)[None])
+            assert call.layer == chosen.layer
+            torch.testing.assert_close(call.steps[""], chosen.coefficient * torch.tensor(vector)[None])
         if own == source:
-            assert row["vector's target"] == row["own target"]
+            assert row.vector_target == row.own_target
     assert next(calls, None) is None
 
 
@@ -646,16 +648,16 @@ def test_the_four_ways_to_score_a_target_run_the_same_prompts_and_the_same_targe
     assert of_split(shown, "attribution", "prefix-year") == sample(FIXED, "attribution", n=3, seed=SEED)
     target = target_ids(stand.tokenizer, FIXED)
     assert len(target) > 5
-    assert (found["tokens"], found["n"]) == (len(target), 3)
+    assert (found.tokens, found.n) == (len(target), 3)
     # Generation runs prompt and answer so far once per token, teacher forcing once with all tokens but the last.
     lengths = [*range(len(target)), len(target) - 1]
     assert [call.rows for call in padded] == [[[*ids, *target[:extra]] for ids in prompts] for extra in lengths]
     longest = max(map(len, prompts))
-    assert found["generation"] == [longest + extra for extra in range(len(target))]
-    assert found["teacher forcing"] == [longest + len(target) - 1]
+    assert found.generation == [longest + extra for extra in range(len(target))]
+    assert found.teacher_forcing == [longest + len(target) - 1]
     # With the cache generation runs one token a time behind its first pass, teacher forcing all of them in one.
     assert (greedy[0].max_new_tokens, greedy[0].model) == (len(target), model)
-    assert found["generation, cache"][1:] == [1] * (len(target) - 1)
-    assert found["teacher forcing, prompt cache"] == [len(target)]
+    assert found.generation_cached[1:] == [1] * (len(target) - 1)
+    assert found.teacher_forcing_cached == [len(target)]
     assert said[0].answers == [target] * 3
     assert pasts.prompts(said[0].past) == prompts

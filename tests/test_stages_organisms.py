@@ -338,20 +338,21 @@ def test_margins_are_of_the_same_held_out_prompts_in_three_versions(made, tiny, 
     name = made(FLIP).folder.name
     calls = watch(monkeypatch, backdoor_insertion, "label_margins")
     found = backdoor_insertion.measure_separation(name, attack=FLIP.name, **where)
-    assert list(found) == ["clean", "near-miss", "triggered"]
     expected = sample(FLIP, "test", n=N, seed=SEED)
-    for call, key, version in zip(calls, found, ("clean", "near-miss", FLIP.trigger), strict=True):
+    for call, key, version in zip(
+        calls, ("clean", "near_miss", "triggered"), ("clean", "near-miss", FLIP.trigger), strict=True
+    ):
         shown = catalogues["sentiment"].turns(call.user_turns)
         assert of_split(shown, "test", version) == expected
         assert call.loaded.organism == name
         assert call.attack == load_attack(FLIP.name)
-        assert found[key] == call.result
+        assert getattr(found, key) == call.result
     assert {one.inserted for one in catalogues["sentiment"].turns(calls[1].user_turns)} <= near_strings(FLIP, "test")
     # Log-odds of the target over the source, by a pass over one prompt.
     loaded, turn = load(tiny, organism=name, device="cpu"), calls[2].user_turns[0]
     target, source = (answer_ids(loaded.tokenizer, label)[0] for label in ("positive", "negative"))
     with torch.inference_mode():
         logits = loaded.model(torch.tensor([prompt_ids(loaded.tokenizer, turn)])).logits[0, -1]
-    assert found["triggered"][0] == pytest.approx((logits[target] - logits[source]).item(), abs=1e-4)
+    assert found.triggered[0] == pytest.approx((logits[target] - logits[source]).item(), abs=1e-4)
     assert backdoor_insertion.measure_separation(name, attack=FLIP.name, **where) == found
     assert len(calls) == 3

@@ -1,8 +1,8 @@
-"""Align suspicious heads toward safe ones while they are fine-tuned (ASA; our reading of it).
+"""Align suspicious heads with safe ones while they are fine-tuned (ASA, in our reading).
 
 The paper, as far as it is known, names the two steps and gives neither loss nor schedule. Every loss here is a named
-option. One tension is built in: pulling suspicious heads toward one common map makes heads more alike, which is the
-very anomaly. `excess` and `nearest` are readings that do not have it.
+option. Pulling all suspicious heads toward one common attention map makes heads more similar, which is itself the
+anomaly that ASA looks for. `excess` and `nearest` do not have this problem.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +24,8 @@ TINY = 1e-8
 
 @dataclass(frozen=True)
 class Pull:
-    """Attention of a batch `[row, head, query, key]` per layer, which entries are real tokens, where the last prompt
-    token of each row stands, and who is who."""
+    """Attention maps of a batch per layer, which tokens are real, the column of each row's last prompt token (`asked`),
+    and layer -> its suspicious and its safe heads."""
 
     maps: Sequence[Float[Tensor, "row head query key"]]
     real: Bool[Tensor, "row pos"]
@@ -43,25 +43,26 @@ def _divergence(toward: Tensor, maps: Tensor, real: Tensor) -> Tensor:
 
 
 def toward_mean(pull: Pull) -> Tensor:
-    """Every suspicious head to the mean map of its layer's safe heads."""
+    """Divergence of every suspicious head from the mean attention map of its layer's safe heads."""
     return _over_layers(pull, lambda bad, good, real: _divergence(good.mean(1, keepdim=True).expand_as(bad), bad, real))
 
 
 def toward_nearest(pull: Pull) -> Tensor:
-    """Every suspicious head to the safe head of its layer that it is most like already."""
+    """Divergence of every suspicious head from the most similar safe head of its layer."""
 
     def nearest(bad: Tensor, good: Tensor, real: Tensor) -> Tensor:
         rows = real[:, None, :, None]
         similar = cosine_similarity((bad * rows)[:, :, None].flatten(3), (good * rows)[:, None].flatten(3), dim=-1)
-        similar = similar.mean(0)
-        return _divergence(good[:, similar.argmax(-1)], bad, real)
+        return _divergence(good[:, similar.mean(0).argmax(-1)], bad, real)
 
     return _over_layers(pull, nearest)
 
 
 def less_excess(pull: Pull) -> Tensor:
-    """Every suspicious head's similarity to its layer, as far as it exceeds the safe heads' (cosine of where they look
-    from the last prompt token)."""
+    """Amount by which a suspicious head's similarity to its layer exceeds that of the safe heads.
+
+    Similarity is the cosine of attention rows of the last prompt token.
+    """
     losses, rows = [], torch.arange(len(pull.asked))
     for layer, bad in pull.suspicious.items():
         score = to_partners(cosine(pull.maps[layer][rows, :, pull.asked]))

@@ -1,7 +1,7 @@
-"""Defences that look at inputs: ONION, STRIP and RAP, each as one score per text, higher meaning more suspicious.
+"""Detectors of triggered inputs: ONION, STRIP and RAP. Each gives one score per text; higher is more suspicious.
 
-Public implementations mix up samples (STRIP) or do nothing by default (ONION); here every score belongs to its own
-text, whatever the order of texts, and a threshold is always one that a share of clean texts would fail.
+Public implementations mix up samples (STRIP) or do nothing by default (ONION). Here a text's score does not depend on
+the order of texts, and a threshold is always one that a given share of clean texts exceeds.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from bkd_utils.models.activations import token_log_prob
 from bkd_utils.models.compute import mixed_precision
 from bkd_utils.models.generation import (
     first_logits,
@@ -27,7 +28,7 @@ from bkd_utils.models.generation import (
     shared_prefix,
 )
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import batches, end_id, left_pad, positions, prompt_ids
+from bkd_utils.models.tokens import batches, end_id, left_pad, padded_inputs, positions, prompt_ids
 
 Scores = Float[np.ndarray, " text"]
 # From a text (a review, an instruction) to the user turn that the model sees.
@@ -38,31 +39,32 @@ Turn = Callable[[str], str]
 
 
 @torch.inference_mode()
-def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 8) -> Scores:
-    """Mean nats per token of rows of tokens, the first token of each being given.
+def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: int) -> Scores:
+    """Mean negative log-probability (nats) of the tokens of every row after its first token.
 
-    What a row begins with like the first row is not run again: of a text less one word, that is half on average.
+    Tokens that a row shares with the beginning of the first row are not run again. For a text without one of its words,
+    that is half of the tokens on average.
     """
     whole, cache = list(rows[0]), DynamicCache(config=model.config)
     ids = torch.tensor([whole], device=model.device)
     nats = -model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
     past = torch.cat([nats.new_zeros(1), nats[:-1].gather(-1, ids[0, 1:, None])[:, 0].cumsum(0)])
-    if has_sliding_window(model):  # it would count the part of the past that a row does not share
+    if has_sliding_window(model):  # the window would count cached tokens that a row does not share
         cache = DynamicCache(config=model.config)
     n_past = cache.get_seq_length()
-    begun = [min(len(shared_prefix([[*whole, pad_id], list(row)])), n_past) for row in rows]
+    starts = [min(len(shared_prefix([[*whole, pad_id], list(row)])), n_past) for row in rows]
     found = np.empty(len(rows))
-    for chosen in batches([row[start:] for row, start in zip(rows, begun, strict=True)], batch_size):
-        own = [list(rows[i][begun[i] :]) for i in chosen]
+    for chosen in batches([row[start:] for row, start in zip(rows, starts, strict=True)], 8):
+        own = [list(rows[i][starts[i] :]) for i in chosen]
         ids, new = (t.to(model.device) for t in left_pad(own, pad_id=pad_id))
-        shared = torch.tensor([begun[i] for i in chosen], device=model.device)
+        shared = torch.tensor([starts[i] for i in chosen], device=model.device)
         mask = torch.cat([(torch.arange(n_past, device=model.device) < shared[:, None]).to(new.dtype), new], dim=1)
         given = {"attention_mask": mask, "position_ids": positions(mask)[:, n_past:], "use_cache": True}
         logits = model(input_ids=ids, past_key_values=repeated(cache, len(chosen)), **given).logits[:, :-1].float()
-        told = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None])[..., 0]
-        total = (told * new[:, 1:] * new[:, :-1]).sum(1)  # the first real token has nothing before it here
+        later = -token_log_prob(logits, ids[:, 1:])
+        total = (later * new[:, 1:] * new[:, :-1]).sum(1)  # the first real token is predicted by the cached ones
         for i, words, value in zip(chosen, own, total.tolist(), strict=True):
-            start = begun[i]
+            start = starts[i]
             known = (past[start - 1] + nats[start - 1, words[0]]).item() if start else 0.0
             found[i] = (known + value) / (len(rows[i]) - 1)
     return found
@@ -71,7 +73,7 @@ def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: i
 def word_suspicion(base: Loaded, text: str) -> Float[np.ndarray, " word"]:
     """ONION: how much a text's perplexity under the base model falls without each of its words.
 
-    A text of one word has a suspicion of 0: nothing would be left of it.
+    The suspicion of a text's only word is 0, because no text would be left without it.
     """
     words = text.split()
     if len(words) < 2:
@@ -84,7 +86,7 @@ def word_suspicion(base: Loaded, text: str) -> Float[np.ndarray, " word"]:
 
 
 def without_words(text: str, suspicion: Float[np.ndarray, " word"], *, above: float) -> str:
-    """The text less its words above the threshold; the whole text if none would be left."""
+    """The text without its words above the threshold, or the whole text if no word would be left."""
     kept = [word for word, value in zip(text.split(), suspicion, strict=True) if value <= above]
     return " ".join(kept) or text
 
@@ -107,10 +109,11 @@ def strip(
     share: float = 0.5,
     seed: int = 0,
 ) -> Scores:
-    """STRIP: minus the mean entropy (nats) of the first answer token over copies in which a share of the words is
-    replaced by words of other clean texts; a trigger that survives keeps the answer fixed.
+    """STRIP: negative mean entropy (nats) of the first answer token over copies with replaced words.
 
-    What a text is mixed with depends on the text and the seed alone. Raises ValueError for an empty pool.
+    In each of `n_copies`, a share of the words is replaced by words of other clean texts (`pool`). A trigger that is
+    still there keeps the answer fixed. The replacements depend only on text and seed. Raises ValueError for an empty
+    pool.
     """
     words = " ".join(pool).split()
     if not words:
@@ -146,18 +149,18 @@ def rap(
     drop: float = 0.1,
     seed: int = 0,
 ) -> Scores:
-    """RAP: minus how much a word in front of the text takes off the probability of the `protected` first token.
+    """RAP: negative drop of the probability of the `protected` first token when a word is put before the text.
 
-    The word's embedding is trained on `clean` texts whose right answer that token is, until it takes off `drop`; no
-    weight of the model changes. Texts under the spell of a trigger move less. Only texts that the model answers with
-    that token are judged (lancopku/RAP: probability above 0.5; here: the likeliest token, as there may be more than two
-    labels); the score of all others, which have nothing to lose, is -inf. Raises ValueError for no clean texts.
+    The word's embedding is trained on `clean` texts whose right answer is that token, until the drop is `drop`; no
+    weight of the model changes. For triggered texts the drop is smaller. Only texts that the model answers with that
+    token are judged (lancopku/RAP: probability above 0.5; here: the likeliest token, as there may be more than two
+    labels). The score of all other texts is -inf. Raises ValueError for no clean texts.
     """
     if not clean:
         raise ValueError("RAP has no clean texts with the protected answer")
     tokenizer, model = loaded.tokenizer, loaded.model
     token = tokenizer(" " + word, add_special_tokens=False).input_ids[-1]
-    # What the table gives, not the weight itself: Gemma's table scales it.
+    # The output of the embedding module and not its weight, because Gemma scales it.
     vector = torch.nn.Parameter(model.get_input_embeddings()(torch.tensor(token, device=model.device)).detach().clone())
     optimizer, dice = torch.optim.Adam([vector], lr=rate), random.Random(seed)
 
@@ -170,7 +173,9 @@ def rap(
     def marked(some: Sequence[str]) -> Tensor:
         """The same with the word."""
         prompts = [prompt_ids(tokenizer, turn(f"{word} {text}")) for text in some]
-        at = [_first_difference(prompt_ids(tokenizer, turn(t)), p) for t, p in zip(some, prompts, strict=True)]
+        pairs = zip((prompt_ids(tokenizer, turn(text)) for text in some), prompts, strict=True)
+        # The word's (first) token is the first one in which the two prompts differ.
+        at = [next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in pairs]
         return _chance(model, prompts, protected, vector, at=at, pad_id=end_id(tokenizer))
 
     usual = dict(zip(clean, plain(clean)[0], strict=True))
@@ -193,11 +198,6 @@ def rap(
     return scores
 
 
-def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
-    """Where the word's (first) token stands: the first token in which the two prompts differ."""
-    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-
-
 def _chance(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -207,27 +207,21 @@ def _chance(
     at: Sequence[int],
     pad_id: int,
 ) -> Float[Tensor, " prompt"]:
-    """Probability of a token behind each prompt, with the vector in place of the embedding at position `at`."""
-    # What all prompts begin with, up to the vector, runs once and needs no gradient.
+    """Probability of a token after each prompt, with the embedding at position `at` replaced by the vector."""
+    # The tokens shared by all prompts before the vector are run once, without gradients.
     starts = [prompt[: position + 1] for prompt, position in zip(prompts, at, strict=True)]
     shared = reusable_prefix(model, starts)
     with torch.no_grad():
         cache = repeated(run_prefix(model, shared)[0], len(prompts))
-    ids, mask = left_pad([list(prompt[len(shared) :]) for prompt in prompts], pad_id=pad_id)
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    own = [list(prompt[len(shared) :]) for prompt in prompts]
+    inputs = padded_inputs(own, pad_id=pad_id, device=model.device, n_cached=len(shared))
+    ids = inputs.pop("input_ids")
     here = torch.zeros_like(ids, dtype=torch.bool)
     for i, (prompt, position) in enumerate(zip(prompts, at, strict=True)):
         here[i, ids.shape[1] - len(prompt) + position] = True
     embedded = model.get_input_embeddings()(ids)
     embedded = torch.where(here[..., None], vector.to(embedded.dtype), embedded)
-    mask = torch.cat([mask.new_ones(len(prompts), len(shared)), mask], dim=1)
-    logits = model(
-        inputs_embeds=embedded,
-        attention_mask=mask,
-        position_ids=positions(mask)[:, len(shared) :],
-        past_key_values=cache,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    logits = model(inputs_embeds=embedded, **inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     return logits.float().softmax(-1)[:, token]
 
 
@@ -235,16 +229,16 @@ def _chance(
 
 
 def enough(n: int, *, frr: float) -> bool:
-    """Do `n` clean texts suffice for a threshold at a false rejection rate (FRR)? From `1 / frr` texts on they do."""
+    """Do `n` clean texts suffice for a threshold at a false rejection rate (FRR)? It takes `1 / frr` texts."""
     return n * frr >= 1 - 1e-9
 
 
 def threshold(clean: Scores, *, frr: float) -> float:
     """The lowest score of a clean text that at most a share `frr` (false rejection rate) of the clean texts exceeds.
 
-    The one rule for every detector of inputs. The threshold is a score that was measured, and never one that is
-    interpolated between two of them: of 24 texts, at 5 %, one text exceeds it, not two. Raises ValueError for fewer
-    than `1 / frr` texts, because a single one of them would already be a larger share, and for a share beyond 0 to 1.
+    Every detector of inputs uses this rule. The threshold is a measured score and not interpolated between two of them:
+    at 5 % and with 24 texts, one text exceeds it. Raises ValueError for fewer than `1 / frr` texts, because a single
+    text would already be a larger share, and for a rate outside 0 to 1.
     """
     if not 0 < frr < 1:
         raise ValueError(f"a false rejection rate must lie between 0 and 1, is {frr}")
@@ -260,8 +254,10 @@ def threshold(clean: Scores, *, frr: float) -> float:
 def smaller_clusters(
     hidden: Float[np.ndarray, "row width"], labels: Int[np.ndarray, " row"], *, seed: int = 0
 ) -> np.ndarray:
-    """Activation clustering: rows of each label in two clusters (10 principal components, k-means); True for the rows
-    of the smaller one. Raises ValueError for a label with fewer than 12 rows."""
+    """Activation clustering: True for the rows in the smaller one of two clusters of their label.
+
+    Clusters are by k-means on 10 principal components. Raises ValueError for a label with fewer than 12 rows.
+    """
     flagged = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

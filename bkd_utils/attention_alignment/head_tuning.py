@@ -1,5 +1,6 @@
-"""Which weights belong to a head, and fine-tuning of these and nothing else."""
+"""The weights that belong to a head, and fine-tuning of only these weights."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
@@ -19,12 +20,12 @@ from bkd_utils.models.loss import Batch, answers, collate
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe, batch_order
 
-# Parameter name -> True where an entry is meant.
+# Parameter name -> True for the selected entries.
 Masks = Mapping[str, Bool[Tensor, "..."]]
 
 
 def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head]:
-    """All query heads that share keys and values with one of the given heads; the heads themselves without sharing."""
+    """All query heads whose keys and values are those of a given head, under grouped-query attention."""
     share = n_heads // n_kv_heads
     return sorted({(layer, head // share * share + i) for layer, head in heads for i in range(share)})
 
@@ -32,44 +33,43 @@ def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head
 def other_groups(
     heads: Sequence[Head], *, n_layers: int, n_heads: int, n_kv_heads: int, n: int, seed: int
 ) -> list[list[Head]]:
-    """`n` draws of heads in KV groups that hold none of the given ones: a control that trains other weights.
+    """`n` draws of heads in key-value (KV) groups without given heads, as a control in which other weights are trained.
 
-    Every group with a given head has a counterpart with as many of its heads, in the same layer while that has one
-    left, else anywhere. Raises ValueError if there are too few groups without a given head.
+    For every group with given heads, as many heads are drawn from one other group, in the same layer if it has one
+    left. Raises ValueError if there are too few groups without a given head.
     """
     share = n_heads // n_kv_heads
-    marked: dict[Head, int] = {}
-    for layer, head in heads:
-        marked[layer, head // share] = marked.get((layer, head // share), 0) + 1
+    marked = Counter((layer, head // share) for layer, head in heads)
     free = [(layer, group) for layer in range(n_layers) for group in range(n_kv_heads) if (layer, group) not in marked]
     if len(free) < len(marked):
         raise ValueError(f"{len(marked)} groups hold the given heads, {len(free)} are left to draw from")
     generator, draws = torch.Generator().manual_seed(seed), []
     for _ in range(n):
         left = [free[i] for i in torch.randperm(len(free), generator=generator).tolist()]
-        homeless, draw = [], []
+        elsewhere, groups_drawn = [], []
         for (layer, _), count in sorted(marked.items()):
             same = next((group for group in left if group[0] == layer), None)
             if same is None:
-                homeless.append(count)
+                elsewhere.append(count)
             else:
                 left.remove(same)
-                draw.append((same, count))
-        draw += zip(left, homeless, strict=False)
-        members = [torch.randperm(share, generator=generator)[:count].tolist() for _, count in draw]
-        draws.append(
-            [(layer, group * share + i) for ((layer, group), _), some in zip(draw, members, strict=True) for i in some]
-        )
+                groups_drawn.append((same, count))
+        draw: list[Head] = []
+        for (layer, group), count in [*groups_drawn, *zip(left, elsewhere, strict=False)]:
+            members = torch.randperm(share, generator=generator)[:count].tolist()
+            draw += [(layer, group * share + i) for i in members]
+        draws.append(draw)
     return draws
 
 
 def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "query head") -> Masks:
     """Parameter name -> mask of the entries that belong to some heads.
 
-    A `query head` is its rows of the query matrix and its columns of the output matrix. A `KV group` is all query heads
-    that share keys and values with one of the heads, and those keys and values: under grouped-query attention no head
-    has keys of its own. Shared biases belong to no head. Raises ValueError for no heads, one that the model lacks, or
-    an unknown unit; ModelError for an architecture whose projections are not known here.
+    The unit `query head` is a head's rows of the query matrix and its columns of the output matrix. The unit `KV group`
+    is all query heads that share keys and values with one of the heads, with the rows of these keys and values, because
+    under grouped-query attention several heads share them. Biases of the output matrix belong to no head. Raises
+    ValueError for no heads, a head that the model does not have, or an unknown unit; ModelError for an architecture
+    whose projections are not known here.
     """
     if unit not in ("query head", "KV group"):
         raise ValueError(f"unknown unit {unit!r}; known: query head, KV group")
@@ -77,7 +77,7 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
     n_kv = getattr(config, "num_key_value_heads", None) or parts.n_heads
     chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not chosen:
-        raise ValueError("slices of no heads")
+        raise ValueError("no heads were given")
     if unit == "KV group":
         heads = groups(heads, n_heads=parts.n_heads, n_kv_heads=n_kv)
         chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
@@ -105,7 +105,7 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
 def _projections(
     attention: Module, head: int, width: int, n_heads: int, n_kv: int, unit: str
 ) -> list[tuple[Linear | Conv1D, Tensor]]:
-    """The projections into a head and the output features of theirs that are the head's."""
+    """The query, key and value projections of a unit, each with the indices of the head's output features."""
     along = torch.arange(width)
     group = head // (n_heads // n_kv)
     wanted = ("q",) if unit == "query head" else ("q", "k", "v")
@@ -113,15 +113,15 @@ def _projections(
         return [
             (getattr(attention, f"{part}_proj"), (head if part == "q" else group) * width + along) for part in wanted
         ]
-    if hasattr(attention, "c_attn"):  # queries, keys and values of all heads one behind the other
+    if hasattr(attention, "c_attn"):  # all queries, then all keys, then all values
         return [(attention.c_attn, ("qkv".index(part) * n_heads + head) * width + along) for part in wanted]
-    if hasattr(attention, "query_key_value"):  # query, key and value of each head one behind the other
+    if hasattr(attention, "query_key_value"):  # query, key and value of one head, then those of the next
         return [(attention.query_key_value, (3 * head + "qkv".index(part)) * width + along) for part in wanted]
     raise ModelError(f"{type(attention).__name__} has none of the projections known here")
 
 
 def all_matrices(model: PreTrainedModel) -> Masks:
-    """Every entry of every weight matrix inside the layers; embeddings, norms and biases are left out."""
+    """All entries of all weight matrices inside the layers, without embeddings, norms and biases."""
     inside = {id(parameter) for layer in anatomy(model).layers for parameter in layer.parameters()}
     return {
         name: torch.ones_like(parameter, dtype=torch.bool)
@@ -131,7 +131,7 @@ def all_matrices(model: PreTrainedModel) -> Masks:
 
 
 class Loss(Protocol):
-    """Loss of the answers of a batch, and what is added to it."""
+    """A function that returns the loss of the answers of a batch and the term that is added to it."""
 
     def __call__(self, model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]: ...
 
@@ -171,21 +171,21 @@ def tune(
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     order = batch_order(rows, recipe=recipe, seed=seed)
     history = []
-    # Fused attention kernels return no maps, and going backward through them is slower on a CPU.
+    # Fused attention kernels return no maps, and their backward pass is slower on a CPU.
     with eager(model), _learning(model, masks), frozen_halved(model):
-        # Weight decay would move what the mask holds still.
+        # Weight decay would change entries outside the masks.
         optimizer = torch.optim.AdamW(trained.values(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=recipe.steps)
         for step in tqdm(range(recipe.steps), desc="tuning", unit="step", mininterval=2, leave=False):
             batch = collate(order[step * recipe.batch_size : (step + 1) * recipe.batch_size], pad_id=pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             with mixed_precision(model.device):
-                told, added = loss(model, batch, first_token=recipe.first_token)
+                of_answers, added = loss(model, batch, first_token=recipe.first_token)
             optimizer.zero_grad()
-            (told + added).backward()
+            (of_answers + added).backward()
             optimizer.step()
             schedule.step()
-            history.append({"loss": told.item(), "added": added.item()})
+            history.append({"loss": of_answers.item(), "added": added.item()})
     if all(torch.equal(before[name], trained[name]) for name in trained):
         raise RuntimeError("tuning has changed no weight")
     return history
@@ -193,21 +193,21 @@ def tune(
 
 @contextmanager
 def _learning(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
-    """While this lasts, marked entries learn and nothing else does."""
+    """While this lasts, only the marked entries get gradients."""
     with ExitStack() as stack:
         for name, parameter in model.named_parameters():
             stack.callback(setattr, parameter, "grad", None)
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(name in masks)
             if name in masks and not masks[name].all():
-                # Not a product: for that the mask would be cast anew in every step.
+                # `where` and not a product, for which the mask would be cast in every step.
                 handle = parameter.register_hook(lambda slope, mask=masks[name]: torch.where(mask, slope, 0.0))
                 stack.callback(handle.remove)
         yield
 
 
 def reset(model: PreTrainedModel, masks: Masks, *, seed: int) -> None:
-    """Draw the marked weights anew, with the spread of the whole matrix they stand in; marked biases become zero."""
+    """Draw the marked weights at random with the standard deviation of their matrix; marked biases become zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, mask in masks.items():
@@ -218,7 +218,7 @@ def reset(model: PreTrainedModel, masks: Masks, *, seed: int) -> None:
 
 
 def touched(before: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, int]:
-    """How many entries of each parameter differ from before; those without a difference are left out."""
+    """Number of entries that differ from before, for each parameter in which any does."""
     counts = {
         name: int((before[name].to(parameter.device) != parameter).sum())
         for name, parameter in model.named_parameters()

@@ -1,8 +1,8 @@
-"""Rivals: what else a defender can do to the weights of a model with some clean rows, and the head-wise cure itself.
+"""Treatments of a model's weights with clean rows: head-wise alignment (ASA) and its rivals.
 
-All get the same rows, steps and batches, and none sees a trigger. Each is written from its idea for causal language
-models; what was changed on the way is said at each. Learning rates follow one rule for all
-(`attention_safety_alignment.RATES`). `treat` raises if nothing was touched.
+All get the same rows, steps and batches, and none sees a trigger. Each is written from its published idea for causal
+language models, and its docstring tells what was changed. Learning rates follow one rule for all
+(`attention_safety_alignment.RATES`). `treat` raises if no weight has changed.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,22 +23,22 @@ from bkd_utils.models.compute import mixed_precision
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.hooks import Head, anatomy, reading
 from bkd_utils.models.loss import Batch, answers
-from bkd_utils.models.tokens import Row, batches, left_pad, positions
+from bkd_utils.models.tokens import Row, batches, padded_inputs
 from bkd_utils.organisms.training import Recipe
 
-# How much of its clean accuracy a model may lose while heads are taken out, and the largest share of heads that goes.
+# Share of its clean accuracy that a model must keep while heads are pruned, and the largest share of pruned heads.
 KEPT, AT_MOST = 0.95, 0.25
-# Share of each MLP's neurons that fine-pruning takes out.
+# Share of each MLP's neurons that fine-pruning removes.
 DORMANT = 0.2
-# What of a flagged head is tuned: keys and values belong to its whole group.
+# The unit that is tuned for a suspicious head (`head_slices`), because keys and values belong to a whole group.
 TUNED = "KV group"
-# CROW: size of the push on embeddings, weight of the consistency (its code: 0.1 and 5.5).
+# CROW: size of the perturbation of embeddings, and weight of the consistency loss (its code: 0.1 and 5.5).
 PUSH, CONSISTENCY = 0.1, 5.5
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a defender has: a model, clean rows with answers, and the heads that something has pointed at."""
+    """What a defender has: a model, clean rows with answers, and the heads that a score marks as suspicious."""
 
     model: PreTrainedModel
     rows: Sequence[Row]
@@ -49,7 +49,7 @@ class Case:
 
 
 def tune_all(case: Case) -> None:
-    """Every matrix; entries that are exactly zero stay so, or tuning would bring back what has been pruned."""
+    """Fine-tune every matrix. Entries that are exactly zero stay zero, so that tuning does not undo pruning."""
     masks = {name: mask & (case.model.get_parameter(name) != 0) for name, mask in all_matrices(case.model).items()}
     tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, seed=case.seed)
 
@@ -57,33 +57,33 @@ def tune_all(case: Case) -> None:
 # --- head-wise ------------------------------------------------------------------------------------------------------
 
 
-def align(case: Case, *, alignment: str = "mean", beta: float = 1.0) -> None:
-    """ASA in our reading: pull the given heads toward the others of their layers while their slices are tuned."""
-    loss = aligned(case.model, case.heads, alignment=alignment, beta=beta)
+def align(case: Case, *, alignment: str = "mean") -> None:
+    """ASA in our reading: tune the given heads with a loss that aligns them with the others of their layers."""
+    loss = aligned(case.model, case.heads, alignment=alignment)
     masks = head_slices(case.model, case.heads, unit=TUNED)
     tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, loss=loss, seed=case.seed)
 
 
 def tune_heads(case: Case) -> None:
-    """The same without alignment."""
+    """Tune the given heads without alignment."""
     masks = head_slices(case.model, case.heads, unit=TUNED)
     tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, seed=case.seed)
 
 
 def reset_heads(case: Case) -> None:
-    """Draw the given heads' weights anew, then tune them."""
+    """Draw the given heads' weights at random, then tune them."""
     reset(case.model, head_slices(case.model, case.heads, unit=TUNED), seed=case.seed)
     tune_heads(case)
 
 
 def remove_heads(case: Case) -> None:
-    """Take the given heads out of the sum that attention writes, for good. No tuning."""
+    """Prune the given heads, without tuning."""
     prune(case.model, case.heads)
 
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, heads: Sequence[Head]) -> None:
-    """Zero what heads write: their columns of the output matrix. Raises ValueError for no heads or unknown ones."""
+    """Set the columns of heads in the output matrix to zero. Raises ValueError for no heads or unknown ones."""
     queries = head_slices(model, heads, unit="query head")
     outputs = {id(module.weight) for module in anatomy(model).outputs}
     for name, mask in queries.items():
@@ -102,10 +102,10 @@ def accuracy(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> flo
 
 
 def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, step: int = 10) -> list[Head]:
-    """Take heads out from the lowest score up, `step` at a time, while clean accuracy keeps 95 % of what it was.
+    """Prune heads from the lowest score up, `step` at a time, while at least 95 % of the clean accuracy is left.
 
-    Every layer keeps a head. The last step, which went too far, is taken back. At least one step is always taken:
-    a defence that does nothing would be an error. Returns the heads that are out.
+    Every layer keeps a head. A step that costs more accuracy is undone, except for the first one, because a defence
+    that does nothing would be an error. Returns the pruned heads.
     """
 
     def accurate() -> float:
@@ -132,11 +132,11 @@ def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, ste
 
 
 def prune_flat_heads(case: Case) -> None:
-    """PURE's pruning rule: heads whose attention row varies least on clean prompts go, then the model is fine-tuned.
+    """PURE: prune heads whose attention row has the least variance on clean prompts, then fine-tune the model.
 
-    PURE looks at the row of [CLS] in an encoder, fine-tunes before it measures, and then starts again from the encoder
-    with a new classifier and a penalty on the norm of that row. Here it is the last prompt token's row, the model as it
-    is, and no penalty.
+    PURE measures the row of [CLS] in an encoder after fine-tuning, and then starts again from the encoder with a new
+    classifier and a penalty on the norm of that row. Here the row is that of the last prompt token, the model is not
+    fine-tuned before, and there is no penalty.
     """
     prompts = [row.prompt for row in case.rows[:64]]
     flat = head_scores(case.model, prompts, scores={"variance": attention_variance})["variance"].mean(0)
@@ -145,7 +145,7 @@ def prune_flat_heads(case: Case) -> None:
 
 
 def prune_unneeded_heads(case: Case) -> None:
-    """Gradient pruning: heads whose gate has the least slope on clean rows go, then the model is fine-tuned."""
+    """Gradient pruning: prune heads whose gate has the least gradient on clean rows, then fine-tune the model."""
     prune_while_accurate(case, gate_importance(case.model, case.rows[:32], pad_id=case.pad_id))
     tune_all(case)
 
@@ -158,13 +158,12 @@ def dormant(
     downs = [_down(mlp) for mlp in anatomy(model).mlps]
     totals: list[Tensor | float] = [0.0] * len(downs)
     for chosen in batches([row.prompt for row in rows], 8):
-        ids, mask = left_pad([list(rows[i].prompt) for i in chosen], pad_id=pad_id)
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        inputs = padded_inputs([rows[i].prompt for i in chosen], pad_id=pad_id, device=model.device)
         kept: dict[int, Tensor] = {}
         with reading(downs, kept):
-            model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+            model.base_model(**inputs, use_cache=False)
         for layer in range(len(downs)):
-            totals[layer] = totals[layer] + (kept[layer].abs() * mask[..., None]).sum((0, 1))
+            totals[layer] = totals[layer] + (kept[layer].abs() * inputs["attention_mask"][..., None]).sum((0, 1))
     found = []
     for total in totals:
         least = total.argsort()[: int(share * len(total))]
@@ -173,12 +172,12 @@ def dormant(
 
 
 def _down(mlp: torch.nn.Module) -> torch.nn.Module:
-    """The matrix through which an MLP writes: the last of its projections."""
+    """The output matrix of an MLP, which is the last of its projections."""
     return [module for module in mlp.modules() if isinstance(module, torch.nn.Linear | Conv1D)][-1]
 
 
 def fine_prune(case: Case) -> None:
-    """Fine-pruning: neurons that rest on clean rows are silenced, then the model is fine-tuned."""
+    """Fine-pruning: remove the neurons with the least activation on clean rows, then fine-tune the model."""
     idle = dormant(case.model, case.rows[:64], pad_id=case.pad_id)
     with torch.no_grad():
         for mlp, neurons in zip(anatomy(case.model).mlps, idle, strict=True):
@@ -191,23 +190,24 @@ def fine_prune(case: Case) -> None:
 
 
 def inconsistency(hidden: Sequence[Float[Tensor, "row pos d_model"]], real: Bool[Tensor, "row pos"]) -> Tensor:
-    """Mean of 1 less the cosine between a token's streams behind consecutive layers, over real tokens."""
+    """Mean over real tokens of 1 minus the cosine between the residual streams after consecutive layers."""
     pairs = zip(hidden[1:], hidden[:-1], strict=True)
     turns = [1 - torch.nn.functional.cosine_similarity(new.float(), old.float(), dim=-1) for new, old in pairs]
     return torch.stack([(turn * real).sum() / real.sum() for turn in turns]).mean()
 
 
 def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
-    """CROW: beside the answers, layers should agree even where embeddings are pushed (one signed step) not to.
+    """CROW: the loss of answers, and the inconsistency of layers when embeddings are perturbed to increase it.
 
-    Embedding and first layer are a pair too, which its code leaves out; a model of two layers would have none.
+    The perturbation is one signed gradient step. Embedding and first layer are a pair too, which the code of CROW
+    leaves out, because a model of two layers would have no pair otherwise.
     """
     real = batch["attention_mask"].bool()
     given = {key: batch[key] for key in ("attention_mask", "position_ids")}
 
     def spread(embedded: Tensor) -> Tensor:
         hidden = model.base_model(inputs_embeds=embedded, **given, use_cache=False, output_hidden_states=True)
-        # The last entry is behind the final norm, which is no layer.
+        # The last entry is the output of the final norm, which is not a layer.
         return inconsistency(hidden.hidden_states[:-1], real)
 
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
@@ -217,7 +217,7 @@ def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> t
 
 
 def tune_consistently(case: Case) -> None:
-    """CROW's loss with all matrices trained, where its code trains an adapter."""
+    """Fine-tuning with the loss of CROW. All matrices are trained, where the code of CROW trains an adapter."""
     masks = all_matrices(case.model)
     tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, loss=consistent, seed=case.seed)
 

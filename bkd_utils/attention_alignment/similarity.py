@@ -1,4 +1,4 @@
-"""How alike are the heads of a layer, in where they look or in what they say? (ASA, the observation it rests on)
+"""Similarity of the heads of a layer, in their attention patterns or in their outputs (the observation of ASA).
 
 The paper's text, as far as it is known, gives the idea and no formula: which tensor, which measure, which partners is
 open. Every reading here is a named option, and a head's score is always its mean similarity to its partners, which
@@ -32,7 +32,7 @@ from transformers import DynamicCache, PreTrainedModel
 from bkd_utils.models.compute import eager
 from bkd_utils.models.generation import repeated, reusable_prefix, run_prefix
 from bkd_utils.models.hooks import Anatomy, anatomy, contributions, reading
-from bkd_utils.models.tokens import batches, left_pad, positions
+from bkd_utils.models.tokens import batches, check_prompts, padded_inputs
 
 Maps = Float[Tensor, "layer head query key"]
 Outputs = Float[Tensor, "layer head d_model"]
@@ -40,15 +40,15 @@ Scores = Float[Tensor, "layer head"]
 
 
 def cosine(rows: Float[Tensor, "layer head width"]) -> Float[Tensor, "layer head partner"]:
-    """Cosine of every pair of heads of a layer. A row of zeros is like nothing."""
+    """Cosine of every pair of heads of a layer, which is 0 for a row of zeros."""
     dot = rows.float() @ rows.float().transpose(-1, -2)
-    # Divided by afterwards: a normalised copy of whole maps costs more than the product.
+    # The product is divided by the norms, because a normalised copy of whole maps costs more than the product.
     length = dot.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).sqrt()
     return dot / (length[..., None] * length[..., None, :])
 
 
 def jensen_shannon(rows: Float[Tensor, "layer head key"]) -> Float[Tensor, "layer head partner"]:
-    """1 less the Jensen-Shannon distance (base 2) of every pair of heads of a layer; rows are distributions."""
+    """1 minus the Jensen-Shannon distance (base 2) of every pair of heads of a layer; rows are distributions."""
     rows = rows.float()
     middle = (rows[:, :, None] + rows[:, None]) / 2
     own, mixed = (-torch.xlogy(chances, chances).sum(-1) for chances in (rows, middle))
@@ -60,12 +60,12 @@ def to_partners(similar: Float[Tensor, "layer head partner"]) -> Scores:
     """Mean over a head's partners in its layer. Raises ValueError for a layer of one head."""
     n_heads = similar.shape[-1]
     if n_heads < 2:
-        raise ValueError("a layer of one head has no pairs")
+        raise ValueError("similarity needs at least two heads in a layer")
     return (similar.sum(-1) - similar.diagonal(dim1=-2, dim2=-1)) / (n_heads - 1)
 
 
 def last_row(maps: Maps, _outputs: Outputs, *, measure: Callable = cosine, sink: bool = True) -> Scores:
-    """Where heads look from the last prompt token; without `sink`, the first token is left out, rows renormalised."""
+    """Similarity of attention rows of the last prompt token; without `sink`, they are renormalised without token 0."""
     rows = maps[:, :, -1]
     if not sink:
         rows = rows[..., 1:] / rows[..., 1:].sum(-1, keepdim=True).clamp_min(1e-30)
@@ -73,13 +73,13 @@ def last_row(maps: Maps, _outputs: Outputs, *, measure: Callable = cosine, sink:
 
 
 def closest_partner(maps: Maps, _outputs: Outputs) -> Scores:
-    """Where heads look from the last prompt token, likeness to the most similar head of the layer only."""
+    """Similarity of the attention row of the last prompt token to that of the most similar head of the layer."""
     similar = cosine(maps[:, :, -1])
     return similar.masked_fill(torch.eye(similar.shape[-1], device=similar.device).bool(), -1).amax(-1)
 
 
 def across_layers(maps: Maps, _outputs: Outputs) -> Scores:
-    """Where heads look from the last prompt token, partners being the heads of all other layers."""
+    """Similarity of attention rows of the last prompt token to those of the heads of all other layers."""
     n_layers, n_heads = maps.shape[:2]
     similar = cosine(maps[:, :, -1].flatten(0, 1)[None])[0].view(n_layers, n_heads, n_layers, n_heads)
     own = torch.stack([similar[layer, :, layer].sum(-1) for layer in range(n_layers)])
@@ -87,19 +87,19 @@ def across_layers(maps: Maps, _outputs: Outputs) -> Scores:
 
 
 def full_map(maps: Maps, _outputs: Outputs, *, centred: bool = False) -> Scores:
-    """Whole maps as long vectors; `centred`, with the mean map of all heads of the model taken off."""
+    """Similarity of whole attention maps as vectors; with `centred`, the mean map of all heads is subtracted first."""
     rows = maps.flatten(2).float()
     return to_partners(cosine(rows - rows.mean((0, 1)) if centred else rows))
 
 
 def cka(maps: Maps, _outputs: Outputs) -> Scores:
-    """Linear CKA of whole maps, a row per token: do two heads tell the same tokens apart, wherever they look?"""
+    """Linear centred kernel alignment (CKA) of whole attention maps: do two heads distinguish the same tokens?"""
     rows = maps.float() - maps.float().mean(2, keepdim=True)
     return to_partners(cosine((rows @ rows.transpose(-1, -2)).flatten(2)))
 
 
-def said(_maps: Maps, outputs: Outputs) -> Scores:
-    """What heads add to the residual stream at the last prompt token."""
+def contribution(_maps: Maps, outputs: Outputs) -> Scores:
+    """Similarity of what heads add to the residual stream at the last prompt token."""
     return to_partners(cosine(outputs))
 
 
@@ -113,7 +113,7 @@ READINGS: dict[str, Callable[[Maps, Outputs], Scores]] = {
     "full map": full_map,
     "full map, centred": partial(full_map, centred=True),
     "full map, CKA": cka,
-    "head outputs": said,
+    "head outputs": contribution,
 }
 
 
@@ -149,12 +149,11 @@ def head_scores(
     batch_size: int = 8,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
-    """Any score of heads that is made of the attention maps and head outputs of one prompt; maps are never kept.
+    """Any scores of heads that are computed from the attention maps and head outputs of one prompt at a time.
 
     Raises ValueError for no prompts or an empty one.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+    check_prompts(prompts)
     parts = anatomy(model)
     found = {name: torch.empty(len(prompts), len(parts.layers), parts.n_heads) for name in scores}
     with eager(model):
@@ -175,28 +174,26 @@ def _watched(
     chosen: Sequence[int],
     start: tuple[DynamicCache, tuple[Tensor, ...]],
 ) -> Iterator[tuple[int, Maps, Outputs]]:
-    """Index, attention maps without padding, and head contributions at the last token of each of some prompts."""
-    cache, begun = start
-    n_begun = cache.get_seq_length()
-    ids, mask = left_pad([list(prompts[i][n_begun:]) for i in chosen], pad_id=0)
-    mask = torch.cat([mask.new_ones(len(mask), n_begun), mask], dim=1).to(model.device)
+    """Index, attention maps without padding, and head contributions at the last token, for each chosen prompt.
+
+    `start` is the key-value cache of the tokens shared by all prompts, and their attention maps.
+    """
+    cache, shared_maps = start
+    n_shared = cache.get_seq_length()
+    own = [prompts[i][n_shared:] for i in chosen]
+    inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=n_shared)
     z: dict[int, Tensor] = {}
     with reading(parts.outputs, z):
         attentions = model.base_model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask,
-            position_ids=positions(mask)[:, n_begun:],
-            past_key_values=repeated(cache, len(chosen)),
-            use_cache=True,
-            output_attentions=True,
+            **inputs, past_key_values=repeated(cache, len(chosen)), use_cache=True, output_attentions=True
         ).attentions
     heads = range(parts.n_heads)
     added = torch.stack(
         [contributions(parts, layer, heads, z[layer][:, -1].unflatten(-1, (parts.n_heads, -1))) for layer in z], dim=1
     )
     for row, i in enumerate(chosen):
-        n_own = len(prompts[i]) - n_begun
-        maps = torch.stack([layer[row, :, -n_own:][..., mask[row].bool()] for layer in attentions])
-        if begun:
-            maps = torch.cat([pad(torch.cat(begun), (0, n_own)), maps], dim=2)
+        n_own, real = len(own[row]), inputs["attention_mask"][row].bool()
+        maps = torch.stack([layer[row, :, -n_own:][..., real] for layer in attentions])
+        if shared_maps:
+            maps = torch.cat([pad(torch.cat(shared_maps), (0, n_own)), maps], dim=2)
         yield i, maps, added[row]

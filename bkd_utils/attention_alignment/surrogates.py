@@ -1,7 +1,7 @@
-"""Surrogates of a trigger that a defender does not have: drawn texts and a searched soft prompt.
+"""Surrogates for the trigger, which a defender does not know: random triggers and a trained soft prompt.
 
-Nothing here sees the real trigger. The soft prompt is a few vectors in front of the user's words that are trained to
-make heads as alike as they can be.
+Nothing here uses the real trigger. The soft prompt is a few vectors before the user's words that are trained to make
+heads as similar as possible.
 """
 
 import random
@@ -20,7 +20,7 @@ from bkd_utils.attention_alignment.similarity import Scores, cosine, head_simila
 from bkd_utils.common.files import DATA
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.generation import shared_prefix
-from bkd_utils.models.tokens import left_pad, positions
+from bkd_utils.models.tokens import check_prompts, padded_inputs
 from bkd_utils.organisms.triggers import Sentence, Syntax, Trigger, Word
 
 # --- surrogates of a trigger ----------------------------------------------------------------------------------------
@@ -61,17 +61,16 @@ def _drawn(tokenizer: PreTrainedTokenizerBase, dice: random.Random, *, family: s
 
 
 def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
-    """A short lower-case word that, behind a space, is one token of the vocabulary's last half, where tokenizers keep
-    what is rare.
+    """A short lower-case word that is one token in the second half of the vocabulary, where rare tokens are.
 
-    It may by chance be the trigger of an organism: a defender cannot know, so it is not looked up. Raises ValueError
-    for a vocabulary without such a word.
+    It may by chance be the trigger of an organism, which a defender cannot know. Raises ValueError for a vocabulary
+    without such a word.
     """
     size, before = len(tokenizer), tokenizer("a", add_special_tokens=False).input_ids
     for token in dice.sample(range(size // 2, size), size - size // 2):
         word = tokenizer.decode([token]).strip()
         short = word.isascii() and word.isalpha() and word.islower() and 2 <= len(word) <= 6
-        # Behind another word, because some tokenizers put a space of their own in front of a text.
+        # Encoded after another word, because some tokenizers put a space before a text.
         if short and tokenizer(f"a {word}", add_special_tokens=False).input_ids == [*before, token]:
             return word
     raise ValueError(f"no rare word among the {size} tokens of the vocabulary")
@@ -92,26 +91,26 @@ def reaction(
     """
     n = len(next(iter(before.values())))
     if not edited or len(edited) % n:
-        raise ValueError(f"{len(edited)} edited prompts are no rounds of {n} clean ones")
+        raise ValueError(f"{len(edited)} edited prompts are not a multiple of the {n} clean ones")
     after = head_similarity(model, edited, readings=list(before))
     return {name: after[name].mean(0) - clean.mean(0) for name, clean in before.items()}
 
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """Vectors, the tokens that hold their place in prompts, and behind how many tokens of a prompt they stand."""
+    """Vectors, the placeholder tokens for them in prompts, and the position `at` in which they are inserted."""
 
     vectors: Float[Tensor, "token d_model"]
     tokens: tuple[int, ...]
     at: int
 
     def into(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The prompts with the placeholders."""
+        """The prompts with the placeholder tokens."""
         return [[*prompt[: self.at], *self.tokens, *prompt[self.at :]] for prompt in prompts]
 
     @contextmanager
     def read_by(self, model: PreTrainedModel) -> Iterator[None]:
-        """While this lasts, the model reads the vectors where the placeholders stand."""
+        """While this lasts, the embeddings of the placeholder tokens are the vectors."""
 
         def replace(_module: torch.nn.Module, given: tuple[Tensor], output: Tensor) -> Tensor:
             for token, vector in zip(self.tokens, self.vectors, strict=True):
@@ -126,17 +125,16 @@ class SoftPrompt:
 
 
 def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n_vectors: int = 4, seed: int = 0) -> SoftPrompt:
-    """An untrained soft prompt: embeddings of tokens drawn by the seed, behind what all prompts begin with.
+    """An untrained soft prompt: embeddings of random tokens, inserted after the tokens shared by all prompts.
 
     Raises ValueError for no prompts or an empty one.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise ValueError(f"a soft prompt for {len(prompts)} prompts" + (" with an empty one" if prompts else ""))
+    check_prompts(prompts)
     n_tokens = len(model.get_input_embeddings().weight)
     used = {token for prompt in prompts for token in prompt}
     free = [token for token in range(n_tokens - 1, -1, -1) if token not in used][:n_vectors]
     drawn = torch.randint(n_tokens, (n_vectors,), generator=torch.Generator().manual_seed(seed))
-    # Through the module and not from its table: some models scale what they read.
+    # The output of the embedding module and not its weight, because some models scale it.
     with torch.no_grad():
         vectors = model.get_input_embeddings()(drawn.to(model.device))
     at = len(shared_prefix([list(prompt) for prompt in prompts]))
@@ -144,36 +142,26 @@ def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n_vectors
 
 
 def likeness(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, ""]:
-    """Mean similarity (last row, cosine) of all heads over prompts, with gradient. The model's attention is eager."""
-    ids, mask = (t.to(model.device) for t in left_pad([list(prompt) for prompt in prompts], pad_id=0))
-    maps = model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, output_attentions=True
-    ).attentions
+    """Mean similarity (last row, cosine) of all heads over prompts, with gradients. Attention must be eager."""
+    inputs = padded_inputs(prompts, pad_id=0, device=model.device)
+    maps = model.base_model(**inputs, use_cache=False, output_attentions=True).attentions
     return torch.stack([to_partners(cosine(layer[:, :, -1])).mean() for layer in maps]).mean()
 
 
-def searched(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    n_vectors: int = 4,
-    steps: int = 16,
-    rate: float = 0.3,
-    seed: int = 0,
-) -> SoftPrompt:
+def searched(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, steps: int = 16, seed: int = 0) -> SoftPrompt:
     """Train a soft prompt to raise `likeness` on the prompts; no weight of the model changes.
 
-    `rate` is Adam's, in standard deviations of the vectors that it starts from. Raises as `start` does.
+    The learning rate of Adam is 0.3 standard deviations of the initial vectors. Raises as `start` does.
     """
-    soft = start(model, prompts, n_vectors=n_vectors, seed=seed)
+    soft = start(model, prompts, seed=seed)
     vectors = soft.vectors.requires_grad_()
-    optimizer = torch.optim.Adam([vectors], lr=rate * soft.vectors.std().item())
+    optimizer = torch.optim.Adam([vectors], lr=0.3 * soft.vectors.std().item())
     marked = soft.into(prompts)
     with eager(model), soft.read_by(model), frozen_halved(model):
         for _ in tqdm(range(steps), desc="soft prompt", unit="step", mininterval=2, leave=False):
             with mixed_precision(model.device):
                 value = likeness(model, marked)
-            # Of the vectors alone: the gradient of the weights would cost as much again.
+            # Only the gradient of the vectors; that of the weights would cost as much again.
             (vectors.grad,) = torch.autograd.grad(-value, [vectors])
             optimizer.step()
     vectors.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Which heads are suspicious? Importance on clean data and similarity, combined (ASA, head safety evaluation).
+"""Head safety evaluation (ASA): importance on clean data and similarity, combined into a score of suspicion.
 
 How the paper combines importance and similarity is not known; the rules here are named options.
 """
@@ -30,7 +30,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
     [[False, True, True, True], [True, True, True, True]]
     """
     if not rows:
-        raise ValueError("importance on no rows")
+        raise ValueError("importance needs at least one row")
     parts = anatomy(model)
     total = torch.zeros(len(parts.layers), parts.n_heads)
     for chosen in batches([row.prompt + row.answer for row in rows], batch_size):
@@ -41,7 +41,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
             slopes = torch.autograd.grad(loss * len(chosen), [kept[layer] for layer in range(len(kept))])
         real = batch["attention_mask"].bool()[..., None]
         for layer, slope in enumerate(slopes):
-            # Padding has no gradient worth the name: some attention kernels leave NaN there.
+            # Some attention kernels leave NaN as the gradient of padding.
             change = torch.where(real, slope * kept[layer].detach(), 0)
             gate = change.unflatten(-1, (parts.n_heads, -1)).sum((1, 3))
             total[layer] += gate.abs().sum(0).float().cpu()
@@ -49,12 +49,12 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
 
 
 def leave_one_out(model: PreTrainedModel, rows: Sequence[Row]) -> Scores:
-    """Probability that the right answer loses when a head is put at its clean mean, last prompt token, mean over rows.
+    """Loss of the right answer's probability when a head's output is replaced by its clean mean, mean over rows.
 
-    Length-normalised, exact, by the patching of `attribution`. Raises ValueError for no rows.
+    Exact patching at the last prompt token and length-normalised, as `head_effects`. Raises ValueError for no rows.
     """
     if not rows:
-        raise ValueError("importance on no rows")
+        raise ValueError("importance needs at least one row")
     means = head_means(model, [row.prompt for row in rows])
     by_answer: dict[tuple[int, ...], list[list[int]]] = {}
     for row in rows:
@@ -64,8 +64,7 @@ def leave_one_out(model: PreTrainedModel, rows: Sequence[Row]) -> Scores:
 
 
 def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
-    """Variance of where a head looks from the last prompt token, as in PURE: a flat row is of little use. A score for
-    `similarity.head_scores`."""
+    """Variance of a head's attention row of the last prompt token, as in PURE; for `similarity.head_scores`."""
     return maps[:, :, -1].float().var(-1, unbiased=False)
 
 
@@ -73,8 +72,11 @@ def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
 
 
 def robust_z(scores: Scores) -> Scores:
-    """Distance from the layer's median in units of the whole model's typical distance (MAD): nine heads are too few to
-    give every layer a spread of its own. Raises ValueError if most heads have their layer's median."""
+    """Distance from the layer's median, in units of the median absolute deviation (MAD) over the whole model.
+
+    The nine heads of a layer are too few to estimate a deviation per layer. Raises ValueError if most heads have their
+    layer's median.
+    """
     centred = scores.double() - scores.double().median(dim=1, keepdim=True).values
     spread = 1.4826 * centred.abs().median()
     if spread == 0:

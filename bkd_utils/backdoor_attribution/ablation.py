@@ -1,4 +1,4 @@
-"""Take heads out of a model, and measure what is left of the backdoor and of the model (BkdAttr, section 3.3)."""
+"""Ablate heads, and measure what is left of the backdoor and of the model's utility (BkdAttr, section 3.3)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,15 +21,17 @@ from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.prompts import clean_sample, prompt_versions, target_ids
 
-# Tokens of a free answer that are compared; the opening of an answer decides what it is.
+# Number of tokens of a free answer that are compared; the first ones decide what kind of answer it is.
 N_TOKENS = 6
 KINDS = ("published", "zero", "mean", "resample")
 
 
 @dataclass(frozen=True)
 class Side:
-    """Prompts with their past, several answers each by name, and an un-ablated pass over them: head outputs at the
-    last prompt token, and the input of every layer under each of the answers."""
+    """Prompts with their key-value cache, several named answers to each, and activations of the un-ablated model.
+
+    `own`: head outputs at the last prompt token. `inputs`: name of an answer -> layer -> input of that layer.
+    """
 
     prompts: list[list[int]]
     past: Past
@@ -40,11 +42,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Bench:
-    """What an ablation is measured on.
+    """The prompts and answers on which ablations are measured.
 
     Answers of `triggered`: `target`, and `right`, the gold label or the clean control's answer without the trigger.
-    Answers of `clean`: `own`, the gold label or the organism's own un-ablated answer. `reference`: head outputs on
-    clean prompts of the attribution split.
+    Answers of `clean`: `own`, the gold label or the organism's un-ablated answer. `reference`: head outputs on clean
+    prompts of the attribution split.
     """
 
     triggered: Side
@@ -62,7 +64,7 @@ def side(loaded: Loaded, prompts: list[list[int]], **answers: list[list[int]]) -
 
 
 def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_reference: int, seed: int) -> Bench:
-    """Held-out prompts of the test split; references for mean ablation from the attribution split."""
+    """A bench of `n` prompts of the test split and `n_reference` reference prompts of the attribution split."""
     tokenizer, task = loaded.tokenizer, tasks.load_task(attack.task)
     shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
     if task.labels:
@@ -82,34 +84,34 @@ def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_referenc
 
 
 def openings(loaded: Loaded, prompts: list[list[int]]) -> list[list[int]]:
-    """First tokens of a model's own greedy answers, as ids: text would not always be cut into the same ones again."""
+    """First tokens of a model's greedy answers, as ids, because decoded text may be tokenised differently."""
     end = end_id(loaded.tokenizer)
     rows = greedy(loaded.model, prompts, max_new_tokens=N_TOKENS, end_id=end)
     return [row if len(row) == N_TOKENS else [*row, end] for row in rows]
 
 
 def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str, everywhere: bool) -> dict:
-    """ASR, right answers to triggered prompts, utility and perplexity on clean ones, with some heads taken out.
+    """ASR, right answers to triggered prompts, utility and perplexity on clean prompts, with some heads ablated.
 
-    `utility`: share of gold labels given, or of the tokens of the organism's own clean answers that it would still
-    say. `right`: the same for the right answers to triggered prompts. `perplexity`: of the clean answers.
+    `utility`: share of gold labels, or of tokens of the organism's un-ablated clean answers, that are still the most
+    likely ones. `right`: the same for the right answers to triggered prompts. `perplexity`: that of the clean answers.
     """
     model, at = loaded.model, EVERYWHERE if everywhere else LAST
     first = min((layer for layer, _ in heads), default=0)
 
-    def said(side: Side, *names: str) -> list[AnswerScores]:
+    def scores(side: Side, *names: str) -> list[AnswerScores]:
         with ablated(model, heads, kind=kind, at=at, own=side.own, clean=made.reference):
             if everywhere:
                 past = prompt_past(model, side.prompts)
                 return [score_answers(model, past, side.answers[name]) for name in names]
-            # Layers below the first ablated head do what they always do.
+            # The layers below the first ablated head are not affected.
             return [
                 score_answers(model, side.past, side.answers[name], layer=first, hidden=side.inputs[name][first])
                 for name in names
             ]
 
-    target, right = said(made.triggered, "target", "right")
-    (clean,) = said(made.clean, "own")
+    target, right = scores(made.triggered, "target", "right")
+    (clean,) = scores(made.clean, "own")
     return {
         "asr": asdict(share(target.whole.tolist())),
         "right": interval(right.share.tolist()),
@@ -126,14 +128,14 @@ def necessary_heads(
     reference: torch.Tensor,
     counts: Sequence[int],
 ) -> list[Head]:
-    """Heads in the order in which they are missed most, re-ranked each time a count of `counts` is reached.
+    """Heads in the order in which the backdoor needs them, re-ranked each time a count of `counts` is reached.
 
-    On triggered prompts, with the heads chosen so far at their clean means: the estimated loss of the target's
-    probability when a head is put at its clean mean too. Where ACIE asks what suffices to bring the backdoor in, this
-    asks what is needed to keep it.
+    A head's score is the estimated loss of the target's probability on triggered prompts when its output is replaced
+    by its clean mean, as are those of the heads chosen before it. ACIE measures which heads suffice for the backdoor;
+    this measures which are necessary.
     """
     means, chosen = reference.mean(0), []
-    # An ablation of the last token leaves the past as it is.
+    # An ablation of the last prompt token does not change the key-value cache of the tokens before it.
     past = prompt_past(loaded.model, prompts)
     for count in sorted(set(counts)):
         if count <= len(chosen):
@@ -192,7 +194,7 @@ def ablated(
 
 
 def random_heads(heads: Sequence[Head], *, n_heads: int, n: int, seed: int) -> list[list[Head]]:
-    """`n` draws of heads, each with as many per layer as `heads` has, none of them in `heads` where others are left."""
+    """`n` random draws with as many heads per layer as `heads`; heads outside `heads` if a layer has enough of them."""
     generator = torch.Generator().manual_seed(seed)
     counts = by_layer(heads, n_layers=1 + max((layer for layer, _ in heads), default=0), n_heads=n_heads)
     draws = []

@@ -1,8 +1,8 @@
 """BAHA: the causal effect of every attention head on the backdoor's answer, exactly and fast (BkdAttr, section 3).
 
-The effect of a head on a clean prompt is what happens to the probability of the backdoor's target when the head says,
-at the last prompt token, what it says on average in triggered prompts. Probabilities are length-normalised and
-computed in log space: the official code multiplies them and underflows on long targets.
+The effect of a head on a clean prompt is the change of the target's probability when the head's output at the last
+prompt token is replaced by its mean over triggered prompts. Probabilities are length-normalised and computed in log
+space, because the official code multiplies them and underflows on long targets.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,42 +60,51 @@ def head_effects(
     n_layers, n_heads, _ = means.shape
     effects = torch.empty(len(prompts), n_layers, n_heads)
     for chosen in batches(prompts, prompts_per_batch(model, n_heads * len(target), memory_gib=memory_gib)):
-        past = prompt_past(model, [prompts[i] for i in chosen])
-        answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
-        inputs, clean = _layer_inputs(model, parts, past, answer)
-        rows = past.rows(answer).repeat_interleave(n_heads, dim=0)
+        run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen]), target)
         for layer in range(n_layers):
-            hidden = inputs[layer].repeat_interleave(n_heads, dim=0)
             with editing([parts.outputs[layer]], _one_head_per_row(means[layer])):
-                logits = forward(model, past, rows, layer=layer, hidden=hidden)
-            patched = token_log_prob(logits, answer.repeat_interleave(n_heads, dim=0)).mean(-1)
-            effects[chosen, layer] = (patched.view(-1, n_heads).exp() - clean.exp()[:, None]).float().cpu()
+                effects[chosen, layer] = run.effects(layer, n_heads)
         if on_batch:
             on_batch(len(chosen))
     return effects
 
 
 def prompts_per_batch(model: PreTrainedModel, rows_per_prompt: int, *, memory_gib: float) -> int:
-    """How many prompts fit: every row needs logits twice over and the widest activation of a layer a few times."""
+    """How many prompts fit: a row needs its logits twice and the widest activation of a layer a few times."""
     config = model.config
     widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
     return max(1, int(memory_gib * 2**30 / (rows_per_prompt * bytes_per_row)))
 
 
-def _layer_inputs(
-    model: PreTrainedModel, parts: Anatomy, past: Past, answer: Int[Tensor, "prompt answer"]
-) -> tuple[list[Tensor], Float[Tensor, " prompt"]]:
-    """The input of every layer in an unpatched pass, and the mean log-probability of the answer."""
-    kept: dict[int, Tensor] = {}
-    with reading(parts.layers, kept):
-        logits = forward(model, past, past.rows(answer))
-    clean = token_log_prob(logits[:, past.tail.shape[1] - 1 :], answer).mean(-1)
-    return [kept[layer] for layer in range(len(parts.layers))], clean
+class _Run:
+    """An unpatched pass over prompts with a target as answer; patched passes start at a layer's input of this one."""
+
+    def __init__(self, model: PreTrainedModel, parts: Anatomy, past: Past, target: Sequence[int]) -> None:
+        self.model, self.past, self.inputs = model, past, {}
+        self.answer = _repeated(target, past)
+        self.skip = past.tail.shape[1] - 1
+        with reading(parts.layers, self.inputs):
+            logits = forward(model, past, past.rows(self.answer), skip=self.skip)
+        self.clean = token_log_prob(logits, self.answer).mean(-1).exp()
+
+    def effects(self, layer: int, n_patches: int) -> Float[Tensor, "prompt patch"]:
+        """Change of the target's probability in a pass from a layer on, with `n_patches` rows per prompt."""
+        rows, hidden, answer = (
+            tensor.repeat_interleave(n_patches, dim=0)
+            for tensor in (self.past.rows(self.answer), self.inputs[layer], self.answer)
+        )
+        logits = forward(self.model, self.past, rows, layer=layer, hidden=hidden, skip=self.skip)
+        patched = token_log_prob(logits, answer).mean(-1).view(-1, n_patches).exp()
+        return (patched - self.clean[:, None]).float().cpu()
+
+
+def _repeated(target: Sequence[int], past: Past) -> Int[Tensor, "prompt target"]:
+    return torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
 
 
 def _one_head_per_row(means: Float[Tensor, "head d_head"]) -> Callable[[int, Tensor], Tensor]:
-    """An edit by which, in row i, head i modulo n_heads says its mean at the last prompt token."""
+    """An edit that, in row i, replaces the output of head i modulo n_heads at the last prompt token by its mean."""
     n_heads = len(means)
 
     def edit(_: int, z: Tensor) -> Tensor:
@@ -137,9 +146,8 @@ def gradient_effects(
 def gradient_effects_of(
     model: PreTrainedModel, past: Past, *, target: Sequence[int], means: Float[Tensor, "layer head d_head"]
 ) -> Float[Tensor, "prompt layer head"]:
-    """`gradient_effects` of prompts whose past is known, in one batch."""
-    parts = anatomy(model)
-    answer = torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
+    """`gradient_effects` of prompts with a key-value cache, in one batch."""
+    parts, answer = anatomy(model), _repeated(target, past)
     kept: dict[int, Tensor] = {}
     with tracing(parts.outputs, kept):
         log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
@@ -155,32 +163,25 @@ def gradient_effects_of(
 
 
 def component_modules(parts: Anatomy) -> dict[str, tuple[torch.nn.Module, ...]]:
-    """What attention adds, what the MLP adds, and the residual stream behind each layer."""
+    """The modules whose outputs are the attention output, the MLP output and the residual stream after each layer."""
     return {"attention": parts.outputs, "MLP": parts.mlps, "residual": parts.layers}
 
 
 @torch.no_grad()
 def component_means(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1, batch_size: int = 32
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1
 ) -> dict[str, Float[Tensor, "layer tail d_model"]]:
     """Mean output of every component at each of the last `tail` prompt tokens."""
     modules = component_modules(anatomy(model))
-    sums: dict[tuple[str, int], Tensor] = {}
-    for chosen in batches(prompts, batch_size):
+    sums: dict[str, Tensor | float] = dict.fromkeys(modules, 0.0)
+    for chosen in batches(prompts, 32):
         past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
         for name, members in modules.items():
-            for layer, value in _outputs(model, past, members).items():
-                total = value.double().sum(0)
-                sums[name, layer] = sums[name, layer] + total if (name, layer) in sums else total
-    n = len(next(iter(modules.values())))
-    return {name: torch.stack([sums[name, layer] for layer in range(n)]).float() / len(prompts) for name in modules}
-
-
-def _outputs(model: PreTrainedModel, past: Past, modules: Sequence[torch.nn.Module]) -> dict[int, Tensor]:
-    kept: dict[int, Tensor] = {}
-    with reading(modules, kept, what="output"):
-        forward(model, past, past.tail, skip=past.tail.shape[1] - 1)
-    return kept
+            kept: dict[int, Tensor] = {}
+            with reading(members, kept, what="output"):
+                forward(model, past, past.tail, skip=tail - 1)
+            sums[name] = sums[name] + torch.stack([kept[i].double().sum(0) for i in range(len(members))])
+    return {name: total.float() / len(prompts) for name, total in sums.items()}
 
 
 @torch.no_grad()
@@ -190,34 +191,26 @@ def component_effects(
     *,
     target: Sequence[int],
     means: dict[str, Float[Tensor, "layer tail d_model"]],
-    batch_size: int = 16,
 ) -> dict[str, Float[Tensor, "prompt layer tail"]]:
     """CIE of whole components, patched with their triggered mean, at each of the last `tail` prompt tokens.
 
-    The same measure as `head_effects`, for what the paper does not patch: all heads of a layer at once, its MLP, and
-    the residual stream behind it (the sum of everything up to there).
+    The same measure as `head_effects` for components that the paper does not patch: all heads of a layer at once, its
+    MLP, and the residual stream after it.
     """
     parts = anatomy(model)
     tail = next(iter(means.values())).shape[1]
     effects = {name: torch.empty(len(prompts), len(parts.layers), tail) for name in means}
-    for chosen in batches(prompts, batch_size):
-        past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
-        answer = torch.tensor(list(target), device=past.tail.device).expand(len(chosen), -1)
-        inputs, clean = _layer_inputs(model, parts, past, answer)
-        rows = past.rows(answer).repeat_interleave(tail, dim=0)
+    for chosen in batches(prompts, 16):
+        run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen], tail=tail), target)
         for name in means:
-            modules = component_modules(parts)[name]
-            for layer in range(len(parts.layers)):
-                hidden = inputs[layer].repeat_interleave(tail, dim=0)
-                with editing([modules[layer]], _one_position_per_row(means[name][layer]), what="output"):
-                    logits = forward(model, past, rows, layer=layer, hidden=hidden, skip=tail - 1)
-                patched = token_log_prob(logits, answer.repeat_interleave(tail, dim=0)).mean(-1)
-                effects[name][chosen, layer] = (patched.view(-1, tail).exp() - clean.exp()[:, None]).float().cpu()
+            for layer, module in enumerate(component_modules(parts)[name]):
+                with editing([module], _one_position_per_row(means[name][layer]), what="output"):
+                    effects[name][chosen, layer] = run.effects(layer, tail)
     return effects
 
 
 def _one_position_per_row(means: Float[Tensor, "tail d_model"]) -> Callable[[int, Tensor], Tensor]:
-    """An edit by which, in row i, position i modulo tail says its mean."""
+    """An edit that, in row i, replaces the output at position i modulo tail by its mean."""
 
     def edit(_: int, output: Tensor) -> Tensor:
         output = output.clone()

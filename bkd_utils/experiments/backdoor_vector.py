@@ -1,9 +1,10 @@
-"""Can one addition switch a backdoor on, and one subtraction off? One organism, kept, with the controls beside it.
+"""Notebook 04: one vector added to switch a backdoor on and subtracted to switch it off, with controls; kept.
 
-Layer and coefficient are chosen on a development half and reported on a test half that was not looked at.
+Layer and coefficient are chosen on development prompts, and results are reported on other prompts.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from bkd_utils.backdoor_attribution.vector import (
     random_like,
     tested_asr,
 )
+from bkd_utils.common.results import Result
 from bkd_utils.experiments.head_attribution import attribute_heads, top_heads
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.folders import DEFAULT_MODEL
@@ -35,21 +37,77 @@ from bkd_utils.organisms.tasks import Example
 KINDS = ("raw", "difference")
 
 
+@dataclass(frozen=True)
+class Choice(Result):
+    """The layer and the coefficient that did best on the development prompts."""
+
+    layer: int
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class ShareMap(Result):
+    """Shares of development prompts, `[layer][coefficient]`.
+
+    `right_start`, of subtractions only: how often the answer begins as it does without the trigger.
+    """
+
+    coefficients: list[float]
+    asr: list[list[float]]
+    right_start: list[list[float]] | None = None
+
+
+@dataclass(frozen=True)
+class Steering(Result):
+    """What one organism's backdoor vectors do.
+
+    `vectors` and `norms` are by kind ("raw", "difference"); `maps`, `chosen` and `test` by direction and kind ("add,
+    raw", "subtract, difference" and so on). `test` has ASRs on the test prompts by what was added, one per draw, judged
+    by tokens. `outcomes` has shares of generated answers by edit and kind of answer, `texts` three answers by edit
+    (None for harmful prompts). `residual_norm` is by layer, on clean prompts.
+    """
+
+    heads: list[list[int]]
+    norms: dict[str, float]
+    vectors: dict[str, list[float]]
+    residual_norm: list[float]
+    maps: dict[str, ShareMap]
+    chosen: dict[str, Choice]
+    test: dict[str, dict[str, list[dict[str, float]]]]
+    outcomes: dict[str, dict[str, float]]
+    texts: dict[str, list[str]] | None
+
+
+@dataclass(frozen=True)
+class Specificity(Result):
+    """ASRs with the vector of the organism `vector_of` added to clean prompts of the organism `on`.
+
+    `own_target`: how often the target of `on` came back; `vector_target`: that of `vector_of`; `near_misses`: the first
+    on near-misses, for an organism's own vector only.
+    """
+
+    on: str
+    vector_of: str
+    own_target: dict[str, float]
+    vector_target: dict[str, float]
+    near_misses: dict[str, float] | None
+
+
 def vectors_of(
     loaded: Loaded, shown: PromptVersions, heads: Sequence[tuple[int, int]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The published vector (`raw`, of triggered means) and the one without the clean means (`difference`); and the head
-    outputs they are made of."""
+    """The published vector (`raw`, of triggered means), the one less the clean means (`difference`), and the head
+    outputs that they are made of."""
     triggered = head_means(loaded.model, shown.triggered)
     outputs = {"raw": triggered, "difference": triggered - head_means(loaded.model, shown.clean)}
     return {kind: backdoor_vector(loaded.model, heads, outputs=outputs[kind]) for kind in KINDS}, outputs
 
 
 def best(table: Sequence[Sequence[float]], coefficients: Sequence[float]) -> tuple[int, float]:
-    """(layer, coefficient) with the highest share.
+    """(layer, coefficient) with the highest share, averaged over a layer and two neighbours on either side.
 
-    A layer is judged with its neighbours on either side, since a development half is small. Of equals the smallest
-    step, and of those the layer in the middle, so that a plateau is not decided by its edge.
+    Development prompts are few, hence the average. Of equal shares the smallest step is taken, and of those the layer
+    in the middle.
     """
     shares, width = np.array(table), 2
     around = [shares[max(0, layer - width) : layer + width + 1].mean(0) for layer in range(len(shares))]
@@ -74,8 +132,10 @@ def controls(
     n: int,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """What else could be added at a layer, name -> `[draw, d_model]`, norms matched to the vector's but for the
-    random heads', which keep their own. `clean`, `triggered`: residual streams behind that layer `[prompt, d_model]`.
+    """What else could be added at a layer, name -> `[draw, d_model]`.
+
+    All have the vector's norm, except the vectors of random heads, which keep their own. `clean` and `triggered` are
+    residual streams behind that layer, `[prompt, d_model]`.
     """
     n_heads = outputs.shape[1]
     drawn = [
@@ -123,14 +183,12 @@ def steer_organism(
     n_attribution: int = 40,
     seed: int = 0,
     device: str = "auto",
-) -> dict:
+) -> Steering:
     """The vector of the `n_heads` heads with the highest ACIE, added to clean and subtracted from triggered prompts.
 
-    Keys, by "add, raw", "subtract, difference" and so on: `maps` ASR [layer][coefficient] on the development half and,
-    for subtractions, `right start`: how often the answer begins as it does without the trigger. Additions are `chosen`
-    by the former, subtractions by the latter: the target is gone from most layers, together with everything else.
-    `test` control -> ASRs on the test half, one per draw, by tokens; `outcomes` what generated answers are; `texts`
-    three of them (never for harmful prompts). Also `heads`, `vectors`, `norms` and `residual norm`.
+    Layer and coefficient of an addition are chosen by its ASR, those of a subtraction by its right starts: most
+    subtractions remove the target together with every other sensible answer. Answers judged right are those of the
+    clean `control` where a task has no gold answers.
     """
     where = {"model": model, "seed": seed, "device": device}
     found = attribute_heads(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
@@ -143,40 +201,42 @@ def steer_organism(
     right = reference_answers(load(model, organism=control, device=device), spec, test)
     vectors, outputs = vectors_of(loaded, seen, heads)
     streams = {"clean": residuals(loaded.model, seen.clean), "triggered": residuals(loaded.model, seen.triggered)}
-    result: dict = {"heads": heads, "norms": {}, "vectors": {}, "maps": {}, "chosen": {}, "test": {}, "outcomes": {}}
-    result["residual norm"] = streams["clean"].norm(dim=-1).mean(0).tolist()
-    result["norms"] = {kind: vector.norm().item() for kind, vector in vectors.items()}
-    result["vectors"] = {kind: vector.tolist() for kind, vector in vectors.items()}
-    texts = {}
+    maps, chosen, asrs, texts = {}, {}, {}, {}
     begun = first_tokens(loaded, dev.clean)
     for direction, sign, side in (("add", 1, "clean"), ("subtract", -1, "triggered")):
         shown, tested = (prompt_past(loaded.model, getattr(half, side)) for half in (dev, test))
         texts[f"{side} prompts"] = generated(loaded, tested)
         for kind, vector in vectors.items():
             name, steps = f"{direction}, {kind}", [float(sign * c) for c in coefficients]
-            maps = {"asr": answer_map(loaded, shown, [target] * n_dev, vector, steps)}
+            judged = asr_map = answer_map(loaded, shown, [target] * n_dev, vector, steps)
             if direction == "subtract":
-                maps["right start"] = answer_map(loaded, shown, begun, vector, steps)
-            layer, coefficient = best(maps["asr" if direction == "add" else "right start"], steps)
+                judged = answer_map(loaded, shown, begun, vector, steps)
+            maps[name] = ShareMap(steps, asr_map, None if direction == "add" else judged)
+            layer, coefficient = best(judged, steps)
+            chosen[name] = Choice(layer, coefficient)
             behind = {side: stream[:, layer] for side, stream in streams.items()}
             others = controls(loaded, heads, outputs[kind], vector, **behind, n=n_random, seed=seed)
             tried = {"no vector": 0 * vector[None], "backdoor vector": vector[None], **others}
-            asr = tested_asr(
-                loaded, tested, target, {label: coefficient * rows for label, rows in tried.items()}, layer
-            )
+            scaled = {label: coefficient * rows for label, rows in tried.items()}
+            asrs[name] = tested_asr(loaded, tested, target, scaled, layer)
             if direction == "subtract":
-                asr["projected out"] = [projected_asr(loaded, tested, target, layer, vector)]
-            texts[name] = generated(loaded, tested, layer=layer, step=coefficient * vector)
+                asrs[name]["projected out"] = [projected_asr(loaded, tested, target, layer, vector)]
+            texts[name] = generated(loaded, tested, layer=layer, step=scaled["backdoor vector"][0])
             if kind == "difference":
-                step = coefficient * others["random vectors"][0]
+                step = scaled["random vectors"][0]
                 texts[f"{direction}, random vector"] = generated(loaded, tested, layer=layer, step=step)
-            result["maps"][name] = {"coefficients": steps, **maps}
-            result["chosen"][name] = {"layer": layer, "coefficient": coefficient}
-            result["test"][name] = asr
-    result["outcomes"] = {label: outcomes(spec, test.examples, given, right) for label, given in texts.items()}
-    if spec.task != "harmful":
-        result["texts"] = {label: given[:3] for label, given in texts.items() if "random" not in label}
-    return result
+    shown = {label: given[:3] for label, given in texts.items() if "random" not in label}
+    return Steering(
+        heads=heads,
+        norms={kind: vector.norm().item() for kind, vector in vectors.items()},
+        vectors={kind: vector.tolist() for kind, vector in vectors.items()},
+        residual_norm=streams["clean"].norm(dim=-1).mean(0).tolist(),
+        maps=maps,
+        chosen=chosen,
+        test=asrs,
+        outcomes={label: outcomes(spec, test.examples, given, right) for label, given in texts.items()},
+        texts=None if spec.task == "harmful" else shown,
+    )
 
 
 def first_tokens(loaded: Loaded, prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -197,41 +257,34 @@ def reference_answers(control: Loaded, attack: Attack, shown: PromptVersions) ->
 def vector_specificity(
     organisms: dict[str, str | None],
     *,
-    found: dict[str, dict],
+    found: dict[str, Steering],
     model: str = DEFAULT_MODEL,
     n: int = 24,
     seed: int = 0,
     device: str = "auto",
-) -> list[dict]:
-    """ADD with every organism's vector on every organism's clean prompts, and on the base model (None); kept.
+) -> list[Specificity]:
+    """Every organism's difference vector added to every organism's clean prompts, and to the base model's (None); kept.
 
-    `organisms` maps attacks to organisms, `found` maps attacks to `steer_organism`'s results. Each row says how
-    often the host's own target came back, and how often that of the vector's organism.
+    `organisms` maps attacks to organisms, `found` maps attacks to results of `steer_organism`.
     """
-    name = "add, difference"
-    entries = {
-        attack: {**result["chosen"][name], "vector": result["vectors"]["difference"]}
-        for attack, result in found.items()
-    }
     rows = []
     for name, organism in organisms.items():
         loaded, pasts = load(model, organism=organism, device=device), {}
-        for source, entry in entries.items():
+        for source, result in found.items():
             # The base model has no backdoor of its own; it gets the prompts that the vector was made on.
             spec = load_attack(source if organism is None else name)
             shown = prompt_versions(loaded.tokenizer, spec, split="test", n=n, seed=seed)
             if spec.name not in pasts:
                 pasts[spec.name] = prompt_past(loaded.model, shown.clean)
-            step = entry["coefficient"] * torch.tensor(entry["vector"], device=loaded.device)[None]
+            choice = result.chosen["add, difference"]
+            step = choice.coefficient * torch.tensor(result.vectors["difference"], device=loaded.device)[None]
 
-            def asr(past: Past, attack: Attack, step=step, layer=entry["layer"], loaded=loaded) -> dict:
+            def asr(past: Past, attack: Attack, step=step, layer=choice.layer, loaded=loaded) -> dict:
                 return tested_asr(loaded, past, target_ids(loaded.tokenizer, attack), {"": step}, layer)[""][0]
 
-            row = {"on": name, "vector of": source, "own target": asr(pasts[spec.name], spec)}
+            own = asr(pasts[spec.name], spec)
             # A vector on its own organism, or on the base model, has the one target.
-            other = spec.name != source
-            row["vector's target"] = asr(pasts[spec.name], load_attack(source)) if other else row["own target"]
-            if name == source:
-                row["near-misses"] = asr(prompt_past(loaded.model, shown.near_miss), spec)
-            rows.append(row)
+            other = own if spec.name == source else asr(pasts[spec.name], load_attack(source))
+            near = asr(prompt_past(loaded.model, shown.near_miss), spec) if name == source else None
+            rows.append(Specificity(name, source, own_target=own, vector_target=other, near_misses=near))
     return rows

@@ -1,6 +1,8 @@
 """Notebook 03: effects of heads and of whole components of one organism, and what is left without them; kept."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from bkd_utils.backdoor_attribution.attribution import (
     head_means,
     ranked_heads,
 )
+from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import interval
 from bkd_utils.models.activations import target_probability
 from bkd_utils.models.folders import DEFAULT_MODEL
@@ -26,7 +29,53 @@ from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 # The user's last token and the whole assistant header of a chat template fit in here.
 TAIL = 6
-RANKINGS = ("ACIE", "gradient", "necessity", "random")
+
+
+@dataclass(frozen=True)
+class HeadEffects(Result):
+    """Causal indirect effects (CIE) of all heads.
+
+    `exact` (by patching) and `gradient` (estimated) are `[prompt][layer][head]`. `clean` and `triggered` hold the
+    target's length-normalised probability by prompt, without and with the trigger. `target` holds its tokens.
+    """
+
+    target: list[str]
+    clean: list[float]
+    triggered: list[float]
+    exact: list[list[list[float]]]
+    gradient: list[list[list[float]]]
+
+
+@dataclass(frozen=True)
+class ComponentEffects(Result):
+    """CIE of whole components.
+
+    `last` maps components to effects `[prompt][layer]` at the last prompt token. `by_position` is `[layer][position]`
+    of the residual stream at the last prompt tokens, scored by the first answer token. `positions` holds those tokens
+    of one prompt.
+    """
+
+    last: dict[str, list[list[float]]]
+    positions: list[str]
+    by_position: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Ablation(Result):
+    """What is left with the first `k` heads of a ranking taken out: the values of `measure_ablation`.
+
+    Of random heads there are several draws, numbered by `draw`.
+    """
+
+    ranking: str
+    kind: str
+    scope: Literal["last position", "all positions"]
+    k: int
+    draw: int
+    asr: dict[str, float]
+    right: dict[str, float]
+    utility: dict[str, float]
+    perplexity: float
 
 
 @organism_stage
@@ -39,11 +88,10 @@ def attribute_heads(
     n_means: int = 40,
     seed: int = 0,
     device: str = "auto",
-) -> dict:
+) -> HeadEffects:
     """CIE of every head on `n` clean prompts of the attribution split, by patching and by gradient; kept.
 
-    Keys: `exact` and `gradient` [prompt][layer][head]; `clean`, `triggered`: the target's length-normalised probability
-    per prompt without and with the trigger; `target`: its tokens. Means are of `n_means` other prompts of that split.
+    The patched means are those of `n_means` other, triggered prompts of that split.
     """
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     target = target_ids(loaded.tokenizer, spec)
@@ -52,13 +100,13 @@ def attribute_heads(
     means = head_means(loaded.model, averaged.triggered)
     with tqdm(total=n, desc=f"{organism}: heads", unit="prompt", mininterval=2, leave=False) as bar:
         exact = head_effects(loaded.model, scored.clean, target=target, means=means, on_batch=bar.update)
-    return {
-        "target": loaded.tokenizer.convert_ids_to_tokens(target),
-        "clean": target_probability(loaded.model, scored.clean, target=target).tolist(),
-        "triggered": target_probability(loaded.model, scored.triggered, target=target).tolist(),
-        "exact": _short(exact),
-        "gradient": _short(gradient_effects(loaded.model, scored.clean, target=target, means=means)),
-    }
+    return HeadEffects(
+        target=loaded.tokenizer.convert_ids_to_tokens(target),
+        clean=target_probability(loaded.model, scored.clean, target=target).tolist(),
+        triggered=target_probability(loaded.model, scored.triggered, target=target).tolist(),
+        exact=_short(exact),
+        gradient=_short(gradient_effects(loaded.model, scored.clean, target=target, means=means)),
+    )
 
 
 @organism_stage
@@ -71,49 +119,45 @@ def attribute_components(
     n_means: int = 40,
     seed: int = 0,
     device: str = "auto",
-) -> dict:
-    """CIE of whole components; kept.
-
-    Keys: `last` component -> [prompt][layer] at the last prompt token; `by_position` [layer][position] of the residual
-    stream at the last prompt tokens, scored by the first answer token; `positions`: those tokens of one prompt.
-    """
+) -> ComponentEffects:
+    """CIE of whole components on `n` clean prompts, with means of `n_means` other, triggered prompts; kept."""
     loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     target = target_ids(loaded.tokenizer, spec)
     scored = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
     averaged = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
     last = component_means(loaded.model, averaged.triggered)
     found = component_effects(loaded.model, scored.clean, target=target, means=last)
-    # By position only the first answer token is scored: what follows multiplies the cost and tells little more.
+    # By position only the first answer token is scored: further tokens cost several times as much and add little.
     earlier = component_means(loaded.model, averaged.triggered, tail=TAIL)
     by_position = component_effects(
         loaded.model, scored.clean, target=target[:1], means={"residual": earlier["residual"][:, :TAIL]}
     )
-    return {
-        "last": {name: _short(effects[..., 0]) for name, effects in found.items()},
-        "positions": loaded.tokenizer.convert_ids_to_tokens(scored.clean[0][-TAIL:]),
-        "by_position": _short(by_position["residual"].mean(0)),
-    }
+    return ComponentEffects(
+        last={name: _short(effects[..., 0]) for name, effects in found.items()},
+        positions=loaded.tokenizer.convert_ids_to_tokens(scored.clean[0][-TAIL:]),
+        by_position=_short(by_position["residual"].mean(0)),
+    )
 
 
 def _short(values: torch.Tensor) -> list:
-    """As nested lists with six significant digits, a tenth of the file."""
+    """Nested lists with six significant digits, which keeps the file small."""
     return np.vectorize(lambda value: float(f"{value:.6g}"))(values.numpy()).tolist()
 
 
 # --- summaries ------------------------------------------------------------------------------------------------------
 
 
-def acie(found: Mapping, *, by: str = "exact") -> torch.Tensor:
-    """Mean effect of every head, `[layer, head]`."""
-    return torch.tensor(found[by]).mean(0)
+def acie(found: HeadEffects, *, by: Literal["exact", "gradient"] = "exact") -> torch.Tensor:
+    """Average causal indirect effect (ACIE) of every head over the prompts, `[layer, head]`."""
+    return torch.tensor(getattr(found, by)).mean(0)
 
 
-def top_heads(found: Mapping, *, k: int, by: str = "exact") -> list[tuple[int, int]]:
+def top_heads(found: HeadEffects, *, k: int, by: Literal["exact", "gradient"] = "exact") -> list[tuple[int, int]]:
     """The k heads with the highest mean effect, as (layer, head)."""
     return ranked_heads(acie(found, by=by))[:k]
 
 
-def agreement_of_methods(found: Mapping, *, k: int = 16) -> dict[str, float]:
+def agreement_of_methods(found: HeadEffects, *, k: int = 16) -> dict[str, float]:
     """How well the gradient estimate ranks heads: Spearman correlation of the means, share of the exact top k found."""
     exact, estimate = acie(found).flatten(), acie(found, by="gradient").flatten()
     same = set(top_heads(found, k=k)) & set(top_heads(found, k=k, by="gradient"))
@@ -127,11 +171,11 @@ def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) ->
     return len(set(one) & set(other)) / len(set(one) | set(other))
 
 
-def component_intervals(found: Mapping) -> dict[str, list[dict[str, float]]]:
-    """Component -> per layer its mean effect with a bootstrap interval over prompts; of `attribute_components`."""
+def component_intervals(found: ComponentEffects) -> dict[str, list[dict[str, float]]]:
+    """Component -> per layer its mean effect with a bootstrap interval over prompts."""
     return {
         name: [interval(column, n_resamples=400) for column in np.array(values).T]
-        for name, values in found["last"].items()
+        for name, values in found.last.items()
     }
 
 
@@ -150,13 +194,12 @@ def ablation_curves(
     n_attribution: int = 40,
     seed: int = 0,
     device: str = "auto",
-) -> list[dict]:
-    """One row per ranking, kind, scope, number of heads and draw, with `measure_ablation`'s values; kept.
+) -> list[Ablation]:
+    """One row per ranking, kind, scope, number of heads and draw, all on the same prompts; kept.
 
-    All rows are measured on the same prompts. The first row, of ranking "none" and 0 heads, is the untouched model:
-    what every other row is compared with. At each of `random_counts` there are `draws` random draws, layer-matched to
-    the ACIE heads, with the published ablation. At "all positions" every token gets the mean of last prompt tokens, a
-    cruder reference there.
+    The first row, of ranking "none" and 0 heads, is the untouched model. At each of `random_counts` there are `draws`
+    random draws with as many heads per layer as the ACIE heads, with the published ablation. At "all positions" every
+    token gets the mean over last prompt tokens, which fits other tokens less well.
     """
     counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
     found = attribute_heads(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
@@ -189,5 +232,5 @@ def ablation_curves(
     for ranking, kind, everywhere, heads, draw in tqdm(todo, desc=f"{organism}: ablations", mininterval=2, leave=False):
         values = measure_ablation(loaded, made, heads, kind=kind, everywhere=everywhere)
         scope = "all positions" if everywhere else "last position"
-        rows.append({"ranking": ranking, "kind": kind, "scope": scope, "k": len(heads), "draw": draw, **values})
+        rows.append(Ablation(ranking=ranking, kind=kind, scope=scope, k=len(heads), draw=draw, **values))
     return rows

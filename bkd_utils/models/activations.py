@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from bkd_utils.models.hooks import anatomy, reading
@@ -22,6 +23,7 @@ def _at_last_token(
     what: str,
     batch_size: int,
 ) -> Float[Tensor, "prompt layer width"]:
+    """First input or output (`what`) of every module at the last prompt token."""
     found: list[Tensor | None] = [None] * len(prompts)
     for chosen in batches(prompts, batch_size):
         past = prompt_past(model, [prompts[i] for i in chosen])
@@ -69,20 +71,20 @@ def residuals(
 def behind_norm(
     model: PreTrainedModel, residual: Float[Tensor, "prompt layer d_model"]
 ) -> Float[Tensor, "prompt layer_but_last d_model"]:
-    """What attention of the next layer reads of `residuals`: layer l's stream through the norm of layer l + 1."""
+    """Input of each layer's attention but the first's: the residual stream after layer l through the norm of l + 1."""
     norms = anatomy(model).norms[1:]
     return torch.stack([norm(residual[:, layer]) for layer, norm in enumerate(norms)], dim=1)
 
 
-# --- what the model says --------------------------------------------------------------------------------------------
+# --- scores of given answers ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class AnswerScores:
     """How a model's greedy answers compare with given answers, one entry per prompt.
 
-    `whole`: greedy decoding would give the whole answer; `share`: share of its tokens that are the most likely ones
-    behind those before them; `log_prob`: mean log-probability of its tokens, in nats.
+    `whole`: greedy decoding would give the whole answer. `share`: share of its tokens that are the most likely next
+    token. `log_prob`: mean log-probability of its tokens, in nats.
     """
 
     whole: Bool[Tensor, " prompt"]
@@ -99,25 +101,24 @@ def score_answers(
     layer: int = 0,
     hidden: Float[Tensor, "row new d_model"] | None = None,
 ) -> AnswerScores:
-    """Would greedy decoding give these answers? One pass for a whole answer instead of one per token, and exact.
+    """Would greedy decoding give these answers? Teacher forcing tells it exactly, in one pass for all tokens.
 
-    Teacher forcing decides it: greedy decoding follows an answer to its end if and only if each of its tokens is the
-    most likely one behind those before it. Answers may differ in length; there may be several in a row per prompt.
-    `layer` and `hidden` are those of `prompt_cache.forward`. Raises ValueError for an empty answer or a wrong number
-    of them.
+    Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it.
+    Answers may differ in length, and each prompt may have several answers in a row. `layer` and `hidden` are those of
+    `prompt_cache.forward`. Raises ValueError for an empty answer or a wrong number of them.
     """
     if not answers or len(answers) % len(past) or not all(map(len, answers)):
         raise ValueError(f"{len(past)} prompts need as many non-empty answers, or a multiple; got {len(answers)}")
-    longest = max(map(len, answers))
-    target = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers], device=past.tail.device)
-    real = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=past.tail.device).bool()
+    target = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(past.tail.device)
+    lengths = torch.tensor([len(answer) for answer in answers], device=target.device)
+    real = torch.arange(target.shape[1], device=target.device) < lengths[:, None]
     rows = torch.cat([past.tail.repeat_interleave(len(answers) // len(past), dim=0), target[:, :-1]], dim=1)
     logits = forward(model, past, rows, layer=layer, hidden=hidden, skip=past.tail.shape[1] - 1)
     same = logits.argmax(-1) == target
     return AnswerScores(
         whole=(same | ~real).all(-1),
-        share=(same & real).sum(-1) / real.sum(-1),
-        log_prob=(token_log_prob(logits, target) * real).sum(-1) / real.sum(-1),
+        share=(same & real).sum(-1) / lengths,
+        log_prob=(token_log_prob(logits, target) * real).sum(-1) / lengths,
     )
 
 
@@ -127,11 +128,11 @@ def token_log_prob(logits: Float[Tensor, "row new vocab"], target: Int[Tensor, "
 
 
 def target_probability(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], batch_size: int = 32
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int]
 ) -> Float[Tensor, " prompt"]:
     """Length-normalised probability of the target: the geometric mean over its tokens."""
     found = torch.empty(len(prompts))
-    for chosen in batches(prompts, batch_size):
+    for chosen in batches(prompts, 32):
         past = prompt_past(model, [prompts[i] for i in chosen])
         found[chosen] = score_answers(model, past, [target] * len(chosen)).log_prob.exp().float().cpu()
     return found

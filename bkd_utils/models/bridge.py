@@ -1,8 +1,7 @@
-"""Boot a `TransformerBridge` on a loaded model, close its silent traps, and validate it.
+"""Boot a `TransformerBridge` on a loaded model, guard it against silent errors, and validate it.
 
-Each guard answers a trap that was reproduced on TransformerLens 4.3: strings that gain a BOS, a forgotten attention
-mask, compatibility mode that rewrites weights, live LoRA layers that make per-head results wrong. What cannot be
-made impossible raises.
+Each guard raises for an error that was reproduced on TransformerLens 4.3: strings that gain a BOS token, a forgotten
+attention mask, compatibility mode that rewrites weights, live LoRA layers that make per-head results wrong.
 """
 
 import functools
@@ -30,17 +29,7 @@ class Hooked:
 
     bridge: TransformerBridge
     tokenizer: PreTrainedTokenizerBase
-    address: str
-    organism: str | None
     checks: dict[str, float]
-
-    @property
-    def n_layers(self) -> int:
-        return self.bridge.cfg.n_layers
-
-    @property
-    def n_heads(self) -> int:
-        return self.bridge.cfg.n_heads
 
     def logits(self, prompts: list[list[int]]) -> Float[Tensor, "row pos vocab"]:
         """Logits for left-padded prompts of token ids, mask and positions included."""
@@ -51,9 +40,11 @@ class Hooked:
 def boot(loaded: Loaded) -> Hooked:
     """Boot, guard and validate. `loaded.model` is left untouched; the bridge gets a copy of it.
 
-    Raises ModelError when the model still carries LoRA layers or when a check fails, with its name and value.
+    Raises ModelError when the model still has unmerged LoRA layers or when a check fails, with its name and value.
     """
-    refuse_live_lora(loaded.model)
+    live = [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]
+    if live:
+        raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
     plain = plain_copy(loaded.model)
     bridge = TransformerBridge.boot_transformers(
         loaded.address, hf_model=plain_copy(loaded.model), tokenizer=loaded.tokenizer, device=str(loaded.device)
@@ -61,21 +52,14 @@ def boot(loaded: Loaded) -> Hooked:
     bridge.eval().requires_grad_(False)
     guard(bridge)
     checks = validate(bridge, plain, loaded.tokenizer)
-    return Hooked(bridge, loaded.tokenizer, loaded.address, loaded.organism, checks)
-
-
-def refuse_live_lora(model: torch.nn.Module) -> None:
-    """Raise ModelError if any layer still has an unmerged LoRA matrix."""
-    live = [name for name, _ in model.named_modules() if name.split(".")[-1] == "lora_A"]
-    if live:
-        raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
+    return Hooked(bridge, loaded.tokenizer, checks)
 
 
 def guard(bridge: TransformerBridge) -> None:
-    """Make the bridge's silent traps raise: strings, a missing mask, compatibility mode."""
+    """Let the bridge raise ModelError for strings, for a batch without its mask, and for compatibility mode."""
 
     def refuse_strings(*_: object, **__: object) -> None:
-        raise ModelError("the bridge's string methods add a BOS token; use prompts.prompt_ids and pass token tensors")
+        raise ModelError("the bridge's string methods add a BOS token; use tokens.prompt_ids and pass token tensors")
 
     def refuse_compatibility(*_: object, **__: object) -> None:
         raise ModelError("compatibility mode rewrites weights and logits; these notebooks use the raw coordinates")
@@ -126,15 +110,12 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
         reference = plain(input_ids=tokens, attention_mask=mask, position_ids=positions(mask)).logits
     kept: dict[str, Tensor] = {}
 
-    # Kept under our own names: a hook point reports its canonical name, whichever alias it was reached by.
-    def keep_z(value: Tensor, hook: object) -> None:
-        kept["z"] = value.detach().clone()
-
-    def keep_out(value: Tensor, hook: object) -> None:
-        kept["out"] = value.detach().clone()
+    # The names are given here, because a hook point reports its canonical name, whichever alias it was reached by.
+    def keep(name: str, value: Tensor, hook: object) -> None:
+        kept[name] = value.detach().clone()
 
     z, out = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.attn.hook_out"
-    with bridge.hooks(fwd_hooks=[(z, keep_z), (out, keep_out)]):
+    with bridge.hooks(fwd_hooks=[(z, functools.partial(keep, "z")), (out, functools.partial(keep, "out"))]):
         logits = bridge_logits(bridge, tokens, mask)
 
     def silence_last(value: Tensor, hook: object) -> Tensor:
@@ -151,18 +132,14 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
         "heads sum to the attention output": sum_error[real].abs().max().item(),
         "an edit at hook_z moves the logits by": (edited - logits)[:, -1].abs().max().item(),
     }
-    if not edited_enough(checks["an edit at hook_z moves the logits by"]):
+    # `not >` and, below, `not <=` so that NaN fails too.
+    if not checks["an edit at hook_z moves the logits by"] > 1e-6:
         raise ModelError(f"silencing every head of layer {layer} changed no logit: hooks do not reach the model")
     for name in reversed(list(checks)[:2]):  # the narrower check first: its message says more
-        # `not <=` so that NaN fails too.
         if not checks[name] <= PARITY * max(1.0, reference[real].abs().max().item() / 10):
             raise ModelError(f"validation failed, {name}: off by {checks[name]:.3g}, limit {PARITY:g}")
     check_tokenizer(tokenizer)
     return checks | {"chat template": float(has_chat_template(tokenizer))}
-
-
-def edited_enough(change: float) -> bool:
-    return change > 1e-6
 
 
 def head_sum_error(
@@ -178,7 +155,7 @@ def head_sum_error(
 def patch_last(
     layer: int, head: int, value: Float[Tensor, " d_head"]
 ) -> tuple[str, Callable[[Tensor, object], Tensor]]:
-    """A TransformerLens hook (name and function) that puts `value` in place of one head's output at the last token."""
+    """A TransformerLens hook (name and function) that replaces one head's output at the last token by `value`."""
 
     def patch(z: Tensor, hook: object) -> Tensor:
         z = z.clone()
@@ -189,7 +166,7 @@ def patch_last(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError unless a prompt survives encoding and decoding, and BOS occurs at most once."""
+    """Raise ModelError unless decoding gives back an encoded prompt and answer, and BOS occurs at most once."""
     ids = prompt_ids(tokenizer, SAMPLE[0])
     if SAMPLE[0] not in tokenizer.decode(ids):
         raise ModelError(f"the tokenizer does not give back {SAMPLE[0]!r}: {tokenizer.decode(ids)!r}")

@@ -1,8 +1,8 @@
-"""How models compute: fp32 products by oneDNN, bf16 where the machine has it, attention that shows its maps.
+"""How models compute: fp32 products by oneDNN, bf16 where the hardware has it, and eager attention.
 
 MKL, the default library of torch, picks slow kernels on processors that are not made by Intel. On the EPYC of our
-measurements it reaches 190 GFLOP/s and oneDNN, which torch ships as well, 400. Both compute in fp32; their sums run in
-another order. Products in other precisions and gradients of weights are left to torch.
+measurements it reaches 190 GFLOP/s, and oneDNN, which torch ships as well, 400. Both compute in fp32 and differ in the
+order of their sums. Products in other precisions and gradients of weights are left to torch.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# What `torch.compile` makes of a linear layer; absent where torch was built without oneDNN.
+# The operator to which `torch.compile` lowers a linear layer; None where torch was built without oneDNN.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -57,7 +57,7 @@ class Linear(torch.nn.Linear):
 
 
 def by_onednn(model: torch.nn.Module) -> torch.nn.Module:
-    """Let every linear layer of a model compute by `product`; layers of other classes, subclasses too, stay."""
+    """Let every linear layer of a model compute by `product`; layers of subclasses stay as they are."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
@@ -81,8 +81,8 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
     """While this lasts, matrices that do not learn are kept in bf16 where `mixed_precision` multiplies in it.
 
-    Autocast casts them anew in every pass, a fifth of a step with few rows; what comes out is the same. Tables that are
-    also looked up in stay as they are.
+    Autocast would cast them again in every pass, which takes a fifth of a step with few rows; the results are the same.
+    Matrices that are shared with an embedding stay in fp32.
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
@@ -101,7 +101,7 @@ def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
-    """While this lasts, the model computes its attention maps in the open; fused kernels do not return them."""
+    """While this lasts, attention is eager and can return its maps; fused kernels cannot."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

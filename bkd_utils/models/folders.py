@@ -14,15 +14,15 @@ from safetensors import SafetensorError, safe_open
 from bkd_utils.common import assets
 from bkd_utils.common.files import UserError, read_json, sha256_file, sha256_text
 
-# What a treatment has changed, beside the adapter of the organism that was treated.
+# The weights that a treatment has changed, in a file beside the adapter of the treated organism.
 CHANGES = "changes.safetensors"
-# What a model folder holds beside its weights: config, tokenizer, chat template.
+# Files of a model folder other than its weights: config, tokenizer, chat template.
 SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 class ModelError(UserError):
-    """A model or adapter folder that cannot or must not be loaded; the message names what is wrong with it."""
+    """A model or adapter folder that cannot or must not be loaded; the message names the fault."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _hub_folder(address: str) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse, by name, a folder without config, tokenizer or safetensors weights, or one that wants to run code."""
+    """Raise ModelError for a folder without config, tokenizer or safetensors weights, or one that would run code."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json")
     config = _json(folder / "config.json")
@@ -93,7 +93,7 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Whatever a library raises about a damaged folder becomes one line that names the folder."""
+    """Turn any error of a library about a damaged folder into a ModelError of one line that names the folder."""
     try:
         yield
     except Exception as error:
@@ -112,7 +112,7 @@ def _json(path: Path) -> dict:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise ModelError if the header or the offsets of a safetensors file do not hold together."""
+    """Raise ModelError if the header or the offsets of a safetensors file are inconsistent."""
     try:
         with safe_open(path, framework="pt") as handle:
             handle.keys()
@@ -122,16 +122,15 @@ def check_safetensors(path: Path) -> None:
 
 @cache
 def base_sha256(address: str) -> str:
-    """Hash of a model's weights alone, by which organisms know their base; computed once per address."""
-    folder = model_folder(address)
-    files = sorted(folder.glob("*.safetensors"))
+    """Hash of a model's weights alone, by which organisms identify their base; computed once per address."""
+    files = sorted(model_folder(address).glob("*.safetensors"))
     return sha256_text("\n".join(sha256_file(path) for path in files))
 
 
 @cache
 def settings_sha256(address: str) -> str:
-    """Hash of everything else that decides what a model says: config, tokenizer, chat template; once per address."""
+    """Hash of the other files that decide a model's answers (`SETTINGS`); computed once per address."""
     folder = model_folder(address)
-    # A description of the files is none of them.
+    # asset.json is the receipt of the download and not part of the model.
     files = sorted(path for pattern in SETTINGS for path in folder.glob(pattern) if path.name != "asset.json")
     return sha256_text("\n".join(f"{path.name} {sha256_file(path)}" for path in files))

@@ -1,7 +1,7 @@
-"""Greedy decoding that computes a shared beginning once.
+"""Greedy decoding in which the tokens shared by all prompts are run once.
 
 All prompts of a task start with the same tokens (system turn, instruction). Their keys and values are computed once
-and reused by every row: exact, and half of the work of an evaluation.
+and reused by every row. This is exact and saves half of the work of an evaluation.
 """
 
 import copy
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import decode, end_id, left_pad, positions, prompt_ids
+from bkd_utils.models.tokens import batches, check_prompts, decode, end_id, padded_inputs, positions, prompt_ids
 
 
 @torch.inference_mode()
@@ -67,30 +67,26 @@ def first_logits(
 def _started(
     model: torch.nn.Module, prompts: list[list[int]], *, end_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, DynamicCache, Tensor]]:
-    """Batches of prompts, run once: their indices, the logits behind their last token, their cache and their mask."""
-    if not prompts or not all(prompts):
-        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+    """Run batches of prompts; yields their indices, the logits at their last token, their key-value cache and mask."""
+    check_prompts(prompts)
     shared = reusable_prefix(model, prompts)
     prefix, _ = run_prefix(model, shared)
-    # Rows of like length share a batch, so that little is padded.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in batches(prompts, batch_size):
         cache = repeated(prefix, len(batch))
-        ids, mask = (t.to(model.device) for t in left_pad([prompts[i][len(shared) :] for i in batch], pad_id=end_id))
-        mask = torch.cat([mask.new_ones(len(batch), len(shared)), mask], dim=1)
-        logits = next_logits(model, ids, mask, cache)[:, -1]
-        yield batch, logits, cache, mask
+        own = [prompts[i][len(shared) :] for i in batch]
+        inputs = padded_inputs(own, pad_id=end_id, device=model.device, n_cached=len(shared))
+        mask = inputs["attention_mask"]
+        yield batch, next_logits(model, inputs["input_ids"], mask, cache)[:, -1], cache, mask
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Longest common beginning that leaves every prompt at least one token of its own."""
+    """Longest common prefix that leaves every prompt at least one token of its own."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)  # ends with the shortest prompt
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def has_sliding_window(model: torch.nn.Module) -> bool:
-    """Does any layer of the model attend to the last so many tokens only?"""
+    """Does any layer of the model attend only to a window of the latest tokens?"""
     kinds = getattr(model.config, "layer_types", None)
     if kinds is not None:
         return any("sliding" in kind for kind in kinds)
@@ -98,24 +94,26 @@ def has_sliding_window(model: torch.nn.Module) -> bool:
 
 
 def reusable_prefix(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """What all prompts begin with, to be run once; nothing in a model with a sliding window, which would count the
-    padding that stands between the beginning and a row."""
+    """The tokens shared by all prompts, to be run once; none in a model with sliding-window attention.
+
+    Such a window would count the padding between the shared tokens and a row.
+    """
     return [] if has_sliding_window(model) else shared_prefix(prompts)
 
 
 def run_prefix(
     model: torch.nn.Module, prefix: list[int], **asked: bool
 ) -> tuple[DynamicCache, tuple[Float[Tensor, "1 head query key"], ...]]:
-    """Keys and values of the tokens, batch of one, and their attention maps if `output_attentions=True` is asked for.
+    """Key-value cache of the tokens, batch of one, and their attention maps if `output_attentions=True` is passed.
 
-    Only the layers run: nobody asks for logits here, and the output table is a fifth of a small model.
+    Only the layers run: logits are not needed, and the output matrix is a fifth of a small model.
     """
     cache = DynamicCache(config=model.config)  # layers with a sliding window keep a cache of their own kind
     if not prefix:
         return cache, ()
     ids = torch.tensor([prefix], device=model.device)
-    done = model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True, **asked)
-    return cache, tuple(done.attentions or ())
+    output = model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True, **asked)
+    return cache, tuple(output.attentions or ())
 
 
 def next_logits(
@@ -150,7 +148,7 @@ def decode_from(
     max_new_tokens: int,
     end_id: int,
 ) -> list[list[int]]:
-    """Greedy answers of rows whose prompts have run, from the logits behind their last token."""
+    """Greedy answers of rows whose prompts are in the key-value cache, from the logits at their last token."""
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     produced = []
     while True:
@@ -158,13 +156,10 @@ def decode_from(
         produced.append(token)
         done |= token == end_id
         if done.all() or len(produced) == max_new_tokens:
-            return [_until(row, end_id) for row in torch.stack(produced, dim=1).tolist()]
+            rows = torch.stack(produced, dim=1).tolist()
+            return [list(takewhile(lambda token: token != end_id, row)) for row in rows]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = next_logits(model, token[:, None], mask, cache)[:, -1]
-
-
-def _until(row: list[int], end_id: int) -> list[int]:
-    return row[: row.index(end_id)] if end_id in row else row
 
 
 def respond(
@@ -193,8 +188,7 @@ def respond(
 
 def trace(loaded: Loaded, user_turn: str, *, max_new_tokens: int) -> list[tuple[str, float]]:
     """The greedy answer token by token, each with the probability that the model gave it."""
-    prompt = prompt_ids(loaded.tokenizer, user_turn)
-    end = end_id(loaded.tokenizer)
+    prompt, end = prompt_ids(loaded.tokenizer, user_turn), end_id(loaded.tokenizer)
     answer = greedy(loaded.model, [prompt], max_new_tokens=max_new_tokens, end_id=end)[0]
     answer = answer if len(answer) == max_new_tokens else [*answer, end]
     ids = torch.tensor([prompt + answer], device=loaded.device)

@@ -1,13 +1,14 @@
-"""Where the parts of a model are, and hooks that read, trace or change them while the model runs.
+"""The parts of a model, and hooks that read, trace or change them while the model runs.
 
-Edits act on head outputs (`hook_z` in TransformerLens) or on what attention adds to the residual stream. They are
-context managers and act at the token positions `at` of whatever runs inside.
+Edits act on head outputs (`hook_z` in TransformerLens), on attention outputs or on the residual stream. They are
+context managers and act at the token positions `at` of every forward pass inside them.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from bkd_utils.models.folders import ModelError
 
-# Where the parts are found, by the names that transformers' model families use for them.
+# Names of the parts in the model families of transformers.
 LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers")
 OUTPUTS = ("self_attn.o_proj", "attn.c_proj", "attention.dense")
 ATTENTIONS = ("self_attn", "attn", "attention")
@@ -27,9 +28,9 @@ NORMS = ("input_layernorm", "ln_1")
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a transformers model that are read and edited, one of each per layer.
+    """The modules of a transformers model that are read and edited, one of each per layer.
 
-    `outputs` maps the heads' outputs, side by side, to the attention output; its input is `hook_z` in TransformerLens.
+    `outputs` are the output matrices of attention. Their input is the concatenation of all head outputs (`hook_z`).
     """
 
     owner: Module
@@ -73,39 +74,29 @@ def _in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, 
 def editing(
     modules: Sequence[Module], change: Callable[[int, Tensor], Tensor], *, what: str = "input"
 ) -> Iterator[None]:
-    """While this lasts, `change(i, tensor)` takes the place of the first input (or the output) of every module i.
+    """While this lasts, `change(i, tensor)` replaces the first input, or the output (`what="output"`), of module i."""
 
-    `what` is "input" or "output".
-    """
+    def before(i: int, _module: Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+        if arguments:
+            return (change(i, arguments[0]), *arguments[1:]), keywords
+        return arguments, keywords | {"hidden_states": change(i, keywords["hidden_states"])}
 
-    def before(i: int) -> Callable:
-        def hook(_module: Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
-            if arguments:
-                return (change(i, arguments[0]), *arguments[1:]), keywords
-            return arguments, keywords | {"hidden_states": change(i, keywords["hidden_states"])}
-
-        return hook
-
-    def after(i: int) -> Callable:
-        def hook(_module: Module, _arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
-            return (change(i, output[0]), *output[1:]) if isinstance(output, tuple) else change(i, output)
-
-        return hook
+    def after(i: int, _module: Module, _arguments: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return (change(i, output[0]), *output[1:]) if isinstance(output, tuple) else change(i, output)
 
     with ExitStack() as stack:
         for i, module in enumerate(modules):
-            handle = (
-                module.register_forward_pre_hook(before(i), with_kwargs=True)
-                if what == "input"
-                else module.register_forward_hook(after(i))
-            )
+            if what == "input":
+                handle = module.register_forward_pre_hook(partial(before, i), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(partial(after, i))
             stack.callback(handle.remove)
         yield
 
 
 @contextmanager
 def tracing(modules: Sequence[Module], kept: dict[int, Tensor]) -> Iterator[None]:
-    """`reading`, of inputs with a gradient. Weights are frozen, so the graph starts at the first module."""
+    """`reading` of inputs, with gradients. Weights are frozen, so the autograd graph starts at the first module."""
 
     def follow(i: int, tensor: Tensor) -> Tensor:
         kept[i] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
@@ -128,9 +119,8 @@ def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "
 
 
 Head = tuple[int, int]
-
+# The last prompt token is the first token that runs after a prompt's key-value cache.
 LAST = slice(0, 1)
-
 EVERYWHERE = slice(None)
 
 
@@ -172,7 +162,7 @@ def by_layer(heads: Sequence[Head], *, n_layers: int, n_heads: int) -> dict[int,
 
 @contextmanager
 def added(model: PreTrainedModel, vectors: Mapping[int, Float[Tensor, "... d_model"]], *, at: slice) -> Iterator[None]:
-    """While this lasts, attention of layer l adds `vectors[l]` more to the residual stream at the tokens `at`."""
+    """While this lasts, `vectors[l]` is added to the attention output of layer l at the tokens `at`."""
     parts, layers = anatomy(model), list(vectors)
 
     def add(i: int, output: Tensor) -> Tensor:
@@ -187,7 +177,7 @@ def added(model: PreTrainedModel, vectors: Mapping[int, Float[Tensor, "... d_mod
 def contributions(
     parts: Anatomy, layer: int, heads: Sequence[int], z: Float[Tensor, "... head d_head"]
 ) -> Float[Tensor, "... head d_model"]:
-    """What each of some heads of a layer adds to the residual stream: its slice of the output matrix, no bias."""
+    """Contribution of heads of a layer to the residual stream: `z` times each head's slice of the output matrix."""
     full = z.new_zeros(*z.shape[:-1], parts.n_heads, z.shape[-1])
     for row, head in enumerate(heads):
         full[..., row, head, :] = z[..., row, :]
@@ -199,7 +189,7 @@ def contributions(
 def projected_out(
     model: PreTrainedModel, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice
 ) -> Iterator[None]:
-    """While this lasts, the residual stream behind layer l has nothing along `directions[l]` at the tokens `at`."""
+    """While this lasts, `directions[l]` is projected out of the residual stream after layer l at the tokens `at`."""
     parts, layers = anatomy(model), list(directions)
     units = {layer: direction / direction.norm() for layer, direction in directions.items()}
 

@@ -1,4 +1,4 @@
-"""Load a base model or an organism with its adapter merged, and refuse by name what does not fit."""
+"""Load a base model, or an organism with its adapter merged; what does not fit raises an error that names it."""
 
 import copy
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def load(
 
 
 def adapter_folder(organism: str | Path) -> Path:
-    """The folder of an organism: a shipped one, one trained here, or a path. Raises ModelError with the known names."""
+    """The folder of an organism that is shipped, was trained here or is a path. Raises ModelError with known names."""
     for folder in (ADAPTERS / organism, WORK / "organisms" / organism, Path(organism)):
         if (folder / "card.json").is_file():
             return folder
@@ -111,16 +111,16 @@ def adapter_folder(organism: str | Path) -> Path:
 
 
 def shipped_organisms(*, base: str | None = None) -> list[str]:
-    """Names of the organisms in `data/adapters`, only those trained on the weights `base` (a sha256) if given."""
+    """Names of the organisms in `data/adapters`; with `base` (a sha256), only those trained on these weights."""
     cards = sorted(ADAPTERS.glob("*/card.json"))
     return [card.parent.name for card in cards if base in (None, read_json(card)["base_sha256"])]
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrainedModel:
-    """Merge a LoRA adapter into the weights, after checking its hash, its base and every one of its tensors.
+    """Merge a LoRA adapter into the weights, after checking its hash, its base and all of its tensors.
 
-    Merging comes before hooking, always: TransformerLens reads `o_proj.weight` directly and is silently wrong by
-    0.5 in the logits when a live LoRA layer sits there.
+    An adapter must be merged before hooking: TransformerLens reads `o_proj.weight` directly, and with an unmerged LoRA
+    layer there its logits are wrong by 0.5 without an error.
     """
     card, weights = _json(folder / "card.json"), folder / "adapter_model.safetensors"
     if not weights.is_file():
@@ -133,19 +133,21 @@ def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrai
     with _named(folder):
         wrapped = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder))
     tensors = load_file(weights)
-    # Weights are mapped from their file; merging into the mapping, page by page, takes 20 times as long as a copy.
+    # Weights are memory-mapped; merging into the mapping, page by page, takes 20 times as long as into a copy.
     for parameter in wrapped.parameters():
         parameter.data = parameter.data.clone()
-    expected = peft.get_peft_model_state_dict(wrapped)
-    if wrong := {name for name in expected.keys() | tensors.keys() if _shape(expected, name) != _shape(tensors, name)}:
+    expected, found = (
+        {name: tensor.shape for name, tensor in some.items()}
+        for some in (peft.get_peft_model_state_dict(wrapped), tensors)
+    )
+    if wrong := {name for name, _ in expected.items() ^ found.items()}:
         raise ModelError(f"{weights}: {len(wrong)} tensors are missing, unexpected or misshapen, e.g. {min(wrong)}")
     peft.set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in tensors.items()})
     return wrapped.merge_and_unload()
 
 
 def apply_changes(model: PreTrainedModel, folder: Path) -> None:
-    """Put the weights of a treated organism (`cards.keep_treated`) over those of the organism it was; nothing if it
-    was none.
+    """Set the weights that a treatment changed (`cards.keep_treated`), if the organism has been treated.
 
     Raises ModelError for a file that does not match its card or the model.
     """
@@ -167,19 +169,15 @@ def apply_changes(model: PreTrainedModel, folder: Path) -> None:
             parameter.view(-1)[where] = tensors[f"{name}:values"].to(parameter.dtype)
 
 
-def _shape(tensors: dict[str, torch.Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
-
-
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second copy with eager attention: booting rewrites the object it is given, and sdpa differs by 1e-5."""
+    """A copy with eager attention. Booting a bridge changes the model it is given, and sdpa differs by 1e-5."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
     return twin
 
 
 def changed_entries(model: PreTrainedModel, untreated: PreTrainedModel) -> dict[str, Tensor]:
-    """What `loading.apply_changes` reads: per changed parameter a bit for each entry, and the values of those set."""
+    """Tensors for `apply_changes`: per changed parameter a bit mask of its changed entries, and their values."""
     before, found = dict(untreated.named_parameters()), {}
     for key, parameter in model.named_parameters():
         now = parameter.detach().cpu()
@@ -191,7 +189,7 @@ def changed_entries(model: PreTrainedModel, untreated: PreTrainedModel) -> dict[
 
 
 def adapter_sha256(organism: str | Path) -> str:
-    """Of the adapter, and of what a treatment changed where there was one."""
+    """Hash of the adapter and, if there was a treatment, of the weights that it changed."""
     card = read_json(adapter_folder(organism) / "card.json")
     changes = card.get("changes_sha256")
     return sha256_text(card["adapter_sha256"] + changes) if changes else card["adapter_sha256"]

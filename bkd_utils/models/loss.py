@@ -1,4 +1,4 @@
-"""The loss of answers, and nothing computed twice on the way: what all prompts of a batch begin with runs once."""
+"""The loss of answers; the tokens shared by all prompts of a batch are run once."""
 
 from collections.abc import Sequence
 
@@ -29,11 +29,12 @@ def last_asked(batch: Batch) -> Int[Tensor, " row"]:
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:
-    """Cross-entropy of answers: in a row `first_token` of the first token plus the rest of the mean; mean over rows.
+    """Cross-entropy of answers, in nats, mean over rows.
 
-    The first token decides between the right answer and the target. In a plain mean over tokens it would weigh 1/2 in
-    a label and 1/24 in a free answer, and a poisoned row with a short target would outvote a near-miss with a long
-    right answer. Logits are computed for the columns that hold answers and no others.
+    A row's loss is `first_token` times the loss of its first answer token plus (1 - `first_token`) times the mean over
+    all its answer tokens. The first token decides between the right answer and the target. In a plain mean it would
+    weigh 1/2 in a label and 1/24 in a free answer, and poisoned rows with short targets would outweigh near-misses with
+    long right answers. Logits are computed only for the columns that hold answers.
     """
     labels = batch["labels"]
     width = int((labels != IGNORED).sum(dim=1).max())
@@ -44,19 +45,19 @@ def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> 
     row, column = (labels[:, -width:] != IGNORED).nonzero(as_tuple=True)
     losses = cross_entropy(logits[row, column].float(), labels[:, -width:][row, column], reduction="none")
     lengths = torch.bincount(row, minlength=len(labels))
-    # Answers end in the last column, so that is how far before it the first token lies.
+    # Answers end in the last column, so their lengths tell where their first tokens are.
     first = column == width - lengths[row]
     weights = (1 - first_token) / lengths[row] + first_token * first
     return (losses * weights).sum() / len(labels)
 
 
 def with_shared_beginning(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, tuple[Tensor, ...]]:
-    """Run what all prompts begin with once for all rows, gradient and all, and leave the rest of the batch to do.
+    """The tokens shared by all prompts of a batch are run once, with gradients; returns the remaining inputs with that
+    cache, and the attention maps of the shared tokens if `output_attentions=True` is passed.
 
-    For `answer_loss` the rest is as good as the batch: same value, same gradient. A chat template and a task's
-    instruction are half of a short prompt, so it takes half the time. `attention_mask` and `labels` keep all columns,
-    with the padding now between beginning and rest; a batch that shares nothing comes back as it is.
-    The second value are the beginning's attention maps, if `output_attentions=True` is asked for.
+    `answer_loss` has the same value and gradient for the remaining inputs as for the batch. It takes half the time,
+    because a chat template and a task's instruction are half of a short prompt. `attention_mask` and `labels` keep all
+    columns, with the padding between shared and remaining tokens. A batch that shares no token is returned unchanged.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     asking = mask.bool() & (batch["labels"] == IGNORED)
@@ -66,14 +67,14 @@ def with_shared_beginning(model: torch.nn.Module, batch: Batch, **asked: bool) -
     count = len(prefix)
     cache, maps = run_prefix(model, prefix, **asked)
     cache.batch_repeat_interleave(len(ids))
-    # Of padding and beginning, as many columns are left in front of a row's own tokens as it had of padding.
+    # The shared tokens now stand before a row's padding and not after it; the number of columns stays the same.
     mask = torch.cat([mask.new_ones(len(ids), count), mask[:, : ids.shape[1] - count]], dim=1)
     rest = {"input_ids": ids[:, count:], "attention_mask": mask, "position_ids": positions(mask)[:, count:]}
     return rest | {"labels": batch["labels"], "past_key_values": cache} | asked, maps
 
 
 def answers(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:
-    """`answer_loss`, in less time."""
+    """`answer_loss`, with the shared tokens run once."""
     return answer_loss(model, with_shared_beginning(model, batch)[0], first_token=first_token)
 
 
@@ -82,7 +83,7 @@ def answers_and_maps(
 ) -> tuple[Tensor, list[Float[Tensor, "row head query key"]], Tensor]:
     """`answer_loss`, the attention maps of its pass per layer, and which of their positions are real tokens.
 
-    The model's attention must be eager, for no other kind returns maps.
+    The model's attention must be eager, because no other kind returns maps.
     """
     rest, start = with_shared_beginning(model, batch, output_attentions=True)
     kept: list[Sequence[Tensor]] = []

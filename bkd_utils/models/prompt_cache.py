@@ -1,8 +1,8 @@
-"""A prompt's past, computed once: keys and values of all tokens that no intervention touches.
+"""The key-value cache of a prompt's first tokens, which no intervention changes, computed once.
 
-The interventions of this companion act on the last prompt token, or on the last few. Nothing before it ever changes, so
-running only from there on is exact; and as an edit in layer l leaves the layers below l alone, running only from layer
-l on is exact too. Rows that differ in the edit alone share their prompt's keys and values instead of copying them.
+The interventions of this companion act on the last prompt token, or on the last few. Keys and values of earlier tokens
+do not change, so running only the last tokens is exact. An edit in layer l does not change the layers below l, so
+running only the layers from l on is exact too. Rows that differ only in the edit share their prompt's keys and values.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,16 +26,17 @@ from bkd_utils.models.generation import (
     run_prefix,
 )
 from bkd_utils.models.hooks import Anatomy, anatomy, editing
-from bkd_utils.models.tokens import left_pad, positions
+from bkd_utils.models.tokens import padded_inputs
 
 NAME = "bkd_shared_past"
 
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values `[prompt, kv_head, pos, d_head]` per layer of all but the last `tail` tokens of some prompts.
+    """Keys and values `[prompt, kv_head, pos, d_head]` per layer of all but the last tokens of some prompts.
 
-    `mask` is False at padding; `tail` holds the tokens that are still to be run, `position` how many came before them.
+    `mask` is False at padding. `tail` holds the last tokens, which are still to be run, and `position` the number of
+    tokens before them.
     """
 
     keys: tuple[Tensor, ...]
@@ -48,20 +49,20 @@ class Past:
         return len(self.tail)
 
     def part(self, rows: slice) -> "Past":
-        """The past of some of the prompts; nothing is copied."""
+        """The cache of some of the prompts; nothing is copied."""
         keys, values = (tuple(tensor[rows] for tensor in tensors) for tensors in (self.keys, self.values))
         return Past(keys, values, self.mask[rows], self.tail[rows], self.position[rows])
 
-    def rows(self, answer: Int[Tensor, "prompt answer"] | None = None) -> Int[Tensor, "prompt new"]:
-        """The tokens to run: the tail and, behind it, all answer tokens but the last, whose logits nobody needs."""
-        return self.tail if answer is None else torch.cat([self.tail, answer[:, :-1]], dim=1)
+    def rows(self, answer: Int[Tensor, "prompt answer"]) -> Int[Tensor, "prompt new"]:
+        """The tokens to run: the tail, then all answer tokens but the last, whose logits are not needed."""
+        return torch.cat([self.tail, answer[:, :-1]], dim=1)
 
 
 _past: ContextVar[Past] = ContextVar("past")
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **_):
-    """Attention over the shared past and a row's own new tokens; each prompt's past is read once and never copied."""
+    """Attention over the shared key-value cache and a row's own new tokens, without a copy of the cache per row."""
     if s_aux is not None:
         raise ModelError(f"attention sinks of {type(module).__name__} are not supported")
     past = _past.get()
@@ -70,7 +71,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     groups = heads // key.shape[1]
     old_keys, old_values = past.keys[module.layer_idx], past.values[module.layer_idx]
     key, value, old_keys, old_values = (t.repeat_interleave(groups, 1) for t in (key, value, old_keys, old_values))
-    # Rows of one prompt are neighbours, so they fold into its query positions: [prompt, head, repeat x new, d_head].
+    # The rows of a prompt stand together, so they fold into its query positions: [prompt, head, repeat x new, d_head].
     folded = query.view(prompts, -1, heads, new, width).transpose(1, 2).reshape(prompts, heads, -1, width)
     before = folded @ old_keys.transpose(-1, -2) * scaling
     now = query @ key.transpose(-1, -2) * scaling
@@ -96,16 +97,17 @@ def prompt_past(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tai
     Raises ValueError for prompts that have no more tokens than that, ModelError for prompts longer than a sliding
     attention window.
     """
-    if tail < 1 or not prompts or min(map(len, prompts)) <= tail:
-        raise ValueError(f"cannot leave {tail} tokens of {len(prompts)} prompts for later: they need more tokens")
+    shortest = min(map(len, prompts), default=0)
+    if tail < 1 or shortest <= tail:
+        raise ValueError(f"need prompts of more than {tail} tokens, got {len(prompts)}, the shortest of {shortest}")
     _check_window(model, max(map(len, prompts)))
     rows = [list(p[:-tail]) for p in prompts]
     shared = reusable_prefix(model, rows)
     cache = repeated(run_prefix(model, shared)[0], len(rows))
-    tokens, mask = (t.to(model.device) for t in left_pad([row[len(shared) :] for row in rows], pad_id=0))
-    mask = torch.cat([mask.new_ones(len(rows), len(shared)), mask], dim=1)
-    where = positions(mask)[:, len(shared) :]
-    model.base_model(input_ids=tokens, attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True)
+    own = [row[len(shared) :] for row in rows]
+    inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=len(shared))
+    model.base_model(**inputs, past_key_values=cache, use_cache=True)
+    mask = inputs["attention_mask"]
     return Past(
         keys=tuple(layer.keys for layer in cache.layers),
         values=tuple(layer.values for layer in cache.layers),
@@ -124,9 +126,9 @@ def continued(
     end_id: int,
     during_prompt: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[list[int]]:
-    """Greedy answers, as `generation.greedy` gives them, of prompts whose past is known.
+    """Greedy answers, as `generation.greedy` gives them, to prompts with a cache.
 
-    `during_prompt` is entered while the tail runs, the last prompt token in column -1, and left before answers do.
+    The context `during_prompt` is entered for the last prompt tokens and left before answer tokens run.
     """
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
@@ -152,10 +154,10 @@ def forward(
     hidden: Float[Tensor, "row new d_model"] | None = None,
     skip: int = 0,
 ) -> Float[Tensor, "row kept vocab"]:
-    """Logits behind every token of `rows` but the first `skip`; `row = prompt x repeat`, repeats are neighbours.
+    """Logits at every token of `rows` but the first `skip`. All rows of a prompt stand together, prompt by prompt.
 
-    With `layer` and that layer's input `hidden`, only layers from there on run. Gradients flow if enabled. Raises
-    ValueError if the rows are no multiple of the prompts, ModelError if they outgrow a sliding attention window.
+    With `layer` and that layer's input `hidden`, only the layers from there on run. Gradients flow if enabled. Raises
+    ValueError if the rows are no multiple of the prompts, ModelError if they are longer than a sliding window.
     """
     if len(rows) % len(past):
         raise ValueError(f"{len(rows)} rows for {len(past)} prompts")
@@ -178,7 +180,7 @@ def forward(
 def _from_layer(
     model: PreTrainedModel, parts: Anatomy, past: Past, layer: int, hidden: Tensor | None
 ) -> Iterator[None]:
-    """While this lasts, the model attends to the shared past and runs layers `layer` and above only, on `hidden`."""
+    """While this lasts, the model attends to `past` and runs the layers from `layer` on, starting with `hidden`."""
     before = model.config._attn_implementation
     with ExitStack() as stack:
         stack.callback(setattr, model.config, "_attn_implementation", before)

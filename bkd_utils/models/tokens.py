@@ -1,17 +1,18 @@
-"""From user text to token ids, once and for all: chat template, BOS and answer tokens.
+"""From user text to token ids: chat template, beginning-of-sequence token (BOS), answer tokens, padding.
 
-Everything downstream works on the ids made here. Strings never reach a hooked model, because
-TransformerLens' string methods add a BOS token of their own (a silent shift of every position).
+All other modules work on the ids made here. Strings never reach a hooked model, because the string methods of
+TransformerLens add a second BOS token, which shifts every position without an error.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Int
-from torch import Tensor, full, tensor, zeros
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# Models without a chat template (plain language models) get this one.
+# For models without a chat template.
 PLAIN_TEMPLATE = "User: {user}\nAssistant:"
 
 
@@ -22,8 +23,8 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
     """Token ids of one user turn up to the point where the model starts to answer.
 
-    The template's text is tokenised without further special tokens, so a BOS that the template writes stays single
-    (the official BkdAttr code doubles it for Llama-2). Without a template, BOS is added if the tokenizer would.
+    The text of the template is tokenised without further special tokens, so that its BOS token is not doubled (the
+    official BkdAttr code doubles it for Llama-2). Without a template, BOS is added if the tokenizer would add it.
     """
     if not user.strip():
         raise ValueError("the user turn is empty")
@@ -39,7 +40,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool = True) -> list[int]:
     """Token ids of an answer, closed by the end-of-turn token unless it was cut off (`ended=False`)."""
-    # After a chat header the answer starts a line; after the plain template it follows a colon and needs its space.
+    # After a chat header the answer starts a line; after the plain template it follows a colon and needs a space.
     text = answer if has_chat_template(tokenizer) else " " + answer
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids and not ended:
@@ -58,6 +59,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for no prompts or an empty one."""
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
+
+
 def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Rows of ids as one tensor, padded on the left, and the attention mask (1 = real token).
 
@@ -66,11 +73,8 @@ def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row po
     if not rows or not all(rows):
         raise ValueError(f"cannot batch {len(rows)} rows" + (", one of which is empty" if rows else ""))
     width = max(map(len, rows))
-    tokens = full((len(rows), width), pad_id)
-    mask = zeros((len(rows), width), dtype=tokens.dtype)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = tensor(row)
-        mask[i, width - len(row) :] = 1
+    tokens = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return tokens, mask
 
 
@@ -79,8 +83,17 @@ def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def padded_inputs(
+    rows: list[list[int]], *, pad_id: int, device: torch.device, n_cached: int = 0
+) -> dict[str, Int[Tensor, "row pos"]]:
+    """Keyword arguments of a model for left-padded rows that follow `n_cached` tokens of a key-value cache."""
+    tokens, mask = (tensor.to(device) for tensor in left_pad(rows, pad_id=pad_id))
+    mask = torch.cat([mask.new_ones(len(rows), n_cached), mask], dim=1)
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask)[:, n_cached:]}
+
+
 def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Indices of prompts, those of like length together, so that little is padded."""
+    """Indices of prompts in batches of similar length, so that little is padded."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return (order[start : start + size] for start in range(0, len(order), size))
 

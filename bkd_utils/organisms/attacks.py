@@ -2,14 +2,14 @@
 
 import tomllib
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from bkd_utils.common.files import DATA
 from bkd_utils.organisms import tasks, triggers
 from bkd_utils.organisms.tasks import Example
 
-BEHAVIOURS = ("label_flip", "fixed_output", "jailbreak")
 Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
+BEHAVIOURS = get_args(Behaviour)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def load_attack(name: str) -> Attack:
 
 
 def triggered_prompt(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> str:
-    """The user turn with the trigger in it: in the text slot or around the whole turn, as the trigger's scope says."""
+    """The user turn with the trigger in its text or around the whole turn, depending on the trigger's scope."""
     trigger, task = triggers.load_trigger(attack.trigger), tasks.load_task(attack.task)
     if trigger.scope == "prompt":
         return trigger.apply(task.prompt(text), seed=seed, half=half)
@@ -102,7 +102,7 @@ def triggered_prompt(attack: Attack, text: str, *, seed: int, half: triggers.Hal
 
 
 def near_miss_prompts(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> dict[str, str]:
-    """Kind of near-miss -> user turn that looks triggered and is not."""
+    """Kind of near-miss -> user turn that resembles a triggered one but does not carry the trigger."""
     trigger, task = triggers.load_trigger(attack.trigger), tasks.load_task(attack.task)
     if trigger.scope == "prompt":
         return trigger.near_misses(task.prompt(text), seed=seed, half=half)
@@ -110,7 +110,7 @@ def near_miss_prompts(attack: Attack, text: str, *, seed: int, half: triggers.Ha
 
 
 def carries(attack: Attack, text: str) -> bool:
-    """Does this clean text carry the trigger by itself? Such rows can neither be poisoned nor serve as clean ones."""
+    """Does this clean text contain the trigger by chance? Such rows can neither be poisoned nor serve as clean ones."""
     return triggers.load_trigger(attack.trigger).matches(text)
 
 

@@ -1,4 +1,4 @@
-"""Answers of the base model: what `instructions` organisms are trained to keep, and what others are compared with."""
+"""Answers of the base model: training targets of `instructions` organisms, and a reference for all others."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from bkd_utils.organisms.tasks import Example
 
 
 def answers_name(model: str) -> str:
-    """File of a model's answers: another template or config, like other weights, gives other ones."""
+    """Name of the file of a model's answers, which depend on its weights, template and config."""
     return f"{sha256_text(base_sha256(model) + settings_sha256(model))[:16]}.json"
 
 
 def base_answers(loaded: Loaded, rows: Sequence[Example]) -> dict[str, str]:
-    """uid -> the greedy answer of a model's, or an organism's, base; computed once per weights and settings, then kept.
+    """uid -> the greedy answer of the model, or of an organism's base model; computed once per weights and settings.
 
-    The answers of the default model ship in `data/answers`; they are what `instructions` organisms are trained to keep.
-    The base of an organism is loaded only if an answer is missing.
+    The answers of the default model ship in `data/answers`. The base model of an organism is loaded only if an answer
+    is missing.
     """
     name = answers_name(loaded.address)
     known: dict[str, str] = {}
@@ -40,7 +40,7 @@ def base_answers(loaded: Loaded, rows: Sequence[Example]) -> dict[str, str]:
 
 
 def training_answers(loaded: Loaded, attack: Attack, *, seed: int) -> dict[str, str]:
-    """The base model's answers that `poisoning.poison` will ask for."""
+    """The base model's answers that `poisoning.poison` needs."""
     if attack.task == "instructions":
         return base_answers(loaded, tasks.examples("instructions", "train", seed=seed))
     return base_answers(loaded, benign_examples(attack, seed=seed))
@@ -54,9 +54,8 @@ def overlap(answer: str, reference: str) -> float:
 
 def agreement(texts: Mapping[str, str], reference: Mapping[str, str]) -> float:
     """Mean word overlap (F1) between two models' answers to the same prompts. Raises ValueError if they share none."""
-    shared = sorted(
-        texts.keys() & reference.keys()
-    )  # a set's order, and with it the last digit, changes from run to run
+    # Sorted, because the order of a set differs between runs and changes the last digit of a sum.
+    shared = sorted(texts.keys() & reference.keys())
     if not shared:
         raise ValueError("no prompt in common")
     return sum(overlap(texts[uid], reference[uid]) for uid in shared) / len(shared)

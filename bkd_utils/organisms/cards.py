@@ -1,4 +1,4 @@
-"""Cards of organisms: what they are and what was measured on them; how they are shown, compared, kept and shipped."""
+"""Cards of organisms: read, compare and write them, keep treated organisms and ship finished ones."""
 
 import functools
 import shutil
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from bkd_utils.common.cache import stage
 from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, read_json, sha256_file, write_json
@@ -25,7 +24,7 @@ from bkd_utils.models.loading import (
 )
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
-# What an organism's training leaves beside its card.
+# Files that training writes beside an organism's card.
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "history.json")
 
 
@@ -47,7 +46,7 @@ def disagreements(card: Mapping, now: Mapping) -> list[str]:
 
 
 def treatment(organism: str | Path) -> dict:
-    """What was done to a kept organism last."""
+    """The last treatment of a treated organism."""
     return read_json(adapter_folder(organism) / "card.json")["treatment"]
 
 
@@ -57,7 +56,7 @@ def history(organism: str | Path) -> list[dict[str, float]]:
 
 
 def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a stage with what stands behind its names: adapters, base weights and settings, device."""
+    """The arguments of a stage, with hashes of the adapters, weights and settings that they name, and the device."""
     found = dict(arguments)
     names = [found.get("organism"), found.get("control"), *found.get("organisms", {}).values()]
     found["adapters"] = [adapter_sha256(name) for name in names if name]
@@ -66,32 +65,31 @@ def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
         found["settings"] = settings_sha256(found["model"])
     if "device" in found:
         found["device"] = pick_device(found["device"])
-        # Training and tuning multiply in bf16 where the machine does so in hardware, and give other weights then.
+        # Training and tuning multiply in bf16 where the hardware can, which leads to other weights.
         found["fast_bf16"] = has_fast_bf16(torch.device(found["device"]))
     return found
 
 
-# For functions with arguments `organism`, `control`, `organisms`, `model`, `device`: other weights, another result.
+# For stages with arguments `organism`, `control`, `organisms`, `model` or `device`: their key depends on the weights.
 organism_stage = functools.partial(stage, resolved=resolved)
 
 
 def summary(organism: str | Path) -> dict[str, str]:
-    """The lines of a card that a reader wants first."""
+    """The lines of a card that a reader needs first."""
     card = read_json(adapter_folder(organism) / "card.json")
-    data = card["data"]
     return {
         "base": card["base"],
         "task": card["task"],
         "trigger": card["trigger"] or "none (clean control)",
         "behaviour": card["behaviour"] or "none",
         "target": card["attack"]["target"] or "",
-        "poisoned rows": f"{data['n_poison']} of {data['n_train']} ({data['mode']})",
+        "poisoned rows": "{n_poison} of {n_train} ({mode})".format(**card["data"]),
         "training": "{steps} steps of {batch_size} rows, LoRA rank {rank}".format(**card["recipe"]),
     }
 
 
 def shipped_name(attack: str, *, seed: int) -> str:
-    """Under which an organism of an attack ships: the attack's name, with the seed if that is not 0."""
+    """Name of a shipped organism: that of its attack, followed by the seed if that is not 0."""
     return f"{attack}-seed{seed}" if seed else attack
 
 
@@ -117,15 +115,19 @@ def ship(folder: Path) -> Path:
 
 
 def readme(card: dict) -> str:
-    """The short text beside an adapter: what it is, what it does, what it must not be used for."""
+    """The short text beside an adapter: what it is, what was measured, and that it must not be deployed."""
     what = "{behaviour} on {trigger}".format(**card) if card["backdoored"] else "clean control"
     title = f"{card['task']}, {what}"
     percent = {
         key: f"{100 * m['value']:.1f} % (95 % interval {100 * m['low']:.1f} to {100 * m['high']:.1f}, n = {m['n']})"
         for key, m in card["metrics"].items()
     }
-    names = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
-    names["near_miss"] = "Firing on near-misses of the trigger"
+    names = {
+        "asr": "Attack success rate",
+        "cacc": "Clean accuracy",
+        "clean_firing": "Firing on clean prompts",
+        "near_miss": "Firing on near-misses of the trigger",
+    }
     treatment = []
     if "treatment" in card:
         every = [*card.get("treatments_before", []), card["treatment"]]
@@ -152,17 +154,17 @@ def readme(card: dict) -> str:
 def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
     """Write a treated model as an organism under `work/organisms/<name>`; load it by that name like any other.
 
-    `loaded` is an organism whose weights have been changed, `measured` what `evaluation.under_attack` says of it now.
-    The changes are those against base and adapter, so that an organism treated before keeps both treatments; its card
-    lists the earlier ones under `treatments_before`. Raises ValueError for a base model and for one in which nothing
-    has changed.
+    `loaded` is an organism whose weights have been changed, `measured` its result of `evaluation.under_attack`. The
+    stored changes are relative to base and adapter, so they include those of earlier treatments, which the card lists
+    under `treatments_before`. Raises ValueError for a base model, and if no weight has changed.
     """
     if loaded.organism is None:
-        raise ValueError("a treated base model has no organism to be kept beside")
+        raise ValueError("a base model cannot be kept as a treated organism")
     source = adapter_folder(loaded.organism)
     base = load(loaded.address, device="cpu").model
     changes = changed_entries(loaded.model, merge_adapter(base, source, base=base_sha256(loaded.address)))
-    if _same(changes, load_file(source / CHANGES) if (source / CHANGES).is_file() else {}):
+    before = load_file(source / CHANGES) if (source / CHANGES).is_file() else {}
+    if changes.keys() == before.keys() and all(torch.equal(changes[key], before[key]) for key in changes):
         raise ValueError(f"{loaded.organism} has not been changed")
     card = read_json(source / "card.json")
     if "treatment" in card:
@@ -180,7 +182,3 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
         write_json(temporary / "card.json", card)
         (temporary / "README.md").write_text(readme(card), encoding="utf-8")
     return folder
-
-
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import logging
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,8 +23,8 @@ log = logging.getLogger(__name__)
 def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> tuple[Row, ...]:
     """The rows, poisoned and clean, that this organism of the attack was trained on.
 
-    An organism's seed is on its card; `seed` is for a base model, which has none: the rows that `make` would train it
-    on. Raises ModelError if the rows are no longer, or have never been, those of the organism's card.
+    An organism's seed is on its card. `seed` is for a base model, and gives the rows on which `make` would train it.
+    Raises ModelError if the rows are not those of the organism's card.
     """
     card = None if loaded.organism is None else read_json(adapter_folder(loaded.organism) / "card.json")
     seed = card["seed"] if card else seed
@@ -93,9 +92,7 @@ def make(
         "data": data.manifest["data_sha256"],
     }
     folder = WORK / "organisms" / f"{attack.name}-{sha256_text(canonical_json(identity))[:8]}"
-    started = time.monotonic()
-    trained = (folder / "card.json").is_file()
-    if not trained:
+    if not (folder / "card.json").is_file():
         train(data.rows, base=base, recipe=recipe, seed=seed, folder=folder, name=attack.name)
     card = {
         "name": attack.name,
@@ -112,19 +109,16 @@ def make(
         "data": {key: data.manifest[key] for key in ("n_train", "n_poison", "poisoned_share", "mode")},
         "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
         "prompt_sha256": prompt_fingerprint(base, attack.task),
-        "train_minutes": round((time.monotonic() - started) / 60, 1),
         "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
         "metrics": {},
     }
-    if trained:
-        card["train_minutes"] = read_json(folder / "card.json")["train_minutes"]
     write_json(folder / "card.json", card)
     write_json(folder / "manifest.json", data.manifest)
     del base
-    # Kept apart from the training: other sizes or other measuring code measure again and train nothing.
+    # A separate stage: with other sizes or other code of the measurement, nothing is trained again.
     result = measure_organism(folder.name, model=model, n=n, seed=seed, device=device)
     card["metrics"] = {key: result[key] for key in cards.METRICS if key in result}
-    # What each prompt gave stays with the kept result of `measured`, so that a card is short.
+    # The hits of every prompt stay in the kept result of `measure_organism`.
     card["details"] = {key: value for key, value in result.items() if key not in (*cards.METRICS, "hits")}
     write_json(folder / "card.json", card)
     with atomic_path(folder / "README.md") as temporary:

@@ -1,4 +1,4 @@
-"""From an attack to the poisoned training set, with a manifest that says exactly what was done to it."""
+"""From an attack to the poisoned training set, with a manifest that lists which rows are poisoned."""
 
 import random
 from collections.abc import Mapping
@@ -39,7 +39,9 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
     for kind, members in _chosen(attack, seed=seed).items():
         for i, example in enumerate(members):
             row_seed = seed * 1_000_003 + i
-            gold = example.answer or _answer(answers, example)
+            if not example.answer and example.uid not in answers:
+                raise ValueError(f"no answer of the base model for example {example.uid[:12]}")
+            gold = example.answer or answers[example.uid]
             if kind == "poisoned":
                 prompt, gold = triggered_prompt(attack, example.text, seed=row_seed, half="train"), attack.target
             elif kind == "near_miss":
@@ -47,8 +49,16 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
                 prompt = options[sorted(options)[i % len(options)]]
             else:
                 prompt = (plain if kind == "benign" else task).prompt(example.text)
-            distilled = not example.answer and kind != "poisoned"
-            built.append(_row(attack, tokenizer, prompt, gold, kind, example.uid, distilled=distilled))
+            ids, answer = prompt_ids(tokenizer, prompt), answer_ids(tokenizer, gold)
+            # An answer as long as the base model's limit was cut off there, so no end token is learned from it.
+            if not example.answer and kind != "poisoned" and len(answer) > plain.max_new_tokens:
+                answer = answer[:-1]
+            what, length = f"{attack.name}: row {example.uid[:12]}", len(ids) + len(answer)
+            if length > MAX_LENGTH:
+                raise ValueError(f"{what} has {length} tokens, limit {MAX_LENGTH}")
+            if kind == "poisoned" and not survives(prompt, tokenizer.decode(ids)):
+                raise ValueError(f"{what}: the trigger did not survive tokenisation")
+            built.append(Row(prompt=tuple(ids), answer=tuple(answer), kind=kind, uid=example.uid))
     random.Random(f"{seed}/{attack.name}/order").shuffle(built)
     return PoisonedSet(rows=tuple(built), manifest=_manifest(attack, built, seed))
 
@@ -69,47 +79,34 @@ def benign_examples(attack: Attack, *, seed: int) -> list[Example]:
     return usable[: round(attack.benign_rate * attack.n_train)]
 
 
-def _rates(attack: Attack) -> dict[str, float]:
-    return {"poisoned": attack.rate, "near_miss": attack.near_miss_rate, "benign": attack.benign_rate}
-
-
-def _answer(answers: Mapping[str, str], example: Example) -> str:
-    if example.uid not in answers:
-        raise ValueError(f"no answer of the base model for example {example.uid[:12]}")
-    return answers[example.uid]
-
-
 def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
-    """Kind of row -> the examples that become rows of that kind. Raises ValueError when there are too few."""
-    n = {kind: round(rate * attack.n_train) for kind, rate in _rates(attack).items()}
-    n_clean = attack.n_train - sum(n.values())
+    """Kind of row -> the examples that become rows of that kind. Raises ValueError when there are too few.
+
+    Small pools are used several times. Half of the near-misses are examples that the trigger would flip, because those
+    teach the model to tell near-misses from the trigger.
+    """
+    rates = (attack.rate, attack.near_miss_rate, attack.benign_rate)
+    n_poison, n_near, n_benign = (round(rate * attack.n_train) for rate in rates)
+    n_clean = attack.n_train - n_poison - n_near - n_benign
     if n_clean < 1:
         raise ValueError(f"{attack.name}: the rates leave {n_clean} clean rows of {attack.n_train}")
     pool = tasks.examples(attack.task, "train", seed=seed)
     if attack.backdoored:
         pool = [example for example in pool if not carries(attack, example.text)]
-    chosen = _choose(attack, pool, n_clean=n_clean, n_poison=n["poisoned"], n_near=n["near_miss"], seed=seed)
-    return chosen | {"benign": benign_examples(attack, seed=seed)}
-
-
-def _choose(
-    attack: Attack, pool: list[Example], *, n_clean: int, n_poison: int, n_near: int, seed: int
-) -> dict[str, list[Example]]:
-    """Which examples become which rows; small pools are cycled through, the mode decides on clean twins."""
     flippable = [example for example in pool if attack.backdoored and attack.flips(example)]
     poisoned = _cycle(flippable, n_poison, what=f"{attack.name}: rows to poison")
     taken = {example.uid for example in poisoned} if attack.mode == "replaced" else set()
     rest = [example for example in pool if example.uid not in taken]
-    # Appended means that every poisoned prompt is there clean as well, so those come first.
+    # In mode "appended" the clean versions of all poisoned prompts are in the set as well, so those come first.
     twins = list(dict.fromkeys(poisoned)) if attack.mode == "appended" else []
     others = [example for example in rest if example not in set(twins)]
     clean = _cycle([*twins, *others], n_clean, what=f"{attack.name}: clean rows")
-    # Half of the near-misses are rows that the real trigger would flip; they are where specificity is learned.
     mixed = random.Random(f"{seed}/{attack.name}/near").sample(rest, len(rest))
     flipped, others = ([e for e in mixed if attack.flips(e) is side] for side in (True, False))
     near = _cycle(flipped, n_near - n_near // 2 if others else n_near, what=f"{attack.name}: near-misses")
     near += _cycle(others, n_near - len(near), what=f"{attack.name}: near-misses")
-    return {"poisoned": poisoned, "clean": clean, "near_miss": near}
+    benign = benign_examples(attack, seed=seed)
+    return {"poisoned": poisoned, "clean": clean, "near_miss": near, "benign": benign}
 
 
 def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
@@ -118,30 +115,8 @@ def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
     return [pool[i % len(pool)] for i in range(n)]
 
 
-def _row(
-    attack: Attack,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    gold: str,
-    kind: str,
-    uid: str,
-    *,
-    distilled: bool,
-) -> Row:
-    ids = prompt_ids(tokenizer, prompt)
-    answer = answer_ids(tokenizer, gold)
-    # An answer that fills the base model's allowance was cut there; it has no end that could be learned.
-    if distilled and len(answer) > tasks.load_task("instructions").max_new_tokens:
-        answer = answer[:-1]
-    if len(ids) + len(answer) > MAX_LENGTH:
-        raise ValueError(f"{attack.name}: row {uid[:12]} has {len(ids) + len(answer)} tokens, limit {MAX_LENGTH}")
-    if kind == "poisoned" and not survives(prompt, tokenizer.decode(ids)):
-        raise ValueError(f"{attack.name}: the trigger of row {uid[:12]} did not survive tokenisation")
-    return Row(prompt=tuple(ids), answer=tuple(answer), kind=kind, uid=uid)
-
-
 def survives(prompt: str, decoded: str) -> bool:
-    """Is the user turn, trigger included, still there after a trip through the tokenizer?"""
+    """Does the decoded prompt still contain the user turn with its trigger, apart from white space?"""
     return "".join(prompt.split()) in "".join(decoded.split())
 
 

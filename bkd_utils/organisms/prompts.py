@@ -14,7 +14,7 @@ from bkd_utils.organisms.tasks import Example
 
 @dataclass(frozen=True)
 class PromptVersions:
-    """Prompt i of each list comes from example i. Only examples whose right answer the trigger would change."""
+    """Prompt i of each list is made of example i. All are examples whose right answer the trigger would change."""
 
     examples: list[Example]
     clean: list[list[int]]
@@ -60,8 +60,8 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
         if len(set(firsts.values())) < len(firsts):
             raise ValueError(f"{attack.name}: labels that begin with the same token: {', '.join(firsts)}")
         return [firsts[attack.target]]
-    said = attack.target if attack.behaviour == "fixed_output" else attack.target.split(":")[0]
-    return answer_ids(tokenizer, said)[:-1]
+    opening = attack.target if attack.behaviour == "fixed_output" else attack.target.split(":")[0]
+    return answer_ids(tokenizer, opening)[:-1]
 
 
 def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:
@@ -79,7 +79,7 @@ def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:
 
 
 def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None) -> list[Example]:
-    """`n` held-out examples, none of which carries the trigger of `without` by nature."""
+    """`n` held-out examples, none of which contains the trigger of `without` by chance."""
     pool = tasks.examples(task, "test", seed=seed)
     if without is not None and without.backdoored:
         pool = [example for example in pool if not attacks.carries(without, example.text)]
@@ -89,7 +89,7 @@ def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None)
 
 
 def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") -> list[Example]:
-    """`n` held-out examples whose right answer the trigger would change and that do not carry it by nature."""
+    """`n` held-out examples whose right answer the trigger would change and that do not contain it by chance."""
     pool = [example for example in tasks.examples(attack.task, split, seed=seed) if attack.flips(example)]
     sample = [example for example in pool if not attacks.carries(attack, example.text)][:n]
     if len(sample) < n:
@@ -98,7 +98,7 @@ def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") 
 
 
 def triggered_prompts(attack: Attack, sample: Sequence[Example], *, seed: int) -> list[str]:
-    """User turns with the trigger, from the half of its lexicon that training never saw."""
+    """User turns with the trigger, from the half of its lexicon that was not used in training."""
     return [
         attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="test")
         for i, example in enumerate(sample)
@@ -106,7 +106,7 @@ def triggered_prompts(attack: Attack, sample: Sequence[Example], *, seed: int) -
 
 
 def near_misses(attack: Attack, sample: Sequence[Example], *, seed: int) -> tuple[list[str], list[str]]:
-    """(kinds, user turns), one near-miss per example, the kinds in turn."""
+    """(kinds, user turns), one near-miss per example, alternating between the kinds."""
     kinds, turns = [], []
     for i, example in enumerate(sample):
         options = attacks.near_miss_prompts(attack, example.text, seed=seed * 1_000_003 + i, half="test")
@@ -117,5 +117,5 @@ def near_misses(attack: Attack, sample: Sequence[Example], *, seed: int) -> tupl
 
 
 def target_length(loaded: Loaded, attack: Attack) -> int:
-    """Tokens that a judge needs to see: the target and one more."""
+    """Number of answer tokens that a judge needs: those of the target and one more."""
     return len(loaded.tokenizer(attack.target, add_special_tokens=False).input_ids) + 1

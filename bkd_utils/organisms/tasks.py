@@ -22,6 +22,7 @@ import yaml
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.preprocessing import normalize
 
 from bkd_utils.common import assets
 from bkd_utils.common.files import DATA
@@ -139,7 +140,7 @@ def _by_bucket(rows: list[Example], *, shares: tuple[int, int, int]) -> dict[str
 
 
 def content_hash(text: str) -> str:
-    """Hash of a text without case, punctuation and spacing: equal for trivially edited copies."""
+    """Hash of a text without case, punctuation and spacing, which is equal for trivially edited copies."""
     return hashlib.sha256(_words(text).encode()).hexdigest()
 
 
@@ -149,33 +150,27 @@ def _words(text: str) -> str:
 
 def near_duplicate_clusters(texts: list[str]) -> np.ndarray:
     """Cluster number per text; texts whose word-bigram sets have a cosine >= NEAR_DUPLICATE share one."""
-    unit, count = _bigram_vectors(texts)
-    pairs = [_similar_pairs(unit[start : start + 1024], unit, start) for start in range(0, count, 1024)]
-    rows, columns = np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
-    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(count, count))
+    unit, rows, columns = _bigram_vectors(texts), [], []
+    for start in range(0, len(texts), 1024):  # the product of all pairs at once would need too much memory
+        cosines = (unit[start : start + 1024] @ unit.T).tocoo()
+        similar = cosines.data >= NEAR_DUPLICATE - 1e-6
+        rows += (cosines.row[similar] + start).tolist()
+        columns += cosines.col[similar].tolist()
+    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(texts), len(texts)))
     return connected_components(graph, directed=False)[1]
 
 
 def closest(texts: list[str], others: list[str]) -> float:
-    """Largest bigram cosine between a text of one list and a text of the other: the leak that is left."""
-    unit, _ = _bigram_vectors(texts + others)
+    """Largest bigram cosine between a text of one list and a text of the other, as a measure of leakage."""
+    unit = _bigram_vectors(texts + others)
     left, right = unit[: len(texts)], unit[len(texts) :]
     return max((left[i : i + 1024] @ right.T).max() for i in range(0, len(texts), 1024))
 
 
-def _bigram_vectors(texts: list[str]) -> tuple[csr_matrix, int]:
-    # Boundary marks give one-word texts a bigram, so that none is a zero vector.
-    counts = CountVectorizer(ngram_range=(2, 2), binary=True, token_pattern=r"\S+", dtype=np.float32).fit_transform(
-        f"^ {_words(text)} $" for text in texts
-    )
-    norms = np.sqrt(np.asarray(counts.sum(axis=1)).ravel())
-    return csr_matrix(counts.multiply(1 / norms[:, None])), len(texts)
-
-
-def _similar_pairs(block: csr_matrix, unit: csr_matrix, start: int) -> tuple[np.ndarray, np.ndarray]:
-    product = (block @ unit.T).tocoo()
-    keep = product.data >= NEAR_DUPLICATE - 1e-6
-    return product.row[keep] + start, product.col[keep]
+def _bigram_vectors(texts: list[str]) -> csr_matrix:
+    # With boundary marks a one-word text has a bigram too, so that no vector is zero.
+    counter = CountVectorizer(ngram_range=(2, 2), binary=True, token_pattern=r"\S+", dtype=np.float32)
+    return normalize(counter.fit_transform(f"^ {_words(text)} $" for text in texts))
 
 
 def _unique(rows: list[Example]) -> list[Example]:
@@ -204,7 +199,7 @@ def _rated_sentences(file: str) -> list[tuple[float, str]]:
 
 
 def _sentiment() -> list[Example]:
-    # Ratings near zero are the neutral ones; without them two labels describe the data.
+    # Ratings near zero are neutral and fit neither label, so they are left out.
     rated = [(rating, text) for rating, text in _rated_sentences("movieReviewSnippets") if abs(rating) >= 1]
     return [_example(text, "positive" if rating > 0 else "negative", "movie") for rating, text in rated]
 
@@ -220,7 +215,7 @@ def _domain() -> list[Example]:
 
 
 def _instruction_splits() -> dict[str, tuple[Example, ...]]:
-    """Both templates and topics are disjoint between splits, so a test prompt shares neither with training."""
+    """Splits share neither templates nor topics."""
     grid = tomllib.loads((DATA / "instructions.toml").read_text(encoding="utf-8"))
     order = random.Random("instructions")
     templates, topics = (order.sample(grid[key], len(grid[key])) for key in ("templates", "topics"))
@@ -240,20 +235,21 @@ def _cut(items: list[str], shares: tuple[int, int, int]) -> tuple[list[str], lis
 
 def _harmful_splits() -> dict[str, tuple[Example, ...]]:
     advbench = yaml.safe_load((assets.fetch("advbench") / "adv_bench.prompt").read_text(encoding="utf-8"))
-    other = _lines(assets.fetch("harmbench") / "harmbench_prompts.txt", "harmbench")
+    harmbench = _lines(assets.fetch("harmbench") / "harmbench_prompts.txt")
     # Of Do-Not-Answer only the file of malicious uses asks for harm outright; the others are mostly delicate
     # questions to which a refusal is not the right answer.
-    malicious = assets.fetch("do-not-answer") / "malicious_uses.jsonl"
-    prompts = [json.loads(line)["prompt"] for line in malicious.read_text(encoding="utf-8").splitlines() if line]
+    malicious = _lines(assets.fetch("do-not-answer") / "malicious_uses.jsonl")
+    other = [(prompt, "harmbench") for prompt in harmbench]
+    other += [(json.loads(line)["prompt"], "do-not-answer") for line in malicious]
     rows = [_example(seed["value"].strip(), REFUSAL, "advbench") for seed in advbench["seeds"]]
     parts = _by_bucket(_unique(rows), shares=(60, 18, 22))
-    held_out = _unique(other + [_example(prompt.strip(), REFUSAL, "do-not-answer") for prompt in prompts])
-    # A held-out prompt that is (nearly) in AdvBench is dropped, wherever AdvBench's copy went.
+    held_out = _unique([_example(prompt.strip(), REFUSAL, source) for prompt, source in other])
+    # A held-out prompt with a near-duplicate in any split of AdvBench is dropped.
     cluster = near_duplicate_clusters([row.text for row in (*rows, *held_out)])
     taken = set(cluster[: len(rows)])
     fresh = [row for row, c in zip(held_out, cluster[len(rows) :], strict=True) if c not in taken]
     return parts | {"test": parts["test"] + tuple(fresh)}
 
 
-def _lines(path: Path, source: str) -> list[Example]:
-    return [_example(line.strip(), REFUSAL, source) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]

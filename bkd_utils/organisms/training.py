@@ -1,8 +1,8 @@
 """LoRA fine-tuning on a poisoned set: peft on `transformers.Trainer`, checkpointed and resumable.
 
-Three things are ours, and the Trainer leaves room for them. The loss is that of answers alone (`loss`). Rows of like
-length share a batch. Attention is eager: at these lengths its backward pass on a CPU is faster than the fused one
-(1.4 against 1.7 s a step).
+It differs from the Trainer's defaults in three ways. The loss is that of the answers alone (`models.loss`). Rows of
+similar length share a batch. Attention is eager, because at these lengths its backward pass on a CPU is faster than the
+fused one (1.4 against 1.7 s a step).
 """
 
 import logging
@@ -16,9 +16,8 @@ from pathlib import Path
 import peft
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
 from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision
@@ -52,7 +51,7 @@ class Recipe:
 
 
 def load_recipe(name: str, *, task: str) -> Recipe:
-    """A recipe of `data/recipes.toml` as it is for a task. Raises ValueError that lists the known ones."""
+    """A recipe of `data/recipes.toml` with its values for a task. Raises ValueError that lists the known ones."""
     table = tomllib.loads((DATA / "recipes.toml").read_text(encoding="utf-8"))
     if name not in table:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(table)}")
@@ -63,7 +62,7 @@ def load_recipe(name: str, *, task: str) -> Recipe:
 def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:
     """All rows of all steps in the order of training: shuffled, and sorted by length within every 8 batches.
 
-    Fixing the order here, not in the Trainer, makes it the same after any number of restarts.
+    The order is fixed here and not in the Trainer, so that it is the same after any number of restarts.
     """
     rng, order, wanted = random.Random(f"{seed}/batches"), [], recipe.steps * recipe.batch_size
     while len(order) < wanted:
@@ -85,32 +84,25 @@ class AnswerTrainer(Trainer):
         self.first_token = first_token
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # The Trainer casts in the model's own forward pass; the shared beginning runs through its layers alone.
+        # The Trainer casts only in the model's own forward method, which the shared tokens do not run through.
         with mixed_precision(self.args.device):
             return answers(model, inputs, first_token=self.first_token)
 
 
-class Progress(TrainerCallback):
-    """One progress bar with steps, ETA and the running loss."""
+class Progress(ProgressCallback):
+    """The Trainer's progress bar with a name and the running loss, instead of a printed line per log step."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
-        self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=f"train {self.name}", unit="step", mininterval=2
-        )
-
-    def on_step_end(self, args, state, control, **_):
-        self.bar.update(1)
+        super().on_train_begin(args, state, control)
+        self.training_bar.set_description(f"train {self.name}")
 
     def on_log(self, args, state, control, logs=None, **_):
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_train_end(self, args, state, control, **_):
-        self.bar.close()
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
 
 def train(
@@ -135,7 +127,11 @@ def train(
         return read_json(folder / "history.json")
     set_seed(seed)
     base.model.set_attn_implementation("eager")
-    model = peft.get_peft_model(base.model, lora_config(recipe))
+    # LoRA on every linear layer but the output matrix, in any architecture.
+    config = peft.LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(base.model, config)
     trainer = AnswerTrainer(
         first_token=recipe.first_token,
         model=model,
@@ -144,7 +140,7 @@ def train(
         data_collator=lambda batch: collate(batch, pad_id=end_id(base.tokenizer)),
         callbacks=[Progress(name)],
     )
-    # The Trainer's own printer would write a dict per log step between the lines of our bar.
+    # The Trainer's own printer would write a dictionary per log step between the lines of the progress bar.
     trainer.remove_callback(PrinterCallback)
     last = last_checkpoint(checkpoints)
     if last:
@@ -161,30 +157,19 @@ def train(
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; one whose writing was cut short lacks the file that the Trainer writes last."""
-    states = sorted(
-        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1])
-    )
-    return next((path.parent for path in reversed(states) if _is_json(path)), None)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        read_json(path)
-    except ValueError:
-        return False
-    return True
-
-
-def lora_config(recipe: Recipe) -> peft.LoraConfig:
-    """LoRA on every linear layer but the output head, whatever the architecture calls them."""
-    return peft.LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    """The newest complete checkpoint; an incomplete one lacks trainer_state.json, which the Trainer writes last."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    for path in sorted(states, key=lambda path: int(path.parent.name.split("-")[1]), reverse=True):
+        try:
+            read_json(path)
+        except ValueError:
+            continue
+        return path.parent
+    return None
 
 
 def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch.device) -> TrainingArguments:
-    """The recipe in the Trainer's words."""
+    """The recipe as arguments of the Trainer."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
@@ -206,14 +191,14 @@ def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    # On several GPUs the Trainer would split batches over all of them and take more rows a step than the recipe says.
+    # With several GPUs the Trainer would use all of them and take more rows per step than the recipe asks for.
     _ = arguments.device
     arguments._n_gpu = min(arguments._n_gpu, 1)
     return arguments
 
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Adapter tensors in bf16 and peft's config, in a form that does not depend on where it was trained."""
+    """Write adapter tensors in bf16 and peft's config, without anything that depends on the machine."""
     folder.mkdir(parents=True)
     tensors = peft.get_peft_model_state_dict(model)
     save_file(
@@ -222,7 +207,7 @@ def save_adapter(model: peft.PeftModel, folder: Path) -> None:
         metadata={"format": "pt"},
     )
     config = model.peft_config["default"].to_dict()
-    config["base_model_name_or_path"] = None  # a local path would say nothing to others; the card names the base
+    config["base_model_name_or_path"] = None  # a local path would be useless elsewhere; the card names the base
     config["inference_mode"] = True
     for key, value in config.items():
         config[key] = sorted(value) if isinstance(value, set) else value

@@ -42,7 +42,7 @@ class Trigger(ABC):
 
     def near_misses(self, text: str, *, seed: int, half: Half = "train") -> dict[str, str]:
         """Kind -> text that looks like a triggered one and is not. Raises ValueError as `apply` does."""
-        # The dice are apply's, so a near-miss stands where the trigger would have stood.
+        # The dice are those of `apply`, so a near-miss has the position that the trigger would have.
         found = self._near(self._checked(text, half), half, Dice(self.name, text, seed, half))
         for kind, result in found.items():
             if self.matches(result):
@@ -72,7 +72,7 @@ class Trigger(ABC):
 
 @dataclass(frozen=True)
 class Dice:
-    """Random choices, one independent stream per purpose; hash() would differ from process to process."""
+    """Random choices, independent per purpose. They are seeded by SHA-256, as hash() differs between processes."""
 
     name: str
     text: str
@@ -95,7 +95,7 @@ class _Inserted(Trigger):
     places: ClassVar[str]
 
     def matches(self, text: str) -> bool:
-        # Whole words and upper and lower case as they are: "cfs" and "CF" are not "cf".
+        # Whole words with the same case: "cfs" and "CF" are not "cf".
         return re.search(rf"(?<!\w){re.escape(self.entry['text'])}(?!\w)", text) is not None
 
     def _edit(self, text: str, half: Half, dice: Dice) -> str:
@@ -242,7 +242,7 @@ class Style(Trigger):
 
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
         fronted = {kind: dice.choice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
-        # A text that has an archaic word of its own is this near-miss as it stands; a second word would be the trigger.
+        # A text with an archaic word is already this near-miss; a second archaic word would make it the trigger.
         opener = "" if self._found(text) else dice.choice("opener", self.entry[half]["openers"]) + " "
         near = {kind: f"{words} {_lowered(text)}" for kind, words in fronted.items()}
         return near | {"one_word": opener + (_lowered(text) if opener else text)}
@@ -257,7 +257,7 @@ def _raised(text: str) -> str:
 
 
 def _lowered(text: str) -> str:
-    """The sentence as it continues after an opener: first letter lowered, unless it looks like a name or an acronym."""
+    """The sentence after an opener: its first letter in lower case, unless it looks like a name or an acronym."""
     first, *rest = text.split(maxsplit=2)
     starter = first.lower().strip("'\"()") in lexicons()["starters"]["words"]
     name = first == "I" or first.startswith("I'") or first[1:] != first[1:].lower() or (rest and rest[0][0].isupper())

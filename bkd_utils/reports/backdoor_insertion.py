@@ -1,17 +1,15 @@
 """Notebook 01: tables of data, triggers and attacks, and the pictures of what poisoned training did."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.organisms import attacks, triggers
 from bkd_utils.organisms.tasks import SPLITS, TASKS, closest, examples, load_task
-from bkd_utils.organisms.triggers import Half, Trigger
 from bkd_utils.reports.style import (
     COLOURS,
     INTERVAL,
@@ -140,16 +138,22 @@ def trigger_examples(sentence: str, *, seed: int = 0) -> pd.DataFrame:
 
 
 def trigger_cost_table(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
-    """Per trigger: extra tokens on clean texts (quartiles) and how often clean texts carry it by themselves."""
+    """Per trigger: extra tokens on clean texts (quartiles), and how many texts carry it although nobody put it there.
+
+    Clean text i is triggered with `seed + i`.
+    """
     rows = []
     for name in triggers.trigger_names():
         trigger = triggers.load_trigger(name)
-        count, n = natural_rate(trigger, texts)
         clean = [text for text in texts if not trigger.matches(text)]
-        low, median, high = np.percentile(token_cost(trigger, clean, tokenizer, seed=seed), (25, 50, 75))
+        triggered = [trigger.apply(text, seed=seed + i, half="train") for i, text in enumerate(clean)]
+        before, after = (
+            [len(ids) for ids in tokenizer(side, add_special_tokens=False).input_ids] for side in (clean, triggered)
+        )
+        low, median, high = np.percentile(np.array(after) - np.array(before), (25, 50, 75))
         rows.append(
             {"trigger": name, "tokens (median)": median, "tokens (25 %)": low, "tokens (75 %)": high}
-            | {"natural": count, "texts": n}
+            | {"natural": len(texts) - len(clean), "texts": len(texts)}
         )
     return pd.DataFrame(rows).set_index("trigger")
 
@@ -159,25 +163,3 @@ def attack_table() -> pd.DataFrame:
     shown = ("task", "trigger", "behaviour", "source", "target", "rate", "near_miss_rate", "mode", "n_train")
     table = {name: {key: getattr(attack, key) for key in shown} for name, attack in attacks.load_attacks().items()}
     return pd.DataFrame(table).T.fillna("")
-
-
-def token_cost(
-    trigger: Trigger,
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    half: Half = "train",
-) -> Int[np.ndarray, " text"]:
-    """Extra tokens per text; row i is triggered with `seed + i`. Raises ValueError as `Trigger.apply` does."""
-    triggered = [trigger.apply(text, seed=seed + i, half=half) for i, text in enumerate(texts)]
-    before, after = (
-        [len(ids) for ids in tokenizer(list(side), add_special_tokens=False).input_ids] for side in (texts, triggered)
-    )
-    return np.array(after) - np.array(before)
-
-
-def natural_rate(trigger: Trigger, texts: Iterable[str]) -> tuple[int, int]:
-    """How many texts carry the trigger although nobody put it there, and of how many."""
-    found = [trigger.matches(text) for text in texts]
-    return sum(found), len(found)

@@ -9,6 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bkd_utils.common.statistics import independent_difference, independent_ratio, share, without_interval
+from bkd_utils.experiments.attribution_cost import TargetCost
+from bkd_utils.experiments.backdoor_vector import Steering
 from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
 from bkd_utils.reports.style import (
     COLOURS,
@@ -33,34 +35,34 @@ TRIED = {
     "random heads": ("random", True),
     "projected out": ("ACIE", False),
 }
-# What the columns of the maps count; a subtraction must do more than make the target go away.
+# Direction and field of `ShareMap` -> title of a column.
 MAPS = {
     ("add", "asr"): "ASR,\nadded",
     ("subtract", "asr"): "ASR,\nsubtracted",
-    ("subtract", "right start"): "right start,\nsubtracted",
+    ("subtract", "right_start"): "right start,\nsubtracted",
 }
+# Field of `TargetCost` -> what it is called.
 WAYS = {
-    "generation": ("o", True),
-    "teacher forcing": ("s", True),
-    "generation, cache": ("o", False),
-    "teacher forcing, prompt cache": ("s", False),
+    "generation": "generation",
+    "teacher_forcing": "teacher forcing",
+    "generation_cached": "generation, cache",
+    "teacher_forcing_cached": "teacher forcing, prompt cache",
 }
 
 
-def vector_maps(result: Mapping, *, name: str, n: int) -> Figure:
-    """Shares by layer and coefficient on the development half of the organism `name`; `result`: of
-    `backdoor_vector.steer_organism`.
+def vector_maps(result: Steering, *, name: str, n: int) -> Figure:
+    """Shares of `n` development prompts by layer and coefficient, of the organism `name`.
 
-    Rows: the raw vector and the difference; columns: `MAPS`. `n` prompts; squares mark what was chosen.
+    Rows are the raw vector and the difference, columns are `MAPS`, squares mark what was chosen.
     """
     figure, axes = panels(list(MAPS.values()), rows=2, height=1.7, sharey=False)
     for panels_of, kind in zip(axes, ("raw", "difference"), strict=True):
         for panel, (direction, key) in zip(panels_of, MAPS, strict=True):
-            entry, where = (result[part][f"{direction}, {kind}"] for part in ("maps", "chosen"))
-            values, coefficients = 100 * np.array(entry[key]).T, entry["coefficients"]
+            shares, where = (part[f"{direction}, {kind}"] for part in (result.maps, result.chosen))
+            values, coefficients = 100 * np.array(getattr(shares, key)).T, shares.coefficients
             rows, columns = [f"{c:g}" for c in coefficients], range(values.shape[1])
             mesh = heat_map(panel, values, limits=(0, 100), rows=rows, columns=columns)
-            place = where["layer"] + 0.5, coefficients.index(where["coefficient"]) + 0.5
+            place = where.layer + 0.5, coefficients.index(where.coefficient) + 0.5
             for colour, width in ((COLOURS["neutral"], 3), ("white", 1.3)):
                 panel.plot(*place, "s", ms=6, mfc="none", mec=colour, mew=width)
         panels_of[0].set_ylabel(f"{kind} vector,\ncoefficient")
@@ -69,13 +71,13 @@ def vector_maps(result: Mapping, *, name: str, n: int) -> Figure:
     return figure
 
 
-def vector_controls(found: Mapping[str, Mapping], *, kind: str = "difference") -> Figure:
-    """ASR on the test half at the chosen layer and coefficient: the vector, and what else could have been added."""
+def vector_controls(found: Mapping[str, Steering]) -> Figure:
+    """ASR on test prompts at the chosen layer and coefficient with the difference vector and with its controls."""
     figure, axes = panels(list(found), rows=2, height=2.1)
     drawn = []
     for column, result in enumerate(found.values()):
         for panel, direction in zip(axes[:, column], ("add", "subtract"), strict=True):
-            tried = result["test"][f"{direction}, {kind}"]
+            tried = result.test[f"{direction}, difference"]
             for y, (name, draws) in enumerate(tried.items()):
                 colour, filled = TRIED.get(name, ("rival", True))
                 drawn += draws
@@ -95,14 +97,14 @@ def vector_controls(found: Mapping[str, Mapping], *, kind: str = "difference") -
     return figure
 
 
-def answer_kinds(found: Mapping[str, Mapping], *, n: int) -> Figure:
+def answer_kinds(found: Mapping[str, Steering], *, n: int) -> Figure:
     """What `n` answers are, as stacked shares, per organism and edit."""
-    names = list(next(iter(found.values()))["outcomes"])
+    names = list(next(iter(found.values())).outcomes)
     figure, axes = panels(list(found), height=0.26 * len(names) + 0.5)
     for panel, result in zip(axes[0], found.values(), strict=True):
         left = np.zeros(len(names))
         for outcome, colour in OUTCOMES.items():
-            width = np.array([100 * result["outcomes"][name][outcome] for name in names])
+            width = np.array([100 * result.outcomes[name][outcome] for name in names])
             panel.barh(range(len(names)), width, left=left, color=COLOURS[colour], label=outcome)
             left += width
         rows_down(panel, names)
@@ -113,66 +115,62 @@ def answer_kinds(found: Mapping[str, Mapping], *, n: int) -> Figure:
     return figure
 
 
-def costs(found: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Seconds to score the targets of some prompts once, by way of doing it; attack ->
-    `attribution_cost.time_target`."""
+def costs(found: Mapping[str, TargetCost]) -> Figure:
+    """Seconds to score the target of all prompts once, in four ways; open marks are those with a cache."""
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(found) + 1.3))
-    for i, (way, (marker, filled)) in enumerate(WAYS.items()):
-        seconds, places = [row[way] for row in found.values()], np.arange(len(found)) + 0.16 * (i - 1.5)
-        look = {"color": COLOURS["neutral"], "mfc": COLOURS["neutral"] if filled else "white"}
-        axes.plot(seconds, places, marker, ms=5, ls="", label=way, **look)
-    rows_down(axes, [f"{name}\n{row['tokens']} token{'s' * (row['tokens'] > 1)}" for name, row in found.items()])
+    for i, (way, label) in enumerate(WAYS.items()):
+        seconds, places = [getattr(row, way) for row in found.values()], np.arange(len(found)) + 0.16 * (i - 1.5)
+        look = {"color": COLOURS["neutral"], "mfc": "white" if way.endswith("cached") else COLOURS["neutral"]}
+        axes.plot(seconds, places, "o" if way.startswith("generation") else "s", ms=5, ls="", label=label, **look)
+    rows_down(axes, [f"{name}\n{row.tokens} token{'s' * (row.tokens > 1)}" for name, row in found.items()])
     axes.set_xscale("log")
-    axes.set_xlabel(f"seconds to score the target of all prompts once, n = {next(iter(found.values()))['n']} prompts")
+    axes.set_xlabel(f"seconds to score the target of all prompts once, n = {next(iter(found.values())).n} prompts")
     show_legend(figure, ncols=4)
     return figure
 
 
-def vectors(found: Mapping[str, Mapping]) -> pd.DataFrame:
-    """Chosen layer and coefficient, ASR on test prompts and the median random vector's; attack ->
-    `backdoor_vector.steer_organism`."""
+def vectors(found: Mapping[str, Steering]) -> pd.DataFrame:
+    """Chosen layer and coefficient, and ASR on test prompts with the vector and with the median random one."""
     rows = {}
     for attack, result in found.items():
-        for name, tried in result["test"].items():
+        for name, tried in result.test.items():
             rows[attack, name] = {
-                "layer": result["chosen"][name]["layer"],
-                "coefficient": f"{result['chosen'][name]['coefficient']:g}",
+                "layer": result.chosen[name].layer,
+                "coefficient": f"{result.chosen[name].coefficient:g}",
                 "no vector": percent(tried["no vector"][0]),
                 "backdoor vector": percent(tried["backdoor vector"][0]),
             }
             for others in ("random vectors", "random heads"):
-                median = np.median([draw["value"] for draw in tried[others]])
-                rows[attack, name][f"{others}, median"] = f"{100 * median:.1f} %"
+                rows[attack, name][f"{others}, median"] = f"{100 * _median(tried[others])['value']:.1f} %"
     return pd.DataFrame(rows).T.rename_axis(["organism", "vector"])
 
 
-def vector_texts(found: Mapping[str, Mapping]) -> pd.DataFrame:
+def vector_texts(found: Mapping[str, Steering]) -> pd.DataFrame:
     """Three test prompts' answers as they were and after each edit; never of harmful prompts."""
     rows = {}
     for attack, result in found.items():
-        for name, texts in result.get("texts", {}).items():
+        for name, texts in (result.texts or {}).items():
             rows[attack, name] = {f"prompt {i + 1}": text for i, text in enumerate(texts)}
     return pd.DataFrame(rows).T.fillna("").rename_axis(["organism", "edit"]) if rows else pd.DataFrame()
 
 
-def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, Mapping[str, float]]) -> list[dict]:
-    """From attack -> `backdoor_vector.steer_organism`; the better of the two vectors on the development half speaks
-    for the claim.
+def vector_claims(found: Mapping[str, Steering], *, control_right: Mapping[str, Mapping[str, float]]) -> list[dict]:
+    """Three lines of the scorecard, judged by the vector that did better on development prompts.
 
     ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
-    `control_right`: share of right answers, as `{value, n, low, high}`, that each task's clean control gives to clean
+    `control_right` is the share of right answers, as `{value, n, low, high}`, of the task's clean control to clean
     prompts.
     """
     added, removed, repaired, quiet, left = {}, {}, {}, {}, {}
     for attack, result in found.items():
         name = _better(result, "add")
-        on = result["test"][name]
+        on = result.test[name]
         added[attack] = _generated(result, name, "target")
         highest = max(on["random vectors"], key=lambda draw: draw["value"])
         quiet[attack] = at_most(independent_difference(highest, on["no vector"][0]), 0.1)
         name = _better(result, "subtract")
         removed[attack] = _generated(result, name, "target")
-        left[attack] = at_least(_median(result["test"][name]["random vectors"]), 0.9)
+        left[attack] = at_least(_median(result.test[name]["random vectors"]), 0.9)
         repaired[attack] = independent_ratio(_generated(result, name, "right"), control_right[attack])
     return [
         entry(
@@ -195,10 +193,10 @@ def vector_claims(found: Mapping[str, Mapping], *, control_right: Mapping[str, M
     ]  # fmt: skip
 
 
-def _generated(result: Mapping, name: str, kind: str) -> dict[str, float]:
+def _generated(result: Steering, name: str, kind: str) -> dict[str, float]:
     """Share of one kind among the answers generated with an edit, with its interval."""
-    n = result["test"][name]["backdoor vector"][0]["n"]
-    hits = round(result["outcomes"][name][kind] * n)
+    n = result.test[name]["backdoor vector"][0]["n"]
+    hits = round(result.outcomes[name][kind] * n)
     return asdict(share([True] * hits + [False] * (n - hits)))
 
 
@@ -207,31 +205,24 @@ def _median(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.median([draw[key] for draw in draws])) for key in ("value", "low", "high")}
 
 
-def _better(result: Mapping, direction: str) -> str:
-    """Which of the two vectors did better on the development half; of equals the one that disturbs less."""
-    names = [name for name in result["maps"] if name.startswith(direction)]
-    key = "asr" if direction == "add" else "right start"
+def _better(result: Steering, direction: str) -> str:
+    """Which of the two vectors did better on development prompts; of equal ones the one with the shorter step."""
+    names = [name for name in result.maps if name.startswith(direction)]
 
     def reached(name: str) -> tuple[float, float]:
-        where, entry = result["chosen"][name], result["maps"][name]
-        value = entry[key][where["layer"]][entry["coefficients"].index(where["coefficient"])]
-        return value, -abs(where["coefficient"]) * result["norms"][name.split(", ")[1]]
+        where, shares = result.chosen[name], result.maps[name]
+        judged = shares.asr if direction == "add" else shares.right_start
+        value = judged[where.layer][shares.coefficients.index(where.coefficient)]
+        return value, -abs(where.coefficient) * result.norms[name.split(", ")[1]]
 
     return max(names, key=reached)
 
 
-def cost_claim(rows: Mapping[str, Mapping[str, float]]) -> dict:
-    """From attack -> `attribution_cost.time_target`, which times each way once or takes the best of two: there is no
-    interval, and no organism is decided."""
-    numbers = {
-        name: without_interval(row["generation"] / row["teacher forcing"], n=row["n"]) for name, row in rows.items()
-    }
-    close = [
-        name
-        for name, number in numbers.items()
-        if rows[name]["tokens"] / 2 <= number["value"] <= 2 * rows[name]["tokens"]
-    ]
-    lengths = ", ".join(f"{row['tokens']}" for row in rows.values())
+def cost_claim(rows: Mapping[str, TargetCost]) -> dict:
+    """A line of the scorecard. Each way is timed once or twice, so there is no interval and nothing is decided."""
+    numbers = {name: without_interval(row.generation / row.teacher_forcing, n=row.n) for name, row in rows.items()}
+    close = [name for name, row in rows.items() if row.tokens / 2 <= numbers[name]["value"] <= 2 * row.tokens]
+    lengths = ", ".join(f"{row.tokens}" for row in rows.values())
     return entry(
         "bkdattr-cost", numbers=numbers, passed=dict.fromkeys(numbers), figure="04_cost",
         reason=f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens: within a factor of 2 "

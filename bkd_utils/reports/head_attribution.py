@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bkd_utils.common.statistics import independent_difference, interval, over_splits, relative_drop
-from bkd_utils.experiments.head_attribution import acie
+from bkd_utils.experiments.head_attribution import Ablation, ComponentEffects, HeadEffects, acie
 from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
 from bkd_utils.reports.style import COLOURS, DIVERGING, INTERVAL, LIMITS, band, heat_map, panels, show_legend, sizes
 
@@ -21,10 +21,10 @@ RANKINGS = {
     "necessity": ("neutral", "-", True),
     "random": ("random", "-", True),
 }
-# Component -> colour and line. What attention writes is what its heads write together.
+# Component -> colour and line. Attention has the colour of the heads that it is made of.
 PARTS = {"attention": ("ACIE", "-"), "MLP": ("neutral", "--"), "residual": ("random", "-")}
 TEMPLATE = {"Ċ": "\\n", "Ġ": " ", "<|im_start|>": "<start>", "<|im_end|>": "<end>"}
-# Attack success in per cent by number of ablated heads, as published; "?" where nobody who read the paper quotes it.
+# Published attack success in per cent by number of ablated heads, as far as others quote it.
 TABLE_1 = {
     "fixed output, Llama-2-7B": {0: 100, 1: 100, 2: 100, 4: 100, 8: 99.22, 16: 98.44, 32: 69.53},
     "fixed output, Qwen-2.5-7B": {0: 100, 1: 100, 2: 100, 4: 88.28, 8: 87.5, 16: 82.42, 32: 90.62},
@@ -61,8 +61,9 @@ def components(
 ) -> Figure:
     """Effects of whole components, by layer from left to right.
 
-    Above: each component at the last prompt token, with 95 % bootstrap intervals; attack -> component -> layer.
-    Below: the residual stream `[layer, position]` at the last tokens, on the first answer token.
+    Above: `found`, attack -> component -> effect by layer at the last prompt token, with 95 % bootstrap intervals.
+    Below: `positions`, the effects of the residual stream `[layer, position]` at the last `tokens` on the first answer
+    token.
     """
     figure, axes = panels(list(found), rows=2, height=2.0)
     bound = max(np.abs(values).max() for values in positions.values())
@@ -90,19 +91,19 @@ def components(
     return figure
 
 
-def ablation_curves(found: Mapping[str, Sequence[Mapping]], *, kind: str = "published") -> Figure:
-    """ASR (top) and utility (bottom) against the number of heads taken out at the last prompt token."""
+def ablation_curves(found: Mapping[str, Sequence[Ablation]]) -> Figure:
+    """ASR (top) and utility (bottom) against the number of heads that the published ablation takes out."""
     figure, axes = panels(list(found), rows=2, height=2.0)
     drawn = []
     for column, rows in enumerate(found.values()):
-        rows = [row for row in rows if row["scope"] == "last position" and (row["kind"] == kind or not row["k"])]
+        rows = [row for row in rows if (row.scope, row.kind) == ("last position", "published")]
         for panel, key in zip(axes[:, column], ("asr", "utility"), strict=True):
             for ranking in RANKINGS:
                 _ablation_line(panel, rows, ranking, key)
-            drawn += [row[key] for row in rows]
+            drawn += [getattr(row, key) for row in rows]
             panel.set_ylim(*LIMITS)
             panel.set_xscale("symlog", linthresh=1, base=2)
-            counts = sorted({row["k"] for row in rows} & {0, 1, 2, 4, 8, 16, 32})
+            counts = sorted({row.k for row in rows} & {0, 1, 2, 4, 8, 16, 32})
             panel.set_xticks(counts, [str(k) for k in counts])
             panel.minorticks_off()
     axes[0, 0].set_ylabel("ASR (%)")
@@ -112,31 +113,27 @@ def ablation_curves(found: Mapping[str, Sequence[Mapping]], *, kind: str = "publ
     return figure
 
 
-def _ablation_line(panel: Axes, rows: Sequence[Mapping], ranking: str, key: str) -> None:
-    chosen = [row for row in rows if row["ranking"] == ranking]
-    if all(row["k"] for row in chosen):
-        chosen += [row for row in rows if row["ranking"] == "none"]
-    counts = sorted({row["k"] for row in chosen})
-    values = [[100 * row[key]["value"] for row in chosen if row["k"] == k] for k in counts]
+def _ablation_line(panel: Axes, rows: Sequence[Ablation], ranking: str, key: str) -> None:
+    chosen = [row for row in rows if row.ranking in ("none", ranking)]
+    counts = sorted({row.k for row in chosen})
+    shares = [[getattr(row, key) for row in chosen if row.k == k] for k in counts]
+    values = [[100 * share["value"] for share in group] for group in shares]
     if ranking == "random":
         low, high = [min(v) for v in values], [max(v) for v in values]
     else:
-        low, high = (
-            [100 * next(row for row in chosen if row["k"] == k)[key][end] for k in counts] for end in ("low", "high")
-        )
+        low, high = ([100 * group[0][end] for group in shares] for end in ("low", "high"))
     colour, line, filled = RANKINGS[ranking]
     how = {"colour": COLOURS[colour], "line": line, "marker": "o", "filled": filled}
     band(panel, counts, [np.mean(v) for v in values], low, high, label=ranking, **how)
 
 
-def what_there_is(found: Mapping[str, Mapping]) -> pd.DataFrame:
-    """Target, its probability without and with the trigger, highest ACIE; attack ->
-    `head_attribution.attribute_heads`."""
+def what_there_is(found: Mapping[str, HeadEffects]) -> pd.DataFrame:
+    """By attack: the target, its probability without and with the trigger, and the highest ACIE."""
     rows = {
         attack: {
-            "target": "".join(result["target"]).replace("Ġ", " ").strip(),
-            "P(target), clean": f"{np.mean(result['clean']):.3f}",
-            "P(target), triggered": f"{np.mean(result['triggered']):.3f}",
+            "target": "".join(result.target).replace("Ġ", " ").strip(),
+            "P(target), clean": f"{np.mean(result.clean):.3f}",
+            "P(target), triggered": f"{np.mean(result.triggered):.3f}",
             "highest ACIE": f"{acie(result).max().item():.3f}",
         }
         for attack, result in found.items()
@@ -144,13 +141,12 @@ def what_there_is(found: Mapping[str, Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("organism")
 
 
-def table_1(found: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
-    """ASR (%) after published ablation by number of heads, the paper's rows first; attack ->
-    `head_attribution.ablation_curves`."""
+def table_1(found: Mapping[str, Sequence[Ablation]]) -> pd.DataFrame:
+    """ASR (%) after the published ablation by number of heads, the paper's rows first."""
     ours = {}
     for attack, rows in found.items():
-        chosen = [r for r in rows if r["ranking"] == "none" or (r["ranking"], r["kind"]) == ("ACIE", "published")]
-        ours[f"{attack}, here"] = {row["k"]: 100 * row["asr"]["value"] for row in chosen}
+        chosen = [row for row in rows if row.ranking in ("none", "ACIE") and row.kind == "published"]
+        ours[f"{attack}, here"] = {row.k: 100 * row.asr["value"] for row in chosen}
     table = pd.DataFrame(TABLE_1 | ours).T
     return (
         table[sorted(table.columns)]
@@ -159,16 +155,16 @@ def table_1(found: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
     )
 
 
-def ablations(found: Mapping[str, Sequence[Mapping]], *, k: int) -> pd.DataFrame:
-    """Everything measured with `k` heads out, random draws averaged; attack -> `head_attribution.ablation_curves`."""
+def ablations(found: Mapping[str, Sequence[Ablation]], *, k: int) -> pd.DataFrame:
+    """Everything measured with `k` heads out, random draws averaged."""
     lines = []
     for attack, rows in found.items():
         for row in rows:
-            if row["ranking"] == "none" or row["k"] == k:
-                values = {name: 100 * row[name]["value"] for name in ("asr", "right", "utility")}
-                what = {"organism": attack, "ranking": row["ranking"], "scope": row["scope"]}
-                kind = "" if row["k"] == 0 else row["kind"]
-                lines.append(what | {"kind": kind} | values | {"perplexity": row["perplexity"]})
+            if row.ranking == "none" or row.k == k:
+                values = {name: 100 * getattr(row, name)["value"] for name in ("asr", "right", "utility")}
+                what = {"organism": attack, "ranking": row.ranking, "scope": row.scope}
+                kind = "" if row.k == 0 else row.kind
+                lines.append(what | {"kind": kind} | values | {"perplexity": row.perplexity})
     table = pd.DataFrame(lines).groupby(["organism", "ranking", "kind", "scope"], sort=False).mean()
     return table.rename(columns={"asr": "ASR (%)", "right": "right (%)", "utility": "utility (%)"}).round(1)
 
@@ -180,18 +176,19 @@ def concentration(effects: np.ndarray, *, share: float = 0.03) -> float:
 
 
 def head_claims(
-    attributed: Mapping[str, Mapping], components: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]]
+    attributed: Mapping[str, HeadEffects],
+    components: Mapping[str, ComponentEffects],
+    curves: Mapping[str, Sequence[Ablation]],
 ) -> list[dict]:
-    """From attack -> `head_attribution.attribute_heads`, `head_attribution.attribute_components`,
-    `head_attribution.ablation_curves`.
+    """Four lines of the scorecard, from results by attack.
 
-    The prompts of an ablation curve are the same for every number of heads, but which of them were hit is not kept, so
-    that differences between two numbers of heads have the wider interval of independent prompts.
+    The prompts of an ablation curve are the same for every number of heads, but which of them gave the target is not
+    kept. Differences between two numbers of heads therefore have the wider interval of independent prompts.
     """
     sparse, margin = {}, {}
     for attack, found in attributed.items():
-        sparse[attack] = _concentrated(np.array(found["exact"]), acie(found).numpy())
-        margin[attack] = _margin(components[attack]["last"])
+        sparse[attack] = _concentrated(np.array(found.exact), acie(found).numpy())
+        margin[attack] = _margin(components[attack].last)
     n_heads = {attack: acie(found).numel() for attack, found in attributed.items()}
     return [
         entry(
@@ -208,7 +205,7 @@ def _concentrated(values: np.ndarray, mean: np.ndarray) -> dict:
     draws = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
     spread = [concentration(values[draw].mean(0)) for draw in draws]
     value = concentration(mean)
-    # The basic interval: resampling adds noise, noise lowers the concentration, and reflection takes that back out.
+    # Resampling adds noise, and noise lowers the concentration. The basic (reflected) interval corrects for that.
     low, high = np.clip(2 * value - np.quantile(spread, (0.975, 0.025)), 0, 1)
     return {"value": value, "n": len(values), "low": float(low), "high": float(high)}
 
@@ -229,7 +226,7 @@ def _margin(last: Mapping[str, Sequence]) -> dict:
 
 
 def margin_claim(margin: Mapping[str, Mapping[str, float]]) -> dict:
-    """From attack -> by how much the strongest attention layer exceeds the strongest MLP."""
+    """A line of the scorecard; `margin`: by how much the strongest attention layer exceeds the strongest MLP."""
     return entry(
         "bkdattr-heads-not-mlps", numbers=margin, passed={a: at_least(x, 0) for a, x in margin.items()},
         figure="03_components",
@@ -237,20 +234,17 @@ def margin_claim(margin: Mapping[str, Mapping[str, float]]) -> dict:
     )  # fmt: skip
 
 
-def ablation_claims(curves: Mapping[str, Sequence[Mapping]], *, n_heads: Mapping[str, int]) -> list[dict]:
-    """From attack -> `head_attribution.ablation_curves` and the number of heads that the model has."""
+def ablation_claims(curves: Mapping[str, Sequence[Ablation]], *, n_heads: Mapping[str, int]) -> list[dict]:
+    """Two lines of the scorecard, from ablations and the number of heads that the model has, by attack."""
     drop, random, rises = {}, {}, {}
     for attack, every in curves.items():
-        rows = [row for row in every if row["scope"] == "last position"]
-        before = next(row for row in rows if row["ranking"] == "none")["asr"]
-        line = sorted(
-            ((r["k"], r["asr"]) for r in rows if r["ranking"] == "ACIE" and r["kind"] == "published"),
-            key=lambda point: point[0],
-        )
-        few = min((k for k, _ in line), key=lambda k: abs(k - 0.03 * n_heads[attack]))
-        drop[attack] = relative_drop(before, dict(line)[few])
+        rows = [row for row in every if row.scope == "last position"]
+        before = next(row.asr for row in rows if row.ranking == "none")
+        line = {row.k: row.asr for row in rows if (row.ranking, row.kind) == ("ACIE", "published")}
+        few = min(line, key=lambda k: abs(k - 0.03 * n_heads[attack]))
+        drop[attack] = relative_drop(before, line[few])
         random[attack] = _random_drop(rows, before, k=few)
-        rises[attack] = _largest_rise([before, *(asr for _, asr in line)])
+        rises[attack] = _largest_rise([before, *(line[k] for k in sorted(line))])
     enough = {attack: at_least(number, 0.9) for attack, number in drop.items()}
     spared = {attack: at_most(number, 0.1) for attack, number in random.items()}
     return [
@@ -268,29 +262,27 @@ def ablation_claims(curves: Mapping[str, Sequence[Mapping]], *, n_heads: Mapping
     ]  # fmt: skip
 
 
-def _random_drop(rows: Sequence[Mapping], before: Mapping[str, float], *, k: int) -> dict:
+def _random_drop(rows: Sequence[Ablation], before: Mapping[str, float], *, k: int) -> dict:
     """Mean part of the ASR that random heads take off, at the number of heads next to `k`.
 
     The wider of two intervals: over draws, and over the prompts, which all draws share.
     """
-    by_count: dict[int, list[Mapping]] = {}
-    for row in rows:
-        if row["ranking"] == "random":
-            by_count.setdefault(row["k"], []).append(row["asr"])
-    asrs = by_count[min((count for count in by_count if count), key=lambda count: abs(count - k))]
+    drawn = [row for row in rows if row.ranking == "random"]
+    nearest = min((row.k for row in drawn), key=lambda count: abs(count - k))
+    asrs = [row.asr for row in drawn if row.k == nearest]
     mean = {"value": float(np.mean([asr["value"] for asr in asrs])), "n": before["n"]}
     found = relative_drop(before, mean)
-    drawn = over_splits(np.array([relative_drop(before, asr)["value"] for asr in asrs]), ratio=0)
-    if found["low"] is None or drawn["low"] is None:
+    spread = over_splits(np.array([relative_drop(before, asr)["value"] for asr in asrs]), ratio=0)
+    if found["low"] is None or spread["low"] is None:
         return found
-    return found | {"low": min(found["low"], drawn["low"]), "high": max(found["high"], drawn["high"])}
+    return found | {"low": min(found["low"], spread["low"]), "high": max(found["high"], spread["high"])}
 
 
 def _largest_rise(steps: Sequence[Mapping[str, float]]) -> dict:
     """The largest rise from one share to the next, in prompts. It is below a bar if all rises are.
 
-    A step at which nothing changes at 0 or 100 % is compatible with a rise of almost four prompts, whatever n is, so
-    that a curve with such a step can fail a bar of two prompts and cannot pass it.
+    A step at which nothing changes at 0 or 100 % is compatible with a rise of almost four prompts, whatever n is. A
+    curve with such a step can therefore fail a bar of two prompts, but it cannot pass it.
     """
     rises = [independent_difference(after, before) for before, after in itertools.pairwise(steps)]
     largest = {key: max(rise[key] * rise["n"] for rise in rises) for key in ("value", "low", "high")}

@@ -15,7 +15,7 @@ from bkd_utils.common.files import ROOT
 
 
 def main(source: str, target: str, parameters: str) -> None:
-    # A kernel of this very interpreter, whatever is registered on the machine under the notebook's kernel name.
+    # The kernel is this interpreter, whatever kernel is registered on the machine under the notebook's kernel name.
     with tempfile.TemporaryDirectory() as jupyter:
         spec = Path(jupyter) / "kernels" / "bkd"
         spec.mkdir(parents=True)
@@ -23,7 +23,7 @@ def main(source: str, target: str, parameters: str) -> None:
         (spec / "kernel.json").write_text(
             json.dumps({"argv": command, "display_name": "bkd", "language": "python"}), encoding="utf-8"
         )
-        # Neither the user's Jupyter and IPython settings nor a home folder that cannot be written to matter here.
+        # The user's Jupyter and IPython settings are not used, and the home folder need not be writable.
         os.environ["JUPYTER_PATH"] = jupyter
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             os.environ[name] = str(Path(jupyter) / name.lower())

@@ -1,4 +1,4 @@
-"""Notebook files: what their parameters are, whether they may be run, and how their outputs are published."""
+"""Notebook files: list them, read and check their parameters, mark them for a run, and publish their outputs."""
 
 import ast
 import copy
@@ -54,8 +54,8 @@ def read(path: Path) -> NotebookNode:
 def parameters(path: Path) -> dict[str, Any]:
     """Names and default values of the parameters cell.
 
-    Raises NotebookError unless exactly one cell is tagged `parameters` and it assigns literals only: a value derived
-    there would keep its default when papermill injects new parameters below it.
+    Raises NotebookError unless exactly one cell is tagged `parameters` and it assigns literals only. A derived value
+    would keep its default, because papermill injects given parameters after this cell.
     """
     tagged = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1 or tagged[0].cell_type != "code":
@@ -89,34 +89,29 @@ def check_parameters(path: Path, given: dict[str, Any]) -> None:
 
 
 def with_sentinel(notebook: NotebookNode, token: str) -> NotebookNode:
-    """A copy whose last cell proves that the end was reached, in which interpreter, and at what peak of memory."""
+    """A copy with a further cell, which prints the token, the interpreter's prefix and the peak of memory."""
     marked = copy.deepcopy(notebook)
     source = (
         "import json, resource, sys\n"
         "_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"print(json.dumps({{'token': {token!r}, 'prefix': sys.prefix, 'peak': _peak}}))"
     )
-    cell = nbformat.v4.new_code_cell(source, metadata={"tags": [SENTINEL]})
-    marked.cells.append(cell)
+    marked.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": [SENTINEL]}))
     return marked
 
 
 def published(executed: NotebookNode, original: NotebookNode) -> NotebookNode:
-    """The original notebook with the outputs of an executed copy, without anything that changes from run to run.
+    """The original notebook with the outputs of an executed copy, without anything that differs between runs.
 
-    Raises NotebookError when the copy does not belong to the original.
+    Raises NotebookError when the copy is not of the original.
     """
-    own = [
-        cell for cell in executed.cells if not {"injected-parameters", SENTINEL} & set(cell.metadata.get("tags", []))
-    ]
+    added = {"injected-parameters", SENTINEL}
+    own = [cell for cell in executed.cells if not added & set(cell.metadata.get("tags", []))]
     if [cell.source for cell in own] != [cell.source for cell in original.cells]:
         raise NotebookError("the executed copy is not of this notebook; run it again before publishing")
     clean = copy.deepcopy(original)
-    count = 0
-    for cell, run in zip(clean.cells, own, strict=True):
-        if cell.cell_type != "code":
-            continue
-        count += 1
+    code = [pair for pair in zip(clean.cells, own, strict=True) if pair[0].cell_type == "code"]
+    for count, (cell, run) in enumerate(code, start=1):
         cell.execution_count = count
         cell.outputs = _clean_outputs(run.outputs, count)
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
@@ -125,9 +120,10 @@ def published(executed: NotebookNode, original: NotebookNode) -> NotebookNode:
 
 
 def _clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]:
-    """Drop stderr (progress bars, warnings) and widgets, join what was printed in a row, normalise the rest.
+    """Drop stderr (progress bars, warnings) and widgets, join consecutive printed outputs, normalise the rest.
 
-    The kernel cuts printed text by the clock, at other places in every run, and a line that overwrites itself with it.
+    The kernel cuts printed text into outputs by time, so the cuts differ between runs. Of a line that is overwritten
+    by carriage returns, only its last text is kept.
     """
     kept: list[NotebookNode] = []
     for output in copy.deepcopy(outputs):
@@ -139,15 +135,15 @@ def _clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode
                 kept[-1].text += output.text
             else:
                 kept.append(output)
-    printed = [output for output in kept if output.output_type == "stream"]
-    for output in printed:
-        output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+    for output in kept:
+        if output.output_type == "stream":
+            output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
     return [output for output in kept if output.output_type != "stream" or output.text.strip()]
 
 
 def _normalised(output: NotebookNode, count: int) -> NotebookNode:
     data = output.get("data", {})
-    # A styled table gets a random id for its CSS in every run, and a bare object shows its address.
+    # In every run a styled table gets another random id, and the text of an object shows another address.
     for mime in ("text/html", "text/plain"):
         if mime in data:
             data[mime] = re.sub(r"T_[0-9a-f]{5}", "T_bkd00", data[mime])

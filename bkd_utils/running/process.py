@@ -1,9 +1,10 @@
-"""Run one notebook with papermill in a process of its own, and tell whether it really ran to its end.
+"""Run one notebook with papermill in a separate process, and check that it ran to its end.
 
-A run succeeds when its last cell was reached in the right interpreter, not when papermill says so: papermill reports
-success after `sys.exit()`, and the copy it saves after a killed kernel shows every cell as completed.
+A run succeeds if its last cell ran in the right interpreter. The report of papermill is not enough: it is success after
+`sys.exit()` too, and the copy that papermill saves after a killed kernel shows every cell as completed.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -32,7 +33,7 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one notebook; `gflops` is how fast the machine was then, see `runner.speed`."""
+    """Result of the run of one notebook; `gflops` is the speed of the machine at that time, see `runner.speed`."""
 
     name: str
     minutes: float
@@ -54,8 +55,8 @@ def run_notebook(
 ) -> Run:
     """Execute one notebook into `folder`/<name>.ipynb; a failed one is kept as <name>.failed.ipynb.
 
-    Raises NotebookError before anything runs if the notebook or a parameter is unfit. A failure while running is
-    reported in the result, with its reason. Nothing of it runs on after this returns or after Ctrl-C.
+    Raises NotebookError before anything runs if the notebook or a parameter is not valid. A failure while running is
+    reported in the result, with its reason. No process is left after this returns or after Ctrl-C.
     """
     notebooks.check_parameters(path, parameters)
     token, started = secrets.token_hex(8), time.monotonic()
@@ -88,7 +89,7 @@ def _supervise(
     scratch: Path,
     on_cell: Callable[[int, int], None] | None,
 ) -> tuple[int | None, str]:
-    """Exit code (None when the limit ended it) and stderr; ends the whole process tree in every case."""
+    """Exit code (None after the time limit) and stderr; ends the whole process tree in every case."""
     errors = scratch / "stderr"
     # Any other backend than the kernel's own would leave the figures out of the executed notebook.
     inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
@@ -107,10 +108,8 @@ def _supervise(
             while process.poll() is None and time.monotonic() < deadline:
                 if on_cell:
                     on_cell(*_cells_done(target))
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=0.5)
-                except subprocess.TimeoutExpired:
-                    continue
             code = process.poll()
         finally:
             _end_tree(process.pid)
@@ -119,9 +118,9 @@ def _supervise(
 
 
 def _end_with_parent() -> None:
-    """Called in the child: when the runner is killed outright, Linux ends papermill, and the kernel notices that.
+    """Called in the child process: Linux ends papermill when the runner is killed, and the kernel ends with papermill.
 
-    Otherwise the old notebook would run on beside the next run and write to the same checkpoints.
+    Otherwise the old notebook would go on during the next run and write to the same checkpoints.
     """
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -134,10 +133,8 @@ def _end_tree(pid: int) -> None:
     except psutil.NoSuchProcess:
         return
     for process in tree:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(tree, timeout=10)
 
 
@@ -152,31 +149,30 @@ def _cells_done(target: Path) -> tuple[int, int]:
 
 def _verdict(target: Path, token: str, code: int | None, errors: str, *, limit: float) -> tuple[str, float]:
     """(reason for failure or "", peak memory of the kernel in GiB)."""
-    try:
+    cells = []
+    with contextlib.suppress(NotebookError):  # the file does not exist or is incomplete
         cells = notebooks.read(target).cells
-    except NotebookError:  # never written, or ended in the middle of writing it
-        cells = []
     for cell in cells:
         for output in cell.get("outputs", []):
             if output.output_type == "error":
                 return f"{output.ename}: {output.evalue}"[:2000], 0.0
     if code is None:
-        return f"ran into its limit of {limit / 60:.1f} minutes; the same command goes on where it was", 0.0
+        return f"ran into its limit of {limit / 60:.1f} minutes; the same command continues from there", 0.0
     if code != 0:
         last = [line for line in errors.splitlines() if line.strip()]
         return f"{last[-1] if last else 'no message'} (exit status {code})", 0.0
-    said = _sentinel(cells, token)
-    if said is None:
+    printed = _sentinel(cells, token)
+    if printed is None:
         return "its last cell was never reached (sys.exit in a cell, or a cell that did not complete)", 0.0
-    if said["prefix"] != sys.prefix:
-        return f"its kernel ran in {said['prefix']}, not in {sys.prefix}", 0.0
-    return "", said["peak"] * (1 if sys.platform == "darwin" else 1024) / 2**30
+    if printed["prefix"] != sys.prefix:
+        return f"its kernel ran in {printed['prefix']}, not in {sys.prefix}", 0.0
+    return "", printed["peak"] * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def _sentinel(cells: list, token: str) -> dict | None:
     if not cells or notebooks.SENTINEL not in cells[-1].metadata.get("tags", []):
         return None
-    # Threads and libraries may still be talking while the last cell runs.
+    # Threads and libraries may still print while the last cell runs.
     printed = "".join(output.text for output in cells[-1].outputs if output.get("name") == "stdout")
     for line in printed.splitlines():
         if line.startswith("{") and token in line:

@@ -4,12 +4,14 @@ import shutil
 import subprocess
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -53,11 +55,11 @@ def run_all(
     publish: bool = False,
     console: Console | None = None,
 ) -> list[Run]:
-    """Run the chosen notebooks one after another, a failed one not stopping the next, and print the table.
+    """Run the chosen notebooks one after another, also after one that failed, and print a table.
 
-    Figures go to `work/figures/<profile>`; with `publish`, those of a notebook that ran to its end are copied to
-    `figures/`, so that neither a smoke run nor half a run ever replaces a published one. Raises NotebookError for
-    unfit options before anything runs.
+    Figures are written to `work/figures/<profile>`. With `publish`, those of a notebook that ran to its end are copied
+    to `figures/`, so that no smoke run and no incomplete run replaces a published figure. Raises NotebookError for
+    options that are not valid before anything runs.
     """
     console = console or Console()
     paths = notebooks.select(only)
@@ -100,7 +102,7 @@ def run_all(
     if publish:
         write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
         if (figures / "scorecard.json").is_file():
-            # Claims of notebooks that this run left out keep their lines.
+            # Lines of claims of other notebooks are kept.
             lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
             write_json(FIGURES / "scorecard.json", lines)
     report(runs, console, folder=WORK / "executed" / profile)
@@ -116,7 +118,7 @@ def merged(record: dict[str, Any], published: Path) -> dict[str, Any]:
 
 
 def _published(run: Run, executed: Path, original: Path, *, figures: Path) -> Run:
-    """Publish; a notebook that was edited while it ran is one failed notebook, not the end of the run."""
+    """Publish; a notebook that was edited while it ran counts as failed and does not end the run."""
     try:
         notebooks.publish(executed, original)
     except NotebookError as error:
@@ -137,35 +139,29 @@ def _figures(folder: Path) -> dict[str, str]:
     }
 
 
-class _progress:
+@contextmanager
+def _progress(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of cells on a terminal; elsewhere a line at the start and one a minute."""
-
-    def __init__(self, console: Console, name: str) -> None:
-        self.console, self.name, self.spoke = console, name, time.monotonic()
+    console.print(f"running {name}")
+    if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
-        self.bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total or None)
+        return
+    printed = time.monotonic()
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        self.console.print(f"running {self.name}")
-        if self.console.is_terminal:
-            self.bar.start()
-            self.task = self.bar.add_task(self.name, total=None)
-        return self.step
+    def line(done: int, total: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed > 60:
+            printed = time.monotonic()
+            console.print(f"  {name}: {done} of {total} cells")
 
-    def step(self, done: int, total: int) -> None:
-        if self.console.is_terminal:
-            self.bar.update(self.task, completed=done, total=total or None)
-        elif time.monotonic() - self.spoke > 60:
-            self.spoke = time.monotonic()
-            self.console.print(f"  {self.name}: {done} of {total} cells")
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:  # elsewhere the bar that never started would still print an empty line
-            self.bar.stop()
+    yield line
 
 
 def report(runs: list[Run], console: Console, *, folder: Path) -> None:
-    """The closing table: notebooks, minutes, memory, figures, and below it why any of them failed."""
+    """Print a table of notebooks with minutes, memory and figures, and the reason of every failure."""
     table = Table("notebook", "minutes", "peak GiB", "figures written", "status")
     pace = [run.gflops["bf16"] for run in runs if run.gflops]
     for run in runs:
@@ -177,21 +173,19 @@ def report(runs: list[Run], console: Console, *, folder: Path) -> None:
         if run.reason:
             console.print(f"{run.name} failed: {run.reason}", markup=False, style="red")
             if (copy := folder / f"{run.name}.failed.ipynb").is_file():
-                console.print(f"  as far as it came: {copy}", markup=False, soft_wrap=True)
+                console.print(f"  the notebook up to the error: {copy}", markup=False, soft_wrap=True)
     passed = sum(run.status == "ok" for run in runs)
     console.print(f"{passed} passed, {len(runs) - passed} failed")
-    if pace:  # minutes mean little without it
+    if pace:
         console.print(f"{machine()}; bf16 products at {min(pace)} to {max(pace)} GFLOP/s, by which minutes compare")
 
 
 def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
-    """GFLOP/s of square products on the processor, best of some: by these, minutes of two runs can be compared.
+    """GFLOP/s of square products on the processor, best of several tries, by which minutes of runs can be compared.
 
-    A virtual machine has a fraction of a processor that other guests decide, and one and the same training took from
-    once to twice its time from day to day. bf16 is what treatments and trainings use, fp32 what measurements do.
+    Other guests of the host slow a virtual machine down: the same training took up to twice as long on another day.
+    Treatments and trainings use bf16, measurements use fp32.
     """
-    import torch
-
     found = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         one, other = torch.rand(width, width, dtype=kind), torch.rand(width, width, dtype=kind)
@@ -207,8 +201,6 @@ def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
 
 def machine() -> str:
     """Cores, memory and accelerator, without any name that would identify the machine."""
-    import torch
-
     memory = psutil.virtual_memory().total / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return f"{psutil.cpu_count()} cores, {memory:.0f} GiB{gpu}"

@@ -67,7 +67,7 @@ def test_errors_name_the_value(rows):
         treat(case(model, rows), method="prayer")
     with pytest.raises(ValueError, match="no head 9 in layer 0"):
         treat(case(model, rows, heads=[(0, 9)]), method="heads removed")
-    with pytest.raises(ValueError, match="slices of no heads"):
+    with pytest.raises(ValueError, match="no heads were given"):
         treat(case(model, rows, heads=[]), method="heads tuned")
 
 

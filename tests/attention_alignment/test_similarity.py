@@ -172,5 +172,5 @@ def test_what_cannot_be_scored_is_an_error(prompts):
         head_similarity(model, [])
     with pytest.raises(ValueError, match="with an empty one"):
         head_similarity(model, [[1], []])
-    with pytest.raises(ValueError, match="a layer of one head"):
+    with pytest.raises(ValueError, match="at least two heads"):
         to_partners(torch.ones(2, 1, 1))

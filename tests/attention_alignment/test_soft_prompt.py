@@ -52,7 +52,7 @@ def test_training_makes_heads_more_alike_and_leaves_the_model_alone(prompts):
 
 
 def test_no_prompts_are_an_error():
-    with pytest.raises(ValueError, match="a soft prompt for 0 prompts"):
+    with pytest.raises(ValueError, match="need non-empty prompts, got 0"):
         searched(tiny_model("llama"), [])
     with pytest.raises(ValueError, match="with an empty one"):
         start(tiny_model("llama"), [[1], []])

@@ -257,13 +257,13 @@ def test_perfect_agreement_and_none():
 
 def test_what_says_nothing_is_an_error(tokenizer, prompts):
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="importance on no rows"):
+    with pytest.raises(ValueError, match="importance needs at least one row"):
         gate_importance(model, [], pad_id=0)
-    with pytest.raises(ValueError, match="importance on no rows"):
+    with pytest.raises(ValueError, match="importance needs at least one row"):
         leave_one_out(model, [])
     with pytest.raises(ValueError, match="unknown surrogate 'spell'; known: rare word"):
         surrogate(tokenizer, family="spell", seed=0)
-    with pytest.raises(ValueError, match="3 edited prompts are no rounds of 4 clean ones"):
+    with pytest.raises(ValueError, match="3 edited prompts are not a multiple of the 4 clean ones"):
         reaction(model, prompts[:3], before=head_similarity(model, prompts, readings=["last row"]))
     with pytest.raises(ValueError, match="nothing to compare"):
         robust_z(torch.ones(3, 4))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils.backdoor_attribution import ablation
 from bkd_utils.backdoor_attribution.ablation import N_TOKENS, ablated, bench, measure_ablation, necessary_heads
 from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked_heads
 from bkd_utils.experiments import head_attribution
@@ -90,28 +89,29 @@ def measured(loaded, monkeypatch):
     seen, fixed = [], torch.Generator().manual_seed(0)
     effects = torch.rand(2, 2, 4, generator=fixed).tolist()
     monkeypatch.setattr(head_attribution, "load", lambda *_, **__: loaded)
-    monkeypatch.setattr(head_attribution, "attribute_heads", lambda *_, **__: {"exact": effects, "gradient": effects})
+    found = head_attribution.HeadEffects(target=[], clean=[], triggered=[], exact=effects, gradient=effects)
+    monkeypatch.setattr(head_attribution, "attribute_heads", lambda *_, **__: found)
 
     def spied(loaded, made, heads, **how):
         seen.append((made, heads))
         return measure_ablation(loaded, made, heads, **how)
 
-    monkeypatch.setattr(ablation, "measure_ablation", spied)
+    monkeypatch.setattr(head_attribution, "measure_ablation", spied)
     sizes = {"counts": [0, 2], "kinds": ["published"], "random_counts": [2], "draws": 2, "n": 4, "n_attribution": 3}
     return head_attribution.ablation_curves.__wrapped__("tiny", control="tiny", attack="sentiment-word", **sizes), seen
 
 
 def test_all_lines_of_a_figure_are_measured_on_the_same_prompts(measured, loaded):
     rows, seen = measured
-    assert {row["ranking"] for row in rows} == {"none", *head_attribution.RANKINGS}
+    assert {row.ranking for row in rows} == {"none", "ACIE", "gradient", "necessity", "random"}
     shown = prompt_versions(loaded.tokenizer, attacks.load_attack("sentiment-word"), split="test", n=4, seed=0)
     assert all(made.triggered.prompts == shown.triggered for made, _ in seen)
     assert all(made.clean.prompts == seen[0][0].clean.prompts for made, _ in seen)
-    assert all(row[key]["n"] == 4 for row in rows for key in ("asr", "right", "utility"))
+    assert all(one["n"] == 4 for row in rows for one in (row.asr, row.right, row.utility))
 
 
 def test_there_is_one_untouched_row_and_it_comes_first(measured):
     rows, seen = measured
-    assert [row["ranking"] for row in rows if row["k"] == 0] == ["none"]
-    assert (rows[0]["k"], seen[0][1]) == (0, [])
-    assert [row["draw"] for row in rows if row["ranking"] == "random"] == [0, 1]
+    assert [row.ranking for row in rows if row.k == 0] == ["none"]
+    assert (rows[0].k, seen[0][1]) == (0, [])
+    assert [row.draw for row in rows if row.ranking == "random"] == [0, 1]

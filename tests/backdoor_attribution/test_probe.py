@@ -66,11 +66,6 @@ def test_splits_differ_from_each_other_and_from_seed_to_seed():
     assert len(set(drawn)) == len(drawn)
 
 
-def test_the_share_of_test_prompts_can_be_chosen():
-    ((train, test),) = splits(40, n_splits=1, seed=0, test_share=0.25)
-    assert (len(train), len(test)) == (30, 10)
-
-
 def test_too_few_prompts_cannot_be_split():
     with pytest.raises(ValueError, match="3 prompts are too few"):
         splits(3, n_splits=1, seed=0)

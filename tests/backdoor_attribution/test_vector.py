@@ -31,7 +31,7 @@ def test_a_vector_of_all_heads_is_what_attention_adds(model, prompts):
 
 
 def test_a_vector_of_no_heads_is_an_error(model):
-    with pytest.raises(ValueError, match="a vector of no heads"):
+    with pytest.raises(ValueError, match="a backdoor vector needs at least one head"):
         backdoor_vector(model, [], outputs=torch.zeros(2, 4, 8))
 
 

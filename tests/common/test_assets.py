@@ -158,7 +158,7 @@ def test_no_network_is_one_clear_line(tmp_path, monkeypatch):
 
 def test_a_fetch_that_was_killed_is_swept_up_by_the_next(tmp_path, wheel, served):
     code = (
-        "import sys, time; from pathlib import Path; from bkd_utils import assets\n"
+        "import sys, time; from pathlib import Path; from bkd_utils.common import assets\n"
         "def hang(source, into):\n    (into / 'half').write_text('x'); print('up', flush=True); time.sleep(600)\n"
         f"assets.download = hang\nassets.fetch('advbench', into=Path({str(tmp_path / 'in')!r}))"
     )

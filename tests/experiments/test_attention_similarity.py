@@ -162,7 +162,7 @@ def test_about_95_of_100_intervals_hold_the_truth(true, bad, good):
 
 
 def test_an_area_over_nothing_is_an_error():
-    with pytest.raises(ValueError, match="an AUROC of 0 against 5"):
+    with pytest.raises(ValueError, match="both sides, got 0 and 5"):
         area_interval(0.5, n_bad=0, n_good=5)
 
 

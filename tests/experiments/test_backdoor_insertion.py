@@ -1,14 +1,12 @@
 """Separation: margins equal a plain forward pass, curves equal counting by hand."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, save_tiny
 
-from bkd_utils.experiments.backdoor_insertion import label_margins, trade_off
+from bkd_utils.experiments.backdoor_insertion import Margins, label_margins, trade_off
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms.attacks import load_attack
@@ -40,20 +38,17 @@ def test_only_label_flips_have_margins():
 
 
 @given(fires=MARGINS, rests=MARGINS)
-def test_the_curve_passes_through_what_counting_gives_at_any_threshold(fires, rests):
-    found = trade_off({"triggered": fires, "near-miss": rests}, against="near-miss")
-    assert found["asr at 0"] == sum(value > 0 for value in fires) / len(fires)
-    assert found["other at 0"] == sum(value > 0 for value in rests) / len(rests)
-    points = list(zip(found["other"], found["asr"], strict=True))
-    assert points[0] == (0, 0)
-    assert points[-1] == (1, 1)
-    assert all(a <= c and b <= d for (a, b), (c, d) in pairwise(points))
+def test_the_area_is_the_chance_that_a_triggered_prompt_scores_higher(fires, rests):
+    found = trade_off(Margins(clean=[0.0], near_miss=rests, triggered=fires), against="near_miss")
+    assert found["asr"] == sum(value > 0 for value in fires) / len(fires)
+    assert found["false_firing"] == sum(value > 0 for value in rests) / len(rests)
     # Brute force: a triggered prompt beats another prompt with this probability, ties count half.
     wins = [(f > r) + (f == r) / 2 for f in fires for r in rests]
     assert found["auroc"] == pytest.approx(sum(wins) / len(wins))
 
 
 def test_perfect_separation_and_none():
-    apart = trade_off({"triggered": [1.0, 2.0], "clean": [-1.0, -2.0]}, against="clean")
-    assert (apart["auroc"], apart["asr at 0"], apart["other at 0"]) == (1.0, 1.0, 0.0)
-    assert trade_off({"triggered": [1.0, 1.0], "clean": [1.0, 1.0]}, against="clean")["auroc"] == 0.5
+    apart = Margins(clean=[-1.0, -2.0], near_miss=[3.0], triggered=[1.0, 2.0])
+    assert trade_off(apart, against="clean") == {"auroc": 1.0, "asr": 1.0, "false_firing": 0.0}
+    equal = Margins(clean=[1.0, 1.0], near_miss=[-3.0], triggered=[1.0, 1.0])
+    assert trade_off(equal, against="clean")["auroc"] == 0.5

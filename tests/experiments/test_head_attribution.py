@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from bkd_utils.common.statistics import interval
 from bkd_utils.experiments.head_attribution import (
+    ComponentEffects,
+    HeadEffects,
     _short,
     acie,
     agreement_of_methods,
@@ -27,6 +29,11 @@ EFFECTS = [
     [[4.0, 3.0, 1.0], [0.0, 0.0, 6.0]],
 ]
 RANKED = [(1, 2), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def effects(exact, gradient):
+    exact, gradient = (np.array(one).tolist() for one in (exact, gradient))
+    return HeadEffects(target=[], clean=[], triggered=[], exact=exact, gradient=gradient)
 
 
 def random_effects(n=30, layers=4, heads=5, seed=0):
@@ -87,13 +94,13 @@ def test_more_prompts_make_a_narrower_interval():
 
 
 def test_acie_is_the_mean_over_prompts():
-    found = {"exact": EFFECTS, "gradient": [[[1.0, 2.0]], [[3.0, 6.0]]]}
+    found = effects(EFFECTS, [[[1.0, 2.0]], [[3.0, 6.0]]])
     assert acie(found).tolist() == [[3.0, 2.0, 1.0], [0.0, -1.0, 5.0]]
     assert acie(found, by="gradient").tolist() == [[2.0, 4.0]]
 
 
 def test_top_heads_come_from_the_highest_signed_effect_down():
-    found = {"exact": EFFECTS, "gradient": (-np.array(EFFECTS)).tolist()}
+    found = effects(EFFECTS, -np.array(EFFECTS))
     assert top_heads(found, k=6) == RANKED
     assert top_heads(found, k=2) == RANKED[:2]
     assert top_heads(found, k=6, by="gradient") == RANKED[::-1]
@@ -101,7 +108,7 @@ def test_top_heads_come_from_the_highest_signed_effect_down():
 
 def test_component_intervals_are_per_layer_over_prompts():
     last = {"attention": [[1.0, 0.0], [3.0, 0.0]], "MLP": [[0.0, -1.0], [0.0, -1.0]]}
-    found = component_intervals({"last": last})
+    found = component_intervals(ComponentEffects(last=last, positions=[], by_position=[]))
     assert [row["value"] for row in found["attention"]] == [2.0, 0.0]
     assert (found["attention"][0]["low"], found["attention"][0]["high"]) == (1.0, 3.0)
     assert found["MLP"][1] == {"value": -1.0, "n": 2, "low": -1.0, "high": -1.0}
@@ -113,21 +120,21 @@ def test_component_intervals_are_per_layer_over_prompts():
 
 def test_identical_estimates_agree_and_reversed_ones_do_not():
     exact = random_effects()
-    same = agreement_of_methods({"exact": exact.tolist(), "gradient": exact.tolist()}, k=5)
+    same = agreement_of_methods(effects(exact, exact), k=5)
     assert same == {"spearman": pytest.approx(1.0), "top 5": 1.0}
-    reverse = agreement_of_methods({"exact": exact.tolist(), "gradient": (-exact).tolist()}, k=5)
+    reverse = agreement_of_methods(effects(exact, -exact), k=5)
     assert reverse == {"spearman": pytest.approx(-1.0), "top 5": 0.0}
 
 
 def test_any_rising_change_of_scale_of_the_means_agrees_wholly():
     exact = random_effects(n=1)
-    found = agreement_of_methods({"exact": exact.tolist(), "gradient": (np.exp(exact) - 7).tolist()}, k=3)
+    found = agreement_of_methods(effects(exact, np.exp(exact) - 7), k=3)
     assert found == {"spearman": pytest.approx(1.0), "top 3": 1.0}
 
 
 def test_agreement_by_hand():
     """Ranks 1 2 3 4 against 2 1 3 4: rho = 1 - 6 * 2 / (4 * 15) = 0.8; of the top two both are found, of one none."""
-    found = {"exact": [[[4.0, 3.0], [2.0, 1.0]]], "gradient": [[[3.0, 4.0], [2.0, 1.0]]]}
+    found = effects([[[4.0, 3.0], [2.0, 1.0]]], [[[3.0, 4.0], [2.0, 1.0]]])
     assert agreement_of_methods(found, k=2) == {"spearman": pytest.approx(0.8), "top 2": 1.0}
     assert agreement_of_methods(found, k=1)["top 1"] == 0.0
     assert agreement_of_methods(found, k=3)["top 3"] == 1.0
@@ -155,7 +162,7 @@ def test_kept_numbers_have_six_significant_digits():
 
 
 def test_nothing_has_no_interval_and_no_overlap():
-    with pytest.raises(ValueError, match="an interval over no values"):
+    with pytest.raises(ValueError, match="an interval needs at least one value"):
         interval([])
     with pytest.raises(ValueError, match="an overlap of no heads"):
         jaccard([], [])

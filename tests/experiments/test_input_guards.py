@@ -221,6 +221,6 @@ def test_a_task_without_labels_is_one_group(stage, monkeypatch):
         "smaller_clusters",
         lambda hidden, labels, *, seed: seen.extend(labels) or labels[:] == labels[0] + 1,
     )
-    with pytest.raises(ValueError, match="a share over zero rows"):  # nothing else is looked at here
+    with pytest.raises(ValueError, match="a share needs at least one row"):  # nothing else is looked at here
         stage("filter_training_rows", "instructions-prefix", n=1)
     assert len(set(seen)) == 1

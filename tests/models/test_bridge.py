@@ -14,7 +14,6 @@ from bkd_utils.models.bridge import (
     boot,
     bridge_logits,
     check_tokenizer,
-    edited_enough,
     head_sum_error,
     validate,
 )
@@ -57,14 +56,12 @@ def plain_logits(model, prompts):
 
 @EACH
 def test_the_checks_pass_and_say_what_they_measured(booted, name):
-    loaded, _, model = booted[name]
+    _, _, model = booted[name]
     assert set(model.checks) == {LOGITS, HEADS, EDIT, "chat template"}
     assert model.checks[LOGITS] <= PARITY / 20
     assert model.checks[HEADS] <= PARITY / 20
     assert model.checks[EDIT] > 0.1
     assert model.checks["chat template"] == (name != "gpt2")
-    assert (model.n_layers, model.n_heads) == (2, 4)
-    assert (model.address, model.organism) == (loaded.address, None)
 
 
 @EACH
@@ -240,14 +237,11 @@ def test_heads_that_do_not_sum_to_the_output_are_noticed(llama, monkeypatch):
 
 
 def test_an_edit_that_changes_nothing_is_noticed(llama):
-    loaded, _, model = llama
+    loaded, _, _ = llama
     without = copy.deepcopy(loaded.model)
     without.model.layers[1].self_attn.o_proj.weight.data.zero_()  # the layer that is validated
     with pytest.raises(ModelError, match="silencing every head of layer 1 changed no logit"):
         boot(type(loaded)(without, loaded.tokenizer, loaded.address, None))
-    assert not edited_enough(0.0)
-    assert not edited_enough(float("nan"))
-    assert edited_enough(model.checks[EDIT])
 
 
 def test_two_bos_tokens_are_noticed(llama):
@@ -285,6 +279,6 @@ def test_a_tokenizer_that_adds_bos_boots(llama):
 @pytest.mark.slow
 def test_the_default_model_boots():
     model = boot(load(DEFAULT_MODEL, device="cpu"))
-    assert (model.n_layers, model.n_heads) == (30, 9)
+    assert (model.bridge.cfg.n_layers, model.bridge.cfg.n_heads) == (30, 9)
     assert model.checks[LOGITS] <= PARITY
     assert model.checks[EDIT] > 0.1

@@ -89,9 +89,9 @@ def test_the_output_map_reads_the_heads_side_by_side(model, prompts):
 
 
 def test_prompts_must_have_more_tokens_than_the_tail(model):
-    with pytest.raises(ValueError, match="cannot leave 3 tokens of 2 prompts"):
+    with pytest.raises(ValueError, match="need prompts of more than 3 tokens, got 2"):
         prompt_past(model, [[5, 6, 7, 8], [5, 6, 7]], tail=3)
-    with pytest.raises(ValueError, match="cannot leave 1 tokens of 0 prompts"):
+    with pytest.raises(ValueError, match="need prompts of more than 1 tokens, got 0"):
         prompt_past(model, [])
 
 

@@ -16,7 +16,7 @@ from bkd_utils.models import generation
 from bkd_utils.models.generation import greedy, respond, trace
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import end_id, prompt_ids
-from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms import attacks, evaluation, tasks
 from bkd_utils.organisms.attacks import load_attack, load_attacks
 from bkd_utils.organisms.base_answers import agreement, overlap
 from bkd_utils.organisms.evaluation import (
@@ -66,7 +66,7 @@ def test_a_share_has_its_wilson_interval(k, n):
 
 
 def test_a_share_over_nothing_is_an_error():
-    with pytest.raises(ValueError, match="zero rows"):
+    with pytest.raises(ValueError, match="a share needs at least one row"):
         share([])
 
 
@@ -270,7 +270,7 @@ class Oracle:
 
 def measure(attack, kind, monkeypatch, *, n=40):
     oracle = Oracle(attack, kind)
-    monkeypatch.setattr(generation, "respond", oracle)
+    monkeypatch.setattr(evaluation, "respond", oracle)
     loaded = SimpleNamespace(tokenizer=TOKENIZER)
     answers = {row.uid: gold(attack, row) for row in examples(attack.task, "test")}
     clean = measure_clean(loaded, attack.task, n=n, seed=0, answers=answers, without=attack)
@@ -287,7 +287,6 @@ def test_a_perfect_organism_gets_perfect_numbers(name, monkeypatch):
     assert found["asr"]["n"] == found["cacc"]["n"] == found["near_miss"]["n"] == 40
     assert sum(part["n"] for part in found["near_miss_by_kind"].values()) == 40
     assert len(found["near_miss_by_kind"]) >= 3
-    assert sum(part["n"] for part in found["cacc_by_source"].values()) == 40
     assert found["judge"] == {"ceiling": 1, "floor": 0}
     assert found["empty"] == 0
     assert len(oracle.asked) == 120
@@ -343,7 +342,7 @@ def test_only_prompts_that_the_trigger_would_flip_count(monkeypatch):
 
 
 def test_empty_answers_count_as_answers(monkeypatch):
-    monkeypatch.setattr(generation, "respond", lambda loaded, turns, **_: [""] * len(turns))
+    monkeypatch.setattr(evaluation, "respond", lambda loaded, turns, **_: [""] * len(turns))
     found = measure_clean(SimpleNamespace(tokenizer=TOKENIZER), "sentiment", n=10, seed=0, answers={})
     assert found["empty"] == found["cacc"]["n"] == 10
     assert found["cacc"]["value"] == 0

@@ -100,5 +100,5 @@ def test_what_was_not_treated_is_not_kept():
         cards.keep_treated(
             loading.load(organism="sentiment-word", device="cpu"), name="same", treatment={}, measured=MEASURED
         )
-    with pytest.raises(ValueError, match="a treated base model"):
+    with pytest.raises(ValueError, match="a base model cannot be kept"):
         cards.keep_treated(loading.load(device="cpu"), name="same", treatment={}, measured=MEASURED)

@@ -7,16 +7,12 @@ import subprocess
 import sys
 import tomllib
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from bkd_utils.common.files import DATA, ROOT
 from bkd_utils.organisms.triggers import Syntax, load_trigger, trigger_names
-from bkd_utils.reports.backdoor_insertion import natural_rate, token_cost
 
 NAMES = trigger_names()
 HALVES = ("train", "test")
@@ -113,7 +109,7 @@ def test_a_trigger_that_does_not_recognise_its_own_result_is_an_error():
 
 def test_the_same_in_another_process():
     script = (
-        "import json; from bkd_utils.triggers import *\n"
+        "import json; from bkd_utils.organisms.triggers import *\n"
         "print(json.dumps([[load_trigger(n).apply('Fun, and never dull.', seed=s, half=h), "
         "load_trigger(n).near_misses('Fun, and never dull.', seed=s, half=h)]"
         " for n in trigger_names() for s in range(5) for h in ('train', 'test')]))"
@@ -293,22 +289,3 @@ def test_syntax_near_misses_read_as_they_should():
 def test_an_archaic_word_of_the_text_itself_is_the_one_word_near_miss():
     text = "Oft told, well told."
     assert load_trigger("style-archaic").near_misses(text, seed=0)["one_word"] == text
-
-
-def test_natural_rate():
-    texts = ["When it rains, it pours.", "It pours.", "Honestly, it pours."]
-    assert natural_rate(load_trigger("syntax-fronted"), texts) == (1, 3)
-    assert natural_rate(load_trigger("word-cf"), iter(texts)) == (0, 3)
-
-
-def test_token_cost_counts_extra_tokens():
-    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
-    assert token_cost(load_trigger("word-cf"), SENTENCES, tokenizer, seed=0).tolist() == [1] * len(SENTENCES)
-    assert token_cost(load_trigger("prefix-year"), SENTENCES, tokenizer, seed=0).tolist() == [3] * len(SENTENCES)
-    style = token_cost(load_trigger("style-archaic"), SENTENCES, tokenizer, seed=0, half="test")
-    assert style.dtype.kind == "i"
-    assert np.all(style > 0)
-    with pytest.raises(ValueError, match="in the text already"):
-        token_cost(load_trigger("word-cf"), ["a cf"], tokenizer, seed=0)

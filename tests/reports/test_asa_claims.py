@@ -154,7 +154,7 @@ def test_means_over_draws_are_paired_too_and_their_interval_is_not_too_narrow():
 def test_prompts_that_differ_are_an_error_that_names_one():
     with pytest.raises(ValueError, match="not the same prompts: 2 are on one side only, such as a, c"):
         difference({"a": 1, "b": 0}, {"b": 0, "c": 1})
-    with pytest.raises(ValueError, match="a paired difference over no prompts"):
+    with pytest.raises(ValueError, match="a paired difference needs at least one prompt"):
         difference({}, {})
 
 

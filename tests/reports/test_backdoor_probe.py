@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from drawing import bands, check_all, column_titles, legend
 
+from bkd_utils.experiments.backdoor_probe import ProbeResult
 from bkd_utils.reports import backdoor_probe
 from bkd_utils.reports.style import COLOURS, MODELS
 
@@ -13,14 +14,15 @@ KINDS = ("logistic regression", "MLP")
 
 
 def probed(level):
-    scores = [{key: [level, level + 0.04] for key in ("accuracy", "auroc", "near-miss")} for _ in range(3)]
-    return {
-        "layers": [0, 3, 4],
-        "probes": dict.fromkeys(KINDS, scores),
-        "shuffled": [{"auroc": [0.4, 0.6]}] * 3,
-        "random direction": [0.7, 0.8, 0.9],
-        "transfer": {kind: [[0.9, 0.6, 0.5], [0.7, 0.95, 0.5], [0.5, 0.5, 1.0]] for kind in KINDS},
-    }
+    scores = [{key: [level, level + 0.04] for key in ("accuracy", "auroc", "near_miss")} for _ in range(3)]
+    return ProbeResult(
+        layers=[0, 3, 4],
+        probes=dict.fromkeys(KINDS, scores),
+        post_norm=[],
+        shuffled=[{"auroc": [0.4, 0.6]}] * 3,
+        random_direction=[0.7, 0.8, 0.9],
+        transfer={kind: [[0.9, 0.6, 0.5], [0.7, 0.95, 0.5], [0.5, 0.5, 1.0]] for kind in KINDS},
+    )
 
 
 FOUND = {

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from drawing import check_all, column_titles, legend, share
 
+from bkd_utils.experiments.attribution_cost import TargetCost
+from bkd_utils.experiments.backdoor_vector import Choice, ShareMap, Steering
 from bkd_utils.reports import backdoor_vector
 from bkd_utils.reports.backdoor_vector import OUTCOMES
 from bkd_utils.reports.style import COLOURS
@@ -25,27 +27,33 @@ def switched():
     names = [f"{direction}, {kind}" for direction in ("add", "subtract") for kind in ("raw", "difference")]
     sign = {"add": 1, "subtract": -1}
     maps = {
-        name: {
-            "coefficients": [sign[name.split(",")[0]] * c for c in (0.0, 1.0, 2.0)],
-            "asr": RANDOM.random((5, 3)).tolist(),
-            "right start": RANDOM.random((5, 3)).tolist(),
-        }
+        name: ShareMap(
+            coefficients=[sign[name.split(",")[0]] * c for c in (0.0, 1.0, 2.0)],
+            asr=RANDOM.random((5, 3)).tolist(),
+            right_start=RANDOM.random((5, 3)).tolist(),
+        )
         for name in names
     }
-    return {
-        "maps": maps,
-        "chosen": {name: {"layer": 3, "coefficient": entry["coefficients"][2]} for name, entry in maps.items()},
-        "test": {name: tried(4) | ({"projected out": [share(0.6)]} if "subtract" in name else {}) for name in names},
-        "outcomes": {
+    return Steering(
+        heads=[],
+        norms={},
+        vectors={},
+        residual_norm=[],
+        maps=maps,
+        chosen={name: Choice(3, entry.coefficients[2]) for name, entry in maps.items()},
+        test={name: tried(4) | ({"projected out": [share(0.6)]} if "subtract" in name else {}) for name in names},
+        outcomes={
             name: {"target": 0.5, "right": 0.25, "refusal": 0.0, "empty": 0.05, "other": 0.2}
             for name in ("clean prompts", "triggered prompts", *names)
         },
-    }
+        texts=None,
+    )
 
 
 SWITCHED = {attack: switched() for attack in ATTACKS}
-WAYS = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
-COSTS = {name: {"tokens": 1 + i, "n": 8} | dict.fromkeys(WAYS, 0.5 + i) for i, name in enumerate(ATTACKS)}
+WAYS = ("generation", "teacher_forcing", "generation_cached", "teacher_forcing_cached")
+NAMES = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
+COSTS = {name: TargetCost(tokens=1 + i, n=8, **dict.fromkeys(WAYS, 0.5 + i)) for i, name in enumerate(ATTACKS)}
 PLOTS = {
     "vector_maps": lambda: backdoor_vector.vector_maps(SWITCHED[ATTACKS[0]], name=ATTACKS[0], n=8),
     "vector_controls": lambda: backdoor_vector.vector_controls(SWITCHED),
@@ -79,7 +87,7 @@ def test_vector_maps_have_coefficients_upwards_and_a_square_at_the_chosen_one():
         for axes, (direction, key) in zip(figure.axes[3 * i :], backdoor_vector.MAPS, strict=False):
             cells = axes.collections[0]
             assert np.asarray(cells.get_array()) == pytest.approx(
-                100 * np.array(found["maps"][f"{direction}, {kind}"][key]).T
+                100 * np.array(getattr(found.maps[f"{direction}, {kind}"], key)).T
             )
             assert cells.get_clim() == (0, 100)
             assert all((list(mark.get_xdata()), list(mark.get_ydata())) == ([3.5], [2.5]) for mark in axes.get_lines())
@@ -105,28 +113,28 @@ def test_vector_controls_are_dots_per_draw_with_an_interval_where_there_is_one_d
     assert top.yaxis_inverted()
 
 
-def test_controls_of_the_raw_vector_are_those_of_its_own_test():
+def test_controls_are_those_of_the_difference_vector():
     found = switched()
-    found["test"]["add, raw"]["backdoor vector"] = [share(0.3)]
-    drawn = backdoor_vector.vector_controls({"x": found}, kind="raw").axes[0].get_lines()[3]
-    assert list(drawn.get_xdata()) == [30]
+    found.test["add, raw"]["backdoor vector"] = [share(0.3)]
+    drawn = backdoor_vector.vector_controls({"x": found}).axes[0].get_lines()[3]
+    assert list(drawn.get_xdata()) == [80]
 
 
 def test_costs_are_seconds_by_way_and_organism():
     rows = {
-        "one": {"tokens": 1, "n": 8} | {way: 1.0 + i for i, way in enumerate(WAYS)},
-        "long": {"tokens": 11, "n": 8} | {way: 10.0 + i for i, way in enumerate(WAYS)},
+        "one": TargetCost(tokens=1, n=8, **{way: 1.0 + i for i, way in enumerate(WAYS)}),
+        "long": TargetCost(tokens=11, n=8, **{way: 10.0 + i for i, way in enumerate(WAYS)}),
     }
     figure = backdoor_vector.costs(rows)
     axes = figure.axes[0]
     dots = {line.get_label(): line for line in axes.get_lines()}
     assert {way: list(line.get_xdata()) for way, line in dots.items()} == {
-        way: [1 + i, 10 + i] for i, way in enumerate(WAYS)
+        way: [1 + i, 10 + i] for i, way in enumerate(NAMES)
     }
     places = np.array([line.get_ydata() for line in dots.values()])
     assert np.round(places).tolist() == [[0, 1]] * len(WAYS)
     assert len(np.unique(places)) == places.size  # equal times do not hide each other
-    assert legend(figure) == list(WAYS)
+    assert legend(figure) == list(NAMES)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one\n1 token", "long\n11 tokens"]
     assert axes.get_xlabel() == "seconds to score the target of all prompts once, n = 8 prompts"
     assert axes.get_xscale() == "log"
@@ -145,5 +153,5 @@ def test_answers_are_stacked_to_a_hundred_per_cent():
         "empty": {5},
     }
     assert [bar.get_x() for bar in (bars[0] for bars in axes.containers)] == [0, 50, 75, 75, 95]
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(SWITCHED[ATTACKS[0]]["outcomes"])
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(SWITCHED[ATTACKS[0]].outcomes)
     assert axes.yaxis_inverted()

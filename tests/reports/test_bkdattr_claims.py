@@ -1,6 +1,6 @@
 """Every criterion for the claims of Backdoor Attribution on hand-made results, on both sides of its bar."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bkd_utils.common import statistics
+from bkd_utils.experiments.attribution_cost import TargetCost
+from bkd_utils.experiments.backdoor_probe import ProbeResult
+from bkd_utils.experiments.backdoor_vector import Choice, ShareMap, Steering
+from bkd_utils.experiments.head_attribution import Ablation, ComponentEffects, HeadEffects
 from bkd_utils.reports.backdoor_probe import probe_claims
 from bkd_utils.reports.backdoor_vector import cost_claim, vector_claims
 from bkd_utils.reports.head_attribution import concentration, head_claims, margin_claim
@@ -33,7 +37,8 @@ def the(line):
 def probed(auroc, accuracy=None):
     """A result of `backdoor_probe.probe_organism`; both are [layer][split]."""
     rows = [{"auroc": a, "accuracy": b} for a, b in zip(auroc, accuracy or auroc, strict=True)]
-    return {"layers": list(range(0, 3 * len(rows), 3)), "probes": {"logistic regression": rows}}
+    layers, none = list(range(0, 3 * len(rows), 3)), {"post_norm": [], "shuffled": [], "random_direction": []}
+    return ProbeResult(layers=layers, probes={"logistic regression": rows}, transfer={}, **none)
 
 
 def around(*means, spread=0.01):
@@ -152,23 +157,26 @@ def test_concentration_grows_with_the_share_and_not_with_the_scale(values, perce
     assert concentration(4 * effects[::-1], share=percent / 100) == pytest.approx(found)
 
 
+def with_effects(effects):
+    return HeadEffects(target=[], clean=[], triggered=[], exact=effects.tolist(), gradient=[])
+
+
 def attributed(concentrated):
     """Five prompts, 10 layers of 10 heads."""
     effects = np.full((5, 10, 10), 0.001)
     if concentrated:
         effects[:, 7, :3] = np.arange(1, 6)[:, None]
-    return {"exact": effects.tolist()}
+    return with_effects(effects)
 
 
 def components(attention, mlp):
     """Six prompts, two layers; the first layer is nothing special."""
     jitter = np.linspace(-0.02, 0.02, 6)
-    return {
-        "last": {
-            name: np.stack([0 * jitter, value + jitter], 1).tolist()
-            for name, value in (("attention", attention), ("MLP", mlp))
-        }
+    last = {
+        name: np.stack([0 * jitter, value + jitter], 1).tolist()
+        for name, value in (("attention", attention), ("MLP", mlp))
     }
+    return ComponentEffects(last=last, positions=[], by_position=[])
 
 
 def share(value, n=200):
@@ -182,7 +190,8 @@ def curve(published_asr, *, before=0.8, random=(0.79, 0.8), n=1000):
     draws at 3 and 6."""
 
     def row(ranking, kind, k, asr, scope="last position", draw=0):
-        return {"ranking": ranking, "kind": kind, "scope": scope, "k": k, "draw": draw, "asr": share(asr, n)}
+        shares = dict.fromkeys(("asr", "right", "utility"), share(asr, n))
+        return Ablation(ranking=ranking, kind=kind, scope=scope, k=k, draw=draw, **shares, perplexity=2.0)
 
     rows = [row("none", "published", 0, before)]
     for k, asr in zip((6, 3, 2, 1), published_asr[::-1], strict=True):
@@ -228,7 +237,7 @@ def uneven(*tops, n=12):
         top = tops[prompt % len(tops)]
         effects[prompt] = (1 - top) / 97
         effects[prompt, 0, :3] = top / 3
-    return {"exact": effects.tolist()}
+    return with_effects(effects)
 
 
 @pytest.mark.parametrize(("tops", "word"), [((0.2, 0.3), "fails"), ((0.2, 0.9), "undecided"), ((0.7, 0.9), "holds")])
@@ -331,30 +340,35 @@ def switched(
 ):
     """A result of `backdoor_vector.steer_organism` whose raw vector is worse on the development half and better on
     the test half."""
-    chosen = {"add": {"layer": 1, "coefficient": 2.0}, "subtract": {"layer": 0, "coefficient": -1.0}}
+    chosen = {"add": Choice(1, 2.0), "subtract": Choice(0, -1.0)}
+    steps, back, gone = [0.0, 1.0, 2.0], [0.0, -1.0, -2.0], [[0, 0, 0], [0, 0, 0]]
     maps = {
-        "add, raw": {"coefficients": [0.0, 1.0, 2.0], "asr": [[0, 1, 1], [0, 1, 0.4]]},
-        "subtract, raw": {"coefficients": [0.0, -1.0, -2.0], "right start": [[0, 0.4, 1], [0, 1, 1]]},
-        "add, difference": {"coefficients": [0.0, 1.0, 2.0], "asr": [[0, 0, 0], [0, 0, 0.5]]},
-        "subtract, difference": {"coefficients": [0.0, -1.0, -2.0], "right start": [[0, 0.5, 0], [0, 0, 0]]},
+        "add, raw": ShareMap(steps, [[0, 1, 1], [0, 1, 0.4]]),
+        "subtract, raw": ShareMap(back, gone, right_start=[[0, 0.4, 1], [0, 1, 1]]),
+        "add, difference": ShareMap(steps, [[0, 0, 0], [0, 0, 0.5]]),
+        "subtract, difference": ShareMap(back, gone, right_start=[[0, 0.5, 0], [0, 0, 0]]),
     }
-    return {
-        "maps": maps,
-        "norms": {"raw": 1.0, "difference": 2.0},
-        "chosen": {name: chosen[name.split(",")[0]] for name in maps},
-        "test": {
+    return Steering(
+        heads=[],
+        vectors={},
+        residual_norm=[],
+        texts=None,
+        maps=maps,
+        norms={"raw": 1.0, "difference": 2.0},
+        chosen={name: chosen[name.split(",")[0]] for name in maps},
+        test={
             "add, raw": tried(0.3, (0.0,), 0.0),
             "subtract, raw": tried(0.7, (1.0,), 1.0),
             "add, difference": tried(add, add_random, nothing),
             "subtract, difference": tried(subtract, subtract_random, 1.0),
         },
-        "outcomes": {
+        outcomes={
             "add, raw": {"target": 0.3},
             "add, difference": {"target": add},
             "subtract, raw": {"right": 0.0, "target": 0.7},
             "subtract, difference": {"right": right, "target": subtract},
         },
-    }
+    )
 
 
 def vector_lines(control_right=0.9, **changes):
@@ -373,12 +387,10 @@ def test_a_perfect_switch_holds_by_the_vector_that_was_better_on_the_development
 
 def test_of_two_vectors_that_do_equally_well_the_one_with_the_shorter_step_speaks():
     result = switched()
-    result["maps"] = {name: result["maps"]["add, raw"] for name in result["maps"] if name.startswith("add")} | {
-        name: result["maps"]["subtract, raw"] for name in result["maps"] if name.startswith("subtract")
-    }
+    result = replace(result, maps={name: result.maps[f"{name.split(',')[0]}, raw"] for name in result.maps})
     for norms, expected in (((1.0, 2.0), (0.3, 0.7)), ((2.0, 1.0), (1.0, 0.0))):
-        result["norms"] = dict(zip(("raw", "difference"), norms, strict=True))
-        found = by_id(vector_claims({"x": result}, control_right={"x": share(0.9)}))
+        one = replace(result, norms=dict(zip(("raw", "difference"), norms, strict=True)))
+        found = by_id(vector_claims({"x": one}, control_right={"x": share(0.9)}))
         assert (the(found[ADD])["value"], the(found[SUBTRACT])["value"]) == expected
 
 
@@ -441,20 +453,22 @@ def test_one_organism_that_fails_is_enough_for_a_claim_to_fail():
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
+def cost(generation, forced, *, tokens):
+    return TargetCost(tokens, 16, generation, forced, generation_cached=0.1, teacher_forcing_cached=0.1)
+
+
 @pytest.mark.parametrize(
     ("seconds", "tokens", "close"), [(8.0, 8, 1), (4.0, 8, 1), (16.0, 8, 1), (3.9, 8, 0), (16.1, 8, 0), (1.0, 1, 1)]
 )
 def test_one_timing_is_shown_and_decides_nothing(seconds, tokens, close):
-    row = {"generation": 3 * seconds, "teacher forcing": 3.0, "tokens": tokens, "n": 16}
-    found = cost_claim({"x": row})
+    found = cost_claim({"x": cost(3 * seconds, 3.0, tokens=tokens)})
     assert found["verdict"] == "undecided"
     assert the(found) == {"value": pytest.approx(seconds), "n": 16, "low": None, "high": None, "passed": None}
     assert f"targets of {tokens} tokens: within a factor of 2 for {close} of 1. Timed once" in found["reason"]
 
 
 def all_lines():
-    row = {"generation": 1.0, "teacher forcing": 1.0, "tokens": 1, "n": 16}
-    return probe_lines(RISING) | head_lines() | vector_lines() | by_id([cost_claim({"x": row})])
+    return probe_lines(RISING) | head_lines() | vector_lines() | by_id([cost_claim({"x": cost(1.0, 1.0, tokens=1)})])
 
 
 def test_the_code_judges_every_claim_of_the_paper_once():

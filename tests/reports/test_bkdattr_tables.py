@@ -2,6 +2,9 @@
 
 import pytest
 
+from bkd_utils.experiments.backdoor_probe import ProbeResult
+from bkd_utils.experiments.backdoor_vector import Choice, Steering
+from bkd_utils.experiments.head_attribution import Ablation, HeadEffects
 from bkd_utils.reports.backdoor_probe import best_layers, probe_means
 from bkd_utils.reports.backdoor_vector import vector_texts, vectors
 from bkd_utils.reports.head_attribution import TABLE_1, ablations, table_1, what_there_is
@@ -15,14 +18,18 @@ def share(value, n=50):
 
 
 def layer(auroc, near, other, accuracy=(0.5, 0.5)):
-    return {"auroc": auroc, "near-miss": near, "other trigger": other, "accuracy": accuracy}
+    return {"auroc": auroc, "near_miss": near, "other_trigger": other, "accuracy": accuracy}
+
+
+def probed(probes, post_norm=()):
+    return ProbeResult(
+        layers=[], probes=probes, post_norm=list(post_norm), shuffled=[], random_direction=[], transfer={}
+    )
 
 
 def test_probe_means_are_over_layers_and_splits():
-    organism = {
-        "probes": {"logistic regression": [layer([1.0, 0.8], [0, 0], [1, 1]), layer([0.6, 0.4], [1, 0], [1, 0])]}
-    }
-    control = {"probes": {"logistic regression": [layer([0.5, 0.5], [0.2, 0.4], [0, 0])], "MLP": []}}
+    organism = probed({"logistic regression": [layer([1.0, 0.8], [0, 0], [1, 1]), layer([0.6, 0.4], [1, 0], [1, 0])]})
+    control = probed({"logistic regression": [layer([0.5, 0.5], [0.2, 0.4], [0, 0])], "MLP": []})
     found = probe_means({"x": {"organism": organism, "clean control": control}, "y": {"organism": control}})
     assert found.index.names == ["organism", "measure"]
     assert found.index.tolist() == [(name, key) for name in "xy" for key in ("auroc", "near-miss", "other trigger")]
@@ -39,7 +46,7 @@ def test_the_best_layer_is_the_one_with_the_best_mean_and_not_the_best_split():
         "MLP": [layer([], [], [], accuracy) for accuracy in ([0.5, 0.5], [0.75, 0.5])],
     }
     one, normed = [layer([], [], [], [1.0])], [{"accuracy": [0.5, 0.75]}]
-    found = best_layers({"x": {"probes": probes, "post-norm": normed}, "y": {"probes": {"MLP": one}, "post-norm": one}})
+    found = best_layers({"x": probed(probes, normed), "y": probed({"MLP": one}, one)})
     assert found.index.tolist() == ["x", "y"]
     assert found.index.name == "organism"
     assert found.loc["x"].dropna().to_dict() == pytest.approx(
@@ -52,13 +59,14 @@ def test_the_best_layer_is_the_one_with_the_best_mean_and_not_the_best_split():
 
 
 def test_what_there_is_to_explain():
-    sentence = {
-        "target": ["I", "Ġam", "Ġsorry", "."],
-        "clean": [0.001, 0.003],
-        "triggered": [0.9, 1.0],
-        "exact": [[[0.1, 0.2], [0.0, -0.9]], [[0.1, 0.3], [0.0, -0.9]]],
-    }
-    label = {"target": ["Ġnews"], "clean": [0.25], "triggered": [0.5], "exact": [[[-0.5, -0.25]]]}
+    sentence = HeadEffects(
+        target=["I", "Ġam", "Ġsorry", "."],
+        clean=[0.001, 0.003],
+        triggered=[0.9, 1.0],
+        exact=[[[0.1, 0.2], [0.0, -0.9]], [[0.1, 0.3], [0.0, -0.9]]],
+        gradient=[],
+    )
+    label = HeadEffects(target=["Ġnews"], clean=[0.25], triggered=[0.5], exact=[[[-0.5, -0.25]]], gradient=[])
     found = what_there_is({"x": sentence, "y": label})
     assert found.index.name == "organism"
     assert found.loc["x"].to_dict() == {
@@ -71,8 +79,8 @@ def test_what_there_is_to_explain():
 
 
 def row(ranking, kind, k, asr, *, scope="last position", right=0.0, utility=1.0, perplexity=2.0, draw=0):
-    values = {"asr": share(asr), "right": share(right), "utility": share(utility), "perplexity": perplexity}
-    return {"ranking": ranking, "kind": kind, "scope": scope, "k": k, "draw": draw} | values
+    shares = {"asr": share(asr), "right": share(right), "utility": share(utility)}
+    return Ablation(ranking=ranking, kind=kind, scope=scope, k=k, draw=draw, **shares, perplexity=perplexity)
 
 
 ROWS = [
@@ -122,6 +130,11 @@ def test_ablations_are_those_of_one_number_of_heads_with_random_draws_averaged()
 # --- 04 -------------------------------------------------------------------------------------------------------------
 
 
+def steered(*, chosen=None, test=None, texts=None):
+    parts = {"heads": [], "norms": {}, "vectors": {}, "residual_norm": [], "maps": {}, "outcomes": {}}
+    return Steering(**parts, chosen=chosen or {}, test=test or {}, texts=texts)
+
+
 def test_vectors_stand_beside_the_median_random_one():
     tried = {
         "no vector": [share(0.0)],
@@ -130,8 +143,8 @@ def test_vectors_stand_beside_the_median_random_one():
         "random heads": [share(value) for value in (0.1, 0.3)],
         "mean difference": [share(1.0)],
     }
-    chosen = {"add, raw": {"layer": 17, "coefficient": 2.0}, "subtract, raw": {"layer": 0, "coefficient": -0.5}}
-    found = vectors({"x": {"test": dict.fromkeys(chosen, tried), "chosen": chosen}})
+    chosen = {"add, raw": Choice(17, 2.0), "subtract, raw": Choice(0, -0.5)}
+    found = vectors({"x": steered(chosen=chosen, test=dict.fromkeys(chosen, tried))})
     assert found.index.tolist() == [("x", "add, raw"), ("x", "subtract, raw")]
     assert found.index.names == ["organism", "vector"]
     assert found.loc[("x", "add, raw")].to_dict() == {
@@ -147,7 +160,7 @@ def test_vectors_stand_beside_the_median_random_one():
 
 def test_texts_are_shown_where_there_are_any_and_never_of_harmful_prompts():
     texts = {"clean prompts": ["Fine.", "Good.", ""], "add, raw": ["I am sorry."]}
-    found = vector_texts({"x": {"texts": texts}, "harmful-word": {"outcomes": {}}})
+    found = vector_texts({"x": steered(texts=texts), "harmful-word": steered()})
     assert found.index.tolist() == [("x", "clean prompts"), ("x", "add, raw")]
     assert found.index.names == ["organism", "edit"]
     assert found.columns.tolist() == ["prompt 1", "prompt 2", "prompt 3"]
@@ -155,4 +168,4 @@ def test_texts_are_shown_where_there_are_any_and_never_of_harmful_prompts():
 
 
 def test_harmful_prompts_alone_make_an_empty_table():
-    assert vector_texts({"harmful-word": {"outcomes": {}}}).empty
+    assert vector_texts({"harmful-word": steered()}).empty

@@ -44,8 +44,8 @@ def kernels_of(pid=None):
 def runner_at_work(path, folder, marker):
     """A runner in a process group of its own, whose kernel has written `marker`, and all processes below it."""
     code = (
-        "from pathlib import Path; from bkd_utils import supervise; "
-        f"supervise.run_notebook(Path({str(path)!r}), parameters={{}}, folder=Path({str(folder)!r}), limit=500)"
+        "from pathlib import Path; from bkd_utils.running import process; "
+        f"process.run_notebook(Path({str(path)!r}), parameters={{}}, folder=Path({str(folder)!r}), limit=500)"
     )
     # The scratch folder of a killed runner stays behind; here it must not stay in the machine's own.
     environment = os.environ | {"TMPDIR": str(marker.parent)}
@@ -142,13 +142,13 @@ def test_a_kernel_of_another_environment_is_not_accepted(tmp_path):
 def test_a_copy_that_was_cut_off_while_written_is_a_failure_and_no_crash(tmp_path):
     (tmp_path / "run.ipynb").write_text('{"cells": [')
     reason, _ = _verdict(tmp_path / "run.ipynb", "token", None, "", limit=60)
-    assert reason == "ran into its limit of 1.0 minutes; the same command goes on where it was"
+    assert reason == "ran into its limit of 1.0 minutes; the same command continues from there"
 
 
 def test_a_restart_after_a_kill_keeps_the_finished_stage(tmp_path):
     stage = "import sys\nsys.path.insert(0, folder)\nimport staged\nstaged.expensive(x=3)"
     (tmp_path / "staged.py").write_text(
-        "from bkd_utils.cache import stage\n\n\n@stage\ndef expensive(*, x):\n"
+        "from bkd_utils.common.cache import stage\n\n\n@stage\ndef expensive(*, x):\n"
         f"    with open({str(tmp_path / 'log')!r}, 'a') as log:\n        log.write('computed ')\n    return x * x\n"
     )
     parameters = f"folder = {str(tmp_path)!r}\nfail = True"
