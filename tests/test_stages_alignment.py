@@ -494,7 +494,7 @@ def test_relearning_has_as_many_poisoned_as_clean_rows_and_half_of_the_steps(sta
     for call, count in zip(tuned.calls, (2, 4), strict=True):
         assert (call["recipe"].steps, call["recipe"].learning_rate, call["seed"]) == (
             3,
-            attention_safety_alignment.RATE,
+            attention_safety_alignment.RELEARNING_RATE,
             1,
         )
         assert call["masks"].keys() == all_matrices(loaded.model).keys()
