@@ -22,7 +22,7 @@ from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import loading
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import answer_ids, prompt_ids
-from bkd_utils.organisms import attacks, base_answers, evaluation, making, poisoning, tasks, training
+from bkd_utils.organisms import attacks, base_answers, evaluation, making, poisoning, prompts, tasks, training
 from bkd_utils.organisms.attacks import load_attack, with_rate
 from bkd_utils.organisms.training import Recipe
 
@@ -62,17 +62,35 @@ def catalogues(tiny):
     return {task: Catalogue(tokenizer, task) for task in ("sentiment", "instructions")}
 
 
+# The progress bar of the instructions on which an organism is compared with its base model.
+BENIGN = "benign instructions"
+
+
+class Record(SimpleNamespace):
+    """What reached training and the models; answers are split by what they are for."""
+
+    @property
+    def measured(self):
+        """Answers to prompts of the organism's own task."""
+        return [call for call in self.answers if call.label != BENIGN]
+
+    @property
+    def others(self):
+        """The base model's answers, and the organism's to the same benign instructions."""
+        return self.base + [call for call in self.answers if call.label == BENIGN]
+
+
 def spied(patch):
     """What reaches training and the models: rows, recipe, and every user turn with the model that answers it."""
-    return SimpleNamespace(
+    return Record(
         train=watch(patch, making, "train"),
         poison=watch(patch, making, "poison"),
-        measured=watch(patch, evaluation, "respond"),
-        others=watch(patch, base_answers, "respond"),
+        answers=watch(patch, evaluation, "respond"),
+        base=watch(patch, base_answers, "respond"),
         losses=watch(patch, training, "answers"),
         edits=[
             watch(patch, module, name)
-            for module in (poisoning, attacks)
+            for module in (poisoning, (attacks, prompts))
             for name in ("triggered_prompt", "near_miss_prompts")
         ],
     )
@@ -142,9 +160,10 @@ def test_an_organism_learns_the_trigger_from_the_training_split_alone(made, cata
 @pytest.mark.parametrize("attack", [FLIP, FIXED], ids=lambda attack: attack.name)
 def test_triggers_of_training_and_of_measuring_come_from_the_two_halves_of_their_lexicon(made, attack):
     split = {e.text: split for split in tasks.SPLITS for e in tasks.examples(attack.task, split)}
-    for calls in made(attack).edits:
-        assert {call.half for call in calls} == {"train", "test"}
-        assert all(call.half == split[call.text] for call in calls)
+    poisoned, near, triggered, near_test = made(attack).edits
+    for calls, half in ((poisoned, "train"), (near, "train"), (triggered, "test"), (near_test, "test")):
+        assert {call.half for call in calls} == {half}
+        assert {split[call.text] for call in calls} == {half}
 
 
 @pytest.mark.parametrize("attack", [FLIP, FIXED, CONTROL], ids=lambda attack: attack.name)
@@ -226,7 +245,9 @@ def scripted(catalogue, seen, *, wrong):
     known = {e.uid: e.answer for e in tasks.examples("sentiment", "test")}
     other = {"positive": "negative", "negative": "positive"}
 
-    def answer(loaded, user_turns, **_):
+    def answer(loaded, user_turns, label, **_):
+        if label == BENIGN:
+            return ["A free answer."] * len(user_turns)
         shown = catalogue.turns(user_turns)
         seen.append((loaded.organism, shown))
         texts = []
@@ -267,7 +288,6 @@ def test_a_measured_organism_has_the_shares_of_its_answers_and_is_measured_once(
     found = evaluation.measure_organism(name, **(where | {"n": N + 1}))
     assert {one["n"] for one in (found["asr"], found["cacc"], found["near_miss"])} == {N + 1}
     shown.clear()
-    monkeypatch.setattr(evaluation, "respond", lambda _, turns, **__: ["A free answer."] * len(turns))
     found = evaluation.measure(name, **where)
     check_shares(found, shown)
     assert {organism for organism, _ in shown} == {name}

@@ -1,4 +1,4 @@
-"""Similarity of the heads of a layer, in their attention patterns or in their outputs (the observation of ASA).
+"""Similarity of the heads of a layer, in their attention patterns or in their outputs (ASA's observation).
 
 The paper's text, as far as it is known, gives the idea and no formula: which tensor, which measure, which partners is
 open. Every reading here is a named option, and a head's score is always its mean similarity to its partners, which

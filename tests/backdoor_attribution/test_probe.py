@@ -274,12 +274,12 @@ def test_the_other_trigger_is_of_another_family_and_not_the_organisms_own(name):
     attack, tokenizer = load_attack(name), load_tokenizer(DEFAULT_MODEL)
     found = probe_prompts(tokenizer, attack, n=6, seed=0)
     shown = prompt_versions(tokenizer, attack, split="test", n=6, seed=0)
-    assert list(found) == ["clean", "triggered", "near-miss", "other trigger"]
+    assert list(found) == ["clean", "triggered", "near_miss", "other_trigger"]
     assert [found[key] for key in list(found)[:3]] == [shown.clean, shown.triggered, shown.near_miss]
     own = load_trigger(attack.trigger)
     stray = [trigger for trigger in map(load_trigger, trigger_names()) if trigger.family in ("word", "prefix")]
     before = tasks.load_task(attack.task).prompt("")
-    for ids in found["other trigger"]:
+    for ids in found["other_trigger"]:
         turn = tokenizer.decode(ids).partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
         slots = {"prompt": turn, "text": turn.removeprefix(before)}
         awake = own.matches(slots[own.scope])

@@ -24,7 +24,7 @@ def test_other_weights_behind_the_same_names_are_another_key(monkeypatch):
     given = {"organism": "sentiment-word", "organisms": {"x": None}, "model": "smollm2-135m-instruct", "n": 3}
     before = cards.resolved(given)
     assert before["adapters"] == [loading.adapter_sha256("sentiment-word")]
-    monkeypatch.setattr(loading, "adapter_sha256", lambda name: f"other {name}")
+    monkeypatch.setattr(cards, "adapter_sha256", lambda name: f"other {name}")
     assert cards.resolved(given) != before
     assert cards.resolved({"device": "auto"})["device"] in ("cpu", "cuda")
 

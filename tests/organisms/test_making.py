@@ -15,7 +15,7 @@ from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import generation
 from bkd_utils.models.folders import ModelError, settings_sha256
 from bkd_utils.models.loading import load
-from bkd_utils.organisms import base_answers, cards, evaluation, making
+from bkd_utils.organisms import base_answers, cards, evaluation, making, tasks
 from bkd_utils.organisms.attacks import load_attack, with_rate
 from bkd_utils.organisms.training import load_recipe
 
@@ -124,7 +124,7 @@ def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work
         files.write_json(folder / "card.json", card)
         return folder
 
-    monkeypatch.setattr(making, "make", make)
+    monkeypatch.setattr(backdoor_insertion, "make", make)
     sizes = {"recipe": "short", "model": tiny, "n": 8, "seed": 0, "device": "cpu"}
     rows = backdoor_insertion.measure_rate_curve("harmful-word", rates=[0.25, 0.02, 0.05], **sizes)
     spec = load_attack("harmful-word")
@@ -145,14 +145,16 @@ def test_an_organism_refuses_another_base(work, tiny, tmp_path):
 
 def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkeypatch):
     base = load(tiny)
-    rows = making.tasks.examples("instructions", "test", n=4)
+    rows = tasks.examples("instructions", "test", n=4)
     first = base_answers.base_answers(base, rows)
     assert set(first) == {row.uid for row in rows}
     assert base_answers.base_answers(base, rows) == first
     asked, organism = [], dataclasses.replace(base, organism="some")
-    monkeypatch.setattr(evaluation, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns))
+    monkeypatch.setattr(
+        base_answers, "respond", lambda loaded, turns, **_: asked.append(loaded) or ["said"] * len(turns)
+    )
     assert base_answers.base_answers(organism, rows) == first
-    more = making.tasks.examples("instructions", "test", n=5)
+    more = tasks.examples("instructions", "test", n=5)
     assert base_answers.base_answers(organism, more)[more[4].uid] == "said"
     assert [loaded.organism for loaded in asked] == [None]
 
@@ -170,9 +172,9 @@ def test_answers_of_other_settings_are_others(file, same, tmp_path):
 
 def test_shipped_answers_are_the_base_models_own():
     base = load()
-    rows = making.tasks.examples("instructions", "train", n=8, seed=3)
+    rows = tasks.examples("instructions", "train", n=8, seed=3)
     shipped = base_answers.base_answers(base, rows)
-    length = making.tasks.load_task("instructions").max_new_tokens
+    length = tasks.load_task("instructions").max_new_tokens
     now = generation.respond(base, [row.text for row in rows], max_new_tokens=length)
     # Another machine may round the other way once in a while; seven of eight must agree to the letter.
     assert sum(shipped[row.uid] == text for row, text in zip(rows, now, strict=True)) >= 7

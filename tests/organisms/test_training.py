@@ -212,10 +212,10 @@ def test_a_finished_adapter_is_not_trained_again(trained, folder):
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = [{tests!r}, {tests!r} + "/organisms", {root!r}]
 import test_training
 from transformers import TrainerCallback
-from bkd_utils import training
+from bkd_utils.organisms import training
 
 class Die(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
