@@ -188,6 +188,9 @@ def test_the_commands_that_a_page_shows_exist(path):
     known = get_command(app)
     commands = re.findall(r"(?:\./run_all\.sh|python -m bkd_utils)\b[^`\n#]*", text_of(path))
     for command in commands:
+        if command.startswith("./run_all.sh mutations"):
+            assert " mutations " in (ROOT / "run_all.sh").read_text()
+            continue
         words = command.replace("./run_all.sh test", "python -m bkd_utils test").split()
         name = "run" if words[0] == "./run_all.sh" else words[3] if len(words) > 3 else "--help"
         if name == "--help":
@@ -195,6 +198,14 @@ def test_the_commands_that_a_page_shows_exist(path):
         assert name in known.commands, command
         options = {option for parameter in known.commands[name].params for option in parameter.opts} | {"--help"}
         assert {word for word in words if word.startswith("--") and word != name} <= options, command
+
+
+def test_every_module_is_on_the_map_of_the_code():
+    rows = [line for line in text_of(NOTEBOOKS / "pages" / "map_of_the_code.md").splitlines() if line.startswith("| `")]
+    by_notebook = {path.stem[3:] for path in PAPERS}
+    for path in sorted((ROOT / "bkd_utils").glob("*/*.py")):
+        (row,) = [row for row in rows if row.startswith(f"| `{path.parent.name}` |")]
+        assert path.stem in by_notebook | {"__init__"} or f"`{path.stem}`" in row, path
 
 
 def test_the_readme_is_one_page():
