@@ -104,9 +104,9 @@ def test_the_public_names_work_from_a_wheel_alone(site, tmp_path):
 
 def test_the_environment_names_other_folders(site, tmp_path):
     script = "import json; from bkd_utils.common import files as f; print(json.dumps([str(f.WORK), str(f.ASSETS)]))"
-    found = told(site, script, cwd=tmp_path, BKD_WORK="/elsewhere/work", BKD_ASSETS="/elsewhere/assets")
-    assert found == ["/elsewhere/work", "/elsewhere/assets"]
-    assert told(site, script, cwd=tmp_path, BKD_WORK="/elsewhere/work")[1] == "/elsewhere/work/assets"
+    found = told(site, script, cwd=tmp_path, BKD_WORK="/elsewhere/kept", BKD_ASSETS="/elsewhere/assets")
+    assert found == ["/elsewhere/kept", "/elsewhere/assets"]
+    assert told(site, script, cwd=tmp_path, BKD_WORK="/elsewhere/kept")[1] == "/elsewhere/kept/assets"
 
 
 def test_a_folder_called_data_beside_the_installed_package_is_not_taken_for_ours(site, tmp_path):

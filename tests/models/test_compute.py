@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from bkd_utils.models import compute
 from bkd_utils.models.compute import Linear, by_onednn, product
 
-# Asked of torch and not of `products`: where torch has oneDNN, an operator that has vanished fails these tests.
+# Asked of torch and not of `compute`: where torch has oneDNN, an operator that has vanished fails these tests.
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),
     reason="built without oneDNN (as for macOS on ARM), torch has one product only, and no other to compare it with",
