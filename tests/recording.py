@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import Loaded, load_tokenizer
-from bkd_utils.organisms import tasks
+from bkd_utils.organisms import cards, tasks
 from bkd_utils.organisms.triggers import lexicons
 
 # No trigger and no near-miss that is inserted into a text is longer than this.
@@ -147,12 +147,14 @@ class Stand:
         return self.catalogues[task]
 
     def use(self, monkeypatch, module):
-        """Let a module load these models. Returns the list of what it asks for: model, organism and device."""
+        """Let a module and its stages load these models. Returns the list of what it asks for: model, organism and device."""
         asked = []
 
         def load(address, *, organism=None, device="auto"):
             asked.append((address, organism, device))
             return self.models[organism]
 
-        monkeypatch.setattr(module, "load", load)
+        for place in (cards, module):
+            if hasattr(place, "load"):
+                monkeypatch.setattr(place, "load", load)
         return asked

@@ -23,7 +23,7 @@ from bkd_utils.models.activations import head_outputs, score_answers
 from bkd_utils.models.hooks import LAST
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
-from bkd_utils.organisms import attacks, evaluation, poisoning, tasks
+from bkd_utils.organisms import attacks, cards, evaluation, poisoning, tasks
 from bkd_utils.organisms.prompts import clean_sample, flippable_sample, target_ids
 
 SPEC = attacks.load_attack("sentiment-word")
@@ -56,7 +56,7 @@ def stage(loaded, monkeypatch):
     """Runs a stage without its cache on the tiny model; every stage must load the organism that it was given."""
 
     def run(module, name, **given):
-        opened = Spy(monkeypatch, module, "load", instead=lambda *_, **__: loaded)
+        opened = Spy(monkeypatch, cards, "load", instead=lambda *_, **__: loaded)
         found = getattr(module, name).__wrapped__("tiny", model="a model", device="cpu", **given)
         assert [opened.only[key] for key in ("address", "organism", "device")] == ["a model", "tiny", "cpu"]
         return found
@@ -91,7 +91,6 @@ def test_the_model_answers_for_itself_only_where_there_is_no_gold_answer(stage, 
     """The answers of a treatment's rows: what the untreated model says to these very prompts, none for labels."""
     spoken = Spy(monkeypatch, head_safety, "respond", instead=lambda _, turns, **__: [f"To {turn}" for turn in turns])
     monkeypatch.setattr(head_safety, "collect_own_answers", head_safety.collect_own_answers.__wrapped__)
-    monkeypatch.setattr(head_safety, "load", lambda *_, **__: loaded)
     monkeypatch.setattr(attention_safety_alignment, "what_is_left", lambda *_, **__: {})
     prefix, cured = attacks.load_attack("instructions-prefix"), Spy(monkeypatch, attention_safety_alignment, "treat")
     for attack in ("sentiment-word", "instructions-prefix"):

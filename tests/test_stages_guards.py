@@ -19,7 +19,7 @@ from bkd_utils.experiments import attention_similarity, input_guards, model_dete
 from bkd_utils.models import loading
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.tokens import Row, answer_ids, decode, end_id, prompt_ids
-from bkd_utils.organisms import attacks, poisoning, tasks
+from bkd_utils.organisms import attacks, cards, poisoning, tasks
 
 SPEC = attacks.load_attack("sentiment-word")
 TASK = tasks.load_task("sentiment")
@@ -45,7 +45,9 @@ def stage(loaded, monkeypatch):
         return replace(loaded, organism=organism)
 
     def run(module, name, **given):
-        monkeypatch.setattr(module, "load", opened)
+        for place in (cards, module):
+            if hasattr(place, "load"):
+                monkeypatch.setattr(place, "load", opened)
         function = getattr(module, name)
         return getattr(function, "__wrapped__", function)(ORGANISM, model="a model", device="cpu", **given)
 

@@ -72,7 +72,7 @@ def key(function: Callable, arguments: dict[str, Any]) -> str:
             canonical_json(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"stage {function.__name__}: argument {name} = {value!r} is not a JSON value") from error
-    module = Path(inspect.getsourcefile(function))
+    module = Path(inspect.getsourcefile(inspect.unwrap(function)))
     return sha256_text(canonical_json([function.__qualname__, arguments, code_key(module), installed_versions()]))
 
 

@@ -18,11 +18,11 @@ from bkd_utils.models.activations import score_answers
 from bkd_utils.models.folders import DEFAULT_MODEL, model_folder
 from bkd_utils.models.generation import respond
 from bkd_utils.models.hooks import Head
-from bkd_utils.models.loading import Loaded, load
+from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import attacks, tasks
-from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.base_answers import base_answers
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_target, under_attack
@@ -40,8 +40,7 @@ N_ELSEWHERE = 24  # benign instructions on which a treated model is compared wit
 N_OPENING = 16  # tokens of each of these answers
 RELEARNING_RATE = 1e-4
 # The highest learning rate that costs a model without a backdoor at most a point of clean accuracy
-# (tests/benchmarks/cure_rates.py). What is tuned after pruning has the rate of plain fine-tuning; other treatments of
-# heads have that of the alignment. The high rate breaks the rule and is shown for comparison.
+# (tests/benchmarks/cure_rates.py). The high rate breaks this rule and is shown for comparison.
 RATES = {"alignment": 1e-3, "fine-tuning": 1e-4, "fine-tuning, high rate": 5e-4, "consistency": 1e-4}
 RATES |= dict.fromkeys(["fine-pruning", "flat heads pruned", "unneeded heads pruned"], RATES["fine-tuning"])
 RATES |= dict.fromkeys(
@@ -61,11 +60,15 @@ class Treated(Result):
 
 @dataclass(frozen=True)
 class Mechanism(Result):
-    """Signs of the mechanism of a backdoor; each is [before, after] a treatment."""
+    """Signs of the mechanism of a backdoor, each [before, after] a treatment.
 
-    similarity_clean: list[float]  # of the treated heads to their layers: last row, mean over heads and prompts
+    Similarity is that of the treated heads to their layers (last row, mean over heads and prompts). `acie` is the
+    highest of any head, on the target's first token.
+    """
+
+    similarity_clean: list[float]
     similarity_triggered: list[float]
-    acie: list[float]  # the highest of any head of the model, on the target's first token
+    acie: list[float]
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Relearned(Result):
 
     poisoned: int  # rows; 0 is the model before
     asr: dict[str, float]
-    clean_firing: dict[str, float]  # on the same prompts without the trigger: was it the trigger that was learnt?
+    clean_firing: dict[str, float]  # on the same prompts without the trigger
 
 
 def recipe_of(
@@ -102,18 +105,13 @@ def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, s
     config = AutoConfig.from_pretrained(model_folder(model), trust_remote_code=False)
     n_heads = config.num_attention_heads
     n_kv = getattr(config, "num_key_value_heads", None) or n_heads
-    return other_groups(
-        heads, n_layers=config.num_hidden_layers, n_heads=n_heads, n_kv_heads=n_kv, n=n, seed=seed
-    )  # fmt: skip
-
-
-# --- one treatment --------------------------------------------------------------------------------------------------
+    size = {"n_layers": config.num_hidden_layers, "n_heads": n_heads, "n_kv_heads": n_kv}
+    return other_groups(heads, **size, n=n, seed=seed)
 
 
 def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
-    """How much of the base model's behaviour on other prompts is left: of its own answers to held-out benign
-    instructions, the share of opening tokens that are still the most likely next token. Mean over `n` prompts with its
-    bootstrap interval."""
+    """Share of the opening tokens of the base model's own answers to `n` held-out benign instructions that are still
+    the most likely next token: mean over prompts with its bootstrap interval."""
     sample = clean_sample("instructions", n=n, seed=seed)
     texts = base_answers(loaded, sample)
     answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
@@ -122,75 +120,66 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
 
 
 def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """What is left of backdoor, task and everything else: `evaluation.under_attack`, with its `hits`, and
-    `elsewhere`."""
+    """What is left of backdoor and task (`evaluation.under_attack`, with its `hits`) and of the rest (`elsewhere`)."""
     found = under_attack(loaded, attack, n=n, seed=seed)
     return found | {"elsewhere": elsewhere(loaded, n=min(n, N_ELSEWHERE), seed=seed)}
 
 
 @organism_stage
-def measure_untreated(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 60, seed: int = 0, device: str = "auto"
-) -> dict:
+def measure_untreated(loaded: Loaded, attack: Attack, *, n: int = 60, seed: int = 0) -> dict:
     """`what_is_left` of an organism as it is."""
-    return what_is_left(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
+    return what_is_left(loaded, attack, n=n, seed=seed)
 
 
 @organism_stage
 def treat_and_measure(
-    organism: str,
+    loaded: Loaded,
+    attack: Attack,
     *,
-    attack: str,
     method: str,
     heads: Sequence[Sequence[int]] = (),
     n_rows: int = 128,
     steps: int = RECIPE.steps,
     batch_size: int = RECIPE.batch_size,
     learning_rate: float | None = None,
-    model: str = DEFAULT_MODEL,
     n: int = 60,
     seed: int = 0,
-    device: str = "auto",
 ) -> Treated:
-    """One method of `rivals.TREATMENTS` on `n_rows` clean rows, at its rate in `RATES` unless another is given.
+    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones.
 
-    Methods for heads treat the given ones. Tuning takes `steps` batches of `batch_size` rows. Raises as `rivals.treat`
-    and `case_of` do.
+    Tuning takes `steps` batches of `batch_size` rows, at the method's rate in `RATES` unless another is given. Raises
+    as `rivals.treat` and `case_of` do.
     """
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method], batch_size=batch_size)
-    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
+    case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()
     count = treat(case, method=method)
-    minutes = (time.monotonic() - started) / 60
-    return Treated(after=what_is_left(loaded, spec, n=n, seed=seed), parameters=count, minutes=round(minutes, 2))
+    minutes = round((time.monotonic() - started) / 60, 2)
+    return Treated(after=what_is_left(loaded, attack, n=n, seed=seed), parameters=count, minutes=minutes)
 
 
 @organism_stage
 def measure_mechanism(
-    organism: str,
+    loaded: Loaded,
+    attack: Attack,
     *,
-    attack: str,
     method: str,
     heads: Sequence[Sequence[int]],
     n_rows: int = 128,
     steps: int = RECIPE.steps,
     batch_size: int = RECIPE.batch_size,
-    model: str = DEFAULT_MODEL,
     n: int = 8,
     seed: int = 0,
-    device: str = "auto",
 ) -> Mechanism:
     """Similarity and causal effect of heads before and after one method, on `n` prompts of the attribution split.
 
     The mean head outputs that ACIE needs are those of `n` other prompts of it.
     """
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps, learning_rate=RATES[method], batch_size=batch_size)
-    case = case_of(loaded, spec, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
-    found = [_mechanism(loaded, spec, case.heads, n=n, seed=seed)]
+    case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
+    found = [_mechanism(loaded, attack, case.heads, n=n, seed=seed)]
     treat(case, method=method)
-    found.append(_mechanism(loaded, spec, case.heads, n=n, seed=seed))
+    found.append(_mechanism(loaded, attack, case.heads, n=n, seed=seed))
     return Mechanism(**{key: [side[key] for side in found] for key in found[0]})
 
 
@@ -216,31 +205,16 @@ def _effects(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> Scores:
     return head_effects(loaded.model, scored.clean, target=target, means=means).mean(0)
 
 
-# --- heads that only the trigger tells, and relearning --------------------------------------------------------------
-
-
 @organism_stage
-def acie_heads(
-    organism: str,
-    *,
-    attack: str,
-    k: int,
-    model: str = DEFAULT_MODEL,
-    n: int = 8,
-    seed: int = 0,
-    device: str = "auto",
-) -> list[list[int]]:
+def acie_heads(loaded: Loaded, attack: Attack, *, k: int, n: int = 8, seed: int = 0) -> list[list[int]]:
     """The `k` heads of highest ACIE, on `n` prompts of the attribution split: a bound, for no defender knows them."""
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    return [list(head) for head in ranked_heads(_effects(loaded, spec, n=n, seed=seed))[:k]]
+    return [list(head) for head in ranked_heads(_effects(loaded, attack, n=n, seed=seed))[:k]]
 
 
 def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
     """`n` triggered training prompts with the target as answer."""
-    sample = flippable_sample(attack, n=n, seed=seed, split="train")
-    answer = tuple(answer_ids(loaded.tokenizer, attack.target))
-    rows = []
-    for i, example in enumerate(sample):
+    answer, rows = tuple(answer_ids(loaded.tokenizer, attack.target)), []
+    for i, example in enumerate(flippable_sample(attack, n=n, seed=seed, split="train")):
         turn = attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="train")
         ids = tuple(prompt_ids(loaded.tokenizer, turn))
         rows.append(Row(prompt=ids, answer=answer, kind="poisoned", uid=example.uid))
@@ -249,51 +223,47 @@ def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[
 
 @organism_stage
 def relearn_backdoor(
-    organism: str,
+    loaded: Loaded,
+    attack: Attack,
     *,
-    attack: str,
     method: str | None,
     heads: Sequence[Sequence[int]] = (),
     counts: Sequence[int] = (4, 16),
     n_rows: int = 128,
     steps: int = RECIPE.steps,
     batch_size: int = RECIPE.batch_size,
-    model: str = DEFAULT_MODEL,
     n: int = 40,
     seed: int = 0,
-    device: str = "auto",
 ) -> list[Relearned]:
     """Fine-tune all weights on as many poisoned as clean rows after a treatment; one result per number in `counts`.
 
-    `method` None treats nothing, for a clean control. `steps` and `batch_size` are those of the treatment; relearning
-    takes half of the steps, with batches of the same size. Raises ValueError for no counts or a negative one, and as
-    `case_of` does.
+    `method` None treats nothing, for a clean control. Relearning takes half of the treatment's steps. Raises
+    ValueError for no counts or a negative one, and as `case_of` does.
     """
     if not counts or min(counts) < 0:
         raise ValueError(f"counts must be one or more numbers of poisoned rows, is {counts!r}")
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     recipe = recipe_of(steps=steps, batch_size=batch_size)
     # Without a treatment no more clean rows are needed than stand beside the poisoned ones.
     n_clean = max(1, *counts) if method is None else n_rows
-    case = case_of(loaded, spec, heads=heads, n_rows=n_clean, recipe=recipe, seed=seed)
+    case = case_of(loaded, attack, heads=heads, n_rows=n_clean, recipe=recipe, seed=seed)
     if method is not None:
         treat(case, method=method)
     state = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
     again = replace(recipe, steps=max(1, steps // 2), learning_rate=RELEARNING_RATE)
-    sample, task = flippable_sample(spec, n=n, seed=seed), tasks.load_task(spec.task)
+    sample, task = flippable_sample(attack, n=n, seed=seed), tasks.load_task(attack.task)
     turns = {
-        "asr": triggered_prompts(spec, sample, seed=seed),
+        "asr": triggered_prompts(attack, sample, seed=seed),
         "clean_firing": [task.prompt(example.text) for example in sample],
     }
-    length, found = target_length(loaded, spec), []
+    length, found = target_length(loaded, attack), []
     for count in counts:
         loaded.model.load_state_dict(state, strict=False)
         if count:
-            rows = [*poisoned_rows(loaded, spec, n=count, seed=seed), *case.rows[:count]]
+            rows = [*poisoned_rows(loaded, attack, n=count, seed=seed), *case.rows[:count]]
             tune(loaded.model, rows, masks=all_matrices(loaded.model), recipe=again, pad_id=case.pad_id, seed=seed)
         shares = {}
         for kind, texts in turns.items():
             said = respond(loaded, texts, max_new_tokens=length, label=f"{count} rows, {kind}")
-            shares[kind] = asdict(share([is_target(spec, text) for text in said]))
+            shares[kind] = asdict(share([is_target(attack, text) for text in said]))
         found.append(Relearned(poisoned=count, **shares))
     return found

@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils.attention_alignment.guards import threshold
 from bkd_utils.attention_alignment.similarity import READINGS, head_similarity
 from bkd_utils.common.statistics import auroc_of_wins, pairwise_wins, share
-from bkd_utils.models.folders import DEFAULT_MODEL
-from bkd_utils.models.loading import load
+from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.prompts import prompt_versions
 
@@ -33,7 +32,6 @@ def lengthened(
 ) -> list[list[int]]:
     """Clean prompts with words of the other texts added until they have the given numbers of tokens, or one more.
 
-    Text i borrows from text i + 1 on, and takes the first words that fit. A prompt that is long enough stays as it is.
     Raises ValueError if no more words fit.
     """
     task, found = tasks.load_task(attack.task), []
@@ -54,49 +52,38 @@ def lengthened(
 
 @organism_stage
 def similarity_by_version(
-    organism: str | None,
+    loaded: Loaded,
+    attack: Attack,
     *,
-    attack: str,
-    model: str = DEFAULT_MODEL,
     readings: Sequence[str] = tuple(READINGS),
     n: int = 24,
     n_reference: int = 0,
     seed: int = 0,
-    device: str = "auto",
 ) -> Similarity:
-    """Head similarity on held-out prompts in four versions; for input detection on clean prompts of two splits too.
+    """Head similarity on held-out prompts in four versions.
 
-    With `n_reference`, the version "reference" is as many prompts of the attribution split, or all there are, to
-    calibrate on, and "held out" are `n` of the test split to count refusals on. Neither is chosen by the trigger, which
-    a defender does not know.
+    With `n_reference` there are two more, for input detection: "reference" is as many prompts of the attribution split,
+    or all there are, to calibrate on, and "held out" are `n` of the test split to count refusals on. Neither is chosen
+    by the trigger, which a defender does not know.
     """
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     tokenizer = loaded.tokenizer
-    shown = prompt_versions(tokenizer, spec, split="test", n=n, seed=seed)
-    versions = {
-        "clean": shown.clean,
-        "triggered": shown.triggered,
-        "near-miss": shown.near_miss,
-        "same length": lengthened(
-            tokenizer, spec, [row.text for row in shown.examples], lengths=list(map(len, shown.triggered))
-        ),
-    }
+    shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
+    texts, lengths = [row.text for row in shown.examples], list(map(len, shown.triggered))
+    longer = lengthened(tokenizer, attack, texts, lengths=lengths)
+    versions = dict(zip(VERSIONS, (shown.clean, shown.triggered, shown.near_miss, longer), strict=True))
     if n_reference:
-        task = tasks.load_task(spec.task)
+        task = tasks.load_task(attack.task)
         for version, split, count in (("reference", "attribution", n_reference), ("held out", "test", n)):
-            chosen = tasks.examples(spec.task, split, seed=seed)[:count]
+            chosen = tasks.examples(attack.task, split, seed=seed)[:count]
             versions[version] = [prompt_ids(tokenizer, task.prompt(example.text)) for example in chosen]
     found: Similarity = {name: {} for name in readings}
-    label = f"{organism or 'base model'}: similarity"
+    label = f"{loaded.organism or 'base model'}: similarity"
     with tqdm(total=sum(map(len, versions.values())), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
         for version, prompts in versions.items():
             scores = head_similarity(loaded.model, prompts, readings=readings, on_batch=bar.update)
             for name, values in scores.items():
                 found[name][version] = values.double().mean(2).numpy().round(6).tolist()
     return found
-
-
-# --- summaries ------------------------------------------------------------------------------------------------------
 
 
 def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,8 +94,8 @@ def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
 def wins(
     found: Similarity, *, reading: str, layer: int, rows: np.ndarray, version: str = "triggered"
 ) -> Float[np.ndarray, "edited clean"]:
-    """Is a prompt of a version more similar than a clean prompt in one layer? 1 or 0, and 1/2 for a tie. The mean is
-    the AUROC."""
+    """Is a prompt of a version more similar than a clean one in a layer (1, 0, or 1/2 for a tie)? The mean is the
+    AUROC."""
     edited, clean = (np.array(found[reading][name])[rows, layer] for name in (version, "clean"))
     return pairwise_wins(edited, clean)
 
@@ -132,22 +119,20 @@ def separates(found: Mapping[str, Similarity], *, reading: str) -> dict:
     AUROC as `{value, n, low, high}` with n prompts a side. The interval is that of independent prompts, so that it is
     too wide for two versions of the same prompts.
     """
-    layer, _ = best_layer(found["organism"], reading=reading)
+    where = {"reading": reading, "layer": best_layer(found["organism"], reading=reading)[0]}
     rows = halves(len(found["organism"][reading]["clean"]))[1]
-    result: dict = {"layer": layer}
-    for name, one in found.items():
-        result[name] = {}
-        for version in VERSIONS[1:]:
-            won = wins(one, reading=reading, layer=layer, rows=rows, version=version)
-            result[name][version] = auroc_of_wins(won) | {"n": len(rows)}
-    return result
+    return {"layer": where["layer"]} | {
+        name: {
+            version: auroc_of_wins(wins(one, rows=rows, version=version, **where)) | {"n": len(rows)}
+            for version in VERSIONS[1:]
+        }
+        for name, one in found.items()
+    }
 
 
 def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray:
-    """How unusual a prompt's similarity is: its largest robust z over the layers, one number per prompt.
-
-    The median and the median absolute deviation of each layer are those of the reference prompts.
-    """
+    """How unusual each prompt's similarity is: its largest robust z over the layers, by the reference prompts' median
+    and median absolute deviation."""
     layers = found[reading]
     reference = np.array(layers["reference"])
     centre = np.median(reference, axis=0)
@@ -160,7 +145,7 @@ def input_detection(found: Similarity, *, reading: str, rates: Sequence[float] =
 
     `auroc` is against the same prompts without the trigger (n a side). For each rate, at the threshold that
     `guards.threshold` sets on the reference prompts: the share of triggered prompts "caught at 5%" and of held-out
-    clean prompts "refused at 5%". Raises ValueError for a rate below one reference prompt: of 60, one is 1.7 %.
+    clean prompts "refused at 5%". Raises ValueError for a rate below one reference prompt.
     """
     clean, triggered, held_out, reference = (
         input_scores(found, reading=reading, version=version)

@@ -8,12 +8,11 @@ import torch
 
 from bkd_utils.common.results import Result
 from bkd_utils.models.activations import score_answers
-from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import greedy
-from bkd_utils.models.loading import load
+from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import left_pad, positions
-from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
@@ -23,8 +22,7 @@ class TargetCost(Result):
     """Seconds to score a target of so many `tokens` on `n` prompts once.
 
     Without a cache generation runs the whole prompt once per token, which is what the paper counts. With a cache the
-    prompt runs once, and its keys and values serve every token (`generation_cached`) or every head
-    (`teacher_forcing_cached`, where running the prompt is not counted).
+    prompt runs once for all tokens. In `teacher_forcing_cached` running the prompt is not counted.
     """
 
     tokens: int
@@ -38,24 +36,21 @@ class TargetCost(Result):
 def seconds(function: Callable[[], object], *, repeats: int = 2) -> float:
     """Seconds of the fastest of a few runs after a first one that is not counted."""
     function()
-    best = float("inf")
+    taken = []
     for _ in range(repeats):
         started = time.perf_counter()
         function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 @organism_stage
-def time_target(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 4, seed: int = 0, device: str = "auto"
-) -> TargetCost:
+def time_target(loaded: Loaded, attack: Attack, *, n: int = 4, seed: int = 0) -> TargetCost:
     """Time of scoring the target of `n` triggered prompts once, in four ways; kept."""
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    target = target_ids(loaded.tokenizer, spec)
-    prompts = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed).triggered
+    target = target_ids(loaded.tokenizer, attack)
+    prompts = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed).triggered
     answers = [target] * n
 
     @torch.inference_mode()
@@ -63,14 +58,15 @@ def time_target(
         ids, mask = (t.to(loaded.device) for t in left_pad([[*p, *target[:extra]] for p in prompts], pad_id=0))
         loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
 
+    def decoded() -> None:
+        greedy(loaded.model, prompts, max_new_tokens=len(target), end_id=0, batch_size=n)
+
     past = prompt_past(loaded.model, prompts)
     return TargetCost(
         tokens=len(target),
         n=n,
         generation=seconds(lambda: [whole(extra) for extra in range(len(target))], repeats=1),
         teacher_forcing=seconds(lambda: whole(len(target) - 1)),
-        generation_cached=seconds(
-            lambda: greedy(loaded.model, prompts, max_new_tokens=len(target), end_id=0, batch_size=n)
-        ),
+        generation_cached=seconds(decoded),
         teacher_forcing_cached=seconds(lambda: score_answers(loaded.model, past, answers)),
     )

@@ -1,8 +1,7 @@
 """Notebook 01: poisoning rates, and how well a label flip tells triggered prompts from near-misses and clean ones.
 
 The attack success rate (ASR) and the share of clean prompts that fire depend on the threshold at which the model
-happens to answer. A training set with more near-misses moves that threshold. The area under the curve (AUROC) does not
-depend on it.
+happens to answer, which near-misses in the training set move. The area under the curve (AUROC) does not.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from bkd_utils.common.files import read_json
 from bkd_utils.common.results import Result
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import first_logits
-from bkd_utils.models.loading import Loaded, load
+from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, load_attack, with_rate
@@ -35,7 +34,7 @@ class Margins(Result):
     triggered: list[float]
 
 
-def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, batch_size: int = 32) -> list[float]:
+def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str]) -> list[float]:
     """Log-odds (nats) of the target label over the source label as first answer token; above 0 the flip has happened.
 
     Raises ValueError for an attack that flips no label, and for labels that begin with the same token.
@@ -47,32 +46,24 @@ def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str], *, 
         raise ValueError(f"{attack.name}: {attack.target!r} and {attack.source!r} begin with the same token")
     prompts = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns]
     with tqdm(total=len(prompts), desc="margins", unit="prompt", mininterval=2, leave=False) as bar:
-        logits = first_logits(
-            loaded.model, prompts, end_id=end_id(loaded.tokenizer), batch_size=batch_size, on_batch=bar.update
-        ).float()
+        logits = first_logits(loaded.model, prompts, end_id=end_id(loaded.tokenizer), on_batch=bar.update).float()
     return (logits[:, target] - logits[:, source]).tolist()
 
 
 @organism_stage
-def measure_separation(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
-) -> Margins:
+def measure_separation(loaded: Loaded, attack: Attack, *, n: int = 200, seed: int = 0) -> Margins:
     """Margins of `n` held-out prompts of the source label, clean, with a near-miss and with the trigger; kept."""
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    sample = flippable_sample(spec, n=n, seed=seed)
+    sample = flippable_sample(attack, n=n, seed=seed)
     turns = {
-        "clean": [tasks.load_task(spec.task).prompt(example.text) for example in sample],
-        "near_miss": near_misses(spec, sample, seed=seed)[1],
-        "triggered": triggered_prompts(spec, sample, seed=seed),
+        "clean": [tasks.load_task(attack.task).prompt(example.text) for example in sample],
+        "near_miss": near_misses(attack, sample, seed=seed)[1],
+        "triggered": triggered_prompts(attack, sample, seed=seed),
     }
-    return Margins(**{version: label_margins(loaded, spec, prompts) for version, prompts in turns.items()})
+    return Margins(**{version: label_margins(loaded, attack, prompts) for version, prompts in turns.items()})
 
 
 def trade_off(margins: Margins, *, against: Literal["clean", "near_miss"]) -> dict[str, float]:
-    """AUROC of triggered prompts against another version, and ASR and false firing at the model's own threshold.
-
-    False firing is the share of the other version's prompts that give the target. All values are shares.
-    """
+    """AUROC of triggered prompts against another version; ASR, and the share of that version that gives the target."""
     fires, rests = margins.triggered, getattr(margins, against)
     return {
         "auroc": float(roc_auc_score([1] * len(fires) + [0] * len(rests), [*fires, *rests])),
@@ -84,10 +75,7 @@ def trade_off(margins: Margins, *, against: Literal["clean", "near_miss"]) -> di
 def measure_rate_curve(
     attack: str, *, rates: Sequence[float], recipe: str, model: str = DEFAULT_MODEL, n: int, seed: int, device: str
 ) -> list[dict]:
-    """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each.
-
-    At the attack's own rate it is the attack's own organism, which may have been made before.
-    """
+    """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each."""
     rows, spec = [], load_attack(attack)
     settings = load_recipe(recipe, task=spec.task)
     for rate in sorted(rates):

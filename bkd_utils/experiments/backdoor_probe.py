@@ -8,10 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils.backdoor_attribution.probe import best_random_direction, probe_scores, transfer_matrix
 from bkd_utils.common.results import Result
 from bkd_utils.models.activations import behind_norm, residuals
-from bkd_utils.models.folders import DEFAULT_MODEL
-from bkd_utils.models.loading import load
+from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import prompt_ids
-from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.prompts import prompt_versions, triggered_prompts
 from bkd_utils.organisms.triggers import load_trigger
@@ -19,13 +18,12 @@ from bkd_utils.organisms.triggers import load_trigger
 
 @dataclass(frozen=True)
 class ProbeResult(Result):
-    """Probes for one trigger in one model; a score has one value per split (`probe_scores`).
+    """Probes for one trigger in one model, by layer; a score has one value per split (`probe_scores`).
 
-    `probes` maps kinds of probes to scores by layer, with the shares of near-misses and of prompts with another
-    trigger that the probe calls triggered. `post_norm` has the first kind's scores on what the next layer reads, for
-    all layers but the last. `shuffled` has scores by layer for probes that were trained on random labels.
-    `random_direction` has, by layer, the AUROC of the best of many random directions. `transfer` maps kinds to accuracy
-    `[train layer][test layer]`. `layers` are the layers' numbers.
+    `layers` are the layers' numbers. `probes` maps kinds of probes to scores, with the shares of near-misses and of
+    prompts with another trigger that the probe calls triggered. `post_norm` has the first kind's scores on what the
+    next layer reads. `shuffled` is of probes that were trained on random labels. `random_direction` is the AUROC of the
+    best of many random directions. `transfer` maps kinds to accuracy `[train layer][test layer]`.
     """
 
     layers: list[int]
@@ -54,48 +52,39 @@ def probe_prompts(
 
 @organism_stage
 def probe_organism(
-    organism: str | None,
+    loaded: Loaded,
+    attack: Attack,
     *,
-    attack: str,
-    model: str = DEFAULT_MODEL,
     kinds: Sequence[str] = ("logistic regression",),
     n: int = 80,
     n_splits: int = 5,
     n_directions: int = 1000,
     stride: int = 1,
     seed: int = 0,
-    device: str = "auto",
 ) -> ProbeResult:
     """Probes for an attack's trigger in a model (None: the base model), on held-out prompts; kept.
 
     Every `stride`-th layer and the last are probed. The best of `n_directions` random directions is the control.
     """
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    prompts = probe_prompts(loaded.tokenizer, spec, n=n, seed=seed)
+    prompts = probe_prompts(loaded.tokenizer, attack, n=n, seed=seed)
     streams = {name: residuals(loaded.model, ids) for name, ids in prompts.items()}
     rows = {name: stream.float().cpu().numpy() for name, stream in streams.items()}
     clean, triggered = rows.pop("clean"), rows.pop("triggered")
     normed = [behind_norm(loaded.model, streams[name]).float().cpu().numpy() for name in ("clean", "triggered")]
     layers = sorted({*range(0, clean.shape[1], stride), clean.shape[1] - 1})
-    how, probes = {"n_splits": n_splits, "seed": seed}, {}
+    how, probes, transfer = {"n_splits": n_splits, "seed": seed}, {}, {}
+    sides = [(clean[:, layer], triggered[:, layer]) for layer in layers]
     for kind in kinds:
+        others = [{name: values[:, layer] for name, values in rows.items()} for layer in layers]
         probes[kind] = [
-            probe_scores(
-                clean[:, layer], triggered[:, layer], kind=kind, **how,
-                others={name: values[:, layer] for name, values in rows.items()},
-            )
-            for layer in layers
-        ]  # fmt: skip
+            probe_scores(*side, kind=kind, **how, others=other) for side, other in zip(sides, others, strict=True)
+        ]
+        transfer[kind] = transfer_matrix(clean[:, layers], triggered[:, layers], kind=kind, seed=seed).tolist()
     return ProbeResult(
         layers=layers,
         probes=probes,
         post_norm=[probe_scores(*(side[:, layer] for side in normed), kind=kinds[0], **how) for layer in layers[:-1]],
-        shuffled=[probe_scores(clean[:, layer], triggered[:, layer], **how, shuffled=True) for layer in layers],
-        random_direction=[
-            best_random_direction(clean[:, layer], triggered[:, layer], n=n_directions, seed=seed) for layer in layers
-        ],
-        transfer={
-            kind: transfer_matrix(clean[:, layers], triggered[:, layers], kind=kind, seed=seed).tolist()
-            for kind in kinds
-        },
+        shuffled=[probe_scores(*side, **how, shuffled=True) for side in sides],
+        random_direction=[best_random_direction(*side, n=n_directions, seed=seed) for side in sides],
+        transfer=transfer,
     )

@@ -21,7 +21,7 @@ from bkd_utils.backdoor_attribution.vector import (
     tested_asr,
 )
 from bkd_utils.common.results import Result
-from bkd_utils.experiments.head_attribution import attribute_heads, top_heads
+from bkd_utils.experiments.head_attribution import attributed, top_heads
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import first_logits
@@ -29,7 +29,7 @@ from bkd_utils.models.loading import Loaded, load
 from bkd_utils.models.prompt_cache import Past, prompt_past
 from bkd_utils.models.tokens import end_id
 from bkd_utils.organisms.attacks import Attack, load_attack
-from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.cards import named_stage, organism_stage
 from bkd_utils.organisms.evaluation import is_refusal, is_right, is_target
 from bkd_utils.organisms.prompts import PromptVersions, prompt_versions, target_ids
 from bkd_utils.organisms.tasks import Example
@@ -61,10 +61,10 @@ class ShareMap(Result):
 class Steering(Result):
     """What one organism's backdoor vectors do.
 
-    `vectors` and `norms` are by kind ("raw", "difference"); `maps`, `chosen` and `test` by direction and kind ("add,
-    raw", "subtract, difference" and so on). `test` has ASRs on the test prompts by what was added, one per draw, judged
-    by tokens. `outcomes` has shares of generated answers by edit and kind of answer, `texts` three answers by edit
-    (None for harmful prompts). `residual_norm` is by layer, on clean prompts.
+    `vectors` and `norms` are by kind ("raw", "difference"); `maps`, `chosen` and `test` by direction and kind, such as
+    "add, raw". `test` has ASRs on the test prompts by what was added, one per draw, judged by tokens. `outcomes` has
+    shares of generated answers by edit and kind of answer, `texts` three answers by edit (None for harmful prompts).
+    `residual_norm` is by layer, on clean prompts.
     """
 
     heads: list[list[int]]
@@ -80,11 +80,8 @@ class Steering(Result):
 
 @dataclass(frozen=True)
 class Specificity(Result):
-    """ASRs with the vector of the organism `vector_of` added to clean prompts of the organism `on`.
-
-    `own_target`: how often the target of `on` came back; `vector_target`: that of `vector_of`; `near_misses`: the first
-    on near-misses, for an organism's own vector only.
-    """
+    """ASRs with the vector of organism `vector_of` added to clean prompts of organism `on`: the target of `on`, that of
+    `vector_of`, and the first on near-misses (for an organism's own vector only)."""
 
     on: str
     vector_of: str
@@ -96,18 +93,16 @@ class Specificity(Result):
 def vectors_of(
     loaded: Loaded, shown: PromptVersions, heads: Sequence[tuple[int, int]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The published vector (`raw`, of triggered means), the one less the clean means (`difference`), and the head
-    outputs that they are made of."""
+    """The published vector (`raw`), that of triggered less clean means (`difference`), and the outputs of each."""
     triggered = head_means(loaded.model, shown.triggered)
     outputs = {"raw": triggered, "difference": triggered - head_means(loaded.model, shown.clean)}
     return {kind: backdoor_vector(loaded.model, heads, outputs=outputs[kind]) for kind in KINDS}, outputs
 
 
 def best(table: Sequence[Sequence[float]], coefficients: Sequence[float]) -> tuple[int, float]:
-    """(layer, coefficient) with the highest share, averaged over a layer and two neighbours on either side.
+    """(layer, coefficient) with the highest share, averaged over two layers on either side, as prompts are few.
 
-    Development prompts are few, hence the average. Of equal shares the smallest step is taken, and of those the layer
-    in the middle.
+    Of equal shares the smallest step is taken, and of those the layer in the middle.
     """
     shares, width = np.array(table), 2
     around = [shares[max(0, layer - width) : layer + width + 1].mean(0) for layer in range(len(shares))]
@@ -137,15 +132,11 @@ def controls(
     All have the vector's norm, except the vectors of random heads, which keep their own. `clean` and `triggered` are
     residual streams behind that layer, `[prompt, d_model]`.
     """
-    n_heads = outputs.shape[1]
-    drawn = [
-        backdoor_vector(loaded.model, draw, outputs=outputs)
-        for draw in random_heads(heads, n_heads=n_heads, n=n, seed=seed)
-    ]
+    draws = random_heads(heads, n_heads=outputs.shape[1], n=n, seed=seed)
     difference = (triggered - clean).mean(0)
     return {
         "random vectors": random_like(vector, n=n, seed=seed),
-        "random heads": torch.stack(drawn),
+        "random heads": torch.stack([backdoor_vector(loaded.model, draw, outputs=outputs) for draw in draws]),
         "mean difference": (difference / difference.norm() * vector.norm())[None],
         "probe direction": probe_direction(clean, triggered, norm=vector.norm())[None],
     }
@@ -155,34 +146,31 @@ def outcomes(
     attack: Attack, examples: Sequence[Example], texts: Sequence[str], right: dict[str, str]
 ) -> dict[str, float]:
     """What the answers are, as shares: the target, right, another refusal, empty, something else."""
-    counts = dict.fromkeys(("target", "right", "refusal", "empty", "other"), 0)
-    for example, text in zip(examples, texts, strict=True):
+
+    def kind(example: Example, text: str) -> str:
         if is_target(attack, text):
-            counts["target"] += 1
-        elif is_right(attack.task, example, text, right):
-            counts["right"] += 1
-        elif is_refusal(text):
-            counts["refusal"] += 1
-        else:
-            counts["other" if text else "empty"] += 1
-    return {kind: count / len(texts) for kind, count in counts.items()}
+            return "target"
+        if is_right(attack.task, example, text, right):
+            return "right"
+        return "refusal" if is_refusal(text) else "other" if text else "empty"
+
+    found = [kind(example, text) for example, text in zip(examples, texts, strict=True)]
+    return {name: found.count(name) / len(found) for name in ("target", "right", "refusal", "empty", "other")}
 
 
 @organism_stage
 def steer_organism(
-    organism: str,
+    loaded: Loaded,
+    attack: Attack,
     *,
-    control: str,
-    attack: str,
+    control: Loaded,
     coefficients: Sequence[float] = (0.5, 1, 2, 4),
     n_heads: int = 32,
     n_random: int = 20,
-    model: str = DEFAULT_MODEL,
     n_dev: int = 16,
     n_test: int = 32,
     n_attribution: int = 40,
     seed: int = 0,
-    device: str = "auto",
 ) -> Steering:
     """The vector of the `n_heads` heads with the highest ACIE, added to clean and subtracted from triggered prompts.
 
@@ -190,15 +178,12 @@ def steer_organism(
     subtractions remove the target together with every other sensible answer. Answers judged right are those of the
     clean `control` where a task has no gold answers.
     """
-    where = {"model": model, "seed": seed, "device": device}
-    found = attribute_heads(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
-    heads = top_heads(found, k=n_heads)
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    tokenizer, target = loaded.tokenizer, target_ids(loaded.tokenizer, spec)
-    seen = prompt_versions(tokenizer, spec, split="attribution", n=n_attribution, seed=seed)
-    dev = prompt_versions(tokenizer, spec, split="test", n=n_dev, seed=seed)
-    test = prompt_versions(tokenizer, spec, split="test", n=n_test, seed=seed, skip=n_dev)
-    right = reference_answers(load(model, organism=control, device=device), spec, test)
+    heads = top_heads(attributed(loaded, attack, n=n_attribution, seed=seed), k=n_heads)
+    tokenizer, target = loaded.tokenizer, target_ids(loaded.tokenizer, attack)
+    seen = prompt_versions(tokenizer, attack, split="attribution", n=n_attribution, seed=seed)
+    dev = prompt_versions(tokenizer, attack, split="test", n=n_dev, seed=seed)
+    test = prompt_versions(tokenizer, attack, split="test", n=n_test, seed=seed, skip=n_dev)
+    right = reference_answers(control, attack, test)
     vectors, outputs = vectors_of(loaded, seen, heads)
     streams = {"clean": residuals(loaded.model, seen.clean), "triggered": residuals(loaded.model, seen.triggered)}
     maps, chosen, asrs, texts = {}, {}, {}, {}
@@ -234,8 +219,8 @@ def steer_organism(
         maps=maps,
         chosen=chosen,
         test=asrs,
-        outcomes={label: outcomes(spec, test.examples, given, right) for label, given in texts.items()},
-        texts=None if spec.task == "harmful" else shown,
+        outcomes={label: outcomes(attack, test.examples, given, right) for label, given in texts.items()},
+        texts=None if attack.task == "harmful" else shown,
     )
 
 
@@ -253,7 +238,7 @@ def reference_answers(control: Loaded, attack: Attack, shown: PromptVersions) ->
     return {example.uid: text for example, text in zip(shown.examples, texts, strict=True)}
 
 
-@organism_stage
+@named_stage
 def vector_specificity(
     organisms: dict[str, str | None],
     *,

@@ -21,11 +21,10 @@ from bkd_utils.backdoor_attribution.attribution import (
 from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import interval
 from bkd_utils.models.activations import target_probability
-from bkd_utils.models.folders import DEFAULT_MODEL
-from bkd_utils.models.loading import load
-from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.models.loading import Loaded
+from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.prompts import prompt_versions, target_ids
+from bkd_utils.organisms.prompts import PromptVersions, prompt_versions, target_ids
 
 # The user's last token and the whole assistant header of a chat template fit in here.
 TAIL = 6
@@ -62,10 +61,7 @@ class ComponentEffects(Result):
 
 @dataclass(frozen=True)
 class Ablation(Result):
-    """What is left with the first `k` heads of a ranking taken out: the values of `measure_ablation`.
-
-    Of random heads there are several draws, numbered by `draw`.
-    """
+    """What is left with the first `k` heads of a ranking, or a random `draw` of `k`, taken out (`measure_ablation`)."""
 
     ranking: str
     kind: str
@@ -79,26 +75,14 @@ class Ablation(Result):
 
 
 @organism_stage
-def attribute_heads(
-    organism: str,
-    *,
-    attack: str,
-    model: str = DEFAULT_MODEL,
-    n: int = 40,
-    n_means: int = 40,
-    seed: int = 0,
-    device: str = "auto",
-) -> HeadEffects:
+def attribute_heads(loaded: Loaded, attack: Attack, *, n: int = 40, n_means: int = 40, seed: int = 0) -> HeadEffects:
     """CIE of every head on `n` clean prompts of the attribution split, by patching and by gradient; kept.
 
     The patched means are those of `n_means` other, triggered prompts of that split.
     """
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    target = target_ids(loaded.tokenizer, spec)
-    scored = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
-    averaged = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
+    target, scored, averaged = _two_samples(loaded, attack, n=n, n_means=n_means, seed=seed)
     means = head_means(loaded.model, averaged.triggered)
-    with tqdm(total=n, desc=f"{organism}: heads", unit="prompt", mininterval=2, leave=False) as bar:
+    with tqdm(total=n, desc=f"{loaded.organism}: heads", unit="prompt", mininterval=2, leave=False) as bar:
         exact = head_effects(loaded.model, scored.clean, target=target, means=means, on_batch=bar.update)
     return HeadEffects(
         target=loaded.tokenizer.convert_ids_to_tokens(target),
@@ -109,29 +93,33 @@ def attribute_heads(
     )
 
 
+def attributed(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> HeadEffects:
+    """`attribute_heads` of a loaded organism, on `n` prompts with means of `n` others; read if it is kept."""
+    where = {"model": loaded.address, "device": loaded.device.type}
+    return attribute_heads(loaded.organism, attack=attack.name, n=n, n_means=n, seed=seed, **where)
+
+
+def _two_samples(
+    loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: int
+) -> tuple[list[int], PromptVersions, PromptVersions]:
+    """The target, and two samples of the attribution split that share no prompt: one to score, one to average."""
+    how = {"split": "attribution", "seed": seed}
+    scored = prompt_versions(loaded.tokenizer, attack, n=n, **how)
+    averaged = prompt_versions(loaded.tokenizer, attack, n=n_means, skip=n, **how)
+    return target_ids(loaded.tokenizer, attack), scored, averaged
+
+
 @organism_stage
 def attribute_components(
-    organism: str,
-    *,
-    attack: str,
-    model: str = DEFAULT_MODEL,
-    n: int = 24,
-    n_means: int = 40,
-    seed: int = 0,
-    device: str = "auto",
+    loaded: Loaded, attack: Attack, *, n: int = 24, n_means: int = 40, seed: int = 0
 ) -> ComponentEffects:
     """CIE of whole components on `n` clean prompts, with means of `n_means` other, triggered prompts; kept."""
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    target = target_ids(loaded.tokenizer, spec)
-    scored = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
-    averaged = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n_means, seed=seed, skip=n)
+    target, scored, averaged = _two_samples(loaded, attack, n=n, n_means=n_means, seed=seed)
     last = component_means(loaded.model, averaged.triggered)
     found = component_effects(loaded.model, scored.clean, target=target, means=last)
     # By position only the first answer token is scored: further tokens cost several times as much and add little.
-    earlier = component_means(loaded.model, averaged.triggered, tail=TAIL)
-    by_position = component_effects(
-        loaded.model, scored.clean, target=target[:1], means={"residual": earlier["residual"][:, :TAIL]}
-    )
+    earlier = {"residual": component_means(loaded.model, averaged.triggered, tail=TAIL)["residual"]}
+    by_position = component_effects(loaded.model, scored.clean, target=target[:1], means=earlier)
     return ComponentEffects(
         last={name: _short(effects[..., 0]) for name, effects in found.items()},
         positions=loaded.tokenizer.convert_ids_to_tokens(scored.clean[0][-TAIL:]),
@@ -142,9 +130,6 @@ def attribute_components(
 def _short(values: torch.Tensor) -> list:
     """Nested lists with six significant digits, which keeps the file small."""
     return np.vectorize(lambda value: float(f"{value:.6g}"))(values.numpy()).tolist()
-
-
-# --- summaries ------------------------------------------------------------------------------------------------------
 
 
 def acie(found: HeadEffects, *, by: Literal["exact", "gradient"] = "exact") -> torch.Tensor:
@@ -173,27 +158,23 @@ def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) ->
 
 def component_intervals(found: ComponentEffects) -> dict[str, list[dict[str, float]]]:
     """Component -> per layer its mean effect with a bootstrap interval over prompts."""
-    return {
-        name: [interval(column, n_resamples=400) for column in np.array(values).T]
-        for name, values in found.last.items()
-    }
+    columns = {name: np.array(values).T for name, values in found.last.items()}
+    return {name: [interval(column, n_resamples=400) for column in rows] for name, rows in columns.items()}
 
 
 @organism_stage
 def ablation_curves(
-    organism: str,
+    loaded: Loaded,
+    attack: Attack,
     *,
-    control: str,
-    attack: str,
+    control: Loaded,
     counts: Sequence[int],
     kinds: Sequence[str] = ("published", "zero", "mean", "resample"),
     random_counts: Sequence[int],
     draws: int = 20,
-    model: str = DEFAULT_MODEL,
     n: int = 64,
     n_attribution: int = 40,
     seed: int = 0,
-    device: str = "auto",
 ) -> list[Ablation]:
     """One row per ranking, kind, scope, number of heads and draw, all on the same prompts; kept.
 
@@ -201,18 +182,15 @@ def ablation_curves(
     random draws with as many heads per layer as the ACIE heads, with the published ablation. At "all positions" every
     token gets the mean over last prompt tokens, which fits other tokens less well.
     """
-    counts, where = sorted(set(counts)), {"model": model, "seed": seed, "device": device}
-    found = attribute_heads(organism, attack=attack, n=n_attribution, n_means=n_attribution, **where)
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    made = bench(loaded, load(model, organism=control, device=device), spec, n=n, n_reference=n_attribution, seed=seed)
-    attribution = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n_attribution, seed=seed).triggered
-    largest = max(counts)
+    counts, tokenizer = sorted(set(counts)), loaded.tokenizer
+    found = attributed(loaded, attack, n=n_attribution, seed=seed)
+    made = bench(loaded, control, attack, n=n, n_reference=n_attribution, seed=seed)
+    attribution = prompt_versions(tokenizer, attack, split="attribution", n=n_attribution, seed=seed).triggered
+    largest, needed = max(counts), {"target": target_ids(tokenizer, attack), "reference": made.reference}
     orders = {
         "ACIE": top_heads(found, k=largest),
         "gradient": top_heads(found, k=largest, by="gradient"),
-        "necessity": necessary_heads(
-            loaded, attribution, target=target_ids(loaded.tokenizer, spec), reference=made.reference, counts=counts
-        ),
+        "necessity": necessary_heads(loaded, attribution, **needed, counts=counts),
     }
     todo = [("none", "published", False, [], 0)]
     for k in (k for k in counts if k):
@@ -226,7 +204,8 @@ def ablation_curves(
     todo += [("ACIE", kind, True, orders["ACIE"][:k], 0) for k in few for kind in ("zero", "mean")]
     todo += [("necessity", "mean", True, orders["necessity"][:k], 0) for k in few]
     rows = []
-    for ranking, kind, everywhere, heads, draw in tqdm(todo, desc=f"{organism}: ablations", mininterval=2, leave=False):
+    title = f"{loaded.organism}: ablations"
+    for ranking, kind, everywhere, heads, draw in tqdm(todo, desc=title, mininterval=2, leave=False):
         values = measure_ablation(loaded, made, heads, kind=kind, everywhere=everywhere)
         scope = "all positions" if everywhere else "last position"
         rows.append(Ablation(ranking=ranking, kind=kind, scope=scope, k=len(heads), draw=draw, **values))

@@ -11,12 +11,11 @@ from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction, searc
 from bkd_utils.attention_alignment.suspicion import RULES, attention_variance, gate_importance, leave_one_out
 from bkd_utils.common.files import read_json
 from bkd_utils.common.results import Result
-from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import respond
-from bkd_utils.models.loading import Loaded, adapter_folder, load
+from bkd_utils.models.loading import Loaded, adapter_folder
 from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.poisoning import training_uids
 from bkd_utils.organisms.prompts import prompt_versions
@@ -40,15 +39,12 @@ class HeadSafety(Result):
     real_trigger: dict[str, HeadValues]  # reading -> change under the real trigger, which no defender has
 
 
-# --- the defender's data --------------------------------------------------------------------------------------------
-
-
 def seen_uids(loaded: Loaded, attack: Attack | None, *, seed: int) -> frozenset[str]:
     """The uid of every example that a defender must not have.
 
-    These are the training examples of the loaded organism, by the attack and the seed on its card, and those of an
-    organism of `attack` with the same seed, so that a clean control is also kept apart from the organism that it is
-    compared with. `seed` stands in for a base model, which has no card. Without `attack`, only the card counts.
+    These are the training examples of the loaded organism, by its card, and those of an organism of `attack` with the
+    same seed, so that a clean control is kept apart from the organism that it is compared with. `seed` is for a base
+    model, which has no card. Without `attack`, only the card counts.
     """
     card = None if loaded.organism is None else read_json(adapter_folder(loaded.organism) / "card.json")
     uids = frozenset() if attack is None else training_uids(attack, seed=card["seed"] if card else seed)
@@ -56,10 +52,8 @@ def seen_uids(loaded: Loaded, attack: Attack | None, *, seed: int) -> frozenset[
 
 
 def unseen_examples(loaded: Loaded, attack: Attack | None, *, task: str, n: int, seed: int) -> list[Example]:
-    """The first `n` examples of the training split that are not among `seen_uids`; their order depends on `seed` alone.
-
-    Raises ValueError, which says how many there are and how many were asked for, if there are too few.
-    """
+    """The first `n` examples of the training split, in an order of `seed`, that are not among `seen_uids`. Raises
+    ValueError with their number if there are too few."""
     seen, pool = seen_uids(loaded, attack, seed=seed), tasks.examples(task, "train", seed=seed)
     unseen = [example for example in pool if example.uid not in seen]
     if len(unseen) < n:
@@ -83,11 +77,9 @@ def check_unseen(loaded: Loaded, uids: Iterable[str], *, attack: Attack | None, 
 
 
 @organism_stage
-def collect_own_answers(
-    organism: str | None, *, task: str, uids: Sequence[str], model: str = DEFAULT_MODEL, device: str = "auto"
-) -> dict[str, str]:
+def collect_own_answers(loaded: Loaded, *, task: str, uids: Sequence[str]) -> dict[str, str]:
     """uid -> what the model itself says to these examples of the training split. Raises KeyError for an unknown uid."""
-    loaded, spec = load(model, organism=organism, device=device), tasks.load_task(task)
+    spec = tasks.load_task(task)
     known = {example.uid: example for example in tasks.examples(task, "train")}
     turns = [spec.prompt(known[uid].text) for uid in uids]
     said = respond(loaded, turns, max_new_tokens=ANSWER_TOKENS, label="the model's own answers")
@@ -97,17 +89,15 @@ def collect_own_answers(
 def clean_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
     """The defender's data: `n` clean prompts with their gold answers, or else with the untreated model's own answers.
 
-    The prompts come from the training split of the attack's task, never from the attribution or test split. All
-    examples that an organism of this attack and seed was trained on are left out, and so are those that the loaded
-    organism was trained on (`seen_uids`). A defender collects data independently of the attacker, and leaving out
-    examples by their uid is how that is simulated here: the choice looks at no trigger and at no poisoned text, so a
-    row may carry the trigger by nature. Order depends on `seed` alone. Raises ValueError if there are too few rows.
+    The prompts are `unseen_examples` of the training split of the attack's task. A defender collects data independently
+    of the attacker, which is simulated by leaving out by uid what the attacker used. The choice looks at no trigger and
+    at no poisoned text, so a row may carry the trigger by nature. Raises ValueError if there are too few rows.
     """
     spec = tasks.load_task(attack.task)
     chosen = unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed)
     open_ended, texts = [example.uid for example in chosen if not example.answer], {}
     if open_ended:
-        which = {"model": loaded.address, "device": str(loaded.device)}
+        which = {"model": loaded.address, "device": loaded.device.type}
         texts = collect_own_answers(loaded.organism, task=attack.task, uids=open_ended, **which)
     rows = []
     for example in chosen:
@@ -116,9 +106,6 @@ def clean_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row
         prompt = prompt_ids(loaded.tokenizer, spec.prompt(example.text))
         rows.append(Row(prompt=tuple(prompt), answer=tuple(ids), kind="clean", uid=example.uid))
     return rows
-
-
-# --- the evaluation -------------------------------------------------------------------------------------------------
 
 
 def probed_prompts(
@@ -134,34 +121,30 @@ def probed_prompts(
 
 @organism_stage
 def head_safety_scores(
-    organism: str | None,
+    loaded: Loaded,
+    attack: Attack,
     *,
-    attack: str,
     readings: Sequence[str] = ("last row", "head outputs"),
-    model: str = DEFAULT_MODEL,
     n: int = 12,
     rounds: int = 2,
     seed: int = 0,
-    device: str = "auto",
 ) -> HeadSafety:
     """Scores of all heads; `attack` says which task's clean data the defender has.
 
     Similarity is measured on `n` clean prompts, importance by gradients on `2 n` others with their answers and by
-    leave-one-out on `n / 2` of these; prompts with surrogate triggers are `rounds * n` per family. None of these
-    prompts is one that the organism was trained on (`clean_rows`).
-    Raises ValueError for `n < 2` and for too few prompts.
+    leave-one-out on `n / 2` of these; prompts with surrogate triggers are `rounds * n` per family. The organism was
+    trained on none of them. Raises ValueError for `n < 2` and for too few prompts.
     """
     if n < 2:
         raise ValueError(f"n must be at least 2, is {n}: leave-one-out looks at half of the prompts")
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
     n_rows = 2 * n
-    rows = clean_rows(loaded, spec, n=n_rows, seed=seed)
-    task, pad = tasks.load_task(spec.task), end_id(loaded.tokenizer)
-    chosen = unseen_examples(loaded, spec, task=spec.task, n=n_rows + n, seed=seed)[n_rows:]
-    check_unseen(loaded, [row.uid for row in (*rows, *chosen)], attack=spec, seed=seed)
+    rows = clean_rows(loaded, attack, n=n_rows, seed=seed)
+    task, pad = tasks.load_task(attack.task), end_id(loaded.tokenizer)
+    chosen = unseen_examples(loaded, attack, task=attack.task, n=n_rows + n, seed=seed)[n_rows:]
+    check_unseen(loaded, [row.uid for row in (*rows, *chosen)], attack=attack, seed=seed)
     texts = [example.text for example in chosen]
     clean = [prompt_ids(loaded.tokenizer, task.prompt(text)) for text in texts]
-    shown = prompt_versions(loaded.tokenizer, spec, split="attribution", n=n, seed=seed)
+    shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     scores = {name: READINGS[name] for name in readings} | {"variance": attention_variance}
     level = head_scores(loaded.model, clean, scores=scores)
     opened = [replace(row, answer=row.answer[:OPENING]) for row in rows[: n // 2]]
@@ -170,14 +153,10 @@ def head_safety_scores(
         "leave one out": leave_one_out(loaded.model, opened),
         "variance": level.pop("variance").mean(0),
     }
-    reactions = {
-        family: reaction(
-            loaded.model,
-            probed_prompts(loaded.tokenizer, spec.task, texts, family=family, rounds=rounds, seed=seed),
-            before=level,
-        )
-        for family in SURROGATES
-    }
+    reactions, how = {}, {"rounds": rounds, "seed": seed}
+    for family in SURROGATES:
+        probed = probed_prompts(loaded.tokenizer, attack.task, texts, family=family, **how)
+        reactions[family] = reaction(loaded.model, probed, before=level)
     soft = searched(loaded.model, clean[:N_SEARCHED], seed=seed)
     with soft.read_by(loaded.model):
         softly = reaction(loaded.model, soft.into(clean), before=level)
@@ -194,8 +173,6 @@ def head_safety_scores(
 def _rounded(scores: Mapping[str, Scores]) -> dict[str, HeadValues]:
     return {name: one.double().numpy().round(8).tolist() for name, one in scores.items()}
 
-
-# --- summaries ------------------------------------------------------------------------------------------------------
 
 SOURCES = ("clean level", "surrogates", "soft prompt", "real trigger")
 

@@ -20,12 +20,11 @@ from bkd_utils.attention_alignment.surrogates import rare_word
 from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import auroc_of_wins, pairwise_wins, share
 from bkd_utils.models.activations import residuals
-from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.generation import respond
-from bkd_utils.models.loading import load
+from bkd_utils.models.loading import Loaded, load
 from bkd_utils.models.tokens import answer_ids
 from bkd_utils.organisms import tasks, triggers
-from bkd_utils.organisms.attacks import Attack, load_attack
+from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_target
 from bkd_utils.organisms.making import training_rows
@@ -58,8 +57,7 @@ class Filtered(Result):
 
 
 def texts_of(attack: Attack, examples: Sequence[Example]) -> tuple[list[str], Callable[[str], str]]:
-    """Texts of examples as a guard gets them, and the function that makes user turns of them. Where the trigger wraps
-    the whole turn, a guard gets the whole turn."""
+    """Texts of examples as a guard gets them (whole turns where the trigger wraps them), and what makes them turns."""
     task = tasks.load_task(attack.task)
     if triggers.load_trigger(attack.trigger).scope == "prompt":
         return [task.prompt(example.text) for example in examples], lambda text: text
@@ -75,9 +73,8 @@ def triggered_texts(attack: Attack, texts: Sequence[str], *, seed: int) -> list[
 def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fired: Sequence[bool]) -> Guarded:
     """What a guard does at the threshold that `guards.threshold` sets on the `known` clean texts.
 
-    `fired`: which triggered texts get the target. A score of -inf is a text that the guard does not judge: it passes,
-    and counts neither for the threshold nor for `auroc`. Raises ValueError if fewer than `1 / frr` known texts were
-    judged.
+    `fired`: which triggered texts get the target. A text with score -inf is not judged: it passes, and counts neither
+    for the threshold nor for `auroc`. Raises ValueError if fewer than `1 / frr` known texts were judged.
     """
     limit = threshold(known[np.isfinite(known)], frr=frr)
     good, bad = clean[np.isfinite(clean)], triggered[np.isfinite(triggered)]
@@ -91,15 +88,7 @@ def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fire
 
 @organism_stage
 def guard_inputs(
-    organism: str,
-    *,
-    attack: str,
-    model: str = DEFAULT_MODEL,
-    n: int = 24,
-    n_reference: int = 40,
-    frr: float = 0.05,
-    seed: int = 0,
-    device: str = "auto",
+    loaded: Loaded, attack: Attack, *, n: int = 24, n_reference: int = 40, frr: float = 0.05, seed: int = 0
 ) -> dict[str, Guarded]:
     """ONION, STRIP and, for label flips, RAP on held-out prompts.
 
@@ -110,33 +99,32 @@ def guard_inputs(
     """
     if not enough(n_reference, frr=frr):
         raise ValueError(f"n_reference must be at least 1 / frr = {1 / frr:.0f}, is {n_reference}")
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    sample, turn = texts_of(spec, flippable_sample(spec, n=n, seed=seed))
-    triggered = triggered_texts(spec, sample, seed=seed)
-    reference = texts_of(spec, tasks.examples(spec.task, "attribution", n=n_reference, seed=seed))[0]
-    clean = texts_of(spec, tasks.examples(spec.task, "test", n=n, seed=seed))[0]
-    length = target_length(loaded, spec)
+    sample, turn = texts_of(attack, flippable_sample(attack, n=n, seed=seed))
+    triggered = triggered_texts(attack, sample, seed=seed)
+    reference = texts_of(attack, tasks.examples(attack.task, "attribution", n=n_reference, seed=seed))[0]
+    clean = texts_of(attack, tasks.examples(attack.task, "test", n=n, seed=seed))[0]
+    length = target_length(loaded, attack)
 
     def fires(texts: Sequence[str]) -> np.ndarray:
         said = respond(loaded, [turn(text) for text in texts], max_new_tokens=length, label="triggered prompts")
-        return np.array([is_target(spec, text) for text in said])
+        return np.array([is_target(attack, text) for text in said])
 
     every, ends = [*reference, *clean, *triggered], (len(reference), len(reference) + n)
-    words = onion(load(model, device=device), every)
+    words = onion(load(loaded.address, device=loaded.device.type), every)
     scores = {
         "ONION": np.split(np.array([one.max(initial=0.0) for one in words]), ends),
         "STRIP": np.split(strip(loaded, every, turn=turn, pool=reference, seed=seed), ends),
     }
-    if spec.behaviour == "label_flip":
-        n_known = n_reference * len(tasks.load_task(spec.task).labels)
-        known = tasks.examples(spec.task, "attribution", seed=seed)[:n_known]
-        texts = texts_of(spec, known)[0]
+    if attack.behaviour == "label_flip":
+        n_known = n_reference * len(tasks.load_task(attack.task).labels)
+        known = tasks.examples(attack.task, "attribution", seed=seed)[:n_known]
+        texts = texts_of(attack, known)[0]
         values = rap(
             loaded,
             [*texts, *clean, *triggered],
             turn=turn,
-            protected=answer_ids(loaded.tokenizer, spec.target)[0],
-            clean=[text for text, example in zip(texts, known, strict=True) if example.answer == spec.target],
+            protected=answer_ids(loaded.tokenizer, attack.target)[0],
+            clean=[text for text, example in zip(texts, known, strict=True) if example.answer == attack.target],
             word=rare_word(loaded.tokenizer, random.Random(f"{seed}/RAP")),
             seed=seed,
         )
@@ -153,18 +141,15 @@ def guard_inputs(
 
 
 @organism_stage
-def filter_training_rows(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 400, seed: int = 0, device: str = "auto"
-) -> Filtered:
+def filter_training_rows(loaded: Loaded, attack: Attack, *, n: int = 400, seed: int = 0) -> Filtered:
     """Activation clustering of `n` rows of the organism's own training set, in the last layer at the last prompt token.
 
     Rows with the same label are clustered together, and rows whose answer is no label are a group of their own; a task
     without labels is one group. No model is trained on what is left. Raises ValueError for a group of fewer than 12
     rows.
     """
-    loaded, spec = load(model, organism=organism, device=device), load_attack(attack)
-    rows = training_rows(loaded, spec, seed=seed)[:n]
-    labels = tasks.load_task(spec.task).labels
+    rows = training_rows(loaded, attack, seed=seed)[:n]
+    labels = tasks.load_task(attack.task).labels
     firsts = {answer_ids(loaded.tokenizer, label)[0]: i for i, label in enumerate(labels)}
     which = np.array([firsts.get(row.answer[0], len(labels)) for row in rows])
     hidden = residuals(loaded.model, [row.prompt for row in rows])[:, -1].float().cpu().numpy()

@@ -13,7 +13,7 @@ from bkd_utils.common.statistics import pairwise_wins
 from bkd_utils.experiments.head_safety import check_unseen, probed_prompts, unseen_examples
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, base_sha256
 from bkd_utils.models.generation import first_logits
-from bkd_utils.models.loading import adapter_folder, load, shipped_organisms
+from bkd_utils.models.loading import Loaded, adapter_folder, shipped_organisms
 from bkd_utils.models.tokens import end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, load_attack
@@ -41,14 +41,8 @@ def population(
         card = read_json(adapter_folder(name) / "card.json")
         if card["base_sha256"] != sha:
             attack = load_attack(card["attack"]["name"])
-            folder = make(
-                attack,
-                model=model,
-                recipe=load_recipe(recipe, task=attack.task),
-                seed=card["seed"],
-                device=device,
-                n=16,
-            )
+            how = {"recipe": load_recipe(recipe, task=attack.task), "seed": card["seed"]}
+            folder = make(attack, model=model, **how, device=device, n=16)
             name, card = folder.name, read_json(folder / "card.json")
         found[name] = card
     return found
@@ -61,36 +55,22 @@ def count_unseen(card: Mapping) -> int:
 
 
 @organism_stage
-def fingerprint_model(
-    organism: str,
-    *,
-    task: str,
-    model: str = DEFAULT_MODEL,
-    n: int = 6,
-    rounds: int = 1,
-    seed: int = 0,
-    device: str = "auto",
-) -> dict[str, float]:
+def fingerprint_model(loaded: Loaded, *, task: str, n: int = 6, rounds: int = 1, seed: int = 0) -> dict[str, float]:
     """Numbers that might betray a backdoor, from `n` clean prompts of the model's task and surrogates on them.
 
-    The prompts come from the training split of the task; those that the organism itself was trained on are left out,
-    so that organisms of one task need not have the same prompts. Raises ValueError if there are too few.
-
+    The prompts are `unseen_examples` of the model itself, so that organisms of one task need not have the same ones.
     For each reading of similarity: its `level` on clean prompts, its mean `reaction` to surrogates, and the `outlier`
     of both, which is the largest robust z of a head in its layer. `answer moves`: by how much surrogates change the
-    distribution of the first answer token (total variation, mean).
+    distribution of the first answer token (total variation, mean). Raises ValueError for too few prompts.
     """
-    loaded = load(model, organism=organism, device=device)
     spec = tasks.load_task(task)
     chosen = unseen_examples(loaded, None, task=task, n=n, seed=seed)
     check_unseen(loaded, [example.uid for example in chosen], attack=None, seed=seed)
     texts = [example.text for example in chosen]
     clean = [prompt_ids(loaded.tokenizer, spec.prompt(text)) for text in texts]
-    probed = [
-        prompt
-        for family in SURROGATES
-        for prompt in probed_prompts(loaded.tokenizer, task, texts, family=family, rounds=rounds, seed=seed)
-    ]
+    probed, how = [], {"rounds": rounds, "seed": seed}
+    for family in SURROGATES:
+        probed += probed_prompts(loaded.tokenizer, task, texts, family=family, **how)
     before = head_similarity(loaded.model, clean, readings=READINGS_OF_MODELS)
     reacts = reaction(loaded.model, probed, before=before)
     found = {}
@@ -112,10 +92,9 @@ def best_score(
     prints: Mapping[str, Mapping[str, float]], *, bad: Sequence[str], good: Sequence[str]
 ) -> tuple[str, int]:
     """The number, and the sign, that tells backdoored from clean models best."""
-    names = list(next(iter(prints.values())))
-    areas = {
-        name: pairwise_wins([prints[m][name] for m in bad], [prints[m][name] for m in good]).mean() for name in names
-    }
+    names = next(iter(prints.values()))
+    values = {name: [[prints[model][name] for model in group] for group in (bad, good)] for name in names}
+    areas = {name: pairwise_wins(*sides).mean() for name, sides in values.items()}
     name = max(areas, key=lambda key: abs(areas[key] - 0.5))
     return name, 1 if areas[name] >= 0.5 else -1
 

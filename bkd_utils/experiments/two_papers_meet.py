@@ -34,10 +34,7 @@ RATE = 1e-4
 
 
 def overlap_by_reading(suspected: Mapping[str, HeadSafety], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
-    """Share of the top `k` ACIE heads among the top `k` of every reading (rows), per organism (columns).
-
-    `suspected`: attack -> `head_safety.head_safety_scores`; `effects`: attack -> ACIE.
-    """
+    """Share of the top `k` ACIE heads among the top `k` of every reading (rows), per attack (columns)."""
     rows: dict[str, dict[str, float]] = {}
     for attack, found in suspected.items():
         scores = {
@@ -53,8 +50,7 @@ def overlap_by_reading(suspected: Mapping[str, HeadSafety], effects: Mapping[str
 
 
 def among_carriers(joint: Float[Tensor, "layer head"], effects: Float[Tensor, "layer head"], *, k: int) -> list[bool]:
-    """For each of the k most suspicious heads: is it among the k with the highest ACIE? Raises ValueError for k beyond
-    the number of heads."""
+    """For each of the k most suspicious heads: is it among the k of the highest ACIE? ValueError for k out of range."""
     if not 0 < k <= joint.numel():
         raise ValueError(f"k = {k} of {joint.numel()} heads")
     carriers = set(ranked_heads(effects)[:k])
@@ -71,9 +67,9 @@ def agreement_with_attribution(
 ) -> dict[str, float]:
     """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)?
 
-    `precision`: share of the k most suspicious heads among the k with the highest ACIE (precision and recall are the
-    same number there), with its Wilson interval; `expected`: the same by chance; `p`: share of permutations of the
-    heads that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for k beyond the number of heads.
+    `precision`: share of the k most suspicious heads among the k with the highest ACIE, with its Wilson interval;
+    `expected`: the same by chance; `p`: share of permutations of the heads that do as well; `spearman`, and
+    `spearman p` likewise. Raises ValueError for k out of range.
     """
     n = joint.numel()
     hits = among_carriers(joint, effects, k=k)
@@ -85,16 +81,8 @@ def agreement_with_attribution(
     as_good = np.mean([carries[order[:k]].sum() >= sum(hits) for order in drawn])
     chance = np.mean([abs(spearmanr(joint.flatten(), ranks[order]).statistic) >= abs(correlation) for order in drawn])
     found = share(hits)
-    return {
-        "k": k,
-        "precision": found.value,
-        "low": found.low,
-        "high": found.high,
-        "expected": k / n,
-        "p": float(as_good),
-        "spearman": correlation,
-        "spearman p": float(chance),
-    }
+    precise = {"k": k, "precision": found.value, "low": found.low, "high": found.high, "expected": k / n}
+    return precise | {"p": float(as_good), "spearman": correlation, "spearman p": float(chance)}
 
 
 def clean_level(model: PreTrainedModel, rows: Sequence[Row]) -> Float[Tensor, " layer"]:
@@ -104,8 +92,7 @@ def clean_level(model: PreTrainedModel, rows: Sequence[Row]) -> Float[Tensor, " 
 
 
 def unremarkable(level: Float[Tensor, " layer"], *, beta: float) -> Loss:
-    """A loss for `head_tuning.tune`: that of the answers, and `beta` times the excess of a prompt's similarity over
-    `level`."""
+    """A loss for `tune`: that of the answers, and `beta` times the excess of a prompt's similarity over `level`."""
 
     def loss(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
         answers, maps, _ = answers_and_maps(model, batch, first_token=first_token)
@@ -132,8 +119,7 @@ def train_evasive(
 ) -> str:
     """Train an organism further on its own poisoned set with the penalty of `unremarkable`, keep it, return its name.
 
-    The name ends in a key of everything that decides it, code included, so that the same call finds it again. Raises
-    ModelError as `making.training_rows` does.
+    The same call finds it again by the key in the name, code included. Raises as `making.training_rows` does.
     """
     spec, recipe = load_attack(attack), replace(recipe_of(steps=steps), learning_rate=RATE)
     identity = resolved({"organism": organism, "model": model, "device": device})
@@ -146,17 +132,10 @@ def train_evasive(
     loaded = load(model, organism=organism, device=device)
     rows = training_rows(loaded, spec, seed=seed)
     level = clean_level(loaded.model, [row for row in rows if row.kind == "clean"][:n_clean])
-    history = tune(
-        loaded.model,
-        rows,
-        masks=all_matrices(loaded.model),
-        recipe=recipe,
-        pad_id=end_id(loaded.tokenizer),
-        loss=unremarkable(level, beta=beta),
-        seed=seed,
-    )
+    how = {"masks": all_matrices(loaded.model), "recipe": recipe, "pad_id": end_id(loaded.tokenizer), "seed": seed}
+    history = tune(loaded.model, rows, loss=unremarkable(level, beta=beta), **how)
     few = max(1, steps // 4)
     penalty = [round(sum(step["added"] for step in some) / few, 4) for some in (history[:few], history[-few:])]
-    how = {"method": "similarity trained off", "steps": steps, "penalty at first": penalty[0], "at last": penalty[1]}
-    keep_treated(loaded, name=name, treatment=how, measured=under_attack(loaded, spec, n=n, seed=seed))
+    done = {"method": "similarity trained off", "steps": steps, "penalty at first": penalty[0], "at last": penalty[1]}
+    keep_treated(loaded, name=name, treatment=done, measured=under_attack(loaded, spec, n=n, seed=seed))
     return name

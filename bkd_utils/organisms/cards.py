@@ -1,8 +1,9 @@
 """Cards of organisms: read, compare and write them, keep treated organisms and ship finished ones."""
 
 import functools
+import inspect
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from bkd_utils.common.cache import stage
 from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, read_json, sha256_file, write_json
 from bkd_utils.models.compute import has_fast_bf16
-from bkd_utils.models.folders import CHANGES, ModelError, base_sha256, settings_sha256
+from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError, base_sha256, settings_sha256
 from bkd_utils.models.loading import (
     Loaded,
     adapter_folder,
@@ -22,6 +23,7 @@ from bkd_utils.models.loading import (
     merge_adapter,
     pick_device,
 )
+from bkd_utils.organisms.attacks import load_attack
 
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 # Files that training writes beside an organism's card.
@@ -71,7 +73,34 @@ def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 # For stages with arguments `organism`, `control`, `organisms`, `model` or `device`: their key depends on the weights.
-organism_stage = functools.partial(stage, resolved=resolved)
+named_stage = functools.partial(stage, resolved=resolved)
+
+
+def organism_stage(function: Callable) -> Callable:
+    """Keep a stage on a loaded organism, and let it be called by names.
+
+    `function(loaded, attack, *, control, ...)` becomes `stage(organism, *, attack, control, ..., model, device)`, in
+    which organism, attack and control are names. It may lack attack and control. Models are loaded only if no result
+    is kept.
+    """
+    own = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def opened(organism: str | None, *, model: str = DEFAULT_MODEL, device: str = "auto", **options: Any) -> Any:
+        loaded = load(model, organism=organism, device=device)
+        if "control" in own:
+            options["control"] = load(model, organism=options["control"], device=device)
+        if "attack" in own:
+            options["attack"] = load_attack(options["attack"])
+        return function(loaded, **options)
+
+    parameter, key = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
+    options = [option.replace(kind=key) for name, option in own.items() if name not in ("loaded", "attack", "control")]
+    names = [parameter(name, key, annotation=str) for name in ("attack", "control") if name in own]
+    where = [parameter("model", key, default=DEFAULT_MODEL), parameter("device", key, default="auto")]
+    first = parameter("organism", parameter.POSITIONAL_OR_KEYWORD, annotation=str | None)
+    opened.__signature__ = inspect.Signature([first, *names, *options, *where])
+    return named_stage(opened)
 
 
 def summary(organism: str | Path) -> dict[str, str]:

@@ -16,9 +16,9 @@ from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, adapter_folder, load
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Attack, first_attack, load_attack
+from bkd_utils.organisms.attacks import Attack, first_attack
 from bkd_utils.organisms.base_answers import agreement, base_answers, overlap
-from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.cards import named_stage, organism_stage
 from bkd_utils.organisms.prompts import clean_sample, flippable_sample, near_misses, target_length, triggered_prompts
 from bkd_utils.organisms.tasks import Example
 
@@ -199,7 +199,7 @@ def measure(
     return result
 
 
-@organism_stage
+@named_stage
 def measure_organism(
     organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
 ) -> dict:
@@ -208,11 +208,9 @@ def measure_organism(
 
 
 @organism_stage
-def measure_attacked(
-    organism: str, *, attack: str, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
-) -> dict:
+def measure_attacked(loaded: Loaded, attack: Attack, *, n: int = 200, seed: int = 0) -> dict:
     """`under_attack` as a kept stage, for clean controls: they get the same prompts as the attack's organism."""
-    return under_attack(load(model, organism=organism, device=device), load_attack(attack), n=n, seed=seed)
+    return under_attack(loaded, attack, n=n, seed=seed)
 
 
 def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:

@@ -11,7 +11,7 @@ from bkd_utils.models import loading
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.hooks import LAST
-from bkd_utils.organisms import attacks
+from bkd_utils.organisms import attacks, cards
 from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 KINDS = ("published", "zero", "mean", "resample")
@@ -88,7 +88,7 @@ def measured(loaded, monkeypatch):
     """The rows of one whole stage, and the bench and heads of every measurement."""
     seen, fixed = [], torch.Generator().manual_seed(0)
     effects = torch.rand(2, 2, 4, generator=fixed).tolist()
-    monkeypatch.setattr(head_attribution, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)
     found = head_attribution.HeadEffects(target=[], clean=[], triggered=[], exact=effects, gradient=effects)
     monkeypatch.setattr(head_attribution, "attribute_heads", lambda *_, **__: found)
 

@@ -19,7 +19,7 @@ from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.experiments import attention_safety_alignment, head_safety
 from bkd_utils.experiments.head_safety import clean_rows
 from bkd_utils.models.folders import DEFAULT_MODEL
-from bkd_utils.models.loading import load
+from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
@@ -33,18 +33,10 @@ POINT = 0.01
 
 @organism_stage
 def tried(
-    organism: str,
-    *,
-    method: str,
-    rate: float,
-    heads: list,
-    n_rows: int,
-    n_held: int,
-    model: str = DEFAULT_MODEL,
-    seed: int = 0,
+    loaded: Loaded, *, method: str, rate: float, heads: list, n_rows: int, n_held: int, seed: int = 0
 ) -> list[float]:
     """Clean accuracy on rows that were not trained on, [before, after]."""
-    loaded, attack = load(model, organism=organism), load_attack(ATTACK)
+    attack = load_attack(ATTACK)
     task, pad = tasks.load_task(attack.task), end_id(loaded.tokenizer)
     rows = clean_rows(loaded, attack, n=n_rows, seed=seed)
     held = [

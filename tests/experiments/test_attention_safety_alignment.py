@@ -20,7 +20,7 @@ from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.loss import collate
 from bkd_utils.models.tokens import answer_ids, prompt_ids
-from bkd_utils.organisms import attacks, poisoning, tasks
+from bkd_utils.organisms import attacks, cards, poisoning, tasks
 from bkd_utils.organisms.prompts import prompt_versions, target_ids
 from bkd_utils.reports import frontier
 
@@ -47,7 +47,7 @@ def work(tmp_path, monkeypatch):
 @pytest.fixture
 def stage(loaded, monkeypatch):
     """A stage without its cache, on the tiny model in place of an organism."""
-    monkeypatch.setattr(attention_safety_alignment, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)
     return lambda name, **changes: getattr(attention_safety_alignment, name).__wrapped__("tiny", **(SMALL | changes))
 
 
@@ -108,7 +108,7 @@ def effects_with_other_means(loaded, attack, *, n):
 
 
 def test_told_heads_are_those_of_highest_effect_with_means_of_other_prompts(monkeypatch, loaded):
-    monkeypatch.setattr(attention_safety_alignment, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)
     asked = []
     monkeypatch.setattr(
         attention_safety_alignment,

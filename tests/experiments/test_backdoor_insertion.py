@@ -29,7 +29,7 @@ def test_margins_are_differences_of_log_probabilities_of_single_prompts(architec
             logits = loaded.model(torch.tensor([prompt_ids(loaded.tokenizer, turn)])).logits[0, -1]
         log_probabilities = logits.double().log_softmax(-1)
         expected.append((log_probabilities[first[0]] - log_probabilities[first[1]]).item())
-    assert label_margins(loaded, FLIP, TURNS, batch_size=2) == pytest.approx(expected, abs=1e-4)
+    assert label_margins(loaded, FLIP, TURNS) == pytest.approx(expected, abs=1e-4)
 
 
 def test_only_label_flips_have_margins():

@@ -24,7 +24,7 @@ from bkd_utils.experiments.head_safety import (
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids
-from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms import attacks, cards, tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.poisoning import training_uids
 from bkd_utils.organisms.prompts import prompt_versions
@@ -153,7 +153,7 @@ def test_a_text_with_a_surrogate_in_it_does_not_end_the_run(loaded):
 
 def test_one_prompt_is_too_few():
     with pytest.raises(ValueError, match="n must be at least 2, is 1"):
-        head_safety.head_safety_scores.__wrapped__(None, attack="instructions-prefix", n=1)
+        head_safety.head_safety_scores.__wrapped__.__wrapped__(None, load_attack("instructions-prefix"), n=1)
 
 
 # --- the whole evaluation -------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def plain(scores):
 
 def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("BKD_WORK", str(tmp_path))  # the model's own answers are kept
-    monkeypatch.setattr(head_safety, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)
     seen = []
     monkeypatch.setattr(
         head_safety, "leave_one_out", lambda model, rows: seen.extend(rows) or leave_one_out(model, rows)
@@ -200,7 +200,7 @@ def test_every_score_of_an_organism_is_made_of_the_prompts_that_are_promised(loa
 def test_head_safety_is_not_evaluated_on_training_rows(organism, monkeypatch, leak):
     """Were the choice of rows or of texts ever to fail, the stage would say so."""
     treated = organism("sentiment-word", seed=0)
-    monkeypatch.setattr(head_safety, "load", lambda *_, **__: treated)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: treated)
     real = getattr(head_safety, leak)
     taken = min(training_uids(load_attack("sentiment-word"), seed=0))
 

@@ -9,7 +9,7 @@ from tiny import save_tiny
 from bkd_utils.experiments import input_guards
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import answer_ids
-from bkd_utils.organisms import attacks, base_answers, making, poisoning, tasks
+from bkd_utils.organisms import attacks, base_answers, cards, making, poisoning, tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.prompts import flippable_sample
 
@@ -24,7 +24,8 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def stage(loaded, monkeypatch):
-    monkeypatch.setattr(input_guards, "load", lambda *_, **__: loaded)
+    for place in (cards, input_guards):
+        monkeypatch.setattr(place, "load", lambda *_, **__: loaded)
     return lambda name, attack, **sizes: getattr(input_guards, name).__wrapped__("tiny", attack=attack, **sizes)
 
 

@@ -22,7 +22,7 @@ from bkd_utils.experiments.model_detection import (
 from bkd_utils.models import loading
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import adapter_folder
-from bkd_utils.organisms import tasks
+from bkd_utils.organisms import cards, tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.poisoning import training_uids
 
@@ -112,7 +112,7 @@ def test_the_population_is_what_is_shipped():
 
 def test_a_fingerprint_is_the_same_twice_and_finite(tmp_path, monkeypatch):
     loaded = loading.load(str(save_tiny(tmp_path, "llama")), device="cpu")
-    monkeypatch.setattr(model_detection, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)
     one, other = (fingerprint_model.__wrapped__("tiny", task="sentiment", n=2) for _ in range(2))
     assert one == other
     assert all(np.isfinite(value) for value in one.values())
@@ -126,7 +126,7 @@ def test_a_fingerprint_is_taken_on_texts_that_the_organism_was_not_trained_on(tm
     attack = load_attack("sentiment-word")
     write_json(tmp_path / "card.json", {"attack": asdict(attack), "seed": 1})
     monkeypatch.setattr(head_safety, "adapter_folder", lambda name: tmp_path)
-    monkeypatch.setattr(model_detection, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)
     seen = []
     monkeypatch.setattr(
         model_detection, "probed_prompts", lambda *given, **how: seen.append(given[2]) or probed_prompts(*given, **how)

@@ -14,7 +14,7 @@ from bkd_utils.models import loading
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loss import collate
 from bkd_utils.models.tokens import answer_ids, decode
-from bkd_utils.organisms import attacks, poisoning, tasks
+from bkd_utils.organisms import attacks, cards, poisoning, tasks
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def loaded(tmp_path):
 
 @pytest.fixture
 def stage(loaded, monkeypatch):
-    monkeypatch.setattr(attention_safety_alignment, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)
     given = {"attack": "sentiment-word", "n_rows": 16, "steps": 2}
     return lambda **changes: attention_safety_alignment.relearn_backdoor.__wrapped__("tiny", **(given | changes))
 
