@@ -147,7 +147,7 @@ class Stand:
         return self.catalogues[task]
 
     def use(self, monkeypatch, module):
-        """Let a module and its stages load these models. Returns the list of what it asks for: model, organism and device."""
+        """Let a module and its stages load these models; returns the list of what they ask for."""
         asked = []
 
         def load(address, *, organism=None, device="auto"):

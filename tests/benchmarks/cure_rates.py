@@ -18,7 +18,6 @@ from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.common.files import ROOT, write_json
 from bkd_utils.experiments import attention_safety_alignment, head_safety
 from bkd_utils.experiments.head_safety import clean_rows
-from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks

@@ -1,13 +1,15 @@
 """Cards: what they say, how two measurements are compared, what may ship."""
 
+import inspect
 import json
 
 import pytest
 from tiny import save_tiny
 
+from bkd_utils.common import cache
 from bkd_utils.common.files import ADAPTERS, read_json
 from bkd_utils.models import folders, loading
-from bkd_utils.models.folders import ModelError
+from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.loading import shipped_organisms
 from bkd_utils.organisms import cards
 from bkd_utils.organisms.attacks import control_of
@@ -102,3 +104,35 @@ def test_siblings_carry_the_backdoor_that_their_card_names():
         assert card["metrics"]["cacc"]["value"] > 0.65, name
         assert not card["backdoored"] or card["metrics"]["asr"]["value"] > 0.9, name
         assert name == card["name"] == f"{card['attack']['name']}-seed{card['seed']}"
+
+
+@cards.organism_stage
+def opened_stage(loaded, attack, *, control, n: int = 2) -> list:
+    """What reached the function."""
+    return [loaded, attack.name, control, n]
+
+
+def test_a_stage_is_called_by_names_and_loads_only_what_is_not_kept(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setenv("BKD_WORK", str(tmp_path))
+    monkeypatch.setattr(
+        cards, "load", lambda model, *, organism, device: asked.append((model, organism, device)) or f"the {organism}"
+    )
+    names = {"attack": "sentiment-word", "control": "sentiment-clean", "device": "cpu"}
+    found = opened_stage("sentiment-word", **names)
+    assert found == ["the sentiment-word", "sentiment-word", "the sentiment-clean", 2]
+    assert asked == [(DEFAULT_MODEL, name, "cpu") for name in ("sentiment-word", "sentiment-clean")]
+    assert opened_stage("sentiment-word", **names, n=2, model=DEFAULT_MODEL) == found
+    assert len(asked) == 2
+    assert opened_stage("sentiment-word", **names, n=3)[-1] == 3
+    assert len(asked) == 4
+    assert list(inspect.signature(opened_stage).parameters) == ["organism", "attack", "control", "n", "model", "device"]
+    with pytest.raises(TypeError, match="control"):
+        opened_stage("sentiment-word", attack="sentiment-word")
+
+
+def test_the_key_of_an_opened_stage_has_the_code_of_its_own_module(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cache, "code_key", lambda module: seen.append(module.name) or "code")
+    cache.key(opened_stage.__wrapped__, {})
+    assert seen == ["test_cards.py"]
