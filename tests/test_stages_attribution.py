@@ -262,7 +262,7 @@ def shown_by(stand, attack, side):
 def test_heads_are_taken_out_on_test_prompts_and_everything_else_is_of_the_attribution_split(stand, ablate):
     spied = ablate(FLIP)
     # The attribution loads the organism by itself.
-    assert spied.asked == [("tiny", name, "cpu") for name in ("organism", "organism", "control")]
+    assert spied.asked == [("tiny", name, "cpu") for name in ("organism", "control", "organism")]
     (found,) = spied.attributed
     assert (found.organism, found.attack, found.n, found.n_means, found.seed) == ("organism", FLIP.name, 3, 3, SEED)
     made = spied.bench[0].result
@@ -411,10 +411,8 @@ def switch_on(stand):
         prompts = prompt_versions(stand.tokenizer, attack, split="test", n=7, seed=SEED).clean
         first = Counter(token for (token,) in backdoor_vector.first_tokens(stand.models["organism"], prompts))
         with pytest.MonkeyPatch.context() as patch:
-            spied = SimpleNamespace(asked=[stand.use(patch, backdoor_vector), stand.use(patch, head_attribution)])
-            spied.attributed = watch(
-                patch, backdoor_vector, "attribute_heads", does=head_attribution.attribute_heads.__wrapped__
-            )
+            spied = SimpleNamespace(asked=stand.use(patch, backdoor_vector))
+            spied.attributed = watch(patch, head_attribution, "attribute_heads", does=ATTRIBUTE)
             for name in SWITCHED:
                 setattr(spied, name, watch(patch, STEERING, name))
             spied.target = [first.most_common(1)[0][0]]
@@ -551,7 +549,7 @@ def test_the_controls_are_as_many_heads_and_as_long_as_what_they_stand_beside(st
 
 def test_the_clean_control_answers_the_reference_of_the_switch(stand, switch_on):
     spied = switch_on(FIXED)
-    assert [name for _, name, _ in spied.asked[0]] == ["organism", "control"]
+    assert [name for _, name, _ in spied.asked] == ["organism", "control", "organism"]
     by_control = [call for call in spied.generated if call.loaded.organism == "control"]
     assert len(by_control) == 1
     test = sample(FIXED, "test", n=4, seed=SEED, skip=3)

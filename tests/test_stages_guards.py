@@ -42,7 +42,7 @@ def stage(loaded, monkeypatch):
 
     def opened(address, *, organism=None, device="auto"):
         assert (address, device) == ("a model", "cpu")
-        return replace(loaded, organism=organism)
+        return replace(loaded, organism=organism, address="a model")
 
     def run(module, name, **given):
         for place in (cards, module):
