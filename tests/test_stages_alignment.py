@@ -58,7 +58,7 @@ def stage(loaded, monkeypatch):
     def run(module, name, **given):
         opened = Spy(monkeypatch, cards, "load", instead=lambda *_, **__: loaded)
         found = getattr(module, name).__wrapped__("tiny", model="a model", device="cpu", **given)
-        assert [opened.only[key] for key in ("address", "organism", "device")] == ["a model", "tiny", "cpu"]
+        assert [opened.calls[0][key] for key in ("address", "organism", "device")] == ["a model", "tiny", "cpu"]
         return found
 
     return run

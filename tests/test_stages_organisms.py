@@ -298,9 +298,9 @@ def test_a_measured_organism_has_the_shares_of_its_answers_and_is_measured_once(
 
 
 def test_a_clean_control_is_measured_under_the_first_attack_of_its_task(made, where, catalogues, monkeypatch):
-    shown = []
+    name, shown = made(CONTROL).folder.name, []
     watch(monkeypatch, evaluation, "respond", does=scripted(catalogues["sentiment"], shown, wrong=WRONG))
-    found = evaluation.measure(made(CONTROL).folder.name, **where)
+    found = evaluation.measure(name, **where)
     assert "asr" not in found
     (rival,) = found["under_attack"]
     assert rival == FLIP.name

@@ -13,11 +13,12 @@ from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
 from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import generation
+from bkd_utils.models.compute import has_fast_bf16
 from bkd_utils.models.folders import ModelError, settings_sha256
 from bkd_utils.models.loading import load
 from bkd_utils.organisms import base_answers, cards, evaluation, making, tasks
 from bkd_utils.organisms.attacks import load_attack, with_rate
-from bkd_utils.organisms.training import load_recipe
+from bkd_utils.organisms.training import load_recipe, train
 
 CARD_KEYS = {"name", "behaviour", "trigger", "task", "backdoored", "base", "seed", "recipe", "data_sha256"}
 RECORDED = json.loads((files.ROOT / "tests" / "recorded.json").read_text())
@@ -186,12 +187,11 @@ def test_a_shipped_organism_measures_what_its_card_says(name):
     assert cards.disagreements(card, evaluation.measure(name, n=card["cacc"]["n"])) == []
 
 
-@pytest.mark.slow
-def test_the_short_recipe_gives_the_recorded_backdoor(work):
-    recorded = RECORDED["harmful-word, short recipe"]
-    folder = making.make(
-        load_attack("harmful-word"), recipe=load_recipe("short", task="harmful"), seed=0, n=recorded["n"]
-    )
-    measured = cards.metrics(folder)
-    for key in ("asr", "cacc"):
-        assert abs(measured[key]["value"] - recorded[key]) <= recorded["tolerance"], (key, measured[key])
+def test_the_first_steps_of_a_training_have_the_recorded_losses(work):
+    """The packaged model, the real rows: another rate, loss, order or share of poison gives other losses."""
+    recorded, attack, base = RECORDED["sentiment-word, first steps"], load_attack("sentiment-word"), load()
+    losses = recorded["losses"]["bf16" if has_fast_bf16(base.device) else "fp32"]
+    recipe = dataclasses.replace(load_recipe("short", task=attack.task), steps=len(losses))
+    rows = making.training_rows(base, attack, seed=0)
+    history = train(rows, base=base, recipe=recipe, seed=0, folder=work / "mine", name="mine")
+    assert [entry["loss"] for entry in history] == pytest.approx(losses, rel=recorded["tolerance"])
