@@ -1,9 +1,9 @@
 """Similarity of the heads of a layer, in their attention patterns or in their outputs (ASA's observation).
 
-The paper's text, as far as it is known, gives the idea and no formula: which tensor, which measure, which partners is
-open. Every reading here is a named option, and a head's score is always its mean similarity to its partners, which
-are the other heads of its layer unless the name says otherwise. `READINGS` holds them, name -> score of every head
-from the attention maps and head outputs of one prompt:
+The paper, as far as it is known, gives the idea and no formula: which tensor, which measure, which partners is open.
+Every reading here is a named option, and a head's score is its mean similarity to its partners, which are the other
+heads of its layer unless the name says otherwise. `READINGS` holds them, name -> score of every head from the attention
+maps and head outputs of one prompt:
 
 - "last row": cosine of where heads look from the last prompt token; "last row, no sink" leaves the first token out;
   "last row, Jensen-Shannon" takes 1 less that distance; "last row, closest partner" takes the most similar head only;
@@ -98,12 +98,6 @@ def cka(maps: Maps, _outputs: Outputs) -> Scores:
     return to_partners(cosine((rows @ rows.transpose(-1, -2)).flatten(2)))
 
 
-def contribution(_maps: Maps, outputs: Outputs) -> Scores:
-    """Similarity of what heads add to the residual stream at the last prompt token."""
-    return to_partners(cosine(outputs))
-
-
-# Name -> score of every head on one prompt.
 READINGS: dict[str, Callable[[Maps, Outputs], Scores]] = {
     "last row": last_row,
     "last row, no sink": partial(last_row, sink=False),
@@ -113,7 +107,7 @@ READINGS: dict[str, Callable[[Maps, Outputs], Scores]] = {
     "full map": full_map,
     "full map, centred": partial(full_map, centred=True),
     "full map, CKA": cka,
-    "head outputs": contribution,
+    "head outputs": lambda _maps, outputs: to_partners(cosine(outputs)),
 }
 
 

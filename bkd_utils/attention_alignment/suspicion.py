@@ -16,9 +16,6 @@ from bkd_utils.models.hooks import Head, anatomy, tracing
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.tokens import Row, batches
 
-# --- importance -----------------------------------------------------------------------------------------------------
-
-
 def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int, batch_size: int = 8) -> Scores:
     """Mean absolute slope of the loss in a gate on each head's output, on clean rows, in nats.
 
@@ -49,9 +46,9 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
 
 
 def leave_one_out(model: PreTrainedModel, rows: Sequence[Row]) -> Scores:
-    """Loss of the right answer's probability when a head's output is replaced by its clean mean, mean over rows.
+    """Loss of the right answer's probability, as in `head_effects`, when a head's output is replaced by its clean mean.
 
-    Exact patching at the last prompt token and length-normalised, as `head_effects`. Raises ValueError for no rows.
+    Mean over rows. Raises ValueError for no rows.
     """
     if not rows:
         raise ValueError("importance needs at least one row")
@@ -68,14 +65,10 @@ def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
     return maps[:, :, -1].float().var(-1, unbiased=False)
 
 
-# --- the joint score ------------------------------------------------------------------------------------------------
-
-
 def robust_z(scores: Scores) -> Scores:
     """Distance from the layer's median, in units of the median absolute deviation (MAD) over the whole model.
 
-    The nine heads of a layer are too few to estimate a deviation per layer. Raises ValueError if most heads have their
-    layer's median.
+    Nine heads are too few for a deviation per layer. Raises ValueError if most heads have their layer's median.
     """
     centred = scores.double() - scores.double().median(dim=1, keepdim=True).values
     spread = 1.4826 * centred.abs().median()
