@@ -81,13 +81,10 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
     `alignment` is "mean", "nearest" or "excess"; safe heads are the others of the same layer. Raises ValueError for an
     unknown alignment, no heads, or a layer without safe heads. Source: ASA, alignment; the losses are ours.
 
-    >>> from bkd_utils.models.compute import eager
-    >>> from bkd_utils.models.loss import collate
-    >>> losses = [aligned(model, [(0, 1)], alignment="mean", beta=beta) for beta in (0.0, 1.0)]
-    >>> with eager(model):
-    ...     pulls = [loss(model, collate(rows, pad_id=2), first_token=0.5)[1].item() for loss in losses]
-    >>> pulls[0], pulls[1] > 0  # coefficient 0 is plain tuning
-    (0.0, True)
+    >>> from bkd_utils.attention_alignment.head_tuning import head_slices
+    >>> masks, loss = head_slices(model, [(0, 1)]), aligned(model, [(0, 1)], alignment="mean")
+    >>> [step["added"] > 0 for step in tune(model, rows, masks=masks, recipe=recipe, pad_id=2, loss=loss)]
+    [True, True]
     """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}; known: {', '.join(ALIGNMENTS)}")

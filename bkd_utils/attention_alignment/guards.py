@@ -26,10 +26,8 @@ from bkd_utils.models.tokens import batches, end_id, left_pad, padded_inputs, po
 Scores = Float[np.ndarray, " text"]
 # From a text (a review, an instruction) to the user turn that the model sees.
 Turn = Callable[[str], str]
-# STRIP: copies of each text, and the share of words that is replaced in each of them.
-N_COPIES, REPLACED = 8, 0.5
-# RAP: the most training steps, their learning rate, and the drop of the probability at which training ends.
-STEPS, RATE, DROP = 24, 1e-2, 0.1
+N_COPIES, REPLACED = 8, 0.5  # STRIP: copies of each text, and the share of words that is replaced in them
+STEPS, RATE, DROP = 24, 1e-2, 0.1  # RAP: steps at most, their learning rate, and the drop at which training ends
 
 
 @torch.inference_mode()
@@ -91,8 +89,8 @@ def without_words(text: str, suspicion: Float[np.ndarray, " word"], *, above: fl
 def strip(loaded: Loaded, texts: Sequence[str], *, turn: Turn, pool: Sequence[str], seed: int = 0) -> Scores:
     """STRIP: negative mean entropy (nats) of the first answer token over copies with replaced words.
 
-    In each copy, half of the words are replaced by words of other clean texts (`pool`). A trigger that is still there
-    keeps the answer fixed. Raises ValueError for an empty pool.
+    Half of the words of a copy are replaced by words of other clean texts (`pool`); a trigger that is still there keeps
+    the answer fixed. Raises ValueError for an empty pool.
     """
     words = " ".join(pool).split()
     if not words:
@@ -190,9 +188,8 @@ def enough(n: int, *, frr: float) -> bool:
 def threshold(clean: Scores, *, frr: float) -> float:
     """The lowest score of a clean text that at most a share `frr` (false rejection rate) of the clean texts exceeds.
 
-    The threshold is a measured score and not interpolated between two of them: at 5 % and with 24 texts, one text
-    exceeds it. Raises ValueError for fewer than `1 / frr` texts, because a single text would already be a larger share,
-    and for a rate outside 0 to 1.
+    It is a measured score and not interpolated: at 5 % and with 24 texts, one text exceeds it. Raises ValueError for a
+    rate outside 0 to 1, and for fewer than `1 / frr` texts, because a single text would already be a larger share.
     """
     if not 0 < frr < 1:
         raise ValueError(f"a false rejection rate must lie between 0 and 1, is {frr}")

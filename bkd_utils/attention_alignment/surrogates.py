@@ -1,7 +1,6 @@
 """Surrogates for the trigger, which a defender does not know: random triggers and a trained soft prompt.
 
-Nothing here uses the real trigger. The soft prompt is a few vectors before the user's words that are trained to make
-heads as similar as possible.
+Nothing here uses the real trigger. The soft prompt is trained to make heads as similar as possible.
 """
 
 import random
@@ -24,17 +23,14 @@ from bkd_utils.models.tokens import check_prompts, padded_inputs
 from bkd_utils.organisms.triggers import Sentence, Syntax, Trigger, Word
 
 SURROGATES = ("rare word", "sentence", "fronted clause")
-# How often a surrogate is drawn before the search is given up.
-DRAWS = 100
-# The vectors of a soft prompt, and the steps of its training.
-N_VECTORS, STEPS = 4, 16
+DRAWS = 100  # of a surrogate, before the search is given up
+N_VECTORS, STEPS = 4, 16  # of a soft prompt
 
 
 def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, texts: Sequence[str] = ()) -> Trigger:
     """A trigger that nobody has trained on, drawn by the seed, and again while one of `texts` has it by nature.
 
-    `family` is "rare word", "sentence" or "fronted clause". Raises ValueError for an unknown family, and if texts have
-    all that was drawn. Source: ours; ASA does not say what stands in for the trigger.
+    `family` is one of `SURROGATES`. Raises ValueError for another, and if texts have all that was drawn. Source: ours.
 
     >>> word = surrogate(tokenizer, family="rare word", seed=0)
     >>> word.matches("A fine film."), word.matches(word.apply("A fine film.", seed=0))
@@ -78,7 +74,7 @@ def reaction(
     """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
 
     `before`: reading -> similarity on the clean twins, by `head_similarity`. Edited prompts may be several rounds of
-    them, one after the other. Raises ValueError for other counts. Source: ours, after ASA's observation.
+    them, one after the other. Raises ValueError if their number does not fit. Source: ours, after ASA's observation.
 
     >>> before = head_similarity(model, prompts, readings=["last row"])
     >>> change = reaction(model, prompts, before=before)["last row"]
@@ -113,18 +109,12 @@ class SoftPrompt:
                 output = torch.where((given[0] == token)[..., None], vector.to(output.dtype), output)
             return output
 
-        handle = model.get_input_embeddings().register_forward_hook(replace)
-        try:
+        with model.get_input_embeddings().register_forward_hook(replace):  # is removed at the end
             yield
-        finally:
-            handle.remove()
 
 
 def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> SoftPrompt:
-    """An untrained soft prompt: embeddings of random tokens, inserted after the tokens shared by all prompts.
-
-    Raises ValueError for no prompts or an empty one.
-    """
+    """Embeddings of random tokens, after what all prompts share. Raises ValueError for no prompts or an empty one."""
     check_prompts(prompts)
     n_tokens = len(model.get_input_embeddings().weight)
     used = {token for prompt in prompts for token in prompt}

@@ -16,11 +16,11 @@ from bkd_utils.models.hooks import Head, anatomy, tracing
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.tokens import Row, batches
 
-def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int, batch_size: int = 8) -> Scores:
-    """Mean absolute slope of the loss in a gate on each head's output, on clean rows, in nats.
 
-    The gate acts at every position. Raises ValueError for no rows. Source: Michel et al. 2019; ASA's own measure of
-    importance is not known.
+def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> Scores:
+    """Mean absolute slope of the loss in a gate on each head's output at all positions, on clean rows, in nats.
+
+    Raises ValueError for no rows. Source: Michel et al. 2019; ASA's own measure of importance is not known.
 
     >>> model.model.layers[0].self_attn.o_proj.weight[:, :8] = 0.0  # head (0, 0) writes nothing now
     >>> (gate_importance(model, rows, pad_id=2) > 0).tolist()
@@ -30,7 +30,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
         raise ValueError("importance needs at least one row")
     parts = anatomy(model)
     total = torch.zeros(len(parts.layers), parts.n_heads)
-    for chosen in batches([row.prompt + row.answer for row in rows], batch_size):
+    for chosen in batches([row.prompt + row.answer for row in rows], 8):
         batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chosen], pad_id=pad_id).items()}
         kept: dict[int, Tensor] = {}
         with tracing(parts.outputs, kept):
@@ -88,11 +88,9 @@ RULES: dict[str, Callable[[Scores, Scores], Scores]] = {
 def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at_most: float = 0.25) -> list[Head]:
     """Heads above the threshold, most suspicious first, at most that share of all heads. May be none.
 
-    `joint` is a score by one of `RULES`, in robust standard deviations. Source: ASA, head safety evaluation; the rule
-    is ours.
+    `joint` is a score by one of `RULES`, in robust standard deviations. Source: ASA; the rule is ours.
 
     >>> suspicious(torch.tensor([[0.0, 3.0], [2.5, 9.0]]), threshold=2.0, at_most=0.5)
     [(1, 1), (0, 1)]
     """
-    allowed = int(at_most * joint.numel())
-    return [head for head in ranked_heads(joint)[:allowed] if joint[head] > threshold]
+    return [head for head in ranked_heads(joint)[: int(at_most * joint.numel())] if joint[head] > threshold]
