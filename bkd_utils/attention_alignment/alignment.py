@@ -1,8 +1,8 @@
 """Align suspicious heads with safe ones while they are fine-tuned (ASA, in our reading).
 
-The paper, as far as it is known, names the two steps and gives neither loss nor schedule. Every loss here is a named
-option. Pulling all suspicious heads toward one common attention map makes heads more similar, which is itself the
-anomaly that ASA looks for. `excess` and `nearest` do not have this problem.
+The paper, as far as it is known, gives neither loss nor schedule. Every loss here is a named option. Pulling all
+suspicious heads toward one common attention map makes heads more similar, which is itself the anomaly that ASA looks
+for. `excess` and `nearest` do not have this problem.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,35 +34,36 @@ class Pull:
     safe: Mapping[int, Sequence[int]]
 
 
-def _divergence(toward: Tensor, maps: Tensor, real: Tensor) -> Tensor:
-    """Mean KL(toward || maps) over real queries; `[row, head, query, key]`, the target without gradient."""
-    target = toward.detach().float()
-    terms = (target * ((target + TINY).log() - (maps.float() + TINY).log())).sum(-1)
-    weight = real[:, None].expand_as(terms)
-    return (terms * weight).sum() / weight.sum()
+def _divergence(pull: Pull, target: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Mean KL(target || suspicious) over real queries and layers; `target` gets suspicious and safe heads' maps."""
+    losses = []
+    for layer, heads in pull.suspicious.items():
+        bad, good = pull.maps[layer][:, list(heads)], pull.maps[layer][:, list(pull.safe[layer])]
+        toward = target(bad, good).detach().float()
+        terms = (toward * ((toward + TINY).log() - (bad.float() + TINY).log())).sum(-1)
+        weight = pull.real[:, None].expand_as(terms)
+        losses.append((terms * weight).sum() / weight.sum())
+    return torch.stack(losses).mean()
 
 
 def toward_mean(pull: Pull) -> Tensor:
     """Divergence of every suspicious head from the mean attention map of its layer's safe heads."""
-    return _over_layers(pull, lambda bad, good, real: _divergence(good.mean(1, keepdim=True).expand_as(bad), bad, real))
+    return _divergence(pull, lambda bad, good: good.mean(1, keepdim=True).expand_as(bad))
 
 
 def toward_nearest(pull: Pull) -> Tensor:
     """Divergence of every suspicious head from the most similar safe head of its layer."""
+    real = pull.real[:, None, :, None]
 
-    def nearest(bad: Tensor, good: Tensor, real: Tensor) -> Tensor:
-        rows = real[:, None, :, None]
-        similar = cosine_similarity((bad * rows)[:, :, None].flatten(3), (good * rows)[:, None].flatten(3), dim=-1)
-        return _divergence(good[:, similar.mean(0).argmax(-1)], bad, real)
+    def nearest(bad: Tensor, good: Tensor) -> Tensor:
+        similar = cosine_similarity((bad * real)[:, :, None].flatten(3), (good * real)[:, None].flatten(3), dim=-1)
+        return good[:, similar.mean(0).argmax(-1)]
 
-    return _over_layers(pull, nearest)
+    return _divergence(pull, nearest)
 
 
 def less_excess(pull: Pull) -> Tensor:
-    """Amount by which a suspicious head's similarity to its layer exceeds that of the safe heads.
-
-    Similarity is the cosine of attention rows of the last prompt token.
-    """
+    """Excess of a suspicious head's similarity (last row, cosine) to its layer over that of the safe heads."""
     losses, rows = [], torch.arange(len(pull.asked))
     for layer, bad in pull.suspicious.items():
         score = to_partners(cosine(pull.maps[layer][rows, :, pull.asked]))
@@ -71,20 +72,7 @@ def less_excess(pull: Pull) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def _over_layers(pull: Pull, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    return torch.stack(
-        [
-            loss(pull.maps[layer][:, list(bad)], pull.maps[layer][:, list(pull.safe[layer])], pull.real)
-            for layer, bad in pull.suspicious.items()
-        ]
-    ).mean()
-
-
-ALIGNMENTS: dict[str, Callable[[Pull], Tensor]] = {
-    "mean": toward_mean,
-    "nearest": toward_nearest,
-    "excess": less_excess,
-}
+ALIGNMENTS = {"mean": toward_mean, "nearest": toward_nearest, "excess": less_excess}
 
 
 def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: str, beta: float = 1.0) -> Loss:
@@ -93,13 +81,10 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
     `alignment` is "mean", "nearest" or "excess"; safe heads are the others of the same layer. Raises ValueError for an
     unknown alignment, no heads, or a layer without safe heads. Source: ASA, alignment; the losses are ours.
 
-    >>> from bkd_utils.models.compute import eager
-    >>> from bkd_utils.models.loss import collate
-    >>> losses = [aligned(model, [(0, 1)], alignment="mean", beta=beta) for beta in (0.0, 1.0)]
-    >>> with eager(model):
-    ...     pulls = [loss(model, collate(rows, pad_id=2), first_token=0.5)[1].item() for loss in losses]
-    >>> pulls[0], pulls[1] > 0  # coefficient 0 is plain tuning
-    (0.0, True)
+    >>> from bkd_utils.attention_alignment.head_tuning import head_slices
+    >>> masks, loss = head_slices(model, [(0, 1)]), aligned(model, [(0, 1)], alignment="mean")
+    >>> [step["added"] > 0 for step in tune(model, rows, masks=masks, recipe=recipe, pad_id=2, loss=loss)]
+    [True, True]
     """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}; known: {', '.join(ALIGNMENTS)}")

@@ -19,40 +19,31 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bkd_utils.models.activations import token_log_prob
 from bkd_utils.models.compute import mixed_precision
-from bkd_utils.models.generation import (
-    first_logits,
-    has_sliding_window,
-    repeated,
-    reusable_prefix,
-    run_prefix,
-    shared_prefix,
-)
+from bkd_utils.models.generation import first_logits, repeated, reusable_prefix, run_prefix, shared_prefix
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import batches, end_id, left_pad, padded_inputs, positions, prompt_ids
 
 Scores = Float[np.ndarray, " text"]
 # From a text (a review, an instruction) to the user turn that the model sees.
 Turn = Callable[[str], str]
-
-
-# --- ONION ----------------------------------------------------------------------------------------------------------
+N_COPIES, REPLACED = 8, 0.5  # STRIP: copies of each text, and the share of words that is replaced in them
+STEPS, RATE, DROP = 24, 1e-2, 0.1  # RAP: steps at most, their learning rate, and the drop at which training ends
 
 
 @torch.inference_mode()
 def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: int) -> Scores:
     """Mean negative log-probability (nats) of the tokens of every row after its first token.
 
-    Tokens that a row shares with the beginning of the first row are not run again. For a text without one of its words,
-    that is half of the tokens on average.
+    Tokens that a row shares with the beginning of the first row are not run again.
     """
     whole, cache = list(rows[0]), DynamicCache(config=model.config)
     ids = torch.tensor([whole], device=model.device)
     nats = -model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
     past = torch.cat([nats.new_zeros(1), nats[:-1].gather(-1, ids[0, 1:, None])[:, 0].cumsum(0)])
-    if has_sliding_window(model):  # the window would count cached tokens that a row does not share
+    starts = [len(reusable_prefix(model, [[*whole, pad_id], row])) for row in rows]
+    if not any(starts):  # a sliding window would count cached tokens that no row shares
         cache = DynamicCache(config=model.config)
     n_past = cache.get_seq_length()
-    starts = [min(len(shared_prefix([[*whole, pad_id], list(row)])), n_past) for row in rows]
     found = np.empty(len(rows))
     for chosen in batches([row[start:] for row, start in zip(rows, starts, strict=True)], 8):
         own = [list(rows[i][starts[i] :]) for i in chosen]
@@ -70,19 +61,23 @@ def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: i
     return found
 
 
-def word_suspicion(base: Loaded, text: str) -> Float[np.ndarray, " word"]:
-    """ONION: how much a text's perplexity under the base model falls without each of its words.
+def onion(base: Loaded, texts: Sequence[str]) -> list[Float[np.ndarray, " word"]]:
+    """ONION: how much every text's perplexity under the base model falls without each of its words.
 
     The suspicion of a text's only word is 0, because no text would be left without it.
     """
-    words = text.split()
-    if len(words) < 2:
-        return np.zeros(len(words))
-    texts = [text, *(" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)))]
-    start = [base.tokenizer.bos_token_id if base.tokenizer.bos_token_id is not None else end_id(base.tokenizer)]
-    rows = [start + base.tokenizer(one, add_special_tokens=False).input_ids for one in texts]
-    perplexity = np.exp(surprise(base.model, rows, pad_id=end_id(base.tokenizer)))
-    return perplexity[0] - perplexity[1:]
+    tokenizer, found = base.tokenizer, []
+    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end_id(tokenizer)]
+    for text in tqdm(texts, desc="ONION", unit="text", mininterval=2, leave=False):
+        words = text.split()
+        if len(words) < 2:
+            found.append(np.zeros(len(words)))
+            continue
+        versions = [text, *(" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)))]
+        rows = [start + tokenizer(one, add_special_tokens=False).input_ids for one in versions]
+        perplexity = np.exp(surprise(base.model, rows, pad_id=end_id(tokenizer)))
+        found.append(perplexity[0] - perplexity[1:])
+    return found
 
 
 def without_words(text: str, suspicion: Float[np.ndarray, " word"], *, above: float) -> str:
@@ -91,29 +86,11 @@ def without_words(text: str, suspicion: Float[np.ndarray, " word"], *, above: fl
     return " ".join(kept) or text
 
 
-def onion(base: Loaded, texts: Sequence[str]) -> list[Float[np.ndarray, " word"]]:
-    """`word_suspicion` of every text."""
-    return [word_suspicion(base, text) for text in tqdm(texts, desc="ONION", unit="text", mininterval=2, leave=False)]
-
-
-# --- STRIP ----------------------------------------------------------------------------------------------------------
-
-
-def strip(
-    loaded: Loaded,
-    texts: Sequence[str],
-    *,
-    turn: Turn,
-    pool: Sequence[str],
-    n_copies: int = 8,
-    share: float = 0.5,
-    seed: int = 0,
-) -> Scores:
+def strip(loaded: Loaded, texts: Sequence[str], *, turn: Turn, pool: Sequence[str], seed: int = 0) -> Scores:
     """STRIP: negative mean entropy (nats) of the first answer token over copies with replaced words.
 
-    In each of `n_copies`, a share of the words is replaced by words of other clean texts (`pool`). A trigger that is
-    still there keeps the answer fixed. The replacements depend only on text and seed. Raises ValueError for an empty
-    pool.
+    Half of the words of a copy are replaced by words of other clean texts (`pool`); a trigger that is still there keeps
+    the answer fixed. Raises ValueError for an empty pool.
     """
     words = " ".join(pool).split()
     if not words:
@@ -121,40 +98,27 @@ def strip(
     copies = []
     for text in texts:
         dice = random.Random(f"{seed}/{text}")
-        for _ in range(n_copies):
+        for _ in range(N_COPIES):
             own = text.split()
-            for i in dice.sample(range(len(own)), round(share * len(own))):
+            for i in dice.sample(range(len(own)), round(REPLACED * len(own))):
                 own[i] = dice.choice(words)
             copies.append(prompt_ids(loaded.tokenizer, turn(" ".join(own))))
     with tqdm(total=len(copies), desc="STRIP", unit="copy", mininterval=2, leave=False) as bar:
         logits = first_logits(loaded.model, copies, end_id=end_id(loaded.tokenizer), on_batch=bar.update).float()
     chances = logits.softmax(-1)
     entropy = -torch.xlogy(chances, chances).sum(-1)
-    return -entropy.view(len(texts), n_copies).mean(1).cpu().numpy()
-
-
-# --- RAP ------------------------------------------------------------------------------------------------------------
+    return -entropy.view(len(texts), N_COPIES).mean(1).cpu().numpy()
 
 
 def rap(
-    loaded: Loaded,
-    texts: Sequence[str],
-    *,
-    turn: Turn,
-    protected: int,
-    clean: Sequence[str],
-    word: str = "mb",
-    steps: int = 24,
-    rate: float = 1e-2,
-    drop: float = 0.1,
-    seed: int = 0,
+    loaded: Loaded, texts: Sequence[str], *, turn: Turn, protected: int, clean: Sequence[str], word: str, seed: int = 0
 ) -> Scores:
     """RAP: negative drop of the probability of the `protected` first token when a word is put before the text.
 
-    The word's embedding is trained on `clean` texts whose right answer is that token, until the drop is `drop`; no
-    weight of the model changes. For triggered texts the drop is smaller. Only texts that the model answers with that
-    token are judged (lancopku/RAP: probability above 0.5; here: the likeliest token, as there may be more than two
-    labels). The score of all other texts is -inf. Raises ValueError for no clean texts.
+    The word's embedding is trained on `clean` texts whose right answer is that token, until the drop is 0.1; no weight
+    of the model changes. For triggered texts the drop is smaller. Only texts that the model answers with that token are
+    judged (lancopku/RAP: probability above 0.5; here: the likeliest token, as there may be more than two labels). The
+    score of all other texts is -inf. Raises ValueError for no clean texts.
     """
     if not clean:
         raise ValueError("RAP has no clean texts with the protected answer")
@@ -162,7 +126,7 @@ def rap(
     token = tokenizer(" " + word, add_special_tokens=False).input_ids[-1]
     # The output of the embedding module and not its weight, because Gemma scales it.
     vector = torch.nn.Parameter(model.get_input_embeddings()(torch.tensor(token, device=model.device)).detach().clone())
-    optimizer, dice = torch.optim.Adam([vector], lr=rate), random.Random(seed)
+    optimizer, dice = torch.optim.Adam([vector], lr=RATE), random.Random(seed)
 
     def plain(some: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Probability of the protected token without the word, and whether it is the likeliest."""
@@ -172,18 +136,17 @@ def rap(
 
     def marked(some: Sequence[str]) -> Tensor:
         """The same with the word."""
-        prompts = [prompt_ids(tokenizer, turn(f"{word} {text}")) for text in some]
-        pairs = zip((prompt_ids(tokenizer, turn(text)) for text in some), prompts, strict=True)
+        pairs = [[prompt_ids(tokenizer, turn(one)) for one in (text, f"{word} {text}")] for text in some]
         # The word's (first) token is the first one in which the two prompts differ.
-        at = [next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in pairs]
-        return _chance(model, prompts, protected, vector, at=at, pad_id=end_id(tokenizer))
+        at = [len(shared_prefix(pair)) for pair in pairs]
+        return _with_vector(loaded, [prompt for _, prompt in pairs], at, vector)[:, protected]
 
     usual = dict(zip(clean, plain(clean)[0], strict=True))
-    for _ in tqdm(range(steps), desc="RAP", unit="step", mininterval=2, leave=False):
+    for _ in tqdm(range(STEPS), desc="RAP", unit="step", mininterval=2, leave=False):
         some = dice.sample(list(clean), min(16, len(clean)))
         with mixed_precision(model.device):
             now = marked(some)
-        loss = (drop - (torch.stack([usual[text] for text in some]) - now)).clamp_min(0).mean()
+        loss = (DROP - (torch.stack([usual[text] for text in some]) - now)).clamp_min(0).mean()
         if loss.item() == 0:
             break
         optimizer.zero_grad()
@@ -198,34 +161,23 @@ def rap(
     return scores
 
 
-def _chance(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    token: int,
-    vector: Float[Tensor, " d_model"],
-    *,
-    at: Sequence[int],
-    pad_id: int,
-) -> Float[Tensor, " prompt"]:
-    """Probability of a token after each prompt, with the embedding at position `at` replaced by the vector."""
+def _with_vector(loaded: Loaded, prompts: list[list[int]], at: Sequence[int], vector: Tensor) -> Tensor:
+    """Probabilities of the next token `[prompt, vocab]`, with the embedding at `at` replaced by the vector."""
+    model = loaded.model
     # The tokens shared by all prompts before the vector are run once, without gradients.
-    starts = [prompt[: position + 1] for prompt, position in zip(prompts, at, strict=True)]
-    shared = reusable_prefix(model, starts)
+    shared = reusable_prefix(model, [prompt[: i + 1] for prompt, i in zip(prompts, at, strict=True)])
     with torch.no_grad():
         cache = repeated(run_prefix(model, shared)[0], len(prompts))
-    own = [list(prompt[len(shared) :]) for prompt in prompts]
-    inputs = padded_inputs(own, pad_id=pad_id, device=model.device, n_cached=len(shared))
+    own = [prompt[len(shared) :] for prompt in prompts]
+    inputs = padded_inputs(own, pad_id=end_id(loaded.tokenizer), device=model.device, n_cached=len(shared))
     ids = inputs.pop("input_ids")
     here = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (prompt, position) in enumerate(zip(prompts, at, strict=True)):
-        here[i, ids.shape[1] - len(prompt) + position] = True
+    for row, prompt, i in zip(here, prompts, at, strict=True):
+        row[i - len(prompt)] = True
     embedded = model.get_input_embeddings()(ids)
     embedded = torch.where(here[..., None], vector.to(embedded.dtype), embedded)
     logits = model(inputs_embeds=embedded, **inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    return logits.float().softmax(-1)[:, token]
-
-
-# --- thresholds -----------------------------------------------------------------------------------------------------
+    return logits.float().softmax(-1)
 
 
 def enough(n: int, *, frr: float) -> bool:
@@ -236,9 +188,8 @@ def enough(n: int, *, frr: float) -> bool:
 def threshold(clean: Scores, *, frr: float) -> float:
     """The lowest score of a clean text that at most a share `frr` (false rejection rate) of the clean texts exceeds.
 
-    Every detector of inputs uses this rule. The threshold is a measured score and not interpolated between two of them:
-    at 5 % and with 24 texts, one text exceeds it. Raises ValueError for fewer than `1 / frr` texts, because a single
-    text would already be a larger share, and for a rate outside 0 to 1.
+    It is a measured score and not interpolated: at 5 % and with 24 texts, one text exceeds it. Raises ValueError for a
+    rate outside 0 to 1, and for fewer than `1 / frr` texts, because a single text would already be a larger share.
     """
     if not 0 < frr < 1:
         raise ValueError(f"a false rejection rate must lie between 0 and 1, is {frr}")
@@ -246,9 +197,6 @@ def threshold(clean: Scores, *, frr: float) -> float:
         raise ValueError(f"a threshold at {frr:.1%} needs {math.ceil(1 / frr - 1e-9)} clean texts, not {len(clean)}")
     allowed = math.floor(frr * len(clean) + 1e-9)
     return float(np.sort(clean)[len(clean) - 1 - allowed])
-
-
-# --- training data --------------------------------------------------------------------------------------------------
 
 
 def smaller_clusters(

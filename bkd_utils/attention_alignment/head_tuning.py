@@ -1,14 +1,13 @@
 """The weights that belong to a head, and fine-tuning of only these weights."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Module, Parameter
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +21,8 @@ from bkd_utils.organisms.training import Recipe, batch_order
 
 # Parameter name -> True for the selected entries.
 Masks = Mapping[str, Bool[Tensor, "..."]]
+# (model, batch, first_token=weight) -> the loss of the batch's answers, and the term that is added to it.
+Loss = Callable[..., tuple[Tensor, Tensor]]
 
 
 def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head]:
@@ -35,8 +36,8 @@ def other_groups(
 ) -> list[list[Head]]:
     """`n` draws of heads in key-value (KV) groups without given heads, as a control in which other weights are trained.
 
-    For every group with given heads, as many heads are drawn from one other group, in the same layer if it has one
-    left. Raises ValueError if there are too few groups without a given head.
+    For every group with given heads, as many are drawn from one other group, in the same layer if it has one left.
+    Raises ValueError if there are too few.
     """
     share = n_heads // n_kv_heads
     marked = Counter((layer, head // share) for layer, head in heads)
@@ -46,16 +47,15 @@ def other_groups(
     generator, draws = torch.Generator().manual_seed(seed), []
     for _ in range(n):
         left = [free[i] for i in torch.randperm(len(free), generator=generator).tolist()]
-        elsewhere, groups_drawn = [], []
+        elsewhere, drawn, draw = [], [], []
         for (layer, _), count in sorted(marked.items()):
             same = next((group for group in left if group[0] == layer), None)
             if same is None:
                 elsewhere.append(count)
             else:
                 left.remove(same)
-                groups_drawn.append((same, count))
-        draw: list[Head] = []
-        for (layer, group), count in [*groups_drawn, *zip(left, elsewhere, strict=False)]:
+                drawn.append((same, count))
+        for (layer, group), count in [*drawn, *zip(left, elsewhere, strict=False)]:
             members = torch.randperm(share, generator=generator)[:count].tolist()
             draw += [(layer, group * share + i) for i in members]
         draws.append(draw)
@@ -66,10 +66,9 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
     """Parameter name -> mask of the entries that belong to some heads.
 
     The unit `query head` is a head's rows of the query matrix and its columns of the output matrix. The unit `KV group`
-    is all query heads that share keys and values with one of the heads, with the rows of these keys and values, because
-    under grouped-query attention several heads share them. Biases of the output matrix belong to no head. Raises
-    ValueError for no heads, a head that the model does not have, or an unknown unit; ModelError for an architecture
-    whose projections are not known here.
+    is all query heads that share keys and values with one of the heads, with the rows of these keys and values. Biases
+    of the output matrix belong to no head. Raises ValueError for no heads, a head that the model does not have, or an
+    unknown unit; ModelError for an architecture whose projections are not known here.
     """
     if unit not in ("query head", "KV group"):
         raise ValueError(f"unknown unit {unit!r}; known: query head, KV group")
@@ -84,56 +83,42 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     masks: dict[str, Tensor] = {}
 
-    def mark(parameter: Parameter | None, axis: int, index: Tensor) -> None:
-        if parameter is None:
-            return
-        name = names[id(parameter)]
-        mask = masks.setdefault(name, torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device))
-        mask.index_fill_(axis, index.to(parameter.device), True)
+    def mark(parameter: Parameter | None, axis: int, block: int, width: int) -> None:
+        if parameter is not None:
+            mask = masks.setdefault(names[id(parameter)], torch.zeros_like(parameter, dtype=torch.bool))
+            mask.narrow(axis, block * width, width).fill_(True)
 
     for layer, members in chosen.items():
-        output = parts.outputs[layer]
-        width = (output.weight.shape[0] if isinstance(output, Conv1D) else output.weight.shape[1]) // parts.n_heads
+        output, attention = parts.outputs[layer], parts.attentions[layer]
+        axis = 0 if isinstance(output, Conv1D) else 1
+        width = output.weight.shape[axis] // parts.n_heads
         for head in members:
-            mark(output.weight, 0 if isinstance(output, Conv1D) else 1, torch.arange(head * width, (head + 1) * width))
-            for module, rows in _projections(parts.attentions[layer], head, width, parts.n_heads, n_kv, unit):
-                mark(module.weight, 1 if isinstance(module, Conv1D) else 0, rows)
-                mark(module.bias, 0, rows)
+            mark(output.weight, axis, head, width)
+            for module, block in _projections(attention, head, parts.n_heads, n_kv, unit):
+                mark(module.weight, 1 if isinstance(module, Conv1D) else 0, block, width)
+                mark(module.bias, 0, block, width)
     return masks
 
 
-def _projections(
-    attention: Module, head: int, width: int, n_heads: int, n_kv: int, unit: str
-) -> list[tuple[Linear | Conv1D, Tensor]]:
-    """The query, key and value projections of a unit, each with the indices of the head's output features."""
-    along = torch.arange(width)
+def _projections(attention: Module, head: int, n_heads: int, n_kv: int, unit: str) -> Iterator[tuple[Module, int]]:
+    """The query, key and value projections of a unit, each with the number of the head's block of output features."""
     group = head // (n_heads // n_kv)
-    wanted = ("q",) if unit == "query head" else ("q", "k", "v")
-    if hasattr(attention, "q_proj"):
-        return [
-            (getattr(attention, f"{part}_proj"), (head if part == "q" else group) * width + along) for part in wanted
-        ]
-    if hasattr(attention, "c_attn"):  # all queries, then all keys, then all values
-        return [(attention.c_attn, ("qkv".index(part) * n_heads + head) * width + along) for part in wanted]
-    if hasattr(attention, "query_key_value"):  # query, key and value of one head, then those of the next
-        return [(attention.query_key_value, (3 * head + "qkv".index(part)) * width + along) for part in wanted]
-    raise ModelError(f"{type(attention).__name__} has none of the projections known here")
+    for i, part in enumerate("q" if unit == "query head" else "qkv"):
+        if hasattr(attention, "q_proj"):
+            yield getattr(attention, f"{part}_proj"), head if part == "q" else group
+        elif hasattr(attention, "c_attn"):  # all queries, then all keys, then all values
+            yield attention.c_attn, i * n_heads + head
+        elif hasattr(attention, "query_key_value"):  # query, key and value of one head, then those of the next
+            yield attention.query_key_value, 3 * head + i
+        else:
+            raise ModelError(f"{type(attention).__name__} has none of the projections known here")
 
 
 def all_matrices(model: PreTrainedModel) -> Masks:
     """All entries of all weight matrices inside the layers, without embeddings, norms and biases."""
     inside = {id(parameter) for layer in anatomy(model).layers for parameter in layer.parameters()}
-    return {
-        name: torch.ones_like(parameter, dtype=torch.bool)
-        for name, parameter in model.named_parameters()
-        if id(parameter) in inside and parameter.ndim == 2
-    }
-
-
-class Loss(Protocol):
-    """A function that returns the loss of the answers of a batch and the term that is added to it."""
-
-    def __call__(self, model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]: ...
+    chosen = [(name, one) for name, one in model.named_parameters() if id(one) in inside and one.ndim == 2]
+    return {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in chosen}
 
 
 def answers_only(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
@@ -153,10 +138,9 @@ def tune(
 ) -> list[dict[str, float]]:
     """Fine-tune the marked entries in place on rows with their answers; everything else stays bit for bit.
 
-    Returns per step the loss of the answers and what was added to it, in nats. Masks are made by `head_slices`. Of the
-    recipe, rank and alpha are not used. Attention is computed in the open, so a loss may ask for its maps. Raises
-    ValueError for nothing to train, RuntimeError if no weight has changed. Source: ASA, head-wise fine-tuning; what
-    belongs to a head is our reading.
+    Returns per step the loss of the answers and what was added to it, in nats. Masks are made by `head_slices`; rank
+    and alpha of the recipe are not used; attention is eager, so a loss may ask for its maps. Raises ValueError for
+    nothing to train, RuntimeError if no weight has changed. Source: ASA, head-wise tuning, in our reading of a head.
 
     >>> from bkd_utils.attention_alignment.head_tuning import head_slices
     >>> before, masks = model.model.layers[0].self_attn.o_proj.weight.clone(), head_slices(model, [(0, 1)])
@@ -204,23 +188,3 @@ def _learning(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
                 handle = parameter.register_hook(lambda slope, mask=masks[name]: torch.where(mask, slope, 0.0))
                 stack.callback(handle.remove)
         yield
-
-
-def reset(model: PreTrainedModel, masks: Masks, *, seed: int) -> None:
-    """Draw the marked weights at random with the standard deviation of their matrix; marked biases become zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            parameter = model.get_parameter(name)
-            spread = parameter.float().std() if parameter.ndim > 1 else 0.0
-            noise = spread * torch.randn(parameter.shape, generator=generator).to(parameter.device)
-            parameter[mask] = noise[mask].to(parameter.dtype)
-
-
-def touched(before: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, int]:
-    """Number of entries that differ from before, for each parameter in which any does."""
-    counts = {
-        name: int((before[name].to(parameter.device) != parameter).sum())
-        for name, parameter in model.named_parameters()
-    }
-    return {name: count for name, count in counts.items() if count}

@@ -1,21 +1,20 @@
 """Treatments of a model's weights with clean rows: head-wise alignment (ASA) and its rivals.
 
-All get the same rows, steps and batches, and none sees a trigger. Each is written from its published idea for causal
-language models, and its docstring tells what was changed. Learning rates follow one rule for all
-(`attention_safety_alignment.RATES`). `treat` raises if no weight has changed.
+All get the same rows, steps and batches, learning rates by one rule (`attention_safety_alignment.RATES`), and none sees
+a trigger. Each is written from its published idea for causal language models; its docstring tells what was changed.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.attention_alignment.alignment import aligned
-from bkd_utils.attention_alignment.head_tuning import all_matrices, head_slices, reset, touched, tune
+from bkd_utils.attention_alignment.head_tuning import Loss, Masks, all_matrices, answers_only, head_slices, tune
 from bkd_utils.attention_alignment.similarity import head_scores
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
@@ -26,12 +25,10 @@ from bkd_utils.models.loss import Batch, answers
 from bkd_utils.models.tokens import Row, batches, padded_inputs
 from bkd_utils.organisms.training import Recipe
 
-# Share of its clean accuracy that a model must keep while heads are pruned, and the largest share of pruned heads.
-KEPT, AT_MOST = 0.95, 0.25
-# Share of each MLP's neurons that fine-pruning removes.
-DORMANT = 0.2
-# The unit that is tuned for a suspicious head (`head_slices`), because keys and values belong to a whole group.
-TUNED = "KV group"
+# Pruning of heads: share of clean accuracy that the model must keep, largest share of pruned heads, heads in one step.
+KEPT, AT_MOST, AT_ONCE = 0.95, 0.25, 10
+DORMANT = 0.2  # share of each MLP's neurons that fine-pruning removes
+TUNED = "KV group"  # what is tuned for a suspicious head, because keys and values belong to a whole group
 # CROW: size of the perturbation of embeddings, and weight of the consistency loss (its code: 0.1 and 5.5).
 PUSH, CONSISTENCY = 0.1, 5.5
 
@@ -47,52 +44,43 @@ class Case:
     heads: Sequence[Head] = ()
     seed: int = 0
 
+    def tune(self, masks: Masks, loss: Loss = answers_only) -> None:
+        """`head_tuning.tune` on the clean rows."""
+        tune(self.model, self.rows, masks=masks, recipe=self.recipe, pad_id=self.pad_id, loss=loss, seed=self.seed)
+
 
 def tune_all(case: Case) -> None:
     """Fine-tune every matrix. Entries that are exactly zero stay zero, so that tuning does not undo pruning."""
-    masks = {name: mask & (case.model.get_parameter(name) != 0) for name, mask in all_matrices(case.model).items()}
-    tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, seed=case.seed)
+    every = all_matrices(case.model).items()
+    case.tune({name: mask & (case.model.get_parameter(name) != 0) for name, mask in every})
 
 
-# --- head-wise ------------------------------------------------------------------------------------------------------
-
-
-def align(case: Case, *, alignment: str = "mean") -> None:
-    """ASA in our reading: tune the given heads with a loss that aligns them with the others of their layers."""
-    loss = aligned(case.model, case.heads, alignment=alignment)
-    masks = head_slices(case.model, case.heads, unit=TUNED)
-    tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, loss=loss, seed=case.seed)
-
-
-def tune_heads(case: Case) -> None:
-    """Tune the given heads without alignment."""
-    masks = head_slices(case.model, case.heads, unit=TUNED)
-    tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, seed=case.seed)
+def tune_heads(case: Case, *, alignment: str | None = None) -> None:
+    """Tune the given heads; `alignment` is the loss that aligns them with the others of their layers (our ASA)."""
+    loss = aligned(case.model, case.heads, alignment=alignment) if alignment else answers_only
+    case.tune(head_slices(case.model, case.heads, unit=TUNED), loss)
 
 
 def reset_heads(case: Case) -> None:
-    """Draw the given heads' weights at random, then tune them."""
-    reset(case.model, head_slices(case.model, case.heads, unit=TUNED), seed=case.seed)
+    """Draw the given heads' weights at random with the deviation of their matrix, biases as zero; then tune them."""
+    generator = torch.Generator().manual_seed(case.seed)
+    with torch.no_grad():
+        for name, mask in head_slices(case.model, case.heads, unit=TUNED).items():
+            parameter = case.model.get_parameter(name)
+            spread = parameter.float().std() if parameter.ndim > 1 else 0.0
+            noise = spread * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter[mask] = noise[mask].to(parameter.dtype)
     tune_heads(case)
-
-
-def remove_heads(case: Case) -> None:
-    """Prune the given heads, without tuning."""
-    prune(case.model, case.heads)
 
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, heads: Sequence[Head]) -> None:
     """Set the columns of heads in the output matrix to zero. Raises ValueError for no heads or unknown ones."""
-    queries = head_slices(model, heads, unit="query head")
     outputs = {id(module.weight) for module in anatomy(model).outputs}
-    for name, mask in queries.items():
+    for name, mask in head_slices(model, heads, unit="query head").items():
         parameter = model.get_parameter(name)
         if id(parameter) in outputs:
             parameter[mask] = 0.0
-
-
-# --- pruning by a score ---------------------------------------------------------------------------------------------
 
 
 def accuracy(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> float:
@@ -101,8 +89,8 @@ def accuracy(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> flo
     return sum(token == row.answer[0] for token, row in zip(likely, rows, strict=True)) / len(rows)
 
 
-def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, step: int = 10) -> list[Head]:
-    """Prune heads from the lowest score up, `step` at a time, while at least 95 % of the clean accuracy is left.
+def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"]) -> list[Head]:
+    """Prune heads from the lowest score up, ten at a time, while at least 95 % of the clean accuracy is left.
 
     Every layer keeps a head. A step that costs more accuracy is undone, except for the first one, because a defence
     that does nothing would be an error. Returns the pruned heads.
@@ -119,15 +107,15 @@ def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"], *, ste
         if left[head[0]] > 1 and len(order) < AT_MOST * scores.numel():
             order.append(head)
             left[head[0]] -= 1
-    for start in range(0, len(order), step):
-        kept = [weight.detach().clone() for weight in outputs]
-        prune(case.model, order[start : start + step])
+    for start in range(0, len(order), AT_ONCE):
+        kept, chosen = [weight.detach().clone() for weight in outputs], order[start : start + AT_ONCE]
+        prune(case.model, chosen)
         if gone and accurate() < floor:
             with torch.no_grad():
                 for weight, before in zip(outputs, kept, strict=True):
                     weight.copy_(before)
             break
-        gone += order[start : start + step]
+        gone += chosen
     return gone
 
 
@@ -151,10 +139,8 @@ def prune_unneeded_heads(case: Case) -> None:
 
 
 @torch.no_grad()
-def dormant(
-    model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int, share: float = DORMANT
-) -> list[Bool[Tensor, " neuron"]]:
-    """Per layer, the MLP neurons with the least mean absolute activation over all tokens of clean rows."""
+def dormant(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> list[Int[Tensor, " neuron"]]:
+    """Per layer, the MLP neurons with the least mean absolute activation over all tokens of clean prompts."""
     downs = [_down(mlp) for mlp in anatomy(model).mlps]
     totals: list[Tensor | float] = [0.0] * len(downs)
     for chosen in batches([row.prompt for row in rows], 8):
@@ -164,11 +150,7 @@ def dormant(
             model.base_model(**inputs, use_cache=False)
         for layer in range(len(downs)):
             totals[layer] = totals[layer] + (kept[layer].abs() * inputs["attention_mask"][..., None]).sum((0, 1))
-    found = []
-    for total in totals:
-        least = total.argsort()[: int(share * len(total))]
-        found.append(torch.zeros_like(total, dtype=torch.bool).index_fill_(0, least, True))
-    return found
+    return [total.argsort()[: int(DORMANT * len(total))] for total in totals]
 
 
 def _down(mlp: torch.nn.Module) -> torch.nn.Module:
@@ -186,9 +168,6 @@ def fine_prune(case: Case) -> None:
     tune_all(case)
 
 
-# --- consistency ----------------------------------------------------------------------------------------------------
-
-
 def inconsistency(hidden: Sequence[Float[Tensor, "row pos d_model"]], real: Bool[Tensor, "row pos"]) -> Tensor:
     """Mean over real tokens of 1 minus the cosine between the residual streams after consecutive layers."""
     pairs = zip(hidden[1:], hidden[:-1], strict=True)
@@ -199,8 +178,8 @@ def inconsistency(hidden: Sequence[Float[Tensor, "row pos d_model"]], real: Bool
 def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
     """CROW: the loss of answers, and the inconsistency of layers when embeddings are perturbed to increase it.
 
-    The perturbation is one signed gradient step. Embedding and first layer are a pair too, which the code of CROW
-    leaves out, because a model of two layers would have no pair otherwise.
+    The perturbation is one signed gradient step. The code of CROW trains an adapter and not all matrices, and has no
+    pair of embedding and first layer; here a model of two layers would have no pair otherwise.
     """
     real = batch["attention_mask"].bool()
     given = {key: batch[key] for key in ("attention_mask", "position_ids")}
@@ -216,25 +195,19 @@ def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> t
     return answers(model, batch, first_token=first_token), CONSISTENCY * spread(pushed)
 
 
-def tune_consistently(case: Case) -> None:
-    """Fine-tuning with the loss of CROW. All matrices are trained, where the code of CROW trains an adapter."""
-    masks = all_matrices(case.model)
-    tune(case.model, case.rows, masks=masks, recipe=case.recipe, pad_id=case.pad_id, loss=consistent, seed=case.seed)
-
-
 TREATMENTS: dict[str, Callable[[Case], None]] = {
-    "alignment": align,
-    "alignment, nearest": lambda case: align(case, alignment="nearest"),
-    "alignment, excess": lambda case: align(case, alignment="excess"),
+    "alignment": lambda case: tune_heads(case, alignment="mean"),
+    "alignment, nearest": lambda case: tune_heads(case, alignment="nearest"),
+    "alignment, excess": lambda case: tune_heads(case, alignment="excess"),
     "heads tuned": tune_heads,
     "heads reset": reset_heads,
-    "heads removed": remove_heads,
+    "heads removed": lambda case: prune(case.model, case.heads),
     "fine-tuning": tune_all,
     "fine-tuning, high rate": tune_all,
     "fine-pruning": fine_prune,
     "flat heads pruned": prune_flat_heads,
     "unneeded heads pruned": prune_unneeded_heads,
-    "consistency": tune_consistently,
+    "consistency": lambda case: case.tune(all_matrices(case.model), consistent),
 }
 
 
@@ -253,7 +226,7 @@ def treat(case: Case, *, method: str) -> int:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(TREATMENTS)}")
     before = {name: parameter.detach().clone() for name, parameter in case.model.named_parameters()}
     TREATMENTS[method](case)
-    count = sum(touched(before, case.model).values())
+    count = sum(int((before[name] != parameter).sum()) for name, parameter in case.model.named_parameters())
     if not count:
         raise RuntimeError(f"{method} has changed no weight")
     return count

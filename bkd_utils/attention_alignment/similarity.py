@@ -1,9 +1,9 @@
 """Similarity of the heads of a layer, in their attention patterns or in their outputs (ASA's observation).
 
-The paper's text, as far as it is known, gives the idea and no formula: which tensor, which measure, which partners is
-open. Every reading here is a named option, and a head's score is always its mean similarity to its partners, which
-are the other heads of its layer unless the name says otherwise. `READINGS` holds them, name -> score of every head
-from the attention maps and head outputs of one prompt:
+The paper, as far as it is known, gives the idea and no formula: which tensor, which measure, which partners is open.
+Every reading here is a named option, and a head's score is its mean similarity to its partners, which are the other
+heads of its layer unless the name says otherwise. `READINGS` holds them, name -> score of every head from the attention
+maps and head outputs of one prompt:
 
 - "last row": cosine of where heads look from the last prompt token; "last row, no sink" leaves the first token out;
   "last row, Jensen-Shannon" takes 1 less that distance; "last row, closest partner" takes the most similar head only;
@@ -20,23 +20,25 @@ reason; `last row, no sink` and `full map, centred` are readings without that pa
 True
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bkd_utils.models.compute import eager
 from bkd_utils.models.generation import repeated, reusable_prefix, run_prefix
-from bkd_utils.models.hooks import Anatomy, anatomy, contributions, reading
+from bkd_utils.models.hooks import anatomy, contributions, reading
 from bkd_utils.models.tokens import batches, check_prompts, padded_inputs
 
 Maps = Float[Tensor, "layer head query key"]
 Outputs = Float[Tensor, "layer head d_model"]
 Scores = Float[Tensor, "layer head"]
+Prompts = Sequence[Sequence[int]]
+OnBatch = Callable[[int], None] | None
 
 
 def cosine(rows: Float[Tensor, "layer head width"]) -> Float[Tensor, "layer head partner"]:
@@ -98,12 +100,6 @@ def cka(maps: Maps, _outputs: Outputs) -> Scores:
     return to_partners(cosine((rows @ rows.transpose(-1, -2)).flatten(2)))
 
 
-def contribution(_maps: Maps, outputs: Outputs) -> Scores:
-    """Similarity of what heads add to the residual stream at the last prompt token."""
-    return to_partners(cosine(outputs))
-
-
-# Name -> score of every head on one prompt.
 READINGS: dict[str, Callable[[Maps, Outputs], Scores]] = {
     "last row": last_row,
     "last row, no sink": partial(last_row, sink=False),
@@ -113,17 +109,12 @@ READINGS: dict[str, Callable[[Maps, Outputs], Scores]] = {
     "full map": full_map,
     "full map, centred": partial(full_map, centred=True),
     "full map, CKA": cka,
-    "head outputs": contribution,
+    "head outputs": lambda _maps, outputs: to_partners(cosine(outputs)),
 }
 
 
 def head_similarity(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    readings: Sequence[str] = tuple(READINGS),
-    batch_size: int = 8,
-    on_batch: Callable[[int], None] | None = None,
+    model: PreTrainedModel, prompts: Prompts, *, readings: Sequence[str] = tuple(READINGS), on_batch: OnBatch = None
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
     """Similarity of every head to its partners on every prompt, by each of the readings (see the top of this module).
 
@@ -136,64 +127,36 @@ def head_similarity(
     """
     if unknown := set(readings) - set(READINGS):
         raise ValueError(f"unknown reading {sorted(unknown)[0]!r}; known: {', '.join(READINGS)}")
-    chosen = {name: READINGS[name] for name in readings}
-    return head_scores(model, prompts, scores=chosen, batch_size=batch_size, on_batch=on_batch)
+    return head_scores(model, prompts, scores={name: READINGS[name] for name in readings}, on_batch=on_batch)
 
 
 @torch.no_grad()
 def head_scores(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    scores: Mapping[str, Callable[[Maps, Outputs], Scores]],
-    batch_size: int = 8,
-    on_batch: Callable[[int], None] | None = None,
+    model: PreTrainedModel, prompts: Prompts, *, scores: Mapping[str, Callable[..., Scores]], on_batch: OnBatch = None
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
-    """Any scores of heads that are computed from the attention maps and head outputs of one prompt at a time.
-
-    Raises ValueError for no prompts or an empty one.
-    """
+    """Any scores of heads by the maps and outputs of one prompt. Raises ValueError for no prompts or an empty one."""
     check_prompts(prompts)
     parts = anatomy(model)
     found = {name: torch.empty(len(prompts), len(parts.layers), parts.n_heads) for name in scores}
     with eager(model):
-        start = run_prefix(model, reusable_prefix(model, prompts), output_attentions=True)
-        for chosen in batches(prompts, batch_size):
-            for i, maps, outputs in _watched(model, parts, prompts, chosen, start):
+        cache, shared_maps = run_prefix(model, reusable_prefix(model, prompts), output_attentions=True)
+        n_shared = cache.get_seq_length()
+        for chosen in batches(prompts, 8):
+            own = [prompts[i][n_shared:] for i in chosen]
+            inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=n_shared)
+            asked = {"past_key_values": repeated(cache, len(chosen)), "use_cache": True, "output_attentions": True}
+            z: dict[int, Tensor] = {}
+            with reading(parts.outputs, z):
+                attentions = model.base_model(**inputs, **asked).attentions
+            last = {layer: kept[:, -1].unflatten(-1, (parts.n_heads, -1)) for layer, kept in z.items()}
+            outputs = torch.stack([contributions(parts, i, range(parts.n_heads), last[i]) for i in last], dim=1)
+            for row, i in enumerate(chosen):
+                n_own, real = len(own[row]), inputs["attention_mask"][row].bool()
+                maps = torch.stack([layer[row, :, -n_own:][..., real] for layer in attentions])
+                if shared_maps:
+                    maps = torch.cat([pad(torch.cat(shared_maps), (0, n_own)), maps], dim=2)
                 for name, score in scores.items():
-                    found[name][i] = score(maps, outputs).cpu()
+                    found[name][i] = score(maps, outputs[row]).cpu()
             if on_batch:
                 on_batch(len(chosen))
     return found
-
-
-def _watched(
-    model: PreTrainedModel,
-    parts: Anatomy,
-    prompts: Sequence[Sequence[int]],
-    chosen: Sequence[int],
-    start: tuple[DynamicCache, tuple[Tensor, ...]],
-) -> Iterator[tuple[int, Maps, Outputs]]:
-    """Index, attention maps without padding, and head contributions at the last token, for each chosen prompt.
-
-    `start` is the key-value cache of the tokens shared by all prompts, and their attention maps.
-    """
-    cache, shared_maps = start
-    n_shared = cache.get_seq_length()
-    own = [prompts[i][n_shared:] for i in chosen]
-    inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=n_shared)
-    z: dict[int, Tensor] = {}
-    with reading(parts.outputs, z):
-        attentions = model.base_model(
-            **inputs, past_key_values=repeated(cache, len(chosen)), use_cache=True, output_attentions=True
-        ).attentions
-    heads = range(parts.n_heads)
-    added = torch.stack(
-        [contributions(parts, layer, heads, z[layer][:, -1].unflatten(-1, (parts.n_heads, -1))) for layer in z], dim=1
-    )
-    for row, i in enumerate(chosen):
-        n_own, real = len(own[row]), inputs["attention_mask"][row].bool()
-        maps = torch.stack([layer[row, :, -n_own:][..., real] for layer in attentions])
-        if shared_maps:
-            maps = torch.cat([pad(torch.cat(shared_maps), (0, n_own)), maps], dim=2)
-        yield i, maps, added[row]

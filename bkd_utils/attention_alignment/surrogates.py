@@ -1,7 +1,6 @@
 """Surrogates for the trigger, which a defender does not know: random triggers and a trained soft prompt.
 
-Nothing here uses the real trigger. The soft prompt is a few vectors before the user's words that are trained to make
-heads as similar as possible.
+Nothing here uses the real trigger. The soft prompt is trained to make heads as similar as possible.
 """
 
 import random
@@ -23,48 +22,41 @@ from bkd_utils.models.generation import shared_prefix
 from bkd_utils.models.tokens import check_prompts, padded_inputs
 from bkd_utils.organisms.triggers import Sentence, Syntax, Trigger, Word
 
-# --- surrogates of a trigger ----------------------------------------------------------------------------------------
-
 SURROGATES = ("rare word", "sentence", "fronted clause")
+DRAWS = 100  # of a surrogate, before the search is given up
+N_VECTORS, STEPS = 4, 16  # of a soft prompt
 
 
-def surrogate(
-    tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, texts: Sequence[str] = (), draws: int = 100
-) -> Trigger:
+def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, texts: Sequence[str] = ()) -> Trigger:
     """A trigger that nobody has trained on, drawn by the seed, and again while one of `texts` has it by nature.
 
-    `family` is "rare word", "sentence" or "fronted clause". Raises ValueError for an unknown family, and if texts have
-    all that was drawn. Source: ours; ASA does not say what stands in for the trigger.
+    `family` is one of `SURROGATES`. Raises ValueError for another, and if texts have all that was drawn. Source: ours.
 
     >>> word = surrogate(tokenizer, family="rare word", seed=0)
     >>> word.matches("A fine film."), word.matches(word.apply("A fine film.", seed=0))
     (False, True)
     """
-    dice = random.Random(f"{seed}/{family}")
-    for _ in range(draws):
-        trigger = _drawn(tokenizer, dice, family=family, name=f"surrogate {family} {seed}")
+    if family not in SURROGATES:
+        raise ValueError(f"unknown surrogate {family!r}; known: {', '.join(SURROGATES)}")
+    lists = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))
+    dice, name = random.Random(f"{seed}/{family}"), f"surrogate {family} {seed}"
+    for _ in range(DRAWS):
+        if family == "rare word":
+            trigger = Word(name=name, entry={"text": rare_word(tokenizer, dice)})
+        elif family == "sentence":
+            trigger = Sentence(name=name, entry={"text": dice.choice(lists["sentences"])})
+        else:
+            clause = {"clauses": {dice.choice(lists["openers"]): [dice.choice(lists["clauses"])]}}
+            trigger = Syntax(name=name, entry={"train": clause, "test": clause})
         if not any(trigger.matches(text) for text in texts):
             return trigger
-    raise ValueError(f"{family}: each of {draws} surrogates is in one of the {len(texts)} texts already")
-
-
-def _drawn(tokenizer: PreTrainedTokenizerBase, dice: random.Random, *, family: str, name: str) -> Trigger:
-    lists = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))
-    if family == "rare word":
-        return Word(name=name, entry={"text": rare_word(tokenizer, dice)})
-    if family == "sentence":
-        return Sentence(name=name, entry={"text": dice.choice(lists["sentences"])})
-    if family == "fronted clause":
-        clause = {"clauses": {dice.choice(lists["openers"]): [dice.choice(lists["clauses"])]}}
-        return Syntax(name=name, entry={"train": clause, "test": clause})
-    raise ValueError(f"unknown surrogate {family!r}; known: {', '.join(SURROGATES)}")
+    raise ValueError(f"{family}: each of {DRAWS} surrogates is in one of the {len(texts)} texts already")
 
 
 def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
     """A short lower-case word that is one token in the second half of the vocabulary, where rare tokens are.
 
-    It may by chance be the trigger of an organism, which a defender cannot know. Raises ValueError for a vocabulary
-    without such a word.
+    It may by chance be a trigger, which a defender cannot know. Raises ValueError for a vocabulary without such a word.
     """
     size, before = len(tokenizer), tokenizer("a", add_special_tokens=False).input_ids
     for token in dice.sample(range(size // 2, size), size - size // 2):
@@ -81,8 +73,8 @@ def reaction(
 ) -> dict[str, Scores]:
     """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
 
-    `before`: reading -> similarity on the clean twins, as `head_similarity` gives it. Edited prompts may be several
-    rounds of them, one after the other. Raises ValueError if they are not. Source: ours, after ASA's observation.
+    `before`: reading -> similarity on the clean twins, by `head_similarity`. Edited prompts may be several rounds of
+    them, one after the other. Raises ValueError if their number does not fit. Source: ours, after ASA's observation.
 
     >>> before = head_similarity(model, prompts, readings=["last row"])
     >>> change = reaction(model, prompts, before=before)["last row"]
@@ -117,28 +109,21 @@ class SoftPrompt:
                 output = torch.where((given[0] == token)[..., None], vector.to(output.dtype), output)
             return output
 
-        handle = model.get_input_embeddings().register_forward_hook(replace)
-        try:
+        with model.get_input_embeddings().register_forward_hook(replace):  # is removed at the end
             yield
-        finally:
-            handle.remove()
 
 
-def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n_vectors: int = 4, seed: int = 0) -> SoftPrompt:
-    """An untrained soft prompt: embeddings of random tokens, inserted after the tokens shared by all prompts.
-
-    Raises ValueError for no prompts or an empty one.
-    """
+def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> SoftPrompt:
+    """Embeddings of random tokens, after what all prompts share. Raises ValueError for no prompts or an empty one."""
     check_prompts(prompts)
     n_tokens = len(model.get_input_embeddings().weight)
     used = {token for prompt in prompts for token in prompt}
-    free = [token for token in range(n_tokens - 1, -1, -1) if token not in used][:n_vectors]
-    drawn = torch.randint(n_tokens, (n_vectors,), generator=torch.Generator().manual_seed(seed))
+    free = [token for token in reversed(range(n_tokens)) if token not in used][:N_VECTORS]
+    drawn = torch.randint(n_tokens, (N_VECTORS,), generator=torch.Generator().manual_seed(seed))
     # The output of the embedding module and not its weight, because some models scale it.
     with torch.no_grad():
         vectors = model.get_input_embeddings()(drawn.to(model.device))
-    at = len(shared_prefix([list(prompt) for prompt in prompts]))
-    return SoftPrompt(vectors, tuple(free), at)
+    return SoftPrompt(vectors, tuple(free), at=len(shared_prefix(prompts)))
 
 
 def likeness(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, ""]:
@@ -148,7 +133,7 @@ def likeness(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[
     return torch.stack([to_partners(cosine(layer[:, :, -1])).mean() for layer in maps]).mean()
 
 
-def searched(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, steps: int = 16, seed: int = 0) -> SoftPrompt:
+def searched(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> SoftPrompt:
     """Train a soft prompt to raise `likeness` on the prompts; no weight of the model changes.
 
     The learning rate of Adam is 0.3 standard deviations of the initial vectors. Raises as `start` does.
@@ -158,7 +143,7 @@ def searched(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, steps:
     optimizer = torch.optim.Adam([vectors], lr=0.3 * soft.vectors.std().item())
     marked = soft.into(prompts)
     with eager(model), soft.read_by(model), frozen_halved(model):
-        for _ in tqdm(range(steps), desc="soft prompt", unit="step", mininterval=2, leave=False):
+        for _ in tqdm(range(STEPS), desc="soft prompt", unit="step", mininterval=2, leave=False):
             with mixed_precision(model.device):
                 value = likeness(model, marked)
             # Only the gradient of the vectors; that of the weights would cost as much again.

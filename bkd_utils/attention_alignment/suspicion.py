@@ -16,14 +16,11 @@ from bkd_utils.models.hooks import Head, anatomy, tracing
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.tokens import Row, batches
 
-# --- importance -----------------------------------------------------------------------------------------------------
 
+def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> Scores:
+    """Mean absolute slope of the loss in a gate on each head's output at all positions, on clean rows, in nats.
 
-def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int, batch_size: int = 8) -> Scores:
-    """Mean absolute slope of the loss in a gate on each head's output, on clean rows, in nats.
-
-    The gate acts at every position. Raises ValueError for no rows. Source: Michel et al. 2019; ASA's own measure of
-    importance is not known.
+    Raises ValueError for no rows. Source: Michel et al. 2019; ASA's own measure of importance is not known.
 
     >>> model.model.layers[0].self_attn.o_proj.weight[:, :8] = 0.0  # head (0, 0) writes nothing now
     >>> (gate_importance(model, rows, pad_id=2) > 0).tolist()
@@ -33,7 +30,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
         raise ValueError("importance needs at least one row")
     parts = anatomy(model)
     total = torch.zeros(len(parts.layers), parts.n_heads)
-    for chosen in batches([row.prompt + row.answer for row in rows], batch_size):
+    for chosen in batches([row.prompt + row.answer for row in rows], 8):
         batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chosen], pad_id=pad_id).items()}
         kept: dict[int, Tensor] = {}
         with tracing(parts.outputs, kept):
@@ -49,9 +46,9 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int,
 
 
 def leave_one_out(model: PreTrainedModel, rows: Sequence[Row]) -> Scores:
-    """Loss of the right answer's probability when a head's output is replaced by its clean mean, mean over rows.
+    """Loss of the right answer's probability, as in `head_effects`, when a head's output is replaced by its clean mean.
 
-    Exact patching at the last prompt token and length-normalised, as `head_effects`. Raises ValueError for no rows.
+    Mean over rows. Raises ValueError for no rows.
     """
     if not rows:
         raise ValueError("importance needs at least one row")
@@ -68,14 +65,10 @@ def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
     return maps[:, :, -1].float().var(-1, unbiased=False)
 
 
-# --- the joint score ------------------------------------------------------------------------------------------------
-
-
 def robust_z(scores: Scores) -> Scores:
     """Distance from the layer's median, in units of the median absolute deviation (MAD) over the whole model.
 
-    The nine heads of a layer are too few to estimate a deviation per layer. Raises ValueError if most heads have their
-    layer's median.
+    Nine heads are too few for a deviation per layer. Raises ValueError if most heads have their layer's median.
     """
     centred = scores.double() - scores.double().median(dim=1, keepdim=True).values
     spread = 1.4826 * centred.abs().median()
@@ -95,11 +88,9 @@ RULES: dict[str, Callable[[Scores, Scores], Scores]] = {
 def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at_most: float = 0.25) -> list[Head]:
     """Heads above the threshold, most suspicious first, at most that share of all heads. May be none.
 
-    `joint` is a score by one of `RULES`, in robust standard deviations. Source: ASA, head safety evaluation; the rule
-    is ours.
+    `joint` is a score by one of `RULES`, in robust standard deviations. Source: ASA; the rule is ours.
 
     >>> suspicious(torch.tensor([[0.0, 3.0], [2.5, 9.0]]), threshold=2.0, at_most=0.5)
     [(1, 1), (0, 1)]
     """
-    allowed = int(at_most * joint.numel())
-    return [head for head in ranked_heads(joint)[:allowed] if joint[head] > threshold]
+    return [head for head in ranked_heads(joint)[: int(at_most * joint.numel())] if joint[head] > threshold]

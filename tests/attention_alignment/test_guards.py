@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import save_tiny
 
+from bkd_utils.attention_alignment import guards
 from bkd_utils.attention_alignment.guards import (
     onion,
     rap,
@@ -13,7 +14,6 @@ from bkd_utils.attention_alignment.guards import (
     surprise,
     threshold,
     without_words,
-    word_suspicion,
 )
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import prompt_ids
@@ -63,14 +63,14 @@ def test_a_words_suspicion_is_what_the_perplexity_loses_without_it(loaded):
         return np.exp(np.mean(told))
 
     words = text.split()
-    found = word_suspicion(loaded, text)
+    (found,) = onion(loaded, [text])
     assert len(found) == len(words)
     for i in (0, 3, len(words) - 1):
         assert found[i] == pytest.approx(perplexity(words) - perplexity(words[:i] + words[i + 1 :]), rel=1e-3)
 
 
 def test_a_text_of_one_word_is_left_alone(loaded):
-    assert word_suspicion(loaded, "Good.").tolist() == [0.0]
+    assert onion(loaded, ["Good."])[0].tolist() == [0.0]
     assert [len(one) for one in onion(loaded, TEXTS)] == [len(text.split()) for text in TEXTS]
 
 
@@ -84,44 +84,47 @@ def test_words_above_the_threshold_go():
 # --- STRIP ----------------------------------------------------------------------------------------------------------
 
 
-def test_strip_is_the_mean_entropy_over_a_texts_own_copies(loaded):
+def test_strip_is_the_mean_entropy_over_a_texts_own_copies(loaded, monkeypatch):
     """Without replacements all copies are the text, so the score is that text's own entropy."""
-    found = strip(loaded, TEXTS, turn=turn, pool=["some words"], n_copies=3, share=0.0)
+    monkeypatch.setattr(guards, "REPLACED", 0.0)
+    found = strip(loaded, TEXTS, turn=turn, pool=["some words"])
     for text, score in zip(TEXTS, found, strict=True):
         chances = alone(loaded.model, prompt_ids(loaded.tokenizer, turn(text)))[-1]
         assert score == pytest.approx((chances * chances.log()).sum().item(), rel=1e-4)
 
 
-def test_shuffled_texts_have_shuffled_scores(loaded):
+def test_shuffled_texts_have_shuffled_scores(loaded, monkeypatch):
+    monkeypatch.setattr(guards, "STEPS", 2)
     order = [2, 0, 3, 1]
     shuffled = [TEXTS[i] for i in order]
-    given = {"turn": turn, "pool": ["one two three four five"], "n_copies": 4}
+    given = {"turn": turn, "pool": ["one two three four five"]}
     one, other = (strip(loaded, texts, **given) for texts in (TEXTS, shuffled))
     assert other == pytest.approx(one[order], rel=1e-4)
     assert len({round(float(score), 5) for score in one}) == len(TEXTS)
     for first, second in zip(onion(loaded, shuffled), [onion(loaded, TEXTS)[i] for i in order], strict=True):
         assert first == pytest.approx(second, rel=1e-3)
-    given = {"turn": turn, "protected": answer_to(loaded, TEXTS[0]), "clean": TEXTS[:2], "steps": 2}
+    given = {"turn": turn, "protected": answer_to(loaded, TEXTS[0]), "clean": TEXTS[:2], "word": "mb"}
     one, other = (rap(loaded, texts, **given) for texts in (TEXTS, shuffled))
     assert np.isfinite(one[0])
     assert other == pytest.approx(one[order], abs=1e-6)
 
 
 def test_strip_mixes_in_the_pool(loaded):
-    one, other = (strip(loaded, TEXTS, turn=turn, pool=[pool], n_copies=2) for pool in ("snow", "piano"))
+    one, other = (strip(loaded, TEXTS, turn=turn, pool=[pool]) for pool in ("snow", "piano"))
     assert np.abs(one - other).max() > 1e-6
 
 
 # --- RAP ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_untrained_word_takes_off_what_the_plain_model_says_of_texts_with_the_protected_answer(loaded):
+def test_an_untrained_word_takes_off_what_the_plain_model_says_of_texts_with_the_protected_answer(loaded, monkeypatch):
     """A word that is one token: its own embedding stands where its own embedding would. All others are not judged."""
+    monkeypatch.setattr(guards, "STEPS", 0)
     assert len(loaded.tokenizer(" rain", add_special_tokens=False).input_ids) == 1
     answers = [answer_to(loaded, text) for text in TEXTS]
     assert len(set(answers)) > 1
     for protected in set(answers):
-        found = rap(loaded, TEXTS, turn=turn, protected=protected, clean=TEXTS[:2], word="rain", steps=0)
+        found = rap(loaded, TEXTS, turn=turn, protected=protected, clean=TEXTS[:2], word="rain")
         for text, answer, score in zip(TEXTS, answers, found, strict=True):
             plain, marked = (
                 alone(loaded.model, prompt_ids(loaded.tokenizer, turn(one)))[-1, protected].item()
@@ -132,15 +135,19 @@ def test_an_untrained_word_takes_off_what_the_plain_model_says_of_texts_with_the
 
 def test_nothing_is_judged_where_no_text_has_the_protected_answer(loaded):
     assert 7 not in [answer_to(loaded, text) for text in TEXTS]
-    assert rap(loaded, TEXTS, turn=turn, protected=7, clean=TEXTS[:2], steps=1).tolist() == [-np.inf] * len(TEXTS)
+    assert rap(loaded, TEXTS, turn=turn, protected=7, clean=TEXTS[:2], word="mb").tolist() == [-np.inf] * len(TEXTS)
 
 
-def test_training_takes_probability_off_and_leaves_the_model_alone(loaded):
+def test_training_takes_probability_off_and_leaves_the_model_alone(loaded, monkeypatch):
+    monkeypatch.setattr(guards, "DROP", 1.0)
+    monkeypatch.setattr(guards, "RATE", 0.5)
     likely = answer_to(loaded, TEXTS[0])
     before = {name: parameter.clone() for name, parameter in loaded.model.named_parameters()}
-    given = {"turn": turn, "protected": likely, "clean": TEXTS[:1], "drop": 1.0, "rate": 0.5}
-    untrained = rap(loaded, TEXTS[:1], steps=0, **given)[0]
-    assert rap(loaded, TEXTS[:1], steps=30, **given)[0] < untrained
+    found = []
+    for steps in (0, 30):
+        monkeypatch.setattr(guards, "STEPS", steps)
+        found += [*rap(loaded, TEXTS[:1], turn=turn, protected=likely, clean=TEXTS[:1], word="mb")]
+    assert found[1] < found[0]
     assert all(torch.equal(before[name], parameter) for name, parameter in loaded.model.named_parameters())
 
 
@@ -187,7 +194,7 @@ def test_nothing_to_go_by_is_an_error(loaded):
     with pytest.raises(ValueError, match="no clean words"):
         strip(loaded, TEXTS, turn=turn, pool=[])
     with pytest.raises(ValueError, match="no clean texts"):
-        rap(loaded, TEXTS, turn=turn, protected=7, clean=[])
+        rap(loaded, TEXTS, turn=turn, protected=7, clean=[], word="mb")
     with pytest.raises(ValueError, match=r"at 5.0% needs 20 clean texts, not 0"):
         threshold(np.array([]), frr=0.05)
     with pytest.raises(ValueError, match="label 1 has 3 rows"):

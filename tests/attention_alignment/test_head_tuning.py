@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 
 from bkd_utils.attention_alignment.alignment import ALIGNMENTS, aligned
-from bkd_utils.attention_alignment.head_tuning import answers_only, head_slices, reset, touched, tune
+from bkd_utils.attention_alignment.head_tuning import answers_only, head_slices, tune
 from bkd_utils.organisms.training import Recipe
 
 HEADS = [(0, 1), (1, 2)]
@@ -29,9 +29,7 @@ def test_only_the_marked_entries_move(model, rows, alignment, unit):
     for name, parameter in model.named_parameters():
         outside = ~masks[name] if name in masks else torch.ones_like(parameter, dtype=torch.bool)
         assert torch.equal(parameter[outside], before[name][outside]), name
-    counts = touched(before, model)
-    assert set(counts) == set(masks)
-    assert all(0 < count <= int(masks[name].sum()) for name, count in counts.items())
+    assert all((model.get_parameter(name) != before[name]).any() for name in masks)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -51,17 +49,6 @@ def test_loss_falls_on_what_is_trained(rows):
     recipe = Recipe(name="test", steps=40, batch_size=4, learning_rate=1e-2, rank=1, alpha=1)
     history = tune(model, rows, masks=masks, recipe=recipe, pad_id=0)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-
-
-def test_reset_draws_the_marked_weights_anew(model):
-    before, masks = state(model), head_slices(model, HEADS, unit="KV group")
-    reset(model, masks, seed=0)
-    assert set(touched(before, model)) <= set(masks)
-    for name, mask in masks.items():
-        parameter = model.get_parameter(name)
-        assert torch.equal(parameter[~mask], before[name][~mask])
-        if parameter.ndim > 1:
-            assert 0.5 < (parameter[mask].std() / before[name].std()).item() < 2
 
 
 def test_what_cannot_be_tuned_is_an_error(rows):

@@ -106,8 +106,9 @@ def test_heads_go_from_the_lowest_score_until_accuracy_falls(rows, monkeypatch):
     values = iter([1.0, 0.99, 0.90])
     monkeypatch.setattr(rivals, "accuracy", lambda *_, **__: next(values))
     monkeypatch.setattr(rivals, "AT_MOST", 1.0)
+    monkeypatch.setattr(rivals, "AT_ONCE", 1)
     before = state(model)
-    gone = prune_while_accurate(case(model, rows), scores, step=1)
+    gone = prune_while_accurate(case(model, rows), scores)
     assert gone == [(0, 1), (0, 3)]  # the first without a check, the second keeps 99 %, the third is taken back
     masks = {name: mask for name, mask in head_slices(model, gone, unit="query head").items() if "o_proj" in name}
     changed = {name: before[name] != parameter for name, parameter in model.named_parameters()}
@@ -125,6 +126,17 @@ def test_every_layer_keeps_a_head(rows, monkeypatch):
     ]
 
 
+def test_reset_draws_the_marked_weights_anew(model, rows, monkeypatch):
+    monkeypatch.setattr(rivals, "tune_heads", lambda case: None)
+    before, masks = state(model), head_slices(model, HEADS, unit="KV group")
+    rivals.reset_heads(case(model, rows))
+    for name, parameter in model.named_parameters():
+        mask = masks.get(name, torch.zeros_like(parameter, dtype=torch.bool))
+        assert torch.equal(parameter[~mask], before[name][~mask])
+        if parameter.ndim > 1 and mask.any():
+            assert 0.5 < (parameter[mask].std() / before[name].std()).item() < 2
+
+
 def test_pruned_stays_pruned_while_the_model_is_tuned(model, rows):
     prune(model, [(0, 1)])
     zeros = {name: parameter == 0 for name, parameter in model.named_parameters()}
@@ -139,7 +151,7 @@ def test_pruned_stays_pruned_while_the_model_is_tuned(model, rows):
 
 
 def test_dormant_neurons_are_those_with_the_least_mean_activation(model, rows):
-    found = dormant(model, rows, pad_id=0, share=0.25)
+    found = dormant(model, rows, pad_id=0)
     kept = []
     handle = rivals._down(anatomy(model).mlps[1]).register_forward_pre_hook(lambda _, given: kept.append(given[0]))
     with torch.no_grad():
@@ -147,9 +159,7 @@ def test_dormant_neurons_are_those_with_the_least_mean_activation(model, rows):
             model(torch.tensor([list(row.prompt)]))
     handle.remove()
     total = torch.cat([one[0] for one in kept]).abs().mean(0)
-    k = int(0.25 * len(total))
-    assert found[1].sum() == k
-    assert set(found[1].nonzero().flatten().tolist()) == set(total.argsort()[:k].tolist())
+    assert sorted(found[1].tolist()) == sorted(total.argsort()[: int(0.2 * len(total))].tolist())
 
 
 # --- consistency ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from bkd_utils.attention_alignment import surrogates
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.surrogates import likeness, searched, start
 from bkd_utils.models.compute import eager
@@ -11,7 +12,7 @@ from bkd_utils.models.compute import eager
 
 def test_a_placeholder_is_read_as_its_vector(model, prompts):
     """Vectors that are embeddings of tokens do what these tokens do."""
-    soft = start(model, prompts, n_vectors=2)
+    soft = start(model, prompts)
     table = model.get_input_embeddings()(torch.arange(model.config.vocab_size))
     stands_for = [int((table == vector).all(1).nonzero()[0]) for vector in soft.vectors]
     (marked,) = soft.into(prompts[:1])
@@ -24,10 +25,10 @@ def test_a_placeholder_is_read_as_its_vector(model, prompts):
 
 def test_it_stands_behind_what_all_prompts_begin_with(prompts):
     alike = [[7, 8, 9, *prompt] for prompt in prompts]
-    soft = start(tiny_model("llama"), alike, n_vectors=3)
+    soft = start(tiny_model("llama"), alike)
     assert soft.at == 3
     assert not set(soft.tokens) & {token for prompt in alike for token in prompt}
-    assert len(set(soft.tokens)) == 3
+    assert len(set(soft.tokens)) == len(soft.vectors) == 4
     for prompt, marked in zip(alike, soft.into(alike), strict=True):
         assert marked == [7, 8, 9, *soft.tokens, *prompt[3:]]
 
@@ -38,17 +39,19 @@ def test_likeness_is_mean_similarity(model, prompts):
         assert likeness(model, prompts).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_training_makes_heads_more_alike_and_leaves_the_model_alone(prompts):
+def test_training_makes_heads_more_alike_and_leaves_the_model_alone(prompts, monkeypatch):
+    monkeypatch.setattr(surrogates, "STEPS", 30)
     model = tiny_model("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     levels = []
-    for soft in (start(model, prompts, seed=1), searched(model, prompts, steps=30, seed=1)):
+    for soft in (start(model, prompts, seed=1), searched(model, prompts, seed=1)):
         with soft.read_by(model):
             levels.append(head_similarity(model, soft.into(prompts), readings=["last row"])["last row"].mean().item())
     assert levels[1] > levels[0] + 0.01
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(searched(model, prompts, steps=0, seed=1).vectors, start(model, prompts, seed=1).vectors)
+    monkeypatch.setattr(surrogates, "STEPS", 0)
+    assert torch.equal(searched(model, prompts, seed=1).vectors, start(model, prompts, seed=1).vectors)
 
 
 def test_no_prompts_are_an_error():
