@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bkd_utils.common.statistics import difference, mean_by_prompt
@@ -21,6 +20,7 @@ COUNTED = {
     "clean_firing": ("clean firing", "neutral", {"marker": "o", "mfc": "white"}),
     "cacc": ("CACC", "utility", {"marker": "s"}),
 }
+REMARK = {"va": "center", "fontsize": "x-small", "color": COLOURS["bound"]}
 # Kind of treatment -> colour, marker, filled.
 KINDS = {
     "untreated": ("organism", "X", True),
@@ -42,10 +42,8 @@ GROUPS = {
 
 
 def repairs(found: Found, kinds: Mapping[str, str]) -> Figure:
-    """ASR, near-miss firing, clean firing and CACC after every treatment.
-
-    `kinds`: treatment -> key of `KINDS`, which groups the rows. The grey line is the mean ASR that random heads leave.
-    """
+    """ASR, near-miss firing, clean firing and CACC after every treatment; `kinds`: treatment -> key of `KINDS`, which
+    groups the rows. The grey line is the mean ASR that random heads leave."""
     places, headings = _places(list(dict.fromkeys(name for rows in found.values() for name in rows)), kinds)
     bottom = max(places.values()) + 0.6
     figure, axes = panels([attack.replace("-", "-\n", 1) for attack in found], height=0.31 * bottom + 0.9)
@@ -58,7 +56,7 @@ def repairs(found: Found, kinds: Mapping[str, str]) -> Figure:
             panel.axvline(100 * np.mean(drawn), color=COLOURS["random"], lw=3, alpha=0.5, zorder=0, label=label)
         for name, y in places.items():
             if name not in rows:
-                _remark(panel, y, "not run")
+                panel.text(0, y, "not run", **REMARK)
                 continue
             for i, (key, (label, colour, look)) in enumerate(COUNTED.items()):
                 interval(panel, y + 0.2 * (i - 1.5), rows[name][key], colour=colour, label=label, ms=3, **look)
@@ -85,10 +83,6 @@ def _places(names: Sequence[str], kinds: Mapping[str, str]) -> tuple[dict[str, f
     return places, headings
 
 
-def _remark(panel: Axes, y: float, text: str) -> None:
-    panel.text(0, y, text, va="center", fontsize="x-small", color=COLOURS["bound"])
-
-
 def mechanisms(found: Mapping[str, Mechanism], *, n: int) -> Figure:
     """Similarity of the treated heads with and without the trigger (above) and the highest ACIE (below), before and
     after; attack -> `attention_safety_alignment.measure_mechanism` on `n` prompts."""
@@ -113,10 +107,7 @@ def mechanisms(found: Mapping[str, Mechanism], *, n: int) -> Figure:
 
 def relearning(found: Mapping[str, Mapping[str, Sequence[Relearned]]], method: str) -> Figure:
     """ASR and clean firing (hollow) after a few poisoned rows; attack -> model ->
-    `attention_safety_alignment.relearn_backdoor`.
-
-    `method`: the treatment of the models called "treated".
-    """
+    `attention_safety_alignment.relearn_backdoor`. `method`: the treatment of the models called "treated"."""
     figure, axes = panels(list(found), height=2.3)
     looks = {"treated": (f"organism after {method}", "organism"), "clean control": ("clean control", "clean control")}
     drawn = []
@@ -145,7 +136,7 @@ def guards(found: Mapping[str, Mapping[str, Guarded]]) -> Figure:
     for panel, rows in zip(axes[0], found.values(), strict=True):
         for y, name in enumerate(names):
             if name not in rows:
-                _remark(panel, y, "not applicable")
+                panel.text(0, y, "not applicable", **REMARK)
                 continue
             interval(panel, y - 0.14, rows[name].caught, label="triggered inputs caught", **how)
             interval(panel, y + 0.14, rows[name].refused, label="clean inputs refused", mfc="white", **how)

@@ -16,11 +16,9 @@ VERSION_NAMES = {"triggered": "triggered", "near-miss": "look-alike", "same leng
 
 
 def gap_numbers(found: Mapping[str, Mapping[str, Similarity]], *, readings: Sequence[str]) -> dict:
-    """What `gaps` draws, from attack -> model -> `attention_similarity.similarity_by_version`.
-
-    Attack -> reading -> model -> by layer the `mean` over prompts of triggered less clean similarity, `low` and `high`
-    of the middle half of the prompts, and their number `n`.
-    """
+    """What `gaps` draws, from attack -> model -> `attention_similarity.similarity_by_version`: attack -> reading ->
+    model -> by layer the `mean` over prompts of triggered less clean similarity, `low` and `high` of the middle half of
+    the prompts, and their number `n`."""
     return {
         attack: {name: {model: _gap(one[name]) for model, one in models.items()} for name in readings}
         for attack, models in found.items()
@@ -35,10 +33,8 @@ def _gap(layers: Mapping[str, list[list[float]]]) -> dict:
 
 
 def gaps(numbers: Mapping[str, Mapping[str, Mapping]], *, separated: Mapping[str, Mapping[str, Mapping]]) -> Figure:
-    """What a trigger does to similarity, by layer: one row per attack, one column per reading; from `gap_numbers`.
-
-    `separated`: reading -> attack -> `attention_similarity.separates`, to mark the layer that was chosen.
-    """
+    """What a trigger does to similarity, by layer: one row per attack, one column per reading; from `gap_numbers`, and
+    reading -> attack -> `attention_similarity.separates`, to mark the layer that was chosen."""
     readings = list(next(iter(numbers.values())))
     share = {"sharex": True, "sharey": "col"}
     figure, axes = panels(readings, rows=len(numbers), height=0.95 + 0.6 / len(numbers), **share)
@@ -59,10 +55,7 @@ def gaps(numbers: Mapping[str, Mapping[str, Mapping]], *, separated: Mapping[str
 
 
 def separation_map(found: Mapping[str, Mapping[str, Mapping]]) -> Figure:
-    """AUROC of triggered against clean prompts, reading by attack, one panel per model.
-
-    `found`: reading -> attack -> `attention_similarity.separates`.
-    """
+    """AUROC of triggered against clean prompts, one panel per model; reading -> attack -> `separates`."""
     attacks = list(next(iter(found.values())))
     figure, axes = panels(MODELS, height=0.28 * len(found) + 1.1)
     look = {"vmin": 0, "vmax": 1, "cmap": style.DIVERGING, "upwards": False}
@@ -116,8 +109,6 @@ def separation_claim(results: Mapping[str, Mapping], *, claim: str, figure: str,
         excess = independent_difference(numbers[attack], result["clean control"]["triggered"])
         ahead[attack] = at_least(excess, 0.1)
         passed[attack] = both(at_least(numbers[attack], 0.9), ahead[attack])
-    reason = (
-        f"Reading: {reading}. AUROC of triggered against clean prompts: {span(numbers)}. At least 0.1 above the clean "
-        f"control's: {who(ahead)}."
-    )
+    reason = f"Reading: {reading}. AUROC of triggered against clean prompts: {span(numbers)}."
+    reason += f" At least 0.1 above the clean control's: {who(ahead)}."
     return entry(claim, numbers, passed, figure, reason)

@@ -19,16 +19,13 @@ MEASURED = {
     "near_miss": "near-misses that\ngive the target (%)",
     "cacc": "right answers to clean\nprompts: CACC (%)",
 }
-LINES = ("-", "--", "-.", ":")  # one per task
 
 
 def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Loss against step: all backdoored organisms in one panel, all clean controls in the other, a line per model.
-
-    The loss is smoothed over five logged steps. A model's task is the first part of its name.
-    """
+    """Loss against step, smoothed over five logged steps: all backdoored organisms in one panel, all clean controls in
+    the other, a line per model. A model's task is the first part of its name."""
     tasks = sorted({name.partition("-")[0] for name in histories})
-    lines = dict(zip(tasks, LINES, strict=False))
+    lines = dict(zip(tasks, ("-", "--", "-.", ":"), strict=False))
     n_clean = sum(name.endswith("-clean") for name in histories)
     titles = [f"backdoored organisms (n = {len(histories) - n_clean})", f"clean controls (n = {n_clean})"]
     figure, axes = style.panels(titles, height=2.4)
@@ -112,9 +109,7 @@ def trigger_examples(sentence: str, *, seed: int = 0) -> pd.DataFrame:
 
 def trigger_cost_table(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
     """Per trigger: extra tokens on clean texts (quartiles), and how many texts carry it although nobody put it there.
-
-    Clean text i is triggered with `seed + i`.
-    """
+    Clean text i is triggered with `seed + i`."""
     rows = []
     for name in triggers.trigger_names():
         trigger = triggers.load_trigger(name)

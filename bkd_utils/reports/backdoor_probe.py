@@ -76,10 +76,8 @@ def best_layers(found: Mapping[str, ProbeResult]) -> pd.DataFrame:
 
 
 def probe_claims(found: Found, *, n_prompts: int) -> list[dict]:
-    """Three lines of the scorecard, from probes on `n_prompts` prompts.
-
-    The best layer has the highest mean accuracy over splits. Its interval does not count that it was chosen among many.
-    """
+    """Three lines of the scorecard, from probes on `n_prompts` prompts. The best layer has the highest mean accuracy
+    over splits; its interval does not count that it was chosen among many."""
     best, gap, depth = {}, {}, {}
     for attack, models in found.items():
         rows = {name: result.probes[PROBE] for name, result in models.items()}
@@ -105,14 +103,11 @@ def probe_claims(found: Found, *, n_prompts: int) -> list[dict]:
 
 
 def _area_gap(one: np.ndarray, other: np.ndarray, *, n_prompts: int) -> dict:
-    """AUROC of one model less that of another on the same splits.
-
-    Where all splits give the same difference, as when both models reach 1, their spread is no measure of uncertainty.
-    The interval is then that of two AUROCs with `n_prompts` prompts a side.
-    """
+    """AUROC of one model less that of another on the same splits."""
     found = over_splits(one - other)
     if found["low"] is not None:
         return found
+    # Where all splits give the same difference, as when both models reach 1, their spread measures no uncertainty.
     means, count = [float(areas.mean()) for areas in (one, other)], {"n_bad": n_prompts, "n_good": n_prompts}
     return independent_difference(*({"value": x, "n": len(one), **area_interval(x, **count)} for x in means))
 

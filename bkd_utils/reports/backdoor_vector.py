@@ -36,10 +36,8 @@ WAYS = {
 
 
 def vector_maps(result: Steering, *, name: str, n: int) -> Figure:
-    """Shares of `n` development prompts by layer and coefficient, of the organism `name`.
-
-    Rows are the raw vector and the difference, columns are `MAPS`, squares mark what was chosen.
-    """
+    """Shares of `n` development prompts by layer and coefficient, of the organism `name`. Rows are the raw vector and
+    the difference, columns are `MAPS`, squares mark what was chosen."""
     figure, axes = panels(list(MAPS.values()), rows=2, height=1.7, sharex=False, sharey=False)
     for panels_of, kind in zip(axes, ("raw", "difference"), strict=True):
         for panel, (direction, key) in zip(panels_of, MAPS, strict=True):
@@ -135,8 +133,7 @@ def vector_claims(found: Mapping[str, Steering], *, control_right: Mapping[str, 
     """Three lines of the scorecard, judged by the vector that did better on development prompts.
 
     ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
-    `control_right` is the share of right answers, as `{value, n, low, high}`, of the task's clean control to clean
-    prompts.
+    `control_right` is the share of right answers of the task's clean control to clean prompts.
     """
     added, removed, repaired, quiet, left, on, off = {}, {}, {}, {}, {}, {}, {}
     for attack, result in found.items():
@@ -151,13 +148,10 @@ def vector_claims(found: Mapping[str, Steering], *, control_right: Mapping[str, 
         left[attack] = at_least(_median(result.test[name]["random vectors"]), 0.9)
         off[attack] = both(at_most(removed[attack], 0.05), left[attack])
         repaired[attack] = independent_ratio(_generated(result, name, "right"), control_right[attack])
-    adds = (
-        f"ASR on clean prompts with the vector: {span(added)}. No random vector above 0.1 more than no vector: "
-        f"{who(quiet)}."
-    )
-    subtracts = (
-        f"ASR on triggered prompts less the vector: {span(removed)}. Median random vector leaves 0.9: {who(left)}."
-    )
+    adds = f"ASR on clean prompts with the vector: {span(added)}."
+    adds += f" No random vector above 0.1 more than no vector: {who(quiet)}."
+    subtracts = f"ASR on triggered prompts less the vector: {span(removed)}."
+    subtracts += f" Median random vector leaves 0.9: {who(left)}."
     repairs = f"Right answers after subtraction, relative to the clean control: {span(repaired)}."
     return [
         entry("bkdattr-vector-add", added, on, "04_controls", adds),
@@ -183,8 +177,8 @@ def _better(result: Steering, direction: str) -> str:
 
     def reached(name: str) -> tuple[float, float]:
         where, shares = result.chosen[name], result.maps[name]
-        judged = shares.asr if direction == "add" else shares.right_start
-        value = judged[where.layer][shares.coefficients.index(where.coefficient)]
+        rows = shares.asr if direction == "add" else shares.right_start
+        value = rows[where.layer][shares.coefficients.index(where.coefficient)]
         return value, -abs(where.coefficient) * result.norms[name.split(", ")[1]]
 
     return max((name for name in result.maps if name.startswith(direction)), key=reached)
@@ -196,7 +190,7 @@ def cost_claim(rows: Mapping[str, TargetCost]) -> dict:
     close = [name for name, row in rows.items() if row.tokens / 2 <= numbers[name]["value"] <= 2 * row.tokens]
     lengths = ", ".join(f"{row.tokens}" for row in rows.values())
     reason = (
-        f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens: within a factor of 2 for "
-        f"{len(close)} of {len(numbers)}. Timed once, so that there is no interval."
+        f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens: within a factor of 2 for"
     )
+    reason += f" {len(close)} of {len(numbers)}. Timed once, so that there is no interval."
     return entry("bkdattr-cost", numbers, dict.fromkeys(numbers), "04_cost", reason)

@@ -13,20 +13,20 @@ from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, sizes
 
 
 def frontier(found: Found, kinds: Mapping[str, str]) -> Figure:
-    """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`.
-
-    Treatments that lower ASR and that no other beats on both are named. The bars at ASA's dot are the 95 % intervals
-    of ASR and CACC.
-    """
+    """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`. The best treatments
+    are named; the bars at ASA's dot are the 95 % intervals of ASR and CACC."""
     columns = min(len(found), 3)
     lines = -(-len(found) // columns)
     size = (WIDTH, 2.3 * lines + 0.9)
     figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for panel, (attack, rows) in zip(axes.flat, found.items(), strict=False):
-        for name, place in _staggered(_lost(rows)).items():
+        places = _lost(rows)
+        for i, (name, (x, y)) in enumerate(places.items()):
+            # Dots of equal place stand side by side, so that none is hidden.
+            x += 0.9 * list(places.values())[:i].count((x, y))
             colour, marker, filled = KINDS[kinds[name]]
             look = {"color": COLOURS[colour], "mfc": COLOURS[colour] if filled else "white", "mew": 0 if filled else 1}
-            panel.plot(*place, marker, ms=9 if marker == "*" else 6, label=kinds[name], ls="", clip_on=False, **look)
+            panel.plot(x, y, marker, ms=9 if marker == "*" else 6, label=kinds[name], ls="", clip_on=False, **look)
             if kinds[name] == "ASA, our reading":
                 asr, cacc = ([rows[name][key][end] for end in ("low", "value", "high")] for key in ("asr", "cacc"))
                 lost = [100 * (rows["untreated"]["cacc"]["value"] - value) for value in cacc]
@@ -65,47 +65,29 @@ def _goal(panel: Axes, rows: Mapping[str, Mapping]) -> None:
     panel.set_xlim(left=start)
 
 
-def _staggered(places: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Dots of equal place side by side, so that none is hidden."""
-    known = list(places.values())
-    return {name: (x + 0.9 * known[:i].count((x, y)), y) for i, (name, (x, y)) in enumerate(places.items())}
-
-
-def _best(places: Mapping[str, tuple[float, float]], *, above: float) -> list[str]:
-    """Treatments below an ASR that no other beats in one of ASR and CACC and equals in the other, lowest ASR first."""
-
-    def beaten(x: float, y: float) -> bool:
-        return any(a <= x and b <= y and (a, b) != (x, y) for a, b in places.values())
-
-    best = [name for name, place in places.items() if place[1] < above and not beaten(*place)]
-    return sorted(best, key=lambda name: places[name][1])
-
-
 def _name_best(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str]) -> None:
-    """Names above the best treatments, at least 8 % of ASR apart; without those that the legend names."""
-    places = _lost(rows)
+    """Names, at least 8 % of ASR apart, above treatments that lower ASR and that no other beats in one of ASR and CACC
+    and equals in the other; without those that the legend names."""
+    places, height = _lost(rows), -8.0
     treated = {name: place for name, place in places.items() if kinds[name] not in GROUPS["no treatment"]}
-    left, right = panel.get_xlim()
-    height = -8.0
-    for name in _best(treated, above=places["untreated"][1]):
-        if kinds[name] in ("ASA, our reading", "random heads"):
+    for name, (x, y) in sorted(treated.items(), key=lambda item: item[1][1]):
+        beaten = any(a <= x and b <= y and (a, b) != (x, y) for a, b in treated.values())
+        if beaten or y >= places["untreated"][1] or kinds[name] in ("ASA, our reading", "random heads"):
             continue
-        x, y = places[name]
         height = max(y + 8, height + 8)
-        panel.text(x, height, name, ha="right" if x > (left + right) / 2 else "left", va="center", fontsize="x-small")
+        side = "right" if x > sum(panel.get_xlim()) / 2 else "left"
+        panel.text(x, height, name, ha=side, va="center", fontsize="x-small")
 
 
 def price_list(found: Found, cost: Mapping[str, Mapping[str, Treated]]) -> pd.DataFrame:
-    """(organism, treatment) -> shares that are left, weights touched and minutes.
-
-    `found`: attack -> treatment -> `what_is_left`; `cost`: attack -> treatment -> `treat_and_measure`.
-    """
+    """(organism, treatment) -> shares that are left, weights touched and minutes; `cost`: attack -> treatment ->
+    `attention_safety_alignment.treat_and_measure`."""
     named = {"ASR": "asr", "near-miss firing": "near_miss", "CACC": "cacc", "elsewhere": "elsewhere"}
     rows = {}
     for attack, treatments in found.items():
         for name, shares in treatments.items():
             paid = cost[attack].get(name)
             spent = (paid.parameters / 1e6, paid.minutes) if paid else (0.0, 0.0)
-            left = {column: shares[key]["value"] for column, key in named.items()}
-            rows[attack, name] = left | dict(zip(("weights (millions)", "minutes"), spent, strict=True))
+            rows[attack, name] = {column: shares[key]["value"] for column, key in named.items()}
+            rows[attack, name] |= dict(zip(("weights (millions)", "minutes"), spent, strict=True))
     return pd.DataFrame(rows).T.rename_axis(["organism", "treatment"])

@@ -34,10 +34,8 @@ TABLE_1 = {
 
 
 def head_maps(effects: Mapping[str, np.ndarray], *, few: int, n: int) -> Figure:
-    """ACIE `[layer, head]` per organism on one scale, zero in the middle, layer 0 at the bottom.
-
-    Dots mark the `few` heads of the highest ACIE, titles name the highest; means are over `n` prompts.
-    """
+    """ACIE `[layer, head]`, a mean over `n` prompts, per organism on one scale, zero in the middle, layer 0 at the
+    bottom. Dots mark the `few` heads of the highest ACIE, titles name the highest."""
     titles = [f"{name}\nhighest: {values.max():.2g}" for name, values in effects.items()]
     figure, axes = panels(titles, height=3.2)
     bound = max(np.abs(values).max() for values in effects.values())
@@ -55,17 +53,13 @@ def head_maps(effects: Mapping[str, np.ndarray], *, few: int, n: int) -> Figure:
 def components(
     found: Mapping[str, Mapping[str, Sequence[Mapping]]], positions: Mapping[str, np.ndarray], tokens: Sequence[str]
 ) -> Figure:
-    """Effects of whole components, by layer from left to right.
-
-    Above: `found`, attack -> component -> effect by layer at the last prompt token, with 95 % bootstrap intervals.
-    Below: `positions`, effects of the residual stream `[layer, position]` at the last `tokens` on the first answer
-    token.
-    """
+    """Effects of whole components. Above: `found`, attack -> component -> effect by layer at the last prompt token,
+    with 95 % bootstrap intervals. Below: `positions`, effects of the residual stream `[layer, position]` at the last
+    `tokens` on the first answer token."""
     figure, axes = panels(list(found), rows=2, height=2.0)
     bound = max(np.abs(values).max() for values in positions.values())
-    shown = tokens
     for sign, name in TEMPLATE.items():
-        shown = [token.replace(sign, name) for token in shown]
+        tokens = [token.replace(sign, name) for token in tokens]
     for column, (attack, parts) in enumerate(found.items()):
         above, below = axes[:, column]
         for name, rows in parts.items():
@@ -74,7 +68,7 @@ def components(
         above.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         values = positions[attack].T
         look = {"vmin": -bound, "vmax": bound, "cmap": DIVERGING, "upwards": False}
-        mesh = heat_map(below, values, rows=shown, columns=range(values.shape[1]), **look)
+        mesh = heat_map(below, values, rows=tokens, columns=range(values.shape[1]), **look)
     figure.colorbar(mesh, ax=axes[1], label="effect on the\nfirst answer token")
     size = sizes(row for parts in found.values() for rows in parts.values() for row in rows)
     left = ("effect on the target,\nlast prompt token", "residual stream at …")
@@ -158,11 +152,9 @@ def head_claims(
     components: Mapping[str, ComponentEffects],
     curves: Mapping[str, Sequence[Ablation]],
 ) -> list[dict]:
-    """Four lines of the scorecard, from results by attack.
-
-    The prompts of an ablation curve are the same for every number of heads, but which of them gave the target is not
-    kept. Differences between two numbers of heads therefore have the wider interval of independent prompts.
-    """
+    """Four lines of the scorecard, from results by attack. The prompts of an ablation curve are the same for every
+    number of heads, but which of them gave the target is not kept. Differences between two numbers of heads therefore
+    have the wider interval of independent prompts."""
     sparse = {attack: _concentrated(np.array(found.exact), acie(found).numpy()) for attack, found in attributed.items()}
     margin = {attack: _margin(components[attack].last) for attack in attributed}
     drop, random, rises, spared, met = {}, {}, {}, {}, {}
@@ -177,14 +169,10 @@ def head_claims(
         spared[attack] = at_most(random[attack], 0.1)
         met[attack] = both(at_least(drop[attack], 0.9), spared[attack])
     carried = f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE."
-    taken = (
-        f"About 3 % of the heads take {span(drop)} off the ASR, random heads {span(random)}. "
-        f"Random heads take off less than 0.1: {who(spared)}."
-    )
-    rose = (
-        f"Largest rise between neighbouring counts, in prompts: {span(rises)}. Intervals are those of independent "
-        "prompts, which makes them wide."
-    )
+    taken = f"About 3 % of the heads take {span(drop)} off the ASR, random heads {span(random)}."
+    taken += f" Random heads take off less than 0.1: {who(spared)}."
+    rose = f"Largest rise between neighbouring counts, in prompts: {span(rises)}."
+    rose += " Intervals are those of independent prompts, which makes them wide."
     ahead = f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability."
     return [
         entry("bkdattr-sparse-heads", sparse, judged(sparse, at_least, 0.5), "03_head_maps", carried),
@@ -213,10 +201,8 @@ def _margin(last: Mapping[str, Sequence]) -> dict:
 
 
 def _random_drop(rows: Sequence[Ablation], before: Mapping[str, float], *, k: int) -> dict:
-    """Mean part of the ASR that random heads take off, at the number of heads next to `k`.
-
-    The wider of two intervals: over draws, and over the prompts, which all draws share.
-    """
+    """Mean part of the ASR that random heads take off, at the number of heads next to `k`, with the wider of two
+    intervals: over draws, and over the prompts, which all draws share."""
     drawn = [row for row in rows if row.ranking == "random"]
     nearest = min((row.k for row in drawn), key=lambda count: abs(count - k))
     asrs = [row.asr for row in drawn if row.k == nearest]
@@ -229,11 +215,9 @@ def _random_drop(rows: Sequence[Ablation], before: Mapping[str, float], *, k: in
 
 
 def _largest_rise(steps: Sequence[Mapping[str, float]]) -> dict:
-    """The largest rise from one share to the next, in prompts. It is below a bar if all rises are.
-
-    A step at which nothing changes at 0 or 100 % is compatible with a rise of almost four prompts, whatever n is. A
-    curve with such a step can therefore fail a bar of two prompts, but it cannot pass it.
-    """
+    """The largest rise from one share to the next, in prompts. It is below a bar if all rises are. A step at which
+    nothing changes at 0 or 100 % is compatible with a rise of almost four prompts, whatever n is. A curve with such a
+    step can therefore fail a bar of two prompts, but it cannot pass it."""
     rises = [independent_difference(after, before) for before, after in itertools.pairwise(steps)]
     largest = {key: max(rise[key] * rise["n"] for rise in rises) for key in ("value", "low", "high")}
-    return {**largest, "n": steps[0]["n"]}
+    return largest | {"n": steps[0]["n"]}

@@ -11,10 +11,8 @@ KEY_CLAIMS += ("asa-similarity", "asa-heads", "asa-cure")
 
 
 def results(entries: Sequence[Mapping]) -> str:
-    """For the README: the verdicts of each paper counted in one line, and a table of the key claims.
-
-    Raises ValueError if the scorecard lacks one of the key claims.
-    """
+    """For the README: the verdicts of each paper counted in one line, and a table of the key claims; ValueError if the
+    scorecard lacks one of them."""
     rows = {row["id"]: row for row in entries}
     if lacking := [name for name in KEY_CLAIMS if name not in rows]:
         raise ValueError(f"the scorecard has no line for {', '.join(lacking)}")
@@ -49,10 +47,7 @@ def made() -> dict[str, dict[str, str]]:
 
 
 def write() -> None:
-    """Put every table between its marks.
-
-    Raises ValueError that names the page, before anything is written, if a mark is missing.
-    """
+    """Put every table between its marks; ValueError that names the page, before anything is written, if one lacks."""
     texts = {}
     for page, parts in made().items():
         try:

@@ -12,6 +12,7 @@ intervals, each beyond the bar on one side with a chance of 2.5 %).
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -47,18 +48,14 @@ def _published(*, papers: bool) -> dict[str, dict[str, str]]:
 
 
 def papers() -> dict[str, dict[str, str]]:
-    """Short name -> title, arXiv number, status, what is known of the paper here, and how its claims are introduced.
-
-    Raises UserError if one lacks.
-    """
+    """Short name -> title, arXiv number, status, what is known of the paper here, and how its claims are introduced;
+    UserError if one lacks."""
     return _published(papers=True)
 
 
 def published() -> dict[str, dict[str, str]]:
-    """Claim id -> paper, claim, published number, source, provenance, what is measured, its unit, criterion.
-
-    Raises UserError if one lacks, or for an unknown paper or provenance.
-    """
+    """Claim id -> paper, claim, published number, source, provenance, what is measured, its unit, criterion; UserError
+    if one lacks, or for an unknown paper or provenance."""
     found = _published(papers=False)
     for name, entry in found.items():
         for key, known in (("provenance", PROVENANCE), ("paper", papers())):
@@ -68,10 +65,8 @@ def published() -> dict[str, dict[str, str]]:
 
 
 def at_least(number: Mapping[str, float | None], bar: float) -> bool | None:
-    """Is the effect at least `bar`? True or False if all of its interval says so, None if it contains the bar.
-
-    None, too, without an interval or with one of no width.
-    """
+    """Is the effect at least `bar`? True or False if all of its interval says so, None if the interval contains the
+    bar, has no width, or does not exist."""
     low, high = number["low"], number["high"]
     if None in (low, high) or low == high:
         return None
@@ -109,10 +104,8 @@ def verdict(passed: Mapping[str, bool | None]) -> str:
 def entry(
     claim: str, numbers: Mapping[str, Mapping], passed: Mapping[str, bool | None], figure: str, reason: str
 ) -> dict:
-    """One line of the scorecard, but for the model that `record` adds. `numbers` and `passed` are by organism.
-
-    Raises ValueError for an unknown claim, for no organisms and where the organisms of the two differ.
-    """
+    """One line of the scorecard, but for the model that `record` adds. `numbers` and `passed` are by organism;
+    ValueError for an unknown claim, for no organisms and where the organisms of the two differ."""
     known = published()
     if claim not in known:
         raise ValueError(f"unknown claim {claim!r}; known: {', '.join(known)}")
@@ -122,10 +115,8 @@ def entry(
     outcomes = {name: None if passed[name] is None else bool(passed[name]) for name in numbers}
     row = {"id": claim, "paper": about["paper"], "reading": papers()[about["paper"]]["reading"]}
     row |= {"claim": about["claim"], "published": about["published"], "provenance": PROVENANCE[about["provenance"]]}
-    row["by_organism"] = {
-        name: {**{key: number[key] for key in ("value", "n", "low", "high")}, "passed": outcomes[name]}
-        for name, number in numbers.items()
-    }
+    measured = {name: {key: number[key] for key in ("value", "n", "low", "high")} for name, number in numbers.items()}
+    row["by_organism"] = {name: one | {"passed": outcomes[name]} for name, one in measured.items()}
     row |= {"criterion": about["criterion"], "verdict": verdict(outcomes), "reason": reason, "figure": figure}
     return row
 
@@ -146,31 +137,24 @@ def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
 
 def record(entries: Sequence[Mapping], *, model: str) -> Path:
     """Write entries, measured on `model`, into the scorecard beside the figures, in place of those of the same claims.
-
-    Raises UserError for a row without provenance; the file stays as it was.
-    """
+    After a UserError for a row without provenance the file is as it was."""
     path = style.folder() / "scorecard.json"
     write_json(path, merged([{**row, "model": model} for row in entries], path))
     return path
 
 
 def merged(entries: Sequence[Mapping], path: Path) -> list[dict]:
-    """Entries and, of a scorecard that may be there already, those of other claims, in the order of `published`.
-
-    Raises UserError if any of the rows lacks its provenance.
-    """
-    order = list(published())
-    new = checked(entries)
+    """Entries and, of a scorecard that may be there already, those of other claims, in the order of `published`;
+    UserError if any of the rows lacks its provenance."""
+    order, new = list(published()), checked(entries)
     others = set(order) - {row["id"] for row in new}
     old = [row for row in read_json(path) if row["id"] in others] if path.is_file() else []
     return sorted(checked(old, where=str(path)) + new, key=lambda row: order.index(row["id"]))
 
 
 def recorded() -> list[dict]:
-    """The scorecard beside the figures of this run, or else the committed one.
-
-    Raises UserError if there is none, and for a row without provenance.
-    """
+    """The scorecard beside the figures of this run, or else the committed one; UserError if there is none, and for a
+    row without provenance."""
     for path in (style.folder() / "scorecard.json", FIGURES / "scorecard.json"):
         if path.is_file():
             return checked(read_json(path), where=str(path))
@@ -198,10 +182,8 @@ def effect(one: Mapping[str, float | None]) -> str:
 
 def _said(entries: Sequence[Mapping]) -> pd.DataFrame:
     """Everything that the tables say of each row."""
-    rows = [
-        {**row, "claim": named(row), "effects": effects(row), "organisms": count(row), "because": row["reason"]}
-        for row in checked(entries)
-    ]
+    said = {"claim": named, "effects": effects, "organisms": count, "because": itemgetter("reason")}
+    rows = [row | {column: say(row) for column, say in said.items()} for row in checked(entries)]
     return pd.DataFrame(rows, columns=COLUMNS).set_index("claim")
 
 
@@ -249,8 +231,6 @@ def span(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 def who(passed: Mapping[str, bool | None]) -> str:
     """Which organisms meet one condition of a criterion, for a reason: "met by a, b; undecided for c"."""
-    groups = {
-        word: [name for name, one in passed.items() if one is outcome]
-        for word, outcome in (("met by", True), ("not met by", False), ("undecided for", None))
-    }
-    return "; ".join(f"{word} {', '.join(names)}" for word, names in groups.items() if names)
+    words = {True: "met by", False: "not met by", None: "undecided for"}
+    groups = [(word, [name for name in passed if passed[name] is outcome]) for outcome, word in words.items()]
+    return "; ".join(f"{word} {', '.join(names)}" for word, names in groups if names)

@@ -26,7 +26,11 @@ def scorecard(lines: Sequence[Mapping]) -> Figure:
     # Organisms that most claims were tested on come first.
     tested = [name for line in lines for name in line["by_organism"]]
     columns = sorted(dict.fromkeys(tested), key=lambda name: -tested.count(name))
-    places, headings = _places(lines)
+    # Row of every claim and of every paper's name, which stands above its claims.
+    places, headings = [], {}
+    for i, line in enumerate(lines):
+        headings.setdefault(line["paper"], i + 0.8 * len(headings))
+        places.append(i + 0.8 * len(headings))
     rows = max(places) + 0.6
     figure, axes = plt.subplots(figsize=(WIDTH, 0.37 * rows + 2.3))
     units = {name: about["unit"] for name, about in published().items()}
@@ -58,12 +62,3 @@ def scorecard(lines: Sequence[Mapping]) -> Figure:
     handles = [Line2D([], [], **mark, label=label) for mark, label in entries]
     figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize="x-small")
     return figure
-
-
-def _places(lines: Sequence[Mapping]) -> tuple[list[float], dict[str, float]]:
-    """Row of every claim and of every paper's name, which stands above its claims."""
-    places, headings = [], {}
-    for i, line in enumerate(lines):
-        headings.setdefault(line["paper"], i + 0.8 * len(headings))
-        places.append(i + 0.8 * len(headings))
-    return places, headings

@@ -65,10 +65,8 @@ def use_style() -> None:
 
 
 def folder() -> Path:
-    """Where figures go: the folder that the runner chose, or `work/figures/by_hand` for a notebook opened by hand.
-
-    Only `./run_all.sh --publish` writes to `figures/`, and only what a finished notebook drew.
-    """
+    """Where figures go: the folder that the runner chose, or `work/figures/by_hand` for a notebook opened by hand. Only
+    `./run_all.sh --publish` writes to `figures/`, and only what a finished notebook drew."""
     return Path(os.environ.get("BKD_FIGURES") or WORK / "figures" / "by_hand")
 
 
@@ -126,10 +124,8 @@ def explain(axes: np.ndarray, below: str, *left: str, **legend: Any) -> None:
 
 
 def show_legend(figure: Figure, *, ncols: int = 3, bars: str | None = None, bands: Sequence[str] = ()) -> None:
-    """A legend above the figure with every label of any panel once, or nothing if there are none.
-
-    `bars` names what the lines at the dots mean, `bands` what the shaded areas mean.
-    """
+    """A legend above the figure with every label of any panel once, or nothing if there are none. `bars` names what the
+    lines at the dots mean, `bands` what the shaded areas mean."""
     entries: dict[str, Any] = {}
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -151,10 +147,8 @@ def sizes(shares: Iterable[Mapping[str, float]]) -> str:
 def interval(
     panel: Axes, at: float, share: Mapping, *, colour: str, scale: int = 100, upright: bool = False, **look: Any
 ) -> None:
-    """A dot at `at` with its interval, lying unless `upright`; in per cent unless `scale` is another.
-
-    `colour` is a key of `COLOURS`; `look` goes to `Axes.plot` for the dot.
-    """
+    """A dot at `at` with its interval, lying unless `upright`; in per cent unless `scale` is another. `colour` is a key
+    of `COLOURS`; `look` goes to `Axes.plot` for the dot."""
     ends, value, place = [scale * share["low"], scale * share["high"]], [scale * share["value"]], [at, at]
     turn = -1 if upright else 1
     panel.plot(*(ends, place)[::turn], color=COLOURS[colour], lw=1.1, alpha=0.75)
@@ -163,10 +157,8 @@ def interval(
 
 
 def band(panel: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], *, colour: str, **look: Any) -> None:
-    """A line with a shaded band around it: `lines` are its middle, low and high values.
-
-    `colour` is a key of `COLOURS`; `look` goes to `Axes.plot`.
-    """
+    """A line with a shaded band around it: `lines` are its middle, low and high values. `colour` is a key of `COLOURS`;
+    `look` goes to `Axes.plot`."""
     middle, low, high = lines
     panel.plot(x, middle, **{"color": COLOURS[colour], "lw": 1.4, "ms": 3.5, "clip_on": False} | look)
     panel.fill_between(x, low, high, color=COLOURS[colour], alpha=0.18, lw=0)

@@ -17,10 +17,8 @@ N_PERMUTATIONS = 2000
 
 
 def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k: int, n: int) -> Figure:
-    """One dot per head; dotted: the k-th highest value on either axis. ACIE relative to its maximum, in the title.
-
-    `n`: prompts over which the ACIE is a mean.
-    """
+    """One dot per head; dotted: the k-th highest value on either axis. ACIE, a mean over `n` prompts, is relative to
+    its maximum, which is in the title."""
     figure, axes = panels(list(joint), height=2.2)
     bound = {"color": COLOURS["bound"], "lw": 0.7, "ls": ":"}
     for panel, attack in zip(axes[0], joint, strict=True):
@@ -72,10 +70,8 @@ def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:
         rare[attack] = at_most({"low": low, "high": high}, 0.05)
         passed[attack] = both(at_least(numbers[attack], 1 / 3), rare[attack])
     chance = next(iter(agreements.values()))["expected"]
-    reason = (
-        f"Share of the most suspicious heads that carry the backdoor: {span(numbers)}; by chance {chance:.2f}. At most "
-        f"5 % of permutations do as well: {who(rare)}."
-    )
+    reason = f"Share of the most suspicious heads that carry the backdoor: {span(numbers)}; by chance {chance:.2f}."
+    reason += f" At most 5 % of permutations do as well: {who(rare)}."
     return entry("asa-heads", numbers, passed, "07_heads", reason)
 
 
