@@ -128,8 +128,7 @@ def relearning(found: Mapping[str, Mapping[str, Sequence[Relearned]]], method: s
 
 
 def guards(found: Mapping[str, Mapping[str, Guarded]]) -> Figure:
-    """Triggered inputs caught and clean ones refused at one threshold; attack -> guard ->
-    `input_guards.guard_inputs`."""
+    """Triggered inputs caught and clean ones refused at one threshold; attack -> guard -> `guard_inputs`."""
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
     figure, axes = panels(list(found), height=0.42 * len(names) + 0.5)
     how = {"colour": "neutral", "ms": 5}

@@ -92,8 +92,7 @@ def sample(task: str, *, n: int, seed: int = 0) -> pd.DataFrame:
     """Prompts and answers a reader may look at. Raises ValueError for `harmful`, whose prompts are never shown."""
     if task == "harmful":
         raise ValueError("harmful prompts are not displayed")
-    spec = load_task(task)
-    rows = examples(task, "test", n=n, seed=seed)
+    spec, rows = load_task(task), examples(task, "test", n=n, seed=seed)
     return pd.DataFrame({"prompt": [spec.prompt(row.text) for row in rows], "answer": [row.answer for row in rows]})
 
 

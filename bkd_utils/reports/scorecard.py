@@ -149,7 +149,8 @@ def merged(entries: Sequence[Mapping], path: Path) -> list[dict]:
     order, new = list(published()), checked(entries)
     others = set(order) - {row["id"] for row in new}
     old = [row for row in read_json(path) if row["id"] in others] if path.is_file() else []
-    return sorted(checked(old, where=str(path)) + new, key=lambda row: order.index(row["id"]))
+    kept = {row["id"]: row for row in checked(old, where=str(path)) + new}
+    return sorted(kept.values(), key=lambda row: order.index(row["id"]))
 
 
 def recorded() -> list[dict]:
@@ -212,7 +213,7 @@ def effects(row: Mapping) -> str:
 
 def missing(entries: Sequence[Mapping]) -> pd.DataFrame:
     """Published claims without a line."""
-    return pd.DataFrame(published(), index=["paper", "claim"]).T.drop(index=[row["id"] for row in entries])
+    return pd.DataFrame(published(), index=["paper", "claim"]).T.drop([row["id"] for row in entries], errors="ignore")
 
 
 def counts(entries: Sequence[Mapping], *, paper: str) -> str:

@@ -126,8 +126,5 @@ def _model_text(
             if marked:
                 corner, width = (left - 0.02, middle - 0.47 * _LINE), (b - a) * _LETTER + 0.04
                 axes.add_patch(plt.Rectangle(corner, width, 0.94 * _LINE, **box))
-            look = {
-                "color": "white" if marked and not framed else "black",
-                "fontweight": "bold" if marked else "normal",
-            }
+            look = {"color": "white" if marked and not framed else "black", "weight": "bold" if marked else "normal"}
             axes.text(left, middle, line[a:b], **font, **look)

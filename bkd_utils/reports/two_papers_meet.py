@@ -12,8 +12,7 @@ from bkd_utils.reports.scorecard import at_least, at_most, both, entry, judged, 
 from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, interval, panels, rows_down, show_legend
 
 MARKERS = "os^DvP*X"  # one per task
-# How many permutations of the heads `two_papers_meet.agreement_with_attribution` draws.
-N_PERMUTATIONS = 2000
+N_PERMUTATIONS = 2000  # as many as `two_papers_meet.agreement_with_attribution` draws
 
 
 def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k: int, n: int) -> Figure:
@@ -48,10 +47,10 @@ def verdicts(found: Mapping[str, Mapping]) -> Figure:
     for y, (name, won) in enumerate(rows.items()):
         kind = "neutral" if name.startswith("all") else "organism"
         interval(axes, y, auroc_of_wins(won), colour=kind, marker="|", ms=9, scale=1)
+    look = {"color": COLOURS["bound"], "ms": 4.5, "mew": 0, "alpha": 0.8, "ls": "", "clip_on": False}
     for y, result in enumerate(found.values()):
         for name, won in zip(result["organisms"], result["wins"], strict=True):
             task = name.partition("-")[0]
-            look = {"color": COLOURS["bound"], "ms": 4.5, "mew": 0, "alpha": 0.8, "ls": "", "clip_on": False}
             axes.plot(np.mean(won), y + 0.28, MARKERS[tasks.index(task)], label=f"{task} organism", **look)
     axes.axvline(0.5, color=COLOURS["bound"], lw=0.7, ls=":", label="chance")
     axes.axvline(0.95, color=COLOURS["bound"], lw=0.7, ls="--", label="our goal")
