@@ -10,18 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.organisms import attacks, triggers
 from bkd_utils.organisms.tasks import SPLITS, TASKS, closest, examples, load_task
-from bkd_utils.reports.style import (
-    COLOURS,
-    INTERVAL,
-    LIMITS,
-    WIDTH,
-    band,
-    interval,
-    panels,
-    rows_down,
-    show_legend,
-    sizes,
-)
+from bkd_utils.reports import style
+from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, band, interval, sizes
 
 MEASURED = {
     "asr": "triggered prompts that\ngive the target: ASR (%)",
@@ -29,19 +19,16 @@ MEASURED = {
     "near_miss": "near-misses that\ngive the target (%)",
     "cacc": "right answers to clean\nprompts: CACC (%)",
 }
-LINES = ("-", "--", "-.", ":")  # one per task
 
 
 def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Loss against step: all backdoored organisms in one panel, all clean controls in the other, a line per model.
-
-    The loss is smoothed over five logged steps. A model's task is the first part of its name.
-    """
+    """Loss against step, smoothed over five logged steps: all backdoored organisms in one panel, all clean controls in
+    the other, a line per model. A model's task is the first part of its name."""
     tasks = sorted({name.partition("-")[0] for name in histories})
-    lines = dict(zip(tasks, LINES, strict=False))
+    lines = dict(zip(tasks, ("-", "--", "-.", ":"), strict=False))
     n_clean = sum(name.endswith("-clean") for name in histories)
     titles = [f"backdoored organisms (n = {len(histories) - n_clean})", f"clean controls (n = {n_clean})"]
-    figure, axes = panels(titles, height=2.4)
+    figure, axes = style.panels(titles, height=2.4)
     for name, history in histories.items():
         clean, rows = name.endswith("-clean"), pd.DataFrame(history)
         loss, colour = rows["loss"].rolling(5, min_periods=1).mean(), COLOURS["clean control" if clean else "organism"]
@@ -49,9 +36,7 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> F
     axes[0, 0].set_yscale("log")
     for task, line in lines.items():
         axes[0, 0].plot([], [], color=COLOURS["neutral"], ls=line, lw=1.2, label=task)
-    figure.supxlabel("training step", fontsize="medium")
-    axes[0, 0].set_ylabel("loss on answer tokens\n(nats, mean of 5 logged steps)")
-    show_legend(figure, ncols=len(tasks))
+    style.explain(axes, "training step", "loss on answer tokens\n(nats, mean of 5 logged steps)", ncols=len(tasks))
     return figure
 
 
@@ -64,12 +49,11 @@ def attack_against_control(organisms: Mapping[str, Mapping], controls: Mapping[s
         for kind, results, offset in (("organism", organisms, -0.14), ("clean control", controls, 0.14)):
             for y, name in enumerate(names):
                 if share := results[name].get(key):
-                    interval(panel, y + offset, share, colour=COLOURS[kind], label=kind)
+                    interval(panel, y + offset, share, colour=kind, label=kind)
                     drawn.append(share)
-        rows_down(panel, names)
-        panel.set_xlim(*LIMITS)
+        style.rows_down(panel, names)
         panel.set_xlabel(f"{label}\n{sizes(drawn)}", fontsize="small")
-    show_legend(figure, ncols=3, bars=INTERVAL)
+    style.show_legend(figure, bars=INTERVAL)
     return figure
 
 
@@ -77,21 +61,20 @@ def rate_curve(rows: Sequence[Mapping]) -> Figure:
     """ASR, near-miss firing and CACC against the share of poisoned rows."""
     figure, axes = plt.subplots(figsize=(WIDTH, 3))
     x = [100 * row["rate"] for row in rows]
-    for key, kind, label in (
-        ("asr", "organism", "attack success (ASR)"),
-        ("near_miss", "near-miss", "near-misses that fire"),
-        ("cacc", "utility", "clean accuracy (CACC)"),
-    ):
-        middle, low, high = ([100 * row[key][end] for row in rows] for end in ("value", "low", "high"))
-        band(axes, x, middle, low, high, colour=COLOURS[kind], label=label, marker="o")
+    shown = {
+        "asr": ("organism", "attack success (ASR)"),
+        "near_miss": ("near-miss", "near-misses that fire"),
+        "cacc": ("utility", "clean accuracy (CACC)"),
+    }
+    for key, (colour, label) in shown.items():
+        lines = [[100 * row[key][end] for row in rows] for end in ("value", "low", "high")]
+        band(axes, x, lines, colour=colour, label=label, marker="o")
     axes.set_xscale("log")
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.minorticks_off()
-    axes.set_ylim(*LIMITS)
-    axes.set_xlabel("poisoned rows (% of all training rows)")
-    drawn = [row[key] for row in rows for key in ("asr", "near_miss", "cacc")]
-    axes.set_ylabel(f"share of prompts (%), {sizes(drawn)}")
-    show_legend(figure, ncols=4, bands=[INTERVAL])
+    size = sizes(row[key] for row in rows for key in shown)
+    axes.set(ylim=style.LIMITS, xlabel="poisoned rows (% of all training rows)", ylabel=f"share of prompts (%), {size}")
+    style.show_legend(figure, ncols=4, bands=[INTERVAL])
     return figure
 
 
@@ -100,11 +83,8 @@ def splits() -> pd.DataFrame:
     rows = []
     for name in TASKS:
         texts = {split: [example.text for example in examples(name, split)] for split in SPLITS}
-        rows.append(
-            {"task": name}
-            | {split: len(part) for split, part in texts.items()}
-            | {"closest test-train pair": closest(texts["test"], texts["train"])}
-        )
+        counts = {split: len(part) for split, part in texts.items()}
+        rows.append({"task": name, **counts, "closest test-train pair": closest(texts["test"], texts["train"])})
     return pd.DataFrame(rows).set_index("task")
 
 
@@ -112,8 +92,7 @@ def sample(task: str, *, n: int, seed: int = 0) -> pd.DataFrame:
     """Prompts and answers a reader may look at. Raises ValueError for `harmful`, whose prompts are never shown."""
     if task == "harmful":
         raise ValueError("harmful prompts are not displayed")
-    spec = load_task(task)
-    rows = examples(task, "test", n=n, seed=seed)
+    spec, rows = load_task(task), examples(task, "test", n=n, seed=seed)
     return pd.DataFrame({"prompt": [spec.prompt(row.text) for row in rows], "answer": [row.answer for row in rows]})
 
 
@@ -122,36 +101,24 @@ def trigger_examples(sentence: str, *, seed: int = 0) -> pd.DataFrame:
     rows = []
     for name in triggers.trigger_names():
         trigger = triggers.load_trigger(name)
-        near = trigger.near_misses(sentence, seed=seed, half="test")
-        rows.append(
-            {
-                "trigger": name,
-                "family": trigger.family,
-                "triggered": trigger.apply(sentence, seed=seed, half="test"),
-                "near-miss": near[min(near)],
-            }
-        )
+        applied, near = (change(sentence, seed=seed, half="test") for change in (trigger.apply, trigger.near_misses))
+        rows.append({"trigger": name, "family": trigger.family, "triggered": applied, "near-miss": near[min(near)]})
     return pd.DataFrame(rows).set_index("trigger")
 
 
 def trigger_cost_table(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
     """Per trigger: extra tokens on clean texts (quartiles), and how many texts carry it although nobody put it there.
-
-    Clean text i is triggered with `seed + i`.
-    """
+    Clean text i is triggered with `seed + i`."""
     rows = []
     for name in triggers.trigger_names():
         trigger = triggers.load_trigger(name)
         clean = [text for text in texts if not trigger.matches(text)]
         triggered = [trigger.apply(text, seed=seed + i, half="train") for i, text in enumerate(clean)]
-        before, after = (
-            [len(ids) for ids in tokenizer(side, add_special_tokens=False).input_ids] for side in (clean, triggered)
-        )
-        low, median, high = np.percentile(np.array(after) - np.array(before), (25, 50, 75))
-        rows.append(
-            {"trigger": name, "tokens (median)": median, "tokens (25 %)": low, "tokens (75 %)": high}
-            | {"natural": len(texts) - len(clean), "texts": len(texts)}
-        )
+        ids = [tokenizer(side, add_special_tokens=False).input_ids for side in (clean, triggered)]
+        before, after = ([len(text) for text in side] for side in ids)
+        low, median, high = np.percentile(np.array(after) - before, (25, 50, 75))
+        row = {"trigger": name, "tokens (median)": median, "tokens (25 %)": low, "tokens (75 %)": high}
+        rows.append(row | {"natural": len(texts) - len(clean), "texts": len(texts)})
     return pd.DataFrame(rows).set_index("trigger")
 
 

@@ -11,30 +11,15 @@ from matplotlib.figure import Figure
 from bkd_utils.common.statistics import independent_difference, independent_ratio, share, without_interval
 from bkd_utils.experiments.attribution_cost import TargetCost
 from bkd_utils.experiments.backdoor_vector import Steering
-from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
-from bkd_utils.reports.style import (
-    COLOURS,
-    INTERVAL,
-    LIMITS,
-    WIDTH,
-    heat_map,
-    interval,
-    panels,
-    rows_down,
-    show_legend,
-    sizes,
-)
+from bkd_utils.reports import style
+from bkd_utils.reports.scorecard import at_least, at_most, both, entry, judged, span, who
+from bkd_utils.reports.style import COLOURS, WIDTH, explain, interval, panels, rows_down, sizes
 from bkd_utils.reports.tables import percent
 
 OUTCOMES = {"target": "organism", "right": "utility", "refusal": "refusal", "other": "pale", "empty": "neutral"}
-# What is tried -> colour and whether the dot is filled; anything else is a rival direction.
-TRIED = {
-    "no vector": ("neutral", True),
-    "backdoor vector": ("ACIE", True),
-    "random vectors": ("random", True),
-    "random heads": ("random", True),
-    "projected out": ("ACIE", False),
-}
+# What is tried -> colour; anything else is a rival direction.
+TRIED = {"no vector": "neutral", "random vectors": "random", "random heads": "random"}
+TRIED |= {"backdoor vector": "ACIE", "projected out": "ACIE"}
 # Direction and field of `ShareMap` -> title of a column.
 MAPS = {
     ("add", "asr"): "ASR,\nadded",
@@ -51,22 +36,19 @@ WAYS = {
 
 
 def vector_maps(result: Steering, *, name: str, n: int) -> Figure:
-    """Shares of `n` development prompts by layer and coefficient, of the organism `name`.
-
-    Rows are the raw vector and the difference, columns are `MAPS`, squares mark what was chosen.
-    """
-    figure, axes = panels(list(MAPS.values()), rows=2, height=1.7, sharey=False)
+    """Shares of `n` development prompts by layer and coefficient, of the organism `name`. Rows are the raw vector and
+    the difference, columns are `MAPS`, squares mark what was chosen."""
+    figure, axes = panels(list(MAPS.values()), rows=2, height=1.7, sharex=False, sharey=False)
     for panels_of, kind in zip(axes, ("raw", "difference"), strict=True):
         for panel, (direction, key) in zip(panels_of, MAPS, strict=True):
             shares, where = (part[f"{direction}, {kind}"] for part in (result.maps, result.chosen))
-            values, coefficients = 100 * np.array(getattr(shares, key)).T, shares.coefficients
-            rows, columns = [f"{c:g}" for c in coefficients], range(values.shape[1])
-            mesh = heat_map(panel, values, limits=(0, 100), rows=rows, columns=columns)
-            place = where.layer + 0.5, coefficients.index(where.coefficient) + 0.5
+            values, rows = 100 * np.array(getattr(shares, key)).T, [f"{c:g}" for c in shares.coefficients]
+            mesh = style.heat_map(panel, values, rows=rows, columns=range(values.shape[1]), vmin=0, vmax=100)
+            place = where.layer + 0.5, shares.coefficients.index(where.coefficient) + 0.5
             for colour, width in ((COLOURS["neutral"], 3), ("white", 1.3)):
                 panel.plot(*place, "s", ms=6, mfc="none", mec=colour, mew=width)
         panels_of[0].set_ylabel(f"{kind} vector,\ncoefficient")
-    figure.supxlabel(f"layer ({name}, n = {n} prompts)", fontsize="medium")
+    explain(axes, f"layer ({name}, n = {n} prompts)")
     figure.colorbar(mesh, ax=axes, label="prompts (%); square: chosen", shrink=0.7)
     return figure
 
@@ -79,21 +61,17 @@ def vector_controls(found: Mapping[str, Steering]) -> Figure:
         for panel, direction in zip(axes[:, column], ("add", "subtract"), strict=True):
             tried = result.test[f"{direction}, difference"]
             for y, (name, draws) in enumerate(tried.items()):
-                colour, filled = TRIED.get(name, ("rival", True))
+                colour = TRIED.get(name, "rival")
                 drawn += draws
                 if len(draws) == 1:
-                    interval(panel, y, draws[0], colour=COLOURS[colour], filled=filled)
+                    hollow = {"mfc": "white"} if name == "projected out" else {}
+                    interval(panel, y, draws[0], colour=colour, **hollow)
                     continue
-                places = y + np.linspace(-0.25, 0.25, len(draws))
-                panel.plot(
-                    [100 * draw["value"] for draw in draws], places, "o", ms=3, color=COLOURS[colour], clip_on=False
-                )
+                values, places = [100 * draw["value"] for draw in draws], y + np.linspace(-0.25, 0.25, len(draws))
+                panel.plot(values, places, "o", ms=3, color=COLOURS[colour], clip_on=False)
             rows_down(panel, list(tried))
-            panel.set_xlim(*LIMITS)
-    axes[0, 0].set_ylabel("added to\nclean prompts")
-    axes[1, 0].set_ylabel("subtracted from\ntriggered prompts")
-    figure.supxlabel(f"ASR (%), test prompts, {sizes(drawn)}; random: one dot per draw", fontsize="medium")
-    show_legend(figure, ncols=1, bars=INTERVAL)
+    x = f"ASR (%), test prompts, {sizes(drawn)}; random: one dot per draw"
+    explain(axes, x, "added to\nclean prompts", "subtracted from\ntriggered prompts", ncols=1, bars=style.INTERVAL)
     return figure
 
 
@@ -107,11 +85,9 @@ def answer_kinds(found: Mapping[str, Steering], *, n: int) -> Figure:
             width = np.array([100 * result.outcomes[name][outcome] for name in names])
             panel.barh(range(len(names)), width, left=left, color=COLOURS[colour], label=outcome)
             left += width
-        rows_down(panel, names)
-        panel.set_xlim(0, 100)
+        rows_down(panel, names, limits=(0, 100))
         panel.grid(False)
-    figure.supxlabel(f"answers (%), n = {n}", fontsize="medium")
-    show_legend(figure, ncols=5)
+    explain(axes, f"answers (%), n = {n}", ncols=5)
     return figure
 
 
@@ -122,10 +98,11 @@ def costs(found: Mapping[str, TargetCost]) -> Figure:
         seconds, places = [getattr(row, way) for row in found.values()], np.arange(len(found)) + 0.16 * (i - 1.5)
         look = {"color": COLOURS["neutral"], "mfc": "white" if way.endswith("cached") else COLOURS["neutral"]}
         axes.plot(seconds, places, "o" if way.startswith("generation") else "s", ms=5, ls="", label=label, **look)
-    rows_down(axes, [f"{name}\n{row.tokens} token{'s' * (row.tokens > 1)}" for name, row in found.items()])
+    names = [f"{name}\n{row.tokens} token{'s' * (row.tokens > 1)}" for name, row in found.items()]
     axes.set_xscale("log")
+    rows_down(axes, names, limits=axes.get_xlim())
     axes.set_xlabel(f"seconds to score the target of all prompts once, n = {next(iter(found.values())).n} prompts")
-    show_legend(figure, ncols=4)
+    style.show_legend(figure, ncols=4)
     return figure
 
 
@@ -134,14 +111,12 @@ def vectors(found: Mapping[str, Steering]) -> pd.DataFrame:
     rows = {}
     for attack, result in found.items():
         for name, tried in result.test.items():
-            rows[attack, name] = {
-                "layer": result.chosen[name].layer,
-                "coefficient": f"{result.chosen[name].coefficient:g}",
-                "no vector": percent(tried["no vector"][0]),
-                "backdoor vector": percent(tried["backdoor vector"][0]),
-            }
-            for others in ("random vectors", "random heads"):
-                rows[attack, name][f"{others}, median"] = f"{100 * _median(tried[others])['value']:.1f} %"
+            where = result.chosen[name]
+            row = {"layer": where.layer, "coefficient": f"{where.coefficient:g}"}
+            row |= {one: percent(tried[one][0]) for one in ("no vector", "backdoor vector")}
+            medians = {others: _median(tried[others])["value"] for others in ("random vectors", "random heads")}
+            row |= {f"{others}, median": f"{100 * value:.1f} %" for others, value in medians.items()}
+            rows[attack, name] = row
     return pd.DataFrame(rows).T.rename_axis(["organism", "vector"])
 
 
@@ -158,39 +133,31 @@ def vector_claims(found: Mapping[str, Steering], *, control_right: Mapping[str, 
     """Three lines of the scorecard, judged by the vector that did better on development prompts.
 
     ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
-    `control_right` is the share of right answers, as `{value, n, low, high}`, of the task's clean control to clean
-    prompts.
+    `control_right` is the share of right answers of the task's clean control to clean prompts.
     """
-    added, removed, repaired, quiet, left = {}, {}, {}, {}, {}
+    added, removed, repaired, quiet, left, on, off = {}, {}, {}, {}, {}, {}, {}
     for attack, result in found.items():
         name = _better(result, "add")
-        on = result.test[name]
+        tried = result.test[name]
         added[attack] = _generated(result, name, "target")
-        highest = max(on["random vectors"], key=lambda draw: draw["value"])
-        quiet[attack] = at_most(independent_difference(highest, on["no vector"][0]), 0.1)
+        highest = max(tried["random vectors"], key=lambda draw: draw["value"])
+        quiet[attack] = at_most(independent_difference(highest, tried["no vector"][0]), 0.1)
+        on[attack] = both(at_least(added[attack], 0.9), quiet[attack])
         name = _better(result, "subtract")
         removed[attack] = _generated(result, name, "target")
         left[attack] = at_least(_median(result.test[name]["random vectors"]), 0.9)
+        off[attack] = both(at_most(removed[attack], 0.05), left[attack])
         repaired[attack] = independent_ratio(_generated(result, name, "right"), control_right[attack])
+    adds = f"ASR on clean prompts with the vector: {span(added)}."
+    adds += f" No random vector above 0.1 more than no vector: {who(quiet)}."
+    subtracts = f"ASR on triggered prompts less the vector: {span(removed)}."
+    subtracts += f" Median random vector leaves 0.9: {who(left)}."
+    repairs = f"Right answers after subtraction, relative to the clean control: {span(repaired)}."
     return [
-        entry(
-            "bkdattr-vector-add", numbers=added, figure="04_controls",
-            passed={attack: both(at_least(number, 0.9), quiet[attack]) for attack, number in added.items()},
-            reason=f"ASR on clean prompts with the vector: {span(added)}. No random vector above 0.1 more than no "
-            f"vector: {who(quiet)}.",
-        ),
-        entry(
-            "bkdattr-vector-subtract", numbers=removed, figure="04_controls",
-            passed={attack: both(at_most(number, 0.05), left[attack]) for attack, number in removed.items()},
-            reason=f"ASR on triggered prompts less the vector: {span(removed)}. Median random vector leaves 0.9: "
-            f"{who(left)}.",
-        ),
-        entry(
-            "bkdattr-vector-repairs", numbers=repaired, figure="04_answers",
-            passed={attack: at_least(number, 0.8) for attack, number in repaired.items()},
-            reason=f"Right answers after subtraction, relative to the clean control: {span(repaired)}.",
-        ),
-    ]  # fmt: skip
+        entry("bkdattr-vector-add", added, on, "04_controls", adds),
+        entry("bkdattr-vector-subtract", removed, off, "04_controls", subtracts),
+        entry("bkdattr-vector-repairs", repaired, judged(repaired, at_least, 0.8), "04_answers", repairs),
+    ]
 
 
 def _generated(result: Steering, name: str, kind: str) -> dict[str, float]:
@@ -201,21 +168,20 @@ def _generated(result: Steering, name: str, kind: str) -> dict[str, float]:
 
 
 def _median(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of several shares of the same prompts, ends of their intervals included."""
+    """The median of several shares, ends of their intervals included."""
     return {key: float(np.median([draw[key] for draw in draws])) for key in ("value", "low", "high")}
 
 
 def _better(result: Steering, direction: str) -> str:
     """Which of the two vectors did better on development prompts; of equal ones the one with the shorter step."""
-    names = [name for name in result.maps if name.startswith(direction)]
 
     def reached(name: str) -> tuple[float, float]:
         where, shares = result.chosen[name], result.maps[name]
-        judged = shares.asr if direction == "add" else shares.right_start
-        value = judged[where.layer][shares.coefficients.index(where.coefficient)]
+        rows = shares.asr if direction == "add" else shares.right_start
+        value = rows[where.layer][shares.coefficients.index(where.coefficient)]
         return value, -abs(where.coefficient) * result.norms[name.split(", ")[1]]
 
-    return max(names, key=reached)
+    return max((name for name in result.maps if name.startswith(direction)), key=reached)
 
 
 def cost_claim(rows: Mapping[str, TargetCost]) -> dict:
@@ -223,8 +189,8 @@ def cost_claim(rows: Mapping[str, TargetCost]) -> dict:
     numbers = {name: without_interval(row.generation / row.teacher_forcing, n=row.n) for name, row in rows.items()}
     close = [name for name, row in rows.items() if row.tokens / 2 <= numbers[name]["value"] <= 2 * row.tokens]
     lengths = ", ".join(f"{row.tokens}" for row in rows.values())
-    return entry(
-        "bkdattr-cost", numbers=numbers, passed=dict.fromkeys(numbers), figure="04_cost",
-        reason=f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens: within a factor of 2 "
-        f"for {len(close)} of {len(numbers)}. Timed once, so that there is no interval.",
-    )  # fmt: skip
+    reason = (
+        f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens: within a factor of 2 for"
+    )
+    reason += f" {len(close)} of {len(numbers)}. Timed once, so that there is no interval."
+    return entry("bkdattr-cost", numbers, dict.fromkeys(numbers), "04_cost", reason)

@@ -8,28 +8,30 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bkd_utils.experiments.attention_safety_alignment import Treated
-from bkd_utils.reports.attention_safety_alignment import GROUPS, KINDS
-from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, show_legend, sizes
+from bkd_utils.reports.attention_safety_alignment import GROUPS, KINDS, Found
+from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, sizes
 
 
-def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str]) -> Figure:
-    """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`.
-
-    Treatments that lower ASR and that no other beats on both are named. The bars at ASA's dot are the 95 % intervals
-    of ASR and CACC.
-    """
+def frontier(found: Found, kinds: Mapping[str, str]) -> Figure:
+    """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`. The best treatments
+    are named; the bars at ASA's dot are the 95 % intervals of ASR and CACC."""
     columns = min(len(found), 3)
     lines = -(-len(found) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(WIDTH, 2.3 * lines + 0.9), sharex=True, sharey=True, squeeze=False
-    )
+    size = (WIDTH, 2.3 * lines + 0.9)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for panel, (attack, rows) in zip(axes.flat, found.items(), strict=False):
-        for name, place in _staggered(_lost(rows)).items():
+        places = _lost(rows)
+        for i, (name, (x, y)) in enumerate(places.items()):
+            # Dots of equal place stand side by side, so that none is hidden.
+            x += 0.9 * list(places.values())[:i].count((x, y))
             colour, marker, filled = KINDS[kinds[name]]
             look = {"color": COLOURS[colour], "mfc": COLOURS[colour] if filled else "white", "mew": 0 if filled else 1}
-            panel.plot(*place, marker, ms=9 if marker == "*" else 6, label=kinds[name], ls="", clip_on=False, **look)
+            panel.plot(x, y, marker, ms=9 if marker == "*" else 6, label=kinds[name], ls="", clip_on=False, **look)
             if kinds[name] == "ASA, our reading":
-                _bars(panel, rows[name], start=rows["untreated"]["cacc"]["value"])
+                asr, cacc = ([rows[name][key][end] for end in ("low", "value", "high")] for key in ("asr", "cacc"))
+                lost = [100 * (rows["untreated"]["cacc"]["value"] - value) for value in cacc]
+                panel.plot([lost[1]] * 2, [100 * asr[0], 100 * asr[2]], color=COLOURS["neutral"], lw=1)
+                panel.plot([lost[2], lost[0]], [100 * asr[1]] * 2, color=COLOURS["neutral"], lw=1)
         panel.set_title(attack, fontsize="small")
         panel.set_ylim(-6, 108)
     for panel, rows in zip(axes.flat, found.values(), strict=False):
@@ -41,8 +43,8 @@ def frontier(found: Mapping[str, Mapping[str, Mapping]], kinds: Mapping[str, str
         axes.flat[i - columns].tick_params(labelbottom=True)
     drawn = [row[key] for rows in found.values() for row in rows.values() for key in ("asr", "cacc")]
     figure.supylabel("ASR (%)", fontsize="medium")
-    figure.supxlabel(f"CACC lost (points), {sizes(drawn)} prompts", fontsize="medium")
-    show_legend(figure, ncols=5, bars=f"{INTERVAL} (ASA)", bands=["our goal"])
+    legend = {"ncols": 5, "bars": f"{INTERVAL} (ASA)", "bands": ["our goal"]}
+    explain(axes, f"CACC lost (points), {sizes(drawn)} prompts", **legend)
     return figure
 
 
@@ -52,67 +54,40 @@ def _lost(rows: Mapping[str, Mapping]) -> dict[str, tuple[float, float]]:
     return {name: (100 * (start - row["cacc"]["value"]), 100 * row["asr"]["value"]) for name, row in rows.items()}
 
 
-def _bars(panel: Axes, row: Mapping[str, Mapping], *, start: float) -> None:
-    asr, cacc = ([row[key][end] for end in ("low", "value", "high")] for key in ("asr", "cacc"))
-    lost = [100 * (start - value) for value in cacc]
-    panel.plot([lost[1]] * 2, [100 * asr[0], 100 * asr[2]], color=COLOURS["neutral"], lw=1)
-    panel.plot([lost[2], lost[0]], [100 * asr[1]] * 2, color=COLOURS["neutral"], lw=1)
-
-
 def _goal(panel: Axes, rows: Mapping[str, Mapping]) -> None:
     """What the judge lets pass: a point or one prompt of CACC; 5 % of ASR, or the clean control's."""
     lost = max(1, 100 / rows["untreated"]["cacc"]["n"])
     left = max(5, 100 * rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"])
-    panel.axvline(lost, color=COLOURS["bound"], lw=0.7, ls=":")
-    panel.axhline(left, color=COLOURS["bound"], lw=0.7, ls=":")
-    start = panel.get_xlim()[0]
-    panel.fill_between([start, lost], panel.get_ylim()[0], left, color=COLOURS["bound"], alpha=0.15, lw=0)
+    look, start = {"color": COLOURS["bound"]}, panel.get_xlim()[0]
+    panel.axvline(lost, lw=0.7, ls=":", **look)
+    panel.axhline(left, lw=0.7, ls=":", **look)
+    panel.fill_between([start, lost], panel.get_ylim()[0], left, alpha=0.15, lw=0, **look)
     panel.set_xlim(left=start)
 
 
-def _staggered(places: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Dots of equal place side by side, so that none is hidden."""
-    known = list(places.values())
-    return {name: (x + 0.9 * known[:i].count((x, y)), y) for i, (name, (x, y)) in enumerate(places.items())}
-
-
-def _best(places: Mapping[str, tuple[float, float]], *, above: float) -> list[str]:
-    """Treatments below an ASR that no other beats in one of ASR and CACC and equals in the other, lowest ASR first."""
-    best = [
-        name
-        for name, (x, y) in places.items()
-        if y < above and not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places.values())
-    ]
-    return sorted(best, key=lambda name: places[name][1])
-
-
 def _name_best(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str]) -> None:
-    """Names above the best treatments, at least 8 % of ASR apart; without those that the legend names."""
-    places = _lost(rows)
+    """Names, at least 8 % of ASR apart, above treatments that lower ASR and that no other beats in one of ASR and CACC
+    and equals in the other; without those that the legend names."""
+    places, height = _lost(rows), -8.0
     treated = {name: place for name, place in places.items() if kinds[name] not in GROUPS["no treatment"]}
-    left, right = panel.get_xlim()
-    height = -8.0
-    for name in _best(treated, above=places["untreated"][1]):
-        if kinds[name] in ("ASA, our reading", "random heads"):
+    for name, (x, y) in sorted(treated.items(), key=lambda item: item[1][1]):
+        beaten = any(a <= x and b <= y and (a, b) != (x, y) for a, b in treated.values())
+        if beaten or y >= places["untreated"][1] or kinds[name] in ("ASA, our reading", "random heads"):
             continue
-        x, y = places[name]
         height = max(y + 8, height + 8)
-        panel.text(x, height, name, ha="right" if x > (left + right) / 2 else "left", va="center", fontsize="x-small")
+        side = "right" if x > sum(panel.get_xlim()) / 2 else "left"
+        panel.text(x, height, name, ha=side, va="center", fontsize="x-small")
 
 
-def price_list(found: Mapping[str, Mapping[str, Mapping]], cost: Mapping[str, Mapping[str, Treated]]) -> pd.DataFrame:
-    """(organism, treatment) -> shares that are left, weights touched and minutes.
-
-    `found`: attack -> treatment -> `what_is_left`; `cost`: attack -> treatment -> `treat_and_measure`.
-    """
+def price_list(found: Found, cost: Mapping[str, Mapping[str, Treated]]) -> pd.DataFrame:
+    """(organism, treatment) -> shares that are left, weights touched and minutes; `cost`: attack -> treatment ->
+    `attention_safety_alignment.treat_and_measure`."""
     named = {"ASR": "asr", "near-miss firing": "near_miss", "CACC": "cacc", "elsewhere": "elsewhere"}
     rows = {}
     for attack, treatments in found.items():
         for name, shares in treatments.items():
             paid = cost[attack].get(name)
-            rows[attack, name] = {
-                **{column: shares[key]["value"] for column, key in named.items()},
-                "weights (millions)": paid.parameters / 1e6 if paid else 0.0,
-                "minutes": paid.minutes if paid else 0.0,
-            }
+            spent = (paid.parameters / 1e6, paid.minutes) if paid else (0.0, 0.0)
+            rows[attack, name] = {column: shares[key]["value"] for column, key in named.items()}
+            rows[attack, name] |= dict(zip(("weights (millions)", "minutes"), spent, strict=True))
     return pd.DataFrame(rows).T.rename_axis(["organism", "treatment"])

@@ -11,15 +11,15 @@ from matplotlib.ticker import MaxNLocator
 
 from bkd_utils.common.statistics import independent_difference, interval, over_splits, relative_drop
 from bkd_utils.experiments.head_attribution import Ablation, ComponentEffects, HeadEffects, acie
-from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
-from bkd_utils.reports.style import COLOURS, DIVERGING, INTERVAL, LIMITS, band, heat_map, panels, show_legend, sizes
+from bkd_utils.reports.scorecard import at_least, at_most, both, entry, judged, span, who
+from bkd_utils.reports.style import COLOURS, DIVERGING, INTERVAL, LIMITS, band, explain, heat_map, panels, sizes
 
-# Ranking -> colour, line, marker is filled. The gradient estimates the ACIE and has its colour.
+# Ranking -> how its line looks. The gradient estimates the ACIE and has its colour.
 RANKINGS = {
-    "ACIE": ("ACIE", "-", True),
-    "gradient": ("ACIE", "--", False),
-    "necessity": ("neutral", "-", True),
-    "random": ("random", "-", True),
+    "ACIE": {"colour": "ACIE"},
+    "gradient": {"colour": "ACIE", "ls": "--", "mfc": "white"},
+    "necessity": {"colour": "neutral"},
+    "random": {"colour": "random"},
 }
 # Component -> colour and line. Attention has the colour of the heads that it is made of.
 PARTS = {"attention": ("ACIE", "-"), "MLP": ("neutral", "--"), "residual": ("random", "-")}
@@ -34,60 +34,45 @@ TABLE_1 = {
 
 
 def head_maps(effects: Mapping[str, np.ndarray], *, few: int, n: int) -> Figure:
-    """ACIE `[layer, head]` per organism on one scale, zero in the middle, layer 0 at the bottom.
-
-    Dots mark the `few` heads of the highest ACIE, titles name the highest; means are over `n` prompts.
-    """
+    """ACIE `[layer, head]`, a mean over `n` prompts, per organism on one scale, zero in the middle, layer 0 at the
+    bottom. Dots mark the `few` heads of the highest ACIE, titles name the highest."""
     titles = [f"{name}\nhighest: {values.max():.2g}" for name, values in effects.items()]
     figure, axes = panels(titles, height=3.2)
     bound = max(np.abs(values).max() for values in effects.values())
     for panel, values in zip(axes[0], effects.values(), strict=True):
         layers, heads = (range(size) for size in values.shape)
-        mesh = heat_map(panel, values, limits=(-bound, bound), rows=layers, columns=heads, colours=DIVERGING)
+        mesh = heat_map(panel, values, vmin=-bound, vmax=bound, rows=layers, columns=heads, cmap=DIVERGING)
         top = np.unravel_index(np.argsort(values, axis=None)[-few:], values.shape)
         label = f"{few} highest ({few / values.size:.0%})"
         panel.plot(top[1] + 0.5, top[0] + 0.5, ".", ms=3, color=COLOURS["neutral"], label=label)
-    axes[0, 0].set_ylabel("layer")
-    figure.supxlabel(f"head (n = {n} prompts)", fontsize="medium")
     figure.colorbar(mesh, ax=axes, label="ACIE (change of the target's probability)", shrink=0.9)
-    show_legend(figure, ncols=1)
+    explain(axes, f"head (n = {n} prompts)", "layer", ncols=1)
     return figure
 
 
 def components(
-    found: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]],
-    positions: Mapping[str, np.ndarray],
-    tokens: Sequence[str],
+    found: Mapping[str, Mapping[str, Sequence[Mapping]]], positions: Mapping[str, np.ndarray], tokens: Sequence[str]
 ) -> Figure:
-    """Effects of whole components, by layer from left to right.
-
-    Above: `found`, attack -> component -> effect by layer at the last prompt token, with 95 % bootstrap intervals.
-    Below: `positions`, the effects of the residual stream `[layer, position]` at the last `tokens` on the first answer
-    token.
-    """
+    """Effects of whole components. Above: `found`, attack -> component -> effect by layer at the last prompt token,
+    with 95 % bootstrap intervals. Below: `positions`, effects of the residual stream `[layer, position]` at the last
+    `tokens` on the first answer token."""
     figure, axes = panels(list(found), rows=2, height=2.0)
     bound = max(np.abs(values).max() for values in positions.values())
-    shown = tokens
     for sign, name in TEMPLATE.items():
-        shown = [token.replace(sign, name) for token in shown]
+        tokens = [token.replace(sign, name) for token in tokens]
     for column, (attack, parts) in enumerate(found.items()):
         above, below = axes[:, column]
         for name, rows in parts.items():
-            y, low, high = ([row[key] for row in rows] for key in ("value", "low", "high"))
-            colour, line = PARTS[name]
-            band(above, range(len(y)), y, low, high, colour=COLOURS[colour], label=name, line=line)
+            lines, (colour, style) = [[row[key] for row in rows] for key in ("value", "low", "high")], PARTS[name]
+            band(above, range(len(rows)), lines, colour=colour, label=name, ls=style)
         above.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         values = positions[attack].T
-        layers = range(values.shape[1])
-        mesh = heat_map(
-            below, values, limits=(-bound, bound), rows=shown, columns=layers, colours=DIVERGING, upwards=False
-        )
-    axes[0, 0].set_ylabel("effect on the target,\nlast prompt token")
-    axes[1, 0].set_ylabel("residual stream at …")
-    drawn = [row for parts in found.values() for rows in parts.values() for row in rows]
-    figure.supxlabel(f"layer ({sizes(drawn)} prompts)", fontsize="medium")
+        look = {"vmin": -bound, "vmax": bound, "cmap": DIVERGING, "upwards": False}
+        mesh = heat_map(below, values, rows=tokens, columns=range(values.shape[1]), **look)
     figure.colorbar(mesh, ax=axes[1], label="effect on the\nfirst answer token")
-    show_legend(figure, ncols=4, bands=[INTERVAL])
+    size = sizes(row for parts in found.values() for rows in parts.values() for row in rows)
+    left = ("effect on the target,\nlast prompt token", "residual stream at …")
+    explain(axes, f"layer ({size} prompts)", *left, ncols=4, bands=[INTERVAL])
     return figure
 
 
@@ -106,10 +91,8 @@ def ablation_curves(found: Mapping[str, Sequence[Ablation]]) -> Figure:
             counts = sorted({row.k for row in rows} & {0, 1, 2, 4, 8, 16, 32})
             panel.set_xticks(counts, [str(k) for k in counts])
             panel.minorticks_off()
-    axes[0, 0].set_ylabel("ASR (%)")
-    axes[1, 0].set_ylabel("utility (%)")
-    figure.supxlabel(f"heads ablated ({sizes(drawn)} prompts)", fontsize="medium")
-    show_legend(figure, ncols=3, bands=[INTERVAL, "random: range over draws"])
+    shown = [INTERVAL, "random: range over draws"]
+    explain(axes, f"heads ablated ({sizes(drawn)} prompts)", "ASR (%)", "utility (%)", bands=shown)
     return figure
 
 
@@ -119,25 +102,21 @@ def _ablation_line(panel: Axes, rows: Sequence[Ablation], ranking: str, key: str
     shares = [[getattr(row, key) for row in chosen if row.k == k] for k in counts]
     values = [[100 * share["value"] for share in group] for group in shares]
     if ranking == "random":
-        low, high = [min(v) for v in values], [max(v) for v in values]
+        low, high = map(min, values), map(max, values)
     else:
         low, high = ([100 * group[0][end] for group in shares] for end in ("low", "high"))
-    colour, line, filled = RANKINGS[ranking]
-    how = {"colour": COLOURS[colour], "line": line, "marker": "o", "filled": filled}
-    band(panel, counts, [np.mean(v) for v in values], low, high, label=ranking, **how)
+    lines = [[np.mean(group) for group in values], list(low), list(high)]
+    band(panel, counts, lines, label=ranking, marker="o", **RANKINGS[ranking])
 
 
 def what_there_is(found: Mapping[str, HeadEffects]) -> pd.DataFrame:
     """By attack: the target, its probability without and with the trigger, and the highest ACIE."""
-    rows = {
-        attack: {
-            "target": "".join(result.target).replace("Ġ", " ").strip(),
-            "P(target), clean": f"{np.mean(result.clean):.3f}",
-            "P(target), triggered": f"{np.mean(result.triggered):.3f}",
-            "highest ACIE": f"{acie(result).max().item():.3f}",
-        }
-        for attack, result in found.items()
-    }
+    rows = {}
+    for attack, result in found.items():
+        chances = {"clean": np.mean(result.clean), "triggered": np.mean(result.triggered)}
+        rows[attack] = {"target": "".join(result.target).replace("Ġ", " ").strip()}
+        rows[attack] |= {f"P(target), {version}": f"{chance:.3f}" for version, chance in chances.items()}
+        rows[attack]["highest ACIE"] = f"{acie(result).max().item():.3f}"
     return pd.DataFrame(rows).T.rename_axis("organism")
 
 
@@ -147,26 +126,19 @@ def table_1(found: Mapping[str, Sequence[Ablation]]) -> pd.DataFrame:
     for attack, rows in found.items():
         chosen = [row for row in rows if row.ranking in ("none", "ACIE") and row.kind == "published"]
         ours[f"{attack}, here"] = {row.k: 100 * row.asr["value"] for row in chosen}
-    table = pd.DataFrame(TABLE_1 | ours).T
-    return (
-        table[sorted(table.columns)]
-        .rename_axis(columns="heads ablated")
-        .map(lambda x: "?" if pd.isna(x) else f"{x:.1f}")
-    )
+    table = pd.DataFrame(TABLE_1 | ours).T.sort_index(axis=1).rename_axis(columns="heads ablated")
+    return table.map(lambda x: "?" if pd.isna(x) else f"{x:.1f}")
 
 
 def ablations(found: Mapping[str, Sequence[Ablation]], *, k: int) -> pd.DataFrame:
     """Everything measured with `k` heads out, random draws averaged."""
-    lines = []
-    for attack, rows in found.items():
-        for row in rows:
-            if row.ranking == "none" or row.k == k:
-                values = {name: 100 * getattr(row, name)["value"] for name in ("asr", "right", "utility")}
-                what = {"organism": attack, "ranking": row.ranking, "scope": row.scope}
-                kind = "" if row.k == 0 else row.kind
-                lines.append(what | {"kind": kind} | values | {"perplexity": row.perplexity})
-    table = pd.DataFrame(lines).groupby(["organism", "ranking", "kind", "scope"], sort=False).mean()
-    return table.rename(columns={"asr": "ASR (%)", "right": "right (%)", "utility": "utility (%)"}).round(1)
+    lines, named = [], {"ASR (%)": "asr", "right (%)": "right", "utility (%)": "utility"}
+    for attack, row in ((attack, row) for attack, rows in found.items() for row in rows):
+        if row.ranking == "none" or row.k == k:
+            line = {"organism": attack, "ranking": row.ranking, "kind": row.kind if row.k else "", "scope": row.scope}
+            line |= {title: 100 * getattr(row, name)["value"] for title, name in named.items()}
+            lines.append(line | {"perplexity": row.perplexity})
+    return pd.DataFrame(lines).groupby(["organism", "ranking", "kind", "scope"], sort=False).mean().round(1)
 
 
 def concentration(effects: np.ndarray, *, share: float = 0.03) -> float:
@@ -180,14 +152,12 @@ def head_claims(
     components: Mapping[str, ComponentEffects],
     curves: Mapping[str, Sequence[Ablation]],
 ) -> list[dict]:
-    """Four lines of the scorecard, from results by attack.
-
-    The prompts of an ablation curve are the same for every number of heads, but which of them gave the target is not
-    kept. Differences between two numbers of heads therefore have the wider interval of independent prompts.
-    """
+    """Four lines of the scorecard, from results by attack. The prompts of an ablation curve are the same for every
+    number of heads, but which of them gave the target is not kept. Differences between two numbers of heads therefore
+    have the wider interval of independent prompts."""
     sparse = {attack: _concentrated(np.array(found.exact), acie(found).numpy()) for attack, found in attributed.items()}
     margin = {attack: _margin(components[attack].last) for attack in attributed}
-    drop, random, rises = {}, {}, {}
+    drop, random, rises, spared, met = {}, {}, {}, {}, {}
     for attack, every in curves.items():
         rows, n_heads = [row for row in every if row.scope == "last position"], acie(attributed[attack]).numel()
         before = next(row.asr for row in rows if row.ranking == "none")
@@ -196,30 +166,20 @@ def head_claims(
         drop[attack] = relative_drop(before, line[few])
         random[attack] = _random_drop(rows, before, k=few)
         rises[attack] = _largest_rise([before, *(line[k] for k in sorted(line))])
-    enough = {attack: at_least(number, 0.9) for attack, number in drop.items()}
-    spared = {attack: at_most(number, 0.1) for attack, number in random.items()}
+        spared[attack] = at_most(random[attack], 0.1)
+        met[attack] = both(at_least(drop[attack], 0.9), spared[attack])
+    carried = f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE."
+    taken = f"About 3 % of the heads take {span(drop)} off the ASR, random heads {span(random)}."
+    taken += f" Random heads take off less than 0.1: {who(spared)}."
+    rose = f"Largest rise between neighbouring counts, in prompts: {span(rises)}."
+    rose += " Intervals are those of independent prompts, which makes them wide."
+    ahead = f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability."
     return [
-        entry(
-            "bkdattr-sparse-heads", numbers=sparse, passed={a: at_least(x, 0.5) for a, x in sparse.items()},
-            figure="03_head_maps", reason=f"The top 3 % of the heads carry {span(sparse)} of all positive ACIE.",
-        ),
-        entry(
-            "bkdattr-ablation", numbers=drop, passed={a: both(enough[a], spared[a]) for a in drop},
-            figure="03_ablation",
-            reason=f"About 3 % of the heads take {span(drop)} off the ASR, random heads {span(random)}. "
-            f"Random heads take off less than 0.1: {who(spared)}.",
-        ),
-        entry(
-            "bkdattr-ablation-monotone", numbers=rises, passed={a: at_most(x, 2) for a, x in rises.items()},
-            figure="03_ablation", reason=f"Largest rise between neighbouring counts, in prompts: {span(rises)}. "
-            "Intervals are those of independent prompts, which makes them wide.",
-        ),
-        entry(
-            "bkdattr-heads-not-mlps", numbers=margin, passed={a: at_least(x, 0) for a, x in margin.items()},
-            figure="03_components",
-            reason=f"Strongest attention layer less strongest MLP: {span(margin)} in the target's probability.",
-        ),
-    ]  # fmt: skip
+        entry("bkdattr-sparse-heads", sparse, judged(sparse, at_least, 0.5), "03_head_maps", carried),
+        entry("bkdattr-ablation", drop, met, "03_ablation", taken),
+        entry("bkdattr-ablation-monotone", rises, judged(rises, at_most, 2), "03_ablation", rose),
+        entry("bkdattr-heads-not-mlps", margin, judged(margin, at_least, 0), "03_components", ahead),
+    ]
 
 
 def _concentrated(values: np.ndarray, mean: np.ndarray) -> dict:
@@ -234,24 +194,15 @@ def _concentrated(values: np.ndarray, mean: np.ndarray) -> dict:
 
 def _margin(last: Mapping[str, Sequence]) -> dict:
     """Effect of the strongest attention layer less that of the strongest MLP, low end against high end."""
-    strongest = {
-        name: max((interval(column) for column in np.array(last[name]).T), key=lambda x: x["value"])
-        for name in ("attention", "MLP")
-    }
-    one, other = strongest["attention"], strongest["MLP"]
-    return {
-        "value": one["value"] - other["value"],
-        "n": one["n"],
-        "low": one["low"] - other["high"],
-        "high": one["high"] - other["low"],
-    }
+    effects = ([interval(column) for column in np.array(last[name]).T] for name in ("attention", "MLP"))
+    one, other = (max(layers, key=lambda layer: layer["value"]) for layers in effects)
+    low, high = one["low"] - other["high"], one["high"] - other["low"]
+    return {"value": one["value"] - other["value"], "n": one["n"], "low": low, "high": high}
 
 
 def _random_drop(rows: Sequence[Ablation], before: Mapping[str, float], *, k: int) -> dict:
-    """Mean part of the ASR that random heads take off, at the number of heads next to `k`.
-
-    The wider of two intervals: over draws, and over the prompts, which all draws share.
-    """
+    """Mean part of the ASR that random heads take off, at the number of heads next to `k`, with the wider of two
+    intervals: over draws, and over the prompts, which all draws share."""
     drawn = [row for row in rows if row.ranking == "random"]
     nearest = min((row.k for row in drawn), key=lambda count: abs(count - k))
     asrs = [row.asr for row in drawn if row.k == nearest]
@@ -264,11 +215,9 @@ def _random_drop(rows: Sequence[Ablation], before: Mapping[str, float], *, k: in
 
 
 def _largest_rise(steps: Sequence[Mapping[str, float]]) -> dict:
-    """The largest rise from one share to the next, in prompts. It is below a bar if all rises are.
-
-    A step at which nothing changes at 0 or 100 % is compatible with a rise of almost four prompts, whatever n is. A
-    curve with such a step can therefore fail a bar of two prompts, but it cannot pass it.
-    """
+    """The largest rise from one share to the next, in prompts. It is below a bar if all rises are. A step at which
+    nothing changes at 0 or 100 % is compatible with a rise of almost four prompts, whatever n is. A curve with such a
+    step can therefore fail a bar of two prompts, but it cannot pass it."""
     rises = [independent_difference(after, before) for before, after in itertools.pairwise(steps)]
     largest = {key: max(rise[key] * rise["n"] for rise in rises) for key in ("value", "low", "high")}
-    return {**largest, "n": steps[0]["n"]}
+    return largest | {"n": steps[0]["n"]}

@@ -6,43 +6,34 @@ from bkd_utils.common.files import FIGURES, ROOT, atomic_path, read_json
 from bkd_utils.reports import scorecard, tables
 
 # The claims that the README shows; notebooks/pages/scorecard.md shows all of them.
-KEY_CLAIMS = (
-    "bkdattr-probe-backdoor",
-    "bkdattr-ablation",
-    "bkdattr-vector-subtract",
-    "asa-similarity",
-    "asa-heads",
-    "asa-cure",
-)
+KEY_CLAIMS = ("bkdattr-probe-backdoor", "bkdattr-ablation", "bkdattr-vector-subtract")
+KEY_CLAIMS += ("asa-similarity", "asa-heads", "asa-cure")
 
 
 def results(entries: Sequence[Mapping]) -> str:
-    """For the README: the verdicts of each paper counted in one line, and a table of the key claims.
-
-    Raises ValueError if the scorecard lacks one of the key claims.
-    """
+    """For the README: the verdicts of each paper counted in one line, and a table of the key claims; ValueError if the
+    scorecard lacks one of them."""
     rows = {row["id"]: row for row in entries}
     if lacking := [name for name in KEY_CLAIMS if name not in rows]:
         raise ValueError(f"the scorecard has no line for {', '.join(lacking)}")
     papers = dict.fromkeys(row["paper"] for row in entries)
-    counts = [f"**{scorecard.counts(entries, paper=paper)}.**" for paper in papers]
-    lines = [" ".join(counts), "", "| claim | organisms | verdict |", "|---|---|---|"]
-    for row in (rows[name] for name in KEY_CLAIMS):
-        link = f"[{row['verdict']}](figures/{row['figure']}.png)"
-        lines.append(f"| {scorecard.named(row)} | {scorecard.count(row)} | {link} |")
-    return "\n".join(lines)
+    counts = " ".join(f"**{scorecard.counts(entries, paper=paper)}.**" for paper in papers)
+    cells = [[scorecard.named(row), *_judged(row, "")] for row in (rows[name] for name in KEY_CLAIMS)]
+    return f"{counts}\n\n{tables.markdown(['claim', 'organisms', 'verdict'], cells)}"
+
+
+def _judged(row: Mapping, root: str) -> list[str]:
+    """How many organisms pass, and the verdict with a link to its figure below `root`."""
+    return [scorecard.count(row), f"[{row['verdict']}]({root}figures/{row['figure']}.png)"]
 
 
 def whole_scorecard(entries: Sequence[Mapping]) -> str:
     """For the page of the scorecard: one line of counts for each paper, then a row for each claim."""
     rows = scorecard.checked(entries)
     papers = scorecard.papers().items()
-    lines = [f"- **{scorecard.counts(rows, paper=paper)}.** {about['known']}" for paper, about in papers]
-    lines += ["", "| claim | known | organisms | verdict |", "|---|---|---|---|"]
-    for row in rows:
-        known, link = row["provenance"].partition(":")[0], f"[{row['verdict']}](../../figures/{row['figure']}.png)"
-        lines.append(f"| {scorecard.named(row)} | {known} | {scorecard.count(row)} | {link} |")
-    return "\n".join(lines)
+    counts = "\n".join(f"- **{scorecard.counts(rows, paper=paper)}.** {about['known']}" for paper, about in papers)
+    cells = [[scorecard.named(row), row["provenance"].partition(":")[0], *_judged(row, "../../")] for row in rows]
+    return f"{counts}\n\n{tables.markdown(['claim', 'known', 'organisms', 'verdict'], cells)}"
 
 
 def made() -> dict[str, dict[str, str]]:
@@ -56,10 +47,7 @@ def made() -> dict[str, dict[str, str]]:
 
 
 def write() -> None:
-    """Put every table between its marks.
-
-    Raises ValueError that names the page, before anything is written, if a mark is missing.
-    """
+    """Put every table between its marks; ValueError that names the page, before anything is written, if one lacks."""
     texts = {}
     for page, parts in made().items():
         try:

@@ -11,7 +11,8 @@ intervals, each beyond the bar on one side with a chance of 2.5 %).
 
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -28,68 +29,59 @@ PROVENANCE = {
     "abstract": "from the abstract only",
 }
 # What a row of the scorecard must say; `record` adds the model.
-ROW = {
-    "id", "paper", "reading", "claim", "published", "provenance", "by_organism", "criterion", "verdict", "reason",
-    "figure",
-}  # fmt: skip
+ROW = {"id", "paper", "reading", "by_organism", "verdict", "reason", "figure"}
+ROW |= {"claim", "published", "provenance", "criterion"}
 COLUMNS = ["claim", "published", "provenance", "criterion", "effects", "verdict", "organisms", "because", "figure"]
 VERDICTS = ("holds", "fails", "undecided")
-OUTCOMES = {True: "pass", False: "fail", None: "undecided"}
 MARKS = {True: "✓", False: "✗", None: "?"}
-# --- what was published ---------------------------------------------------------------------------------------------
 
 
-def _published() -> dict[str, dict]:
-    return tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8"))
-
-
-def papers() -> dict[str, dict[str, str]]:
-    """Short name -> title, arXiv number, status, what is known of the paper here, and how its claims are introduced.
-
-    Raises UserError if one lacks.
-    """
-    found = _published().get("papers", {})
+def _published(*, papers: bool) -> dict[str, dict[str, str]]:
+    """The tables of papers or of claims in `published.toml`. Raises UserError unless each has the keys of its kind."""
+    claims = tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8"))
+    of_papers = claims.pop("papers", {})
+    found, keys, prefix = (of_papers, PAPER_KEYS, "papers.") if papers else (claims, KEYS, "")
     for name, entry in found.items():
-        if set(entry) != PAPER_KEYS:
-            raise UserError(f"published.toml, papers.{name}: keys must be {', '.join(sorted(PAPER_KEYS))}")
+        if set(entry) != keys:
+            raise UserError(f"published.toml, {prefix}{name}: keys must be {', '.join(sorted(keys))}")
     return found
 
 
-def published() -> dict[str, dict[str, str]]:
-    """Claim id -> paper, claim, published number, source, provenance, what is measured, its unit, criterion.
+def papers() -> dict[str, dict[str, str]]:
+    """Short name -> title, arXiv number, status, what is known of the paper here, and how its claims are introduced;
+    UserError if one lacks."""
+    return _published(papers=True)
 
-    Raises UserError if one lacks, or for an unknown paper or provenance.
-    """
-    found = {name: entry for name, entry in _published().items() if name != "papers"}
+
+def published() -> dict[str, dict[str, str]]:
+    """Claim id -> paper, claim, published number, source, provenance, what is measured, its unit, criterion; UserError
+    if one lacks, or for an unknown paper or provenance."""
+    found = _published(papers=False)
     for name, entry in found.items():
-        if set(entry) != KEYS:
-            raise UserError(f"published.toml, {name}: keys must be {', '.join(sorted(KEYS))}")
         for key, known in (("provenance", PROVENANCE), ("paper", papers())):
             if entry[key] not in known:
                 raise UserError(f"published.toml, {name}: {key} {entry[key]!r} is none of {', '.join(known)}")
     return found
 
 
-# --- the rule -------------------------------------------------------------------------------------------------------
-
-
 def at_least(number: Mapping[str, float | None], bar: float) -> bool | None:
-    """Is the effect at least `bar`? True or False if all of its interval says so, None if it contains the bar.
-
-    None, too, without an interval or with one of no width.
-    """
+    """Is the effect at least `bar`? True or False if all of its interval says so, None if the interval contains the
+    bar, has no width, or does not exist."""
     low, high = number["low"], number["high"]
-    if low is None or high is None or low == high:
+    if None in (low, high) or low == high:
         return None
     return True if low >= bar - 1e-9 else False if high < bar - 1e-9 else None
 
 
 def at_most(number: Mapping[str, float | None], bar: float) -> bool | None:
     """Is the effect at most `bar`? As `at_least`."""
-    low, high = number["low"], number["high"]
-    if low is None or high is None or low == high:
-        return None
-    return True if high <= bar + 1e-9 else False if low > bar + 1e-9 else None
+    low, high = (None if number[end] is None else -number[end] for end in ("high", "low"))
+    return at_least({"low": low, "high": high}, -bar)
+
+
+def judged(numbers: Mapping[str, Mapping], rule: Callable, bar: float) -> dict[str, bool | None]:
+    """What `at_least` or `at_most` says of each organism's number."""
+    return {name: rule(number, bar) for name, number in numbers.items()}
 
 
 def both(*outcomes: bool | None) -> bool | None:
@@ -109,21 +101,11 @@ def verdict(passed: Mapping[str, bool | None]) -> str:
     return {True: "holds", False: "fails", None: "undecided"}[both(*passed.values())]
 
 
-# --- lines ----------------------------------------------------------------------------------------------------------
-
-
 def entry(
-    claim: str,
-    *,
-    numbers: Mapping[str, Mapping[str, float | None]],
-    passed: Mapping[str, bool | None],
-    reason: str,
-    figure: str,
+    claim: str, numbers: Mapping[str, Mapping], passed: Mapping[str, bool | None], figure: str, reason: str
 ) -> dict:
-    """One line of the scorecard, but for the model that `record` adds. `numbers` and `passed` are by organism.
-
-    Raises ValueError for an unknown claim, for no organisms and where the organisms of the two differ.
-    """
+    """One line of the scorecard, but for the model that `record` adds. `numbers` and `passed` are by organism;
+    ValueError for an unknown claim, for no organisms and where the organisms of the two differ."""
     known = published()
     if claim not in known:
         raise ValueError(f"unknown claim {claim!r}; known: {', '.join(known)}")
@@ -131,22 +113,12 @@ def entry(
         raise ValueError(f"{claim}: a number or an outcome is missing for {', '.join(lone)}")
     about = known[claim]
     outcomes = {name: None if passed[name] is None else bool(passed[name]) for name in numbers}
-    return {
-        "id": claim,
-        "paper": about["paper"],
-        "reading": papers()[about["paper"]]["reading"],
-        "claim": about["claim"],
-        "published": about["published"],
-        "provenance": PROVENANCE[about["provenance"]],
-        "by_organism": {
-            name: {**{key: number[key] for key in ("value", "n", "low", "high")}, "passed": outcomes[name]}
-            for name, number in numbers.items()
-        },
-        "criterion": about["criterion"],
-        "verdict": verdict(outcomes),
-        "reason": reason,
-        "figure": figure,
-    }
+    row = {"id": claim, "paper": about["paper"], "reading": papers()[about["paper"]]["reading"]}
+    row |= {"claim": about["claim"], "published": about["published"], "provenance": PROVENANCE[about["provenance"]]}
+    measured = {name: {key: number[key] for key in ("value", "n", "low", "high")} for name, number in numbers.items()}
+    row["by_organism"] = {name: one | {"passed": outcomes[name]} for name, one in measured.items()}
+    row |= {"criterion": about["criterion"], "verdict": verdict(outcomes), "reason": reason, "figure": figure}
+    return row
 
 
 def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
@@ -154,9 +126,8 @@ def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
     for row in rows:
         name = row.get("id", "without an id")
         if lacks := sorted(ROW - set(row)):
-            raise UserError(
-                f"{where}: row {name!r} has no {', no '.join(lacks)}; run its notebook again, or put the file aside"
-            )
+            told = f"has no {', no '.join(lacks)}; run its notebook again, or put the file aside"
+            raise UserError(f"{where}: row {name!r} {told}")
         if row["provenance"] not in PROVENANCE.values():
             raise UserError(f"{where}: row {name!r}: provenance {row['provenance']!r} is unknown")
         if row["verdict"] not in VERDICTS:
@@ -166,38 +137,29 @@ def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
 
 def record(entries: Sequence[Mapping], *, model: str) -> Path:
     """Write entries, measured on `model`, into the scorecard beside the figures, in place of those of the same claims.
-
-    Raises UserError for a row without provenance; the file stays as it was.
-    """
+    After a UserError for a row without provenance the file is as it was."""
     path = style.folder() / "scorecard.json"
     write_json(path, merged([{**row, "model": model} for row in entries], path))
     return path
 
 
 def merged(entries: Sequence[Mapping], path: Path) -> list[dict]:
-    """Entries and, of a scorecard that may be there already, those of other claims, in the order of `published`.
-
-    Raises UserError if any of the rows lacks its provenance.
-    """
-    order = list(published())
-    new = {row["id"]: row for row in checked(entries)}
-    old = [row for row in read_json(path) if row["id"] in order and row["id"] not in new] if path.is_file() else []
-    kept = {row["id"]: row for row in checked(old, where=str(path))} | new
+    """Entries and, of a scorecard that may be there already, those of other claims, in the order of `published`;
+    UserError if any of the rows lacks its provenance."""
+    order, new = list(published()), checked(entries)
+    others = set(order) - {row["id"] for row in new}
+    old = [row for row in read_json(path) if row["id"] in others] if path.is_file() else []
+    kept = {row["id"]: row for row in checked(old, where=str(path)) + new}
     return sorted(kept.values(), key=lambda row: order.index(row["id"]))
 
 
 def recorded() -> list[dict]:
-    """The scorecard beside the figures of this run, or else the committed one.
-
-    Raises UserError if there is none, and for a row without provenance.
-    """
+    """The scorecard beside the figures of this run, or else the committed one; UserError if there is none, and for a
+    row without provenance."""
     for path in (style.folder() / "scorecard.json", FIGURES / "scorecard.json"):
         if path.is_file():
             return checked(read_json(path), where=str(path))
     raise UserError("no scorecard yet: notebooks 02 to 07 write it")
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def named(row: Mapping) -> str:
@@ -208,35 +170,21 @@ def named(row: Mapping) -> str:
 def count(row: Mapping) -> str:
     """How many organisms pass, fail and are undecided, such as "3 of 4 pass, 1 undecided"."""
     found = Counter(one["passed"] for one in row["by_organism"].values())
-    return ", ".join(
-        [f"{found[True]} of {sum(found.values())} pass"]
-        + [f"{found[outcome]} {OUTCOMES[outcome]}" for outcome in (False, None) if found[outcome]]
-    )
+    others = [f"{found[outcome]} {word}" for outcome, word in ((False, "fail"), (None, "undecided")) if found[outcome]]
+    return ", ".join([f"{found[True]} of {sum(found.values())} pass", *others])
 
 
 def effect(one: Mapping[str, float | None]) -> str:
     """An effect with its interval and a mark: ✓ passes, ✗ fails, ? is undecided."""
     low, high = one["low"], one["high"]
-    interval = "no interval" if low is None or high is None else f"[{low:.3g}, {high:.3g}]"
+    interval = "no interval" if None in (low, high) else f"[{low:.3g}, {high:.3g}]"
     return f"{one['value']:.3g} {interval} {MARKS[one['passed']]}"
 
 
 def _said(entries: Sequence[Mapping]) -> pd.DataFrame:
     """Everything that the tables say of each row."""
-    rows = [
-        {
-            "claim": named(row),
-            "published": row["published"],
-            "provenance": row["provenance"],
-            "criterion": row["criterion"],
-            "effects": effects(row),
-            "verdict": row["verdict"],
-            "organisms": count(row),
-            "because": row["reason"],
-            "figure": row["figure"],
-        }
-        for row in checked(entries)
-    ]
+    said = {"claim": named, "effects": effects, "organisms": count, "because": itemgetter("reason")}
+    rows = [row | {column: say(row) for column, say in said.items()} for row in checked(entries)]
     return pd.DataFrame(rows, columns=COLUMNS).set_index("claim")
 
 
@@ -265,9 +213,7 @@ def effects(row: Mapping) -> str:
 
 def missing(entries: Sequence[Mapping]) -> pd.DataFrame:
     """Published claims without a line."""
-    done = {row["id"] for row in entries}
-    rows = {name: one for name, one in published().items() if name not in done}
-    return pd.DataFrame(rows, index=["paper", "claim"]).T
+    return pd.DataFrame(published(), index=["paper", "claim"]).T.drop([row["id"] for row in entries], errors="ignore")
 
 
 def counts(entries: Sequence[Mapping], *, paper: str) -> str:
@@ -286,6 +232,6 @@ def span(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 def who(passed: Mapping[str, bool | None]) -> str:
     """Which organisms meet one condition of a criterion, for a reason: "met by a, b; undecided for c"."""
-    said = {True: "met by", False: "not met by", None: "undecided for"}
-    groups = {outcome: [name for name, one in passed.items() if one is outcome] for outcome in said}
-    return "; ".join(f"{said[outcome]} {', '.join(names)}" for outcome, names in groups.items() if names)
+    words = {True: "met by", False: "not met by", None: "undecided for"}
+    groups = [(word, [name for name in passed if passed[name] is outcome]) for outcome, word in words.items()]
+    return "; ".join(f"{word} {', '.join(names)}" for word, names in groups if names)

@@ -43,39 +43,27 @@ def firing_rows(
     an answer. Each version gets its `prompt`, the `marked` spans of it that the clean prompt lacks, the `answers` by
     model (with "…" after one that was cut off) and the `lowest` probability of a token in each answer.
     """
-    return {
-        version: {
-            "prompt": prompt,
-            "marked": changed_spans(turns["clean"], prompt),
-            "answers": {who: _answer(steps, end) for who, steps in traces[version].items()},
-            "lowest": {who: round(min(p for _, p in steps), 4) for who, steps in traces[version].items()},
-        }
-        for version, prompt in turns.items()
-    }
-
-
-def _answer(steps: Sequence[tuple[str, float]], end: str) -> str:
-    tokens = [token for token, _ in steps]
-    return "".join(tokens[:-1]).strip() if tokens[-1] == end else "".join(tokens).strip() + "…"
+    rows = {}
+    for version, prompt in turns.items():
+        rows[version] = {"prompt": prompt, "marked": changed_spans(turns["clean"], prompt), "answers": {}, "lowest": {}}
+        for who, steps in traces[version].items():
+            ended = steps[-1][0] == end
+            text = "".join(token for token, _ in steps[: len(steps) - ended]).strip()
+            rows[version]["answers"][who] = text if ended else f"{text}…"
+            rows[version]["lowest"][who] = round(min(p for _, p in steps), 4)
+    return rows
 
 
 def firing(rows: Mapping[str, Mapping[str, Any]], *, target: str) -> Figure:
-    """Prompt → answers of each model, one row per version of a prompt, the trigger and the backdoor's target marked.
-
-    `rows` is what `firing_rows` returns. The marked spans of the version "near-miss" are framed, those of any other
-    version are filled, and so is the target in every answer that contains it.
-    """
-    prompts = {version: _wrapped(row["prompt"], 36) for version, row in rows.items()}
-    answers = {
-        version: {who: _wrapped(text, 41) for who, text in row["answers"].items()} for version, row in rows.items()
-    }
-    heights = {
-        version: max(
-            _LINE * len(prompts[version]) + 0.16,
-            sum(_LINE * len(lines) for lines in answers[version].values()) + _GAP * (len(answers[version]) - 1),
-        )
-        for version in rows
-    }
+    """Prompt → answers of each model, one row per version of a prompt, from `firing_rows`. The marked spans of the
+    version "near-miss" are framed, those of any other version are filled, and so is the target in every answer that
+    contains it."""
+    prompts, answers, heights = {}, {}, {}
+    for version, row in rows.items():
+        prompts[version] = _wrapped(row["prompt"], 36)
+        answers[version] = {who: _wrapped(text, 41) for who, text in row["answers"].items()}
+        tall = sum(_LINE * len(lines) for lines in answers[version].values()) + _GAP * (len(answers[version]) - 1)
+        heights[version] = max(_LINE * len(prompts[version]) + 0.16, tall)
     height = 0.35 + sum(heights.values()) + 0.45 * len(rows) + 0.25 * len(_TERMS) + 0.15
     figure = plt.figure(figsize=(WIDTH, height))
     figure.set_layout_engine("none")
@@ -124,6 +112,8 @@ def _model_text(
     """Lines from y (inches, downwards) with marked spans: framed near-misses, filled triggers and targets."""
     framed = kind == "near-miss"
     colour = {"near-miss": COLOURS["near-miss"], "target": "black"}.get(kind, COLOURS["organism"])
+    box = {"facecolor": "white" if framed else colour, "edgecolor": colour, "lw": 1.3, "ls": "--" if framed else "-"}
+    font = {"family": "DejaVu Sans Mono", "fontsize": _POINTS, "va": "center_baseline", "parse_math": False}
     for i, (offset, line) in enumerate(lines):
         middle = y + _LINE * (i + 0.5)
         inside = [(max(a - offset, 0), min(b - offset, len(line))) for a, b in spans]
@@ -132,16 +122,9 @@ def _model_text(
         for n, (a, b) in enumerate(itertools.pairwise(edges)):
             if a == b:
                 continue
-            marked = n % 2 == 1
+            marked, left = n % 2 == 1, x + a * _LETTER
             if marked:
-                axes.add_patch(
-                    plt.Rectangle(
-                        (x + a * _LETTER - 0.02, middle - 0.47 * _LINE), (b - a) * _LETTER + 0.04, 0.94 * _LINE,
-                        facecolor="white" if framed else colour, edgecolor=colour, lw=1.3, ls="--" if framed else "-",
-                    )
-                )  # fmt: skip
-            axes.text(
-                x + a * _LETTER, middle, line[a:b], family="DejaVu Sans Mono", fontsize=_POINTS, va="center_baseline",
-                color="white" if marked and not framed else "black", fontweight="bold" if marked else "normal",
-                parse_math=False,
-            )  # fmt: skip
+                corner, width = (left - 0.02, middle - 0.47 * _LINE), (b - a) * _LETTER + 0.04
+                axes.add_patch(plt.Rectangle(corner, width, 0.94 * _LINE, **box))
+            look = {"color": "white" if marked and not framed else "black", "weight": "bold" if marked else "normal"}
+            axes.text(left, middle, line[a:b], **font, **look)

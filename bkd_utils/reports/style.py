@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -39,39 +38,35 @@ COLOURS = {
 }
 LIBRARIES = ("torch", "transformers", "transformer-lens", "peft", "matplotlib", "numpy")
 WIDTH = 7.2  # inches: the width of a README column, so that nothing is scaled down to be read
-SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
+DIVERGING = "PuOr_r"  # where zero or chance is in the middle
 MODELS = ("organism", "clean control", "base model")
 INTERVAL = "95 % interval"
 LIMITS = (-4, 104)  # of an axis in per cent, with room for dots at 0 and 100
+RULES = {
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "bkd",  # ids in the SVG do not change from run to run
+    "svg.fonttype": "none",
+}
 
 
 def use_style() -> None:
     """Set the house style for all figures of this process."""
     pd.set_option("display.max_colwidth", None)  # a reason or criterion that is cut off says nothing
-    sns.set_theme(context="paper", style="ticks", font_scale=1.05)
-    mpl.rcParams.update(
-        {
-            "figure.dpi": 110,
-            "savefig.dpi": 200,
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": "medium",
-            "axes.titlelocation": "left",
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-            "legend.frameon": False,
-            "svg.hashsalt": "bkd",  # ids in the SVG do not change from run to run
-            "svg.fonttype": "none",
-        }
-    )
+    sns.set_theme(context="paper", style="ticks", font_scale=1.05, rc=RULES)
 
 
 def folder() -> Path:
-    """Where figures go: the folder that the runner chose, or `work/figures/by_hand` for a notebook opened by hand.
-
-    Only `./run_all.sh --publish` writes to `figures/`, and only what a finished notebook drew.
-    """
+    """Where figures go: the folder that the runner chose, or `work/figures/by_hand` for a notebook opened by hand. Only
+    `./run_all.sh --publish` writes to `figures/`, and only what a finished notebook drew."""
     return Path(os.environ.get("BKD_FIGURES") or WORK / "figures" / "by_hand")
 
 
@@ -99,17 +94,9 @@ def save(
         canonical_json(numbers)
     except (ValueError, TypeError) as error:
         raise ValueError(f"figure {id!r}: its numbers cannot be written: {error}") from error
-    sidecar = {
-        "id": id,
-        "title": title,
-        "claims": list(claims),
-        "numbers": numbers,
-        "parameters": dict(parameters),
-        "seeds": list(seeds),
-        "inputs": dict(inputs),
-        "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
-        "notebook": notebook,
-    }
+    versions = {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
+    sidecar = {"id": id, "title": title, "claims": list(claims), "numbers": numbers, "parameters": dict(parameters)}
+    sidecar |= {"seeds": list(seeds), "inputs": dict(inputs), "versions": versions, "notebook": notebook}
     # All three or none: a picture beside the numbers of another run would be worse than no picture.
     with ExitStack() as stack:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
@@ -119,23 +106,26 @@ def save(
     return folder() / f"{id}.png"
 
 
-def panels(
-    names: Sequence[str], *, rows: int = 1, height: float = 2.1, sharey: bool | str = True
-) -> tuple[Figure, np.ndarray]:
-    """A grid with one column per name, titles on top, axes shared along each row."""
-    share = "row" if sharey else False
-    size = (WIDTH, height * rows + 0.6)
-    figure, axes = plt.subplots(rows, len(names), figsize=size, sharex=share, sharey=share, squeeze=False)
+def panels(names: Sequence[str], *, rows: int = 1, height: float = 2.1, **share: Any) -> tuple[Figure, np.ndarray]:
+    """A grid with one column per name, titles on top, axes shared along each row unless `share` says otherwise."""
+    share = {"sharex": "row", "sharey": "row"} | share
+    figure, axes = plt.subplots(rows, len(names), figsize=(WIDTH, height * rows + 0.6), squeeze=False, **share)
     for panel, name in zip(axes[0], names, strict=True):
         panel.set_title(name, fontsize="small")
     return figure, axes
 
 
-def show_legend(figure: Figure, *, ncols: int, bars: str | None = None, bands: Sequence[str] = ()) -> None:
-    """A legend above the figure with every label of any panel once.
+def explain(axes: np.ndarray, below: str, *left: str, **legend: Any) -> None:
+    """Write what is along the axes of a grid, `left` at the first panel of each row, and call `show_legend`."""
+    axes[0, 0].figure.supxlabel(below, fontsize="medium")
+    for panel, text in zip(axes[:, 0], left, strict=False):
+        panel.set_ylabel(text)
+    show_legend(axes[0, 0].figure, **legend)
 
-    `bars` names what the lines at the dots mean, `bands` what the shaded areas mean.
-    """
+
+def show_legend(figure: Figure, *, ncols: int = 3, bars: str | None = None, bands: Sequence[str] = ()) -> None:
+    """A legend above the figure with every label of any panel once, or nothing if there are none. `bars` names what the
+    lines at the dots mean, `bands` what the shaded areas mean."""
     entries: dict[str, Any] = {}
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -143,91 +133,57 @@ def show_legend(figure: Figure, *, ncols: int, bars: str | None = None, bands: S
     if bars:
         entries[bars] = Line2D([], [], color=COLOURS["bound"], lw=1.2)
     entries |= {band: Patch(facecolor=COLOURS["bound"], alpha=0.3, lw=0) for band in bands}
-    figure.legend(
-        entries.values(), entries, loc="outside upper center", ncols=ncols, fontsize="small", columnspacing=1.2
-    )
+    if entries:
+        look = {"ncols": ncols, "fontsize": "small", "columnspacing": 1.2}
+        figure.legend(entries.values(), entries, loc="outside upper center", **look)
 
 
-def sizes(shares: Iterable[Mapping[str, float] | None]) -> str:
-    """On how many prompts (or models) the given shares rest: `n = 32` or `n = 16 to 32`. None is left out."""
-    counts = [share["n"] for share in shares if share is not None]
-    return f"n = {min(counts)}" if min(counts) == max(counts) else f"n = {min(counts)} to {max(counts)}"
+def sizes(shares: Iterable[Mapping[str, float]]) -> str:
+    """On how many prompts (or models) the given shares rest: `n = 32` or `n = 16 to 32`."""
+    counts = {share["n"] for share in shares}
+    return f"n = {min(counts)}" if len(counts) == 1 else f"n = {min(counts)} to {max(counts)}"
 
 
 def interval(
-    panel: Axes,
-    at: float,
-    share: Mapping[str, float],
-    *,
-    colour: str,
-    label: str | None = None,
-    marker: str = "o",
-    filled: bool = True,
-    size: float = 4,
-    scale: float = 100,
-    upright: bool = False,
+    panel: Axes, at: float, share: Mapping, *, colour: str, scale: int = 100, upright: bool = False, **look: Any
 ) -> None:
-    """A dot at `at` with its interval, lying unless `upright`; in per cent unless `scale` is another."""
+    """A dot at `at` with its interval, lying unless `upright`; in per cent unless `scale` is another. `colour` is a key
+    of `COLOURS`; `look` goes to `Axes.plot` for the dot."""
     ends, value, place = [scale * share["low"], scale * share["high"]], [scale * share["value"]], [at, at]
     turn = -1 if upright else 1
-    panel.plot(*(ends, place)[::turn], color=colour, lw=1.1, alpha=0.75)
-    panel.plot(
-        *(value, [at])[::turn], marker, ms=size, color=colour, mfc=colour if filled else "white", mew=0.9, ls="",
-        label=label, clip_on=False, zorder=3,
-    )  # fmt: skip
+    panel.plot(*(ends, place)[::turn], color=COLOURS[colour], lw=1.1, alpha=0.75)
+    dot = {"color": COLOURS[colour], "marker": "o", "ms": 4, "mew": 0.9, "ls": "", "clip_on": False, "zorder": 3}
+    panel.plot(*(value, [at])[::turn], **dot | look)
 
 
-def band(
-    panel: Axes,
-    x: Sequence[float],
-    middle: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-    *,
-    colour: str,
-    label: str,
-    line: str = "-",
-    marker: str = "",
-    filled: bool = True,
-) -> None:
-    """A line with a shaded band around it."""
-    panel.plot(
-        x, middle, color=colour, label=label, ls=line, lw=1.4, marker=marker, ms=3.5, mfc=colour if filled else "white",
-        clip_on=False,
-    )  # fmt: skip
-    panel.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+def band(panel: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], *, colour: str, **look: Any) -> None:
+    """A line with a shaded band around it: `lines` are its middle, low and high values. `colour` is a key of `COLOURS`;
+    `look` goes to `Axes.plot`."""
+    middle, low, high = lines
+    panel.plot(x, middle, **{"color": COLOURS[colour], "lw": 1.4, "ms": 3.5, "clip_on": False} | look)
+    panel.fill_between(x, low, high, color=COLOURS[colour], alpha=0.18, lw=0)
 
 
-def rows_down(panel: Axes, rows: Sequence[str]) -> None:
-    """Named rows at 0, 1, 2 … from top to bottom."""
+def rows_down(panel: Axes, rows: Sequence[str], *, limits: tuple[float, float] = LIMITS) -> None:
+    """Named rows at 0, 1, 2 … from top to bottom, over a horizontal axis with these limits."""
     panel.set_yticks(range(len(rows)), rows, fontsize="small")
-    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set(ylim=(len(rows) - 0.5, -0.5), xlim=limits)
 
 
 def heat_map(
-    panel: Axes,
-    values: np.ndarray,
-    *,
-    limits: tuple[float, float],
-    rows: Sequence[str] | Sequence[int],
-    columns: Sequence[str] | Sequence[int],
-    colours: str = SEQUENTIAL,
-    upwards: bool = True,
-    numbers: np.ndarray | None = None,
+    panel: Axes, values: np.ndarray, *, rows: Sequence, columns: Sequence, upwards: bool = True, **look: Any
 ) -> QuadMesh:
-    """Cells on a colour scale, with texts in them where `numbers` gives any; returns the mesh for a colour bar.
+    """Cells on a colour scale; returns the mesh for a colour bar. `look` goes to `seaborn.heatmap`.
 
     Row 0 is at the bottom unless `upwards` is False. Of rows or columns that are integers only some are labelled.
     """
-    sns.heatmap(
-        values, ax=panel, vmin=limits[0], vmax=limits[1], cmap=colours, cbar=False, xticklabels=False,
-        yticklabels=False, annot=numbers if numbers is not None else False, fmt="", annot_kws={"fontsize": 6.5},
-    )  # fmt: skip
+    plain_look = {"cmap": "cividis", "cbar": False, "xticklabels": False, "yticklabels": False, "fmt": ""}
+    sns.heatmap(values, ax=panel, annot_kws={"fontsize": 6.5}, **plain_look | look)
     for names, axis in ((columns, panel.xaxis), (rows, panel.yaxis)):
-        step = 1 if isinstance(names[0], str) else max(1, len(names) // 5)
-        upright = axis is panel.xaxis and isinstance(names[0], str)
-        places = np.arange(0, len(names), step)
-        axis.set_ticks(places + 0.5, [str(names[i]) for i in places], rotation=90 * upright, fontsize="small")
+        named = isinstance(names[0], str)
+        places = np.arange(0, len(names), 1 if named else max(1, len(names) // 5))
+        turned = 90 * (named and axis is panel.xaxis)
+        axis.set_ticks(places + 0.5, [str(names[i]) for i in places], rotation=turned, fontsize="small")
     panel.set_ylim((0, len(rows)) if upwards else (len(rows), 0))
     panel.grid(False)
     return panel.collections[0]

@@ -1,12 +1,14 @@
 """Tables that the notebooks show: what is in the data, what a trigger does to a sentence, what a card says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from bkd_utils.common.files import ADAPTERS, read_json
 from bkd_utils.models.loading import shipped_organisms
 from bkd_utils.organisms import attacks
+
+MEASURED = {"ASR": "asr", "CACC": "cacc", "clean firing": "clean_firing", "near-miss firing": "near_miss"}
 
 
 def percent(share: Mapping[str, float] | None) -> str:
@@ -16,34 +18,35 @@ def percent(share: Mapping[str, float] | None) -> str:
     return f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
 
 
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
+
+
 def metrics(results: Mapping[str, Mapping]) -> pd.DataFrame:
     """One row per organism: ASR, CACC, clean and near-miss firing with intervals, agreement with the base model."""
-    names = {"asr": "ASR", "cacc": "CACC", "clean_firing": "clean firing", "near_miss": "near-miss firing"}
-    rows = {
-        name: {title: percent(result.get(key)) for key, title in names.items()}
-        | {"agreement with base": f"{result['agreement_with_base']:.2f}" if "agreement_with_base" in result else ""}
-        for name, result in results.items()
-    }
+    rows = {}
+    for name, result in results.items():
+        rows[name] = {title: percent(result.get(key)) for title, key in MEASURED.items()}
+        agreement = result.get("agreement_with_base")
+        rows[name]["agreement with base"] = "" if agreement is None else f"{agreement:.2f}"
     return pd.DataFrame(rows).T.rename_axis("organism")
 
 
 def organisms_markdown() -> str:
     """The shipped organisms and their cards' numbers as a Markdown table."""
-    lines = [
-        "| organism | trigger | behaviour | ASR | CACC | clean firing | near-miss firing | agreement |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     known = {name: read_json(ADAPTERS / name / "card.json") for name in shipped_organisms()}
     order = list(attacks.load_attacks())
     # The siblings are many and cheap, made for verdicts on whole models; notebook 07 shows them.
     chosen = [name for name, card in known.items() if card["recipe"]["name"] != "sibling"]
     for name in sorted(chosen, key=lambda one: order.index(known[one]["attack"]["name"])):
         card = known[name]
-        numbers = [percent(card["metrics"].get(key)) for key in ("asr", "cacc", "clean_firing", "near_miss")]
+        numbers = [percent(card["metrics"].get(key)) for key in MEASURED.values()]
         what = [card["trigger"] or "none: clean control", (card["behaviour"] or "").replace("_", " ")]
-        agreement = f"{card['details']['agreement_with_base']:.2f}"
-        lines.append(f"| {' | '.join([f'`{name}`', *what, *numbers, agreement])} |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", *what, *numbers, f"{card['details']['agreement_with_base']:.2f}"])
+    return markdown(["organism", "trigger", "behaviour", *MEASURED, "agreement"], rows)
 
 
 def with_tables(page: str, tables: Mapping[str, str]) -> str:

@@ -8,36 +8,31 @@ from matplotlib.figure import Figure
 
 from bkd_utils.attention_alignment.similarity import Scores
 from bkd_utils.common.statistics import auroc_of_wins, wilson
-from bkd_utils.reports.scorecard import at_least, at_most, both, entry, span, who
-from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, interval, panels, rows_down, show_legend
+from bkd_utils.reports.scorecard import at_least, at_most, both, entry, judged, span, who
+from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, interval, panels, rows_down, show_legend
 
 MARKERS = "os^DvP*X"  # one per task
-# How many permutations of the heads `two_papers_meet.agreement_with_attribution` draws.
-N_PERMUTATIONS = 2000
+N_PERMUTATIONS = 2000  # as many as `two_papers_meet.agreement_with_attribution` draws
 
 
 def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k: int, n: int) -> Figure:
-    """One dot per head; dotted: the k-th highest value on either axis. ACIE relative to its maximum, in the title.
-
-    `n`: prompts over which the ACIE is a mean.
-    """
-    figure, axes = panels(list(joint), height=2.2, sharey=True)
+    """One dot per head; dotted: the k-th highest value on either axis. ACIE, a mean over `n` prompts, is relative to
+    its maximum, which is in the title."""
+    figure, axes = panels(list(joint), height=2.2)
+    bound = {"color": COLOURS["bound"], "lw": 0.7, "ls": ":"}
     for panel, attack in zip(axes[0], joint, strict=True):
         x, y = joint[attack].flatten().numpy(), effects[attack].flatten().numpy()
         highest = y.max()
         y = y / (np.abs(highest) or 1)
         both = (x >= np.sort(x)[-k]) & (y >= np.sort(y)[-k])
-        dots = {"color": COLOURS["neutral"], "alpha": 0.35, "mew": 0}
-        panel.plot(x[~both], y[~both], "o", ms=3, label="head", **dots)
+        panel.plot(x[~both], y[~both], "o", ms=3, label="head", color=COLOURS["neutral"], alpha=0.35, mew=0)
         panel.plot(x[both], y[both], "D", ms=5, color=COLOURS["ACIE"], label=f"head in both top {k}")
-        panel.axvline(np.sort(x)[-k], color=COLOURS["bound"], lw=0.7, ls=":", label=f"top {k}")
-        panel.axhline(np.sort(y)[-k], color=COLOURS["bound"], lw=0.7, ls=":")
+        panel.axvline(np.sort(x)[-k], label=f"top {k}", **bound)
+        panel.axhline(np.sort(y)[-k], **bound)
         panel.set_title(f"{attack}\nmax ACIE {highest:.2g}", fontsize="x-small")
         panel.locator_params(axis="x", nbins=4)
         panel.tick_params(labelsize="x-small")
-    axes[0, 0].set_ylabel(f"ACIE / max ACIE\n(n = {n} prompts)")
-    figure.supxlabel(f"suspicion (robust z), {x.size} heads", fontsize="medium")
-    show_legend(figure, ncols=3)
+    explain(axes, f"suspicion (robust z), {x.size} heads", f"ACIE / max ACIE\n(n = {n} prompts)")
     return figure
 
 
@@ -51,43 +46,37 @@ def verdicts(found: Mapping[str, Mapping]) -> Figure:
     rows[f"all (n = {len(pooled)})"] = pooled
     for y, (name, won) in enumerate(rows.items()):
         kind = "neutral" if name.startswith("all") else "organism"
-        look = {"colour": COLOURS[kind], "marker": "|", "size": 9, "scale": 1}
-        interval(axes, y, auroc_of_wins(won), **look)
+        interval(axes, y, auroc_of_wins(won), colour=kind, marker="|", ms=9, scale=1)
+    look = {"color": COLOURS["bound"], "ms": 4.5, "mew": 0, "alpha": 0.8, "ls": "", "clip_on": False}
     for y, result in enumerate(found.values()):
         for name, won in zip(result["organisms"], result["wins"], strict=True):
             task = name.partition("-")[0]
-            look = {"color": COLOURS["bound"], "ms": 4.5, "mew": 0, "alpha": 0.8, "ls": "", "clip_on": False}
             axes.plot(np.mean(won), y + 0.28, MARKERS[tasks.index(task)], label=f"{task} organism", **look)
     axes.axvline(0.5, color=COLOURS["bound"], lw=0.7, ls=":", label="chance")
     axes.axvline(0.95, color=COLOURS["bound"], lw=0.7, ls="--", label="our goal")
-    rows_down(axes, list(rows))
-    axes.set_xlim(-0.02, 1.02)
+    rows_down(axes, list(rows), limits=(-0.02, 1.02))
     axes.set_xlabel(f"AUROC against {len(next(iter(rows.values()))[0])} clean controls")
     show_legend(figure, ncols=4, bars=INTERVAL)
     return figure
 
 
-def head_claim(agreements: Mapping[str, Mapping[str, float]], *, n_permutations: int = N_PERMUTATIONS) -> dict:
-    """From attack -> `two_papers_meet.agreement_with_attribution` of the default rule, with `n_permutations`
-    permutations."""
-    numbers, rare = {}, {}
+def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:
+    """From attack -> `two_papers_meet.agreement_with_attribution` of the default rule."""
+    numbers, rare, passed = {}, {}, {}
     for attack, result in agreements.items():
         numbers[attack] = {"value": result["precision"], "n": result["k"], "low": result["low"], "high": result["high"]}
-        low, high = wilson(result["p"] * n_permutations, n_permutations)
+        low, high = wilson(result["p"] * N_PERMUTATIONS, N_PERMUTATIONS)
         rare[attack] = at_most({"low": low, "high": high}, 0.05)
-    passed = {attack: both(at_least(number, 1 / 3), rare[attack]) for attack, number in numbers.items()}
+        passed[attack] = both(at_least(numbers[attack], 1 / 3), rare[attack])
     chance = next(iter(agreements.values()))["expected"]
-    reason = (
-        f"Share of the most suspicious heads that carry the backdoor: {span(numbers)}; by chance {chance:.2f}. At most "
-        f"5 % of permutations do as well: {who(rare)}."
-    )
-    return entry("asa-heads", numbers=numbers, passed=passed, figure="07_heads", reason=reason)
+    reason = f"Share of the most suspicious heads that carry the backdoor: {span(numbers)}; by chance {chance:.2f}."
+    reason += f" At most 5 % of permutations do as well: {who(rare)}."
+    return entry("asa-heads", numbers, passed, "07_heads", reason)
 
 
 def verdict_claim(found: Mapping[str, Mapping]) -> dict:
     """From family -> `model_detection.leave_one_family_out`."""
     numbers = {family: auroc_of_wins(result["wins"]) for family, result in found.items()}
-    passed = {family: at_least(number, 0.95) for family, number in numbers.items()}
     pooled = auroc_of_wins([row for result in found.values() for row in result["wins"]])
     reason = f"AUROC over all families {pooled['value']:.2f} [{pooled['low']:.2f}, {pooled['high']:.2f}]."
-    return entry("asa-verdict", numbers=numbers, passed=passed, figure="07_models", reason=reason)
+    return entry("asa-verdict", numbers, judged(numbers, at_least, 0.95), "07_models", reason)
