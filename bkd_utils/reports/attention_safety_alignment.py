@@ -146,14 +146,6 @@ def guards(found: Mapping[str, Mapping[str, Guarded]]) -> Figure:
     return figure
 
 
-def without_hits(found: Found) -> dict:
-    """The same numbers without the outcomes of single prompts."""
-    return {
-        attack: {name: {key: value for key, value in row.items() if key != "hits"} for name, row in rows.items()}
-        for attack, rows in found.items()
-    }
-
-
 def hits(row: Mapping, key: str) -> Mapping[str, float]:
     """uid -> 0 or 1 of a result of `evaluation.under_attack`. Raises ValueError for one that was kept without them."""
     if "hits" not in row:

@@ -24,6 +24,14 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
+def without_hits(found: Mapping[str, Mapping[str, Mapping]]) -> dict:
+    """Results of `evaluation.under_attack`, two names deep, without the outcomes of single prompts."""
+    return {
+        group: {name: {key: value for key, value in row.items() if key != "hits"} for name, row in rows.items()}
+        for group, rows in found.items()
+    }
+
+
 def metrics(results: Mapping[str, Mapping]) -> pd.DataFrame:
     """One row per organism: ASR, CACC, clean and near-miss firing with intervals, agreement with the base model."""
     rows = {}
