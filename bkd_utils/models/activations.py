@@ -17,23 +17,17 @@ from bkd_utils.models.tokens import batches
 
 @torch.no_grad()
 def _at_last_token(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    modules: Sequence[Module],
-    what: str,
-    batch_size: int,
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], modules: Sequence[Module], what: str, batch_size: int
 ) -> Float[Tensor, "prompt layer width"]:
     """First input or output (`what`) of every module at the last prompt token."""
-    found: list[Tensor | None] = [None] * len(prompts)
+    found: dict[int, Tensor] = {}
     for chosen in batches(prompts, batch_size):
-        past = prompt_past(model, [prompts[i] for i in chosen])
-        kept: dict[int, Tensor] = {}
+        past, kept = prompt_past(model, [prompts[i] for i in chosen]), {}
         with reading(modules, kept, what=what):
             forward(model, past, past.tail)
         rows = torch.stack([kept[layer][:, 0] for layer in range(len(modules))], dim=1)
-        for i, row in zip(chosen, rows, strict=True):
-            found[i] = row
-    return torch.stack(found)
+        found.update(zip(chosen, rows, strict=True))
+    return torch.stack([found[i] for i in range(len(prompts))])
 
 
 def head_outputs(
@@ -41,24 +35,22 @@ def head_outputs(
 ) -> Float[Tensor, "prompt layer head d_head"]:
     """Output of every attention head at the last prompt token, before the output matrix (`hook_z` of TransformerLens).
 
-    In the model's own units. Raises ValueError for a prompt of fewer than two tokens, ModelError for an architecture
-    that is not known. Source: BkdAttr, section 3.
+    Raises ValueError for a prompt of fewer than two tokens, ModelError for an architecture that is not known. Source:
+    BkdAttr, section 3.
 
     >>> head_outputs(model, prompts).shape  # 4 prompts, 2 layers, 4 heads, 8 numbers
     torch.Size([4, 2, 4, 8])
     """
     parts = anatomy(model)
-    rows = _at_last_token(model, prompts, parts.outputs, "input", batch_size)
-    return rows.unflatten(-1, (parts.n_heads, -1))
+    return _at_last_token(model, prompts, parts.outputs, "input", batch_size).unflatten(-1, (parts.n_heads, -1))
 
 
 def residuals(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
 ) -> Float[Tensor, "prompt layer d_model"]:
-    """The residual stream after every layer at the last prompt token.
+    """The residual stream after every layer at the last prompt token. Raises what `head_outputs` raises.
 
-    In the model's own units. Raises ValueError for a prompt of fewer than two tokens, ModelError for an architecture
-    that is not known. Source: BkdAttr, section 3.1.
+    Source: BkdAttr, section 3.1.
 
     >>> logits = model.lm_head(model.model.norm(residuals(model, prompts)[:, -1]))  # the stream after the last layer
     >>> torch.allclose(logits[0], model(torch.tensor(prompts[:1])).logits[0, -1], atol=1e-4)
@@ -74,9 +66,6 @@ def behind_norm(
     """Input of each layer's attention but the first's: the residual stream after layer l through the norm of l + 1."""
     norms = anatomy(model).norms[1:]
     return torch.stack([norm(residual[:, layer]) for layer, norm in enumerate(norms)], dim=1)
-
-
-# --- scores of given answers ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,7 +92,6 @@ def score_answers(
 ) -> AnswerScores:
     """Would greedy decoding give these answers? Teacher forcing tells it exactly, in one pass for all tokens.
 
-    Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it.
     Answers may differ in length, and each prompt may have several answers in a row. `layer` and `hidden` are those of
     `prompt_cache.forward`. Raises ValueError for an empty answer or a wrong number of them.
     """

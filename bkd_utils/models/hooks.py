@@ -1,10 +1,9 @@
 """The parts of a model, and hooks that read, trace or change them while the model runs.
 
-Edits act on head outputs (`hook_z` in TransformerLens), on attention outputs or on the residual stream. They are
-context managers and act at the token positions `at` of every forward pass inside them.
+Edits are context managers. They act on head outputs (`hook_z` in TransformerLens), attention outputs or the residual
+stream, at the token positions `at` of every forward pass inside them.
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,18 @@ from transformers import PreTrainedModel
 
 from bkd_utils.models.folders import ModelError
 
-# Names of the parts in the model families of transformers.
+# Names of the layers, and of the parts of one, in the model families of transformers.
 LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers")
-OUTPUTS = ("self_attn.o_proj", "attn.c_proj", "attention.dense")
-ATTENTIONS = ("self_attn", "attn", "attention")
-MLPS = ("mlp",)
-NORMS = ("input_layernorm", "ln_1")
+PARTS = {
+    "norms": ("input_layernorm", "ln_1"),
+    "attentions": ("self_attn", "attn", "attention"),
+    "outputs": ("self_attn.o_proj", "attn.c_proj", "attention.dense"),
+    "mlps": ("mlp",),
+}
+Head = tuple[int, int]
+# The last prompt token is the first token that runs after a prompt's key-value cache.
+LAST = slice(0, 1)
+EVERYWHERE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
             layers = tuple(getattr(parent, attribute))
         except AttributeError:
             continue
-        parts = {
-            name: _in_each(layers, names)
-            for name, names in (("norms", NORMS), ("attentions", ATTENTIONS), ("outputs", OUTPUTS), ("mlps", MLPS))
-        }
+        parts = {part: _in_each(layers, names) for part, names in PARTS.items()}
         if all(parts.values()):
             return Anatomy(parent, attribute, layers, n_heads=model.config.num_attention_heads, **parts)
     raise ModelError(f"a model of type {model.config.model_type!r} has none of the layer names known here")
@@ -87,10 +89,9 @@ def editing(
     with ExitStack() as stack:
         for i, module in enumerate(modules):
             if what == "input":
-                handle = module.register_forward_pre_hook(partial(before, i), with_kwargs=True)
+                stack.enter_context(module.register_forward_pre_hook(partial(before, i), with_kwargs=True))
             else:
-                handle = module.register_forward_hook(partial(after, i))
-            stack.callback(handle.remove)
+                stack.enter_context(module.register_forward_hook(partial(after, i)))
         yield
 
 
@@ -118,46 +119,38 @@ def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "
         yield
 
 
-Head = tuple[int, int]
-# The last prompt token is the first token that runs after a prompt's key-value cache.
-LAST = slice(0, 1)
-EVERYWHERE = slice(None)
-
-
 @contextmanager
 def head_edit(
     model: PreTrainedModel, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice
 ) -> Iterator[None]:
     """While this lasts, `change(layer, z)` replaces the outputs `z` `[row, pos, chosen head, d_head]` at tokens `at`.
 
-    The chosen heads of a layer come in ascending order. Raises ValueError for a head that the model does not have, or
-    that is named twice.
+    The chosen heads of a layer come in ascending order. Raises what `by_layer` raises.
     """
     parts = anatomy(model)
     chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
+    layers = list(chosen)
 
     def edit(i: int, z: Tensor) -> Tensor:
-        layer = layers[i]
-        z = z.clone()
+        z, own = z.clone(), chosen[layers[i]]
         view = z.view(*z.shape[:-1], parts.n_heads, -1)
-        view[:, at, chosen[layer]] = change(layer, view[:, at, chosen[layer]]).to(z.dtype)
+        view[:, at, own] = change(layers[i], view[:, at, own]).to(z.dtype)
         return z
 
-    layers = list(chosen)
     with editing([parts.outputs[layer] for layer in layers], edit):
         yield
 
 
 def by_layer(heads: Sequence[Head], *, n_layers: int, n_heads: int) -> dict[int, list[int]]:
     """layer -> its chosen heads in ascending order. Raises ValueError for unknown and for repeated heads."""
-    if twice := [head for head, count in Counter(heads).items() if count > 1]:
-        raise ValueError(f"head {twice[0]} is named twice")
-    found: dict[int, list[int]] = defaultdict(list)
+    found: dict[int, list[int]] = {}
     for layer, head in sorted(heads):
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise ValueError(f"no head {head} in layer {layer}: the model has {n_layers} layers of {n_heads} heads")
+        if head in found.setdefault(layer, []):
+            raise ValueError(f"head {layer, head} is named twice")
         found[layer].append(head)
-    return dict(found)
+    return found
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From user text to token ids: chat template, beginning-of-sequence token (BOS), answer tokens, padding.
 
-All other modules work on the ids made here. Strings never reach a hooked model, because the string methods of
-TransformerLens add a second BOS token, which shifts every position without an error.
+All other modules work on these ids, because the string methods of TransformerLens add a second BOS token, which shifts
+every position without an error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 # For models without a chat template.
@@ -29,9 +30,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
     if not user.strip():
         raise ValueError("the user turn is empty")
     if has_chat_template(tokenizer):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
-        )
+        turns = [{"role": "user", "content": user}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
     ids = tokenizer(PLAIN_TEMPLATE.format(user=user), add_special_tokens=False).input_ids
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -72,10 +72,9 @@ def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row po
     """
     if not rows or not all(rows):
         raise ValueError(f"cannot batch {len(rows)} rows" + (", one of which is empty" if rows else ""))
-    width = max(map(len, rows))
-    tokens = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return tokens, mask
+    tensors = [torch.tensor(row) for row in rows]
+    tokens = pad_sequence(tensors, batch_first=True, padding_value=pad_id, padding_side="left")
+    return tokens, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True, padding_side="left")
 
 
 def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
