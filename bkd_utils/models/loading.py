@@ -111,7 +111,7 @@ def shipped_organisms(*, base: str | None = None) -> list[str]:
 def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrainedModel:
     """Merge a LoRA adapter into the weights, after checking its hash, its base and all of its tensors.
 
-    Unmerged, it would be lost in hooked runs without an error: TransformerLens reads `o_proj.weight` directly.
+    Unmerged, it would make hooked logits wrong without an error: TransformerLens reads `o_proj.weight` directly.
     """
     card, weights = folders.json_object(folder / "card.json"), folder / "adapter_model.safetensors"
     if not weights.is_file():

@@ -52,11 +52,11 @@ def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> 
 
 
 def with_shared_beginning(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, tuple[Tensor, ...]]:
-    """Run the tokens shared by all prompts of a batch once, with gradients; returns the remaining inputs with that cache.
+    """Run the tokens shared by all prompts of a batch once, with gradients; returns the other inputs with that cache.
 
-    `answer_loss` of these inputs has the same value and gradient and takes half the time. `attention_mask` and `labels`
-    keep all columns. A batch that shares no token is returned unchanged. The second result are the attention maps of
-    the shared tokens if `output_attentions=True` is passed.
+    `answer_loss` of these has the same value and gradient and takes half the time. `attention_mask` and `labels` keep
+    all columns. A batch that shares no token is returned unchanged. The second value that is returned holds the
+    attention maps of the shared tokens, if `output_attentions=True` is passed.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     asking = mask.bool() & (batch["labels"] == IGNORED)

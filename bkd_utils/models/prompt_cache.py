@@ -93,8 +93,8 @@ def prompt_past(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tai
     _check_window(model, max(map(len, prompts)))
     rows = [list(prompt[:-tail]) for prompt in prompts]
     shared = generation.reusable_prefix(model, rows)
-    cache, own = generation.repeated(generation.run_prefix(model, shared)[0], len(rows)), [row[len(shared) :] for row in rows]
-    inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=len(shared))
+    cache = generation.repeated(generation.run_prefix(model, shared)[0], len(rows))
+    inputs = padded_inputs([row[len(shared) :] for row in rows], pad_id=0, device=model.device, n_cached=len(shared))
     model.base_model(**inputs, past_key_values=cache, use_cache=True)
     mask = inputs["attention_mask"]
     return Past(
