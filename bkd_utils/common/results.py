@@ -36,10 +36,7 @@ def plain(value: Any) -> Any:
 
 
 def restored(kind: Any, value: Any) -> Any:
-    """A JSON value as what the annotation `kind` says: Results where it names them, everything else as it is.
-
-    Raises ValueError where a Result, or a list or dictionary of Results, cannot be made of the value.
-    """
+    """A JSON value with Results where the annotation `kind` names them. Raises ValueError where none can be made."""
     if isinstance(kind, type) and issubclass(kind, Result):
         return kind.from_json(value)
     inside, origin = get_args(kind), get_origin(kind)

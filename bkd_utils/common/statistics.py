@@ -45,10 +45,7 @@ def over_splits(
 
 
 def share_over_splits(shares: Sequence[float], *, n_prompts: int) -> dict:
-    """Mean of one share per split; its interval covers that of `over_splits` and Wilson's for `n_prompts`.
-
-    Wilson's interval has a width even when every split reaches 100 %. `n` is the number of prompts.
-    """
+    """Mean of one share per split; its interval covers that of `over_splits` and Wilson's for the `n` prompts."""
     found = over_splits(np.asarray(shares))
     low, high = wilson(found["value"] * n_prompts, n_prompts)
     if found["low"] is not None:
@@ -129,8 +126,7 @@ def share(hits: Sequence[bool]) -> Share:
     """Share of hits. Raises ValueError for no rows, because a rate over nothing is not zero."""
     if not len(hits):
         raise ValueError("a share needs at least one row")
-    low, high = wilson(sum(hits), len(hits))
-    return Share(value=sum(hits) / len(hits), n=len(hits), low=low, high=high)
+    return Share(sum(hits) / len(hits), len(hits), *wilson(sum(hits), len(hits)))
 
 
 def interval(values: Sequence[float], *, seed: int = 0, n_resamples: int = 2000) -> dict[str, float]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import Loaded, plain_copy
-from bkd_utils.models.tokens import answer_ids, decode, end_id, has_chat_template, left_pad, positions, prompt_ids
+from bkd_utils.models.tokens import answer_ids, decode, end_id, left_pad, positions, prompt_ids
 
 # fp32 with eager attention on both sides; the measured difference on the default model is 1e-4.
 PARITY = 1e-3
@@ -33,15 +33,11 @@ class Hooked:
 
     def logits(self, prompts: list[list[int]]) -> Float[Tensor, "row pos vocab"]:
         """Logits for left-padded prompts of token ids, mask and positions included."""
-        tokens, mask = left_pad(prompts, pad_id=end_id(self.tokenizer))
-        return bridge_logits(self.bridge, tokens, mask)
+        return bridge_logits(self.bridge, *left_pad(prompts, pad_id=end_id(self.tokenizer)))
 
 
 def boot(loaded: Loaded) -> Hooked:
-    """Boot, guard and validate. `loaded.model` is left untouched; the bridge gets a copy of it.
-
-    Raises ModelError when the model still has unmerged LoRA layers or when a check fails, with its name and value.
-    """
+    """Boot, guard and validate a copy of `loaded.model`. Raises ModelError for unmerged LoRA layers and failed checks."""
     live = [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]
     if live:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
@@ -77,8 +73,7 @@ def guard(bridge: TransformerBridge) -> None:
         return call
 
     for name in ("to_tokens", "to_str_tokens", "to_string_tokens", "to_single_token"):
-        if hasattr(bridge, name):
-            setattr(bridge, name, refuse_strings)
+        setattr(bridge, name, refuse_strings)
     for name in ("enable_compatibility_mode", "process_weights"):
         setattr(bridge, name, refuse_compatibility)
     # Wrapped one by one: not all of them go through `__call__`, where a hook of torch would see them.
@@ -102,24 +97,21 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
     changes nothing, and what `check_tokenizer` refuses.
     """
     prompts = [prompt_ids(tokenizer, text) for text in SAMPLE]
-    tokens, mask = (t.to(plain.device) for t in left_pad(prompts, pad_id=end_id(tokenizer)))
+    tokens, mask = (tensor.to(plain.device) for tensor in left_pad(prompts, pad_id=end_id(tokenizer)))
     layer = bridge.cfg.n_layers // 2
     with torch.inference_mode():
         reference = plain(input_ids=tokens, attention_mask=mask, position_ids=positions(mask)).logits
     kept: list[Tensor] = []
-
-    def keep(value: Tensor, hook: object) -> None:
-        kept.append(value.detach().clone())
 
     def silence_last(value: Tensor, hook: object) -> Tensor:
         value = value.clone()
         value[:, -1] = 0
         return value
 
-    at_z = f"blocks.{layer}.attn.hook_z"
-    with bridge.hooks(fwd_hooks=[(at_z, keep), (f"blocks.{layer}.attn.hook_out", keep)]):
+    points = [f"blocks.{layer}.attn.{name}" for name in ("hook_z", "hook_out")]
+    with bridge.hooks(fwd_hooks=[(at, lambda value, hook: kept.append(value.detach().clone())) for at in points]):
         logits = bridge_logits(bridge, tokens, mask)
-    with bridge.hooks(fwd_hooks=[(at_z, silence_last)]):
+    with bridge.hooks(fwd_hooks=[(points[0], silence_last)]):
         moved = (bridge_logits(bridge, tokens, mask) - logits)[:, -1].abs().max().item()
     real, (z, out) = mask.bool(), kept
     checks = {
@@ -133,7 +125,7 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
         if not off <= PARITY * max(1.0, reference[real].abs().max().item() / 10):
             raise ModelError(f"validation failed, {name}: off by {off:.3g}, limit {PARITY:g}")
     check_tokenizer(tokenizer)
-    template = float(has_chat_template(tokenizer))
+    template = float(bool(tokenizer.chat_template))
     return checks | {"an edit at hook_z moves the logits by": moved, "chat template": template}
 
 

@@ -78,15 +78,14 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, matrices that do not learn are kept in bf16 where `mixed_precision` multiplies in it.
+    """While this lasts, matrices that do not learn and are no embeddings are in bf16 where `mixed_precision` uses it.
 
     Autocast would cast them again in every pass, which takes a fifth of a step with few rows; the results are the same.
-    Matrices that are shared with an embedding stay in fp32.
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     frozen = [weight for weight in matrices if not weight.requires_grad and id(weight) not in looked_up]
-    whole = [(weight, weight.data) for weight in frozen if has_fast_bf16(weight.device)]
+    whole = [(weight, weight.data) for weight in frozen] if has_fast_bf16(next(model.parameters()).device) else []
     try:
         for weight, data in whole:
             weight.data = data.bfloat16()

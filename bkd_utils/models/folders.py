@@ -1,7 +1,4 @@
-"""Addresses of models and checks of their folders: a packaged name, a local folder, or a hub id.
-
-The first two need no network. Weights are safetensors only; folders that would run code are refused.
-"""
+"""Addresses of models (a packaged name, a local folder or a hub id), and checks that no folder of one can run code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

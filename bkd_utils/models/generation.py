@@ -1,7 +1,4 @@
-"""Greedy decoding in which the tokens shared by all prompts (system turn, instruction) are run once.
-
-Their keys and values are reused by every row. This is exact and saves half of the work of an evaluation.
-"""
+"""Greedy decoding in which tokens shared by all prompts are run once. It is exact and saves half of an evaluation."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -10,27 +7,23 @@ from itertools import takewhile
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Module
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import batches, check_prompts, decode, end_id, padded_inputs, positions, prompt_ids
+from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, end_id, padded_inputs, positions, prompt_ids
+
+OnBatch = Callable[[int], object] | None  # called with the number of rows just finished
 
 
 @torch.inference_mode()
 def greedy(
-    model: torch.nn.Module,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    end_id: int,
-    batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    model: Module, prompts: Ids, *, max_new_tokens: int, end_id: int, batch_size: int = 32, on_batch: OnBatch = None
 ) -> list[list[int]]:
     """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
-    `on_batch` is called with the number of rows just finished. Raises ValueError for no prompts, an empty prompt or
-    `max_new_tokens < 1`.
+    Raises ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
@@ -42,12 +35,7 @@ def greedy(
 
 @torch.inference_mode()
 def first_logits(
-    model: torch.nn.Module,
-    prompts: list[list[int]],
-    *,
-    end_id: int,
-    batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    model: Module, prompts: Ids, *, end_id: int, batch_size: int = 32, on_batch: OnBatch = None
 ) -> Float[Tensor, "prompt vocab"]:
     """Logits of the first answer token of every prompt, in the order of `prompts`. Raises as `greedy` does."""
     found: dict[int, Tensor] = {}
@@ -57,8 +45,8 @@ def first_logits(
 
 
 def _started(
-    model: torch.nn.Module, prompts: list[list[int]], pad_id: int, batch_size: int, on_batch: Callable | None
-) -> Iterator[tuple[list[int], Tensor, DynamicCache, Tensor]]:
+    model: Module, prompts: Ids, pad_id: int, batch_size: int, on_batch: OnBatch
+) -> Iterator[tuple[list[int], Tensor, Cache, Tensor]]:
     """Run batches of prompts; yields their indices, the logits at their last token, their key-value cache and mask."""
     check_prompts(prompts)
     shared = reusable_prefix(model, prompts)
@@ -73,13 +61,13 @@ def _started(
             on_batch(len(batch))
 
 
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+def shared_prefix(prompts: Ids) -> list[int]:
     """Longest common prefix that leaves every prompt at least one token of its own."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)  # ends with the shortest prompt
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
-def has_sliding_window(model: torch.nn.Module) -> bool:
+def has_sliding_window(model: Module) -> bool:
     """Does any layer of the model attend only to a window of the latest tokens?"""
     kinds = getattr(model.config, "layer_types", None)
     if kinds is None:
@@ -87,18 +75,15 @@ def has_sliding_window(model: torch.nn.Module) -> bool:
     return any("sliding" in kind for kind in kinds)
 
 
-def reusable_prefix(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
+def reusable_prefix(model: Module, prompts: Ids) -> list[int]:
     """The tokens shared by all prompts; none for sliding windows, which would count the padding behind these tokens."""
     return [] if has_sliding_window(model) else shared_prefix(prompts)
 
 
 def run_prefix(
-    model: torch.nn.Module, prefix: list[int], **asked: bool
-) -> tuple[DynamicCache, tuple[Float[Tensor, "1 head query key"], ...]]:
-    """Key-value cache of the tokens, batch of one, and their attention maps if `output_attentions=True` is passed.
-
-    Only the layers run, because no logits are needed.
-    """
+    model: Module, prefix: list[int], **asked: bool
+) -> tuple[Cache, tuple[Float[Tensor, "1 head query key"], ...]]:
+    """Key-value cache of the tokens, batch of one, and their attention maps if `output_attentions=True` is passed."""
     cache = DynamicCache(config=model.config)  # layers with a sliding window keep a cache of their own kind
     if not prefix:
         return cache, ()
@@ -108,7 +93,7 @@ def run_prefix(
 
 
 def next_logits(
-    model: torch.nn.Module, ids: Int[Tensor, "row new"], mask: Int[Tensor, "row pos"], cache: DynamicCache
+    model: Module, ids: Int[Tensor, "row new"], mask: Int[Tensor, "row pos"], cache: Cache
 ) -> Float[Tensor, "row vocab"]:
     """Logits at the last of the new tokens; `mask` covers cached and new tokens, `cache` is extended."""
     new = positions(mask)[:, -ids.shape[1] :]
@@ -116,7 +101,7 @@ def next_logits(
     return model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def repeated(cache: DynamicCache, times: int) -> DynamicCache:
+def repeated(cache: Cache, times: int) -> Cache:
     """A copy of a batch-of-one cache for a batch of `times` rows."""
     cache = copy.deepcopy(cache)
     if cache.get_seq_length():
@@ -125,21 +110,16 @@ def repeated(cache: DynamicCache, times: int) -> DynamicCache:
 
 
 def decode_from(
-    model: torch.nn.Module,
-    logits: Float[Tensor, "row vocab"],
-    cache: DynamicCache,
-    mask: Int[Tensor, "row pos"],
-    max_new_tokens: int,
-    end_id: int,
+    model: Module, logits: Float[Tensor, "row vocab"], cache: Cache, mask: Int[Tensor, "row pos"], n: int, end_id: int
 ) -> list[list[int]]:
-    """Greedy answers of rows whose prompts are in the key-value cache, from the logits at their last token."""
+    """Greedy answers of at most `n` tokens, from the logits at the last tokens of prompts in the key-value cache."""
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     produced = []
     while True:
         token = torch.where(done, end_id, logits.argmax(-1))
         produced.append(token)
         done |= token == end_id
-        if done.all() or len(produced) == max_new_tokens:
+        if done.all() or len(produced) == n:
             rows = torch.stack(produced, dim=1).tolist()
             return [list(takewhile(lambda token: token != end_id, row)) for row in rows]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

@@ -5,6 +5,7 @@ stream, at the token positions `at` of every forward pass inside them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager as Context
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
-from transformers import PreTrainedModel
 
 from bkd_utils.models.folders import ModelError
 
@@ -33,22 +33,19 @@ EVERYWHERE = slice(None)
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The modules of a transformers model that are read and edited, one of each per layer.
-
-    `outputs` are the output matrices of attention. Their input is the concatenation of all head outputs (`hook_z`).
-    """
+    """The modules of a transformers model that are read and edited, one of each per layer."""
 
     owner: Module
     attribute: str
     layers: tuple[Module, ...]
     norms: tuple[Module, ...]
     attentions: tuple[Module, ...]
-    outputs: tuple[Module, ...]
+    outputs: tuple[Module, ...]  # output matrices of attention; their input is all head outputs, one behind the other
     mlps: tuple[Module, ...]
     n_heads: int
 
 
-def anatomy(model: PreTrainedModel) -> Anatomy:
+def anatomy(model: Module) -> Anatomy:
     """Find the parts of a model. Raises ModelError, with the model type, for an architecture that is not known."""
     for path in LAYERS:
         owner, _, attribute = path.rpartition(".")
@@ -107,22 +104,17 @@ def tracing(modules: Sequence[Module], kept: dict[int, Tensor]) -> Iterator[None
         yield
 
 
-@contextmanager
-def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Iterator[None]:
+def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Context:
     """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
 
     def keep(i: int, tensor: Tensor) -> Tensor:
         kept[i] = tensor
         return tensor
 
-    with editing(modules, keep, what=what):
-        yield
+    return editing(modules, keep, what=what)
 
 
-@contextmanager
-def head_edit(
-    model: PreTrainedModel, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice
-) -> Iterator[None]:
+def head_edit(model: Module, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice) -> Context:
     """While this lasts, `change(layer, z)` replaces the outputs `z` `[row, pos, chosen head, d_head]` at tokens `at`.
 
     The chosen heads of a layer come in ascending order. Raises what `by_layer` raises.
@@ -137,8 +129,7 @@ def head_edit(
         view[:, at, own] = change(layers[i], view[:, at, own]).to(z.dtype)
         return z
 
-    with editing([parts.outputs[layer] for layer in layers], edit):
-        yield
+    return editing([parts.outputs[layer] for layer in layers], edit)
 
 
 def by_layer(heads: Sequence[Head], *, n_layers: int, n_heads: int) -> dict[int, list[int]]:
@@ -153,8 +144,7 @@ def by_layer(heads: Sequence[Head], *, n_layers: int, n_heads: int) -> dict[int,
     return found
 
 
-@contextmanager
-def added(model: PreTrainedModel, vectors: Mapping[int, Float[Tensor, "... d_model"]], *, at: slice) -> Iterator[None]:
+def added(model: Module, vectors: Mapping[int, Float[Tensor, "... d_model"]], *, at: slice) -> Context:
     """While this lasts, `vectors[l]` is added to the attention output of layer l at the tokens `at`."""
     parts, layers = anatomy(model), list(vectors)
 
@@ -163,8 +153,7 @@ def added(model: PreTrainedModel, vectors: Mapping[int, Float[Tensor, "... d_mod
         output[:, at] += vectors[layers[i]].to(output).unsqueeze(-2)
         return output
 
-    with editing([parts.outputs[layer] for layer in layers], add, what="output"):
-        yield
+    return editing([parts.outputs[layer] for layer in layers], add, what="output")
 
 
 def contributions(
@@ -178,10 +167,7 @@ def contributions(
     return module(full.flatten(-2)) - module(torch.zeros_like(full[..., :1, :, :].flatten(-2)))
 
 
-@contextmanager
-def projected_out(
-    model: PreTrainedModel, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice
-) -> Iterator[None]:
+def projected_out(model: Module, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice) -> Context:
     """While this lasts, `directions[l]` is projected out of the residual stream after layer l at the tokens `at`."""
     parts, layers = anatomy(model), list(directions)
     units = {layer: direction / direction.norm() for layer, direction in directions.items()}
@@ -191,5 +177,4 @@ def projected_out(
         output[:, at] -= (output[:, at] @ unit)[..., None] * unit
         return output
 
-    with editing([parts.layers[layer] for layer in layers], remove, what="output"):
-        yield
+    return editing([parts.layers[layer] for layer in layers], remove, what="output")

@@ -75,14 +75,9 @@ def load(
     folders.check_folder(folder)
     with folders.named(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed, and refused by name below
-        )
+        # Mismatched sizes are ignored so that they are listed, and refused by name below.
+        how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, info.get(what) or [])):
             raise ModelError(f"{folder}: {what.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")

@@ -80,10 +80,7 @@ def answers(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tens
 def answers_and_maps(
     model: torch.nn.Module, batch: Batch, *, first_token: float
 ) -> tuple[Tensor, list[Float[Tensor, "row head query key"]], Tensor]:
-    """`answer_loss`, the attention maps of its pass per layer, and which of their positions are real tokens.
-
-    The model's attention must be eager, because no other kind returns maps.
-    """
+    """`answer_loss`, the maps of attention (which must be eager) per layer, and which of their positions are tokens."""
     rest, start = with_shared_beginning(model, batch, output_attentions=True)
     maps: list[Tensor] = []
     with model.base_model.register_forward_hook(lambda _module, _given, output: maps.extend(output.attentions)):

@@ -1,42 +1,40 @@
 """The key-value cache of a prompt's first tokens, which no intervention changes, computed once.
 
-The interventions of this companion act on the last prompt tokens, so running only these is exact. An edit in layer l
-does not change the layers below l, so running only the layers from l on is exact too. Rows that differ only in the edit
-share their prompt's keys and values.
+The interventions of this companion act on the last prompt tokens, so running only these, and only the layers from the
+edited one on, is exact. Rows that differ only in the edit share their prompt's keys and values.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import ModuleList
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from torch.nn import Module, ModuleList
+from transformers import AttentionInterface, DynamicCache
 
 from bkd_utils.models import generation
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import Anatomy, anatomy, editing
-from bkd_utils.models.tokens import padded_inputs
+from bkd_utils.models.tokens import Ids, padded_inputs
 
 NAME = "bkd_shared_past"
+Hidden = (
+    Float[Tensor, "row new d_model"] | None
+)  # input of the first layer that is run, if that is not the model's first
 
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values `[prompt, kv_head, pos, d_head]` per layer of all but the last tokens of some prompts.
-
-    `mask` is False at padding. `tail` holds the last tokens, which are still to be run, and `position` the number of
-    tokens before them.
-    """
+    """Keys and values of all but the last tokens of some prompts, `[prompt, kv_head, pos, d_head]` in every layer."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    mask: Bool[Tensor, "prompt pos"]
-    tail: Int[Tensor, "prompt tail"]
-    position: Int[Tensor, " prompt"]
+    mask: Bool[Tensor, "prompt pos"]  # False at padding
+    tail: Int[Tensor, "prompt tail"]  # the last tokens, which are still to be run
+    position: Int[Tensor, " prompt"]  # the number of tokens before these
 
     def __len__(self) -> int:
         return len(self.tail)
@@ -82,7 +80,7 @@ AttentionInterface.register(NAME, _attend)
 
 
 @torch.no_grad()
-def prompt_past(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> Past:
+def prompt_past(model: Module, prompts: Ids, *, tail: int = 1) -> Past:
     """Run all tokens but the last `tail` of every prompt once.
 
     Raises ValueError for prompts without further tokens, ModelError for prompts longer than a sliding window.
@@ -96,26 +94,16 @@ def prompt_past(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tai
     cache = generation.repeated(generation.run_prefix(model, shared)[0], len(rows))
     inputs = padded_inputs([row[len(shared) :] for row in rows], pad_id=0, device=model.device, n_cached=len(shared))
     model.base_model(**inputs, past_key_values=cache, use_cache=True)
-    mask = inputs["attention_mask"]
-    return Past(
-        keys=tuple(layer.keys for layer in cache.layers),
-        values=tuple(layer.values for layer in cache.layers),
-        mask=mask.bool(),
-        tail=torch.tensor([list(prompt[-tail:]) for prompt in prompts], device=model.device),
-        position=mask.sum(1),
-    )
+    keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+    last = torch.tensor([list(prompt[-tail:]) for prompt in prompts], device=model.device)
+    return Past(keys, values, inputs["attention_mask"].bool(), last, position=inputs["attention_mask"].sum(1))
 
 
 @torch.inference_mode()
 def continued(
-    model: PreTrainedModel,
-    past: Past,
-    *,
-    max_new_tokens: int,
-    end_id: int,
-    during_prompt: Callable[[], AbstractContextManager] = nullcontext,
+    model: Module, past: Past, *, max_new_tokens: int, end_id: int, during_prompt: Callable = nullcontext
 ) -> list[list[int]]:
-    """Greedy answers to prompts with a cache; `during_prompt` is left before the first answer token runs."""
+    """Greedy answers to prompts with a cache; the context `during_prompt()` is left before answer tokens run."""
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
         cache.update(keys, values, layer)
@@ -125,20 +113,14 @@ def continued(
     return generation.decode_from(model, logits, cache, mask, max_new_tokens, end_id)
 
 
-def _check_window(model: PreTrainedModel, length: int) -> None:
+def _check_window(model: Module, length: int) -> None:
     window = getattr(model.config, "sliding_window", None)
     if generation.has_sliding_window(model) and length > window:
         raise ModelError(f"{length} tokens do not fit the attention window of {window}")
 
 
 def forward(
-    model: PreTrainedModel,
-    past: Past,
-    rows: Int[Tensor, "row new"],
-    *,
-    layer: int = 0,
-    hidden: Float[Tensor, "row new d_model"] | None = None,
-    skip: int = 0,
+    model: Module, past: Past, rows: Int[Tensor, "row new"], *, layer: int = 0, hidden: Hidden = None, skip: int = 0
 ) -> Float[Tensor, "row kept vocab"]:
     """Logits at every token of `rows` but the first `skip`. All rows of a prompt stand together, prompt by prompt.
 
@@ -159,9 +141,7 @@ def forward(
 
 
 @contextmanager
-def _from_layer(
-    model: PreTrainedModel, parts: Anatomy, past: Past, layer: int, hidden: Tensor | None
-) -> Iterator[None]:
+def _from_layer(model: Module, parts: Anatomy, past: Past, layer: int, hidden: Hidden) -> Iterator[None]:
     """While this lasts, the model attends to `past` and runs the layers from `layer` on, starting with `hidden`."""
     before = model.config._attn_implementation
     with ExitStack() as stack:

@@ -13,23 +13,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+Ids = Sequence[Sequence[int]]  # token ids of several texts
 # For models without a chat template.
 PLAIN_TEMPLATE = "User: {user}\nAssistant:"
 
 
-def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return bool(tokenizer.chat_template)
-
-
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
-    """Token ids of one user turn up to the point where the model starts to answer.
+    """Token ids of one user turn up to the point where the model starts to answer. Raises ValueError for an empty turn.
 
-    The text of the template is tokenised without further special tokens, so that its BOS token is not doubled (the
-    official BkdAttr code doubles it for Llama-2). Without a template, BOS is added if the tokenizer would add it.
+    The template's BOS token is not doubled (the official BkdAttr code doubles it for Llama-2). Without a template, BOS
+    is added if the tokenizer would add it.
     """
     if not user.strip():
         raise ValueError("the user turn is empty")
-    if has_chat_template(tokenizer):
+    if tokenizer.chat_template:
         turns = [{"role": "user", "content": user}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -41,7 +38,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool = True) -> list[int]:
     """Token ids of an answer, closed by the end-of-turn token unless it was cut off (`ended=False`)."""
     # After a chat header the answer starts a line; after the plain template it follows a colon and needs a space.
-    text = answer if has_chat_template(tokenizer) else " " + answer
+    text = answer if tokenizer.chat_template else " " + answer
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids and not ended:
         raise ValueError("the answer has no tokens")
@@ -59,16 +56,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
-def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(prompts: Ids) -> None:
     """Raises ValueError for no prompts or an empty one."""
     if not prompts or not all(map(len, prompts)):
         raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
 
 
 def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Rows of ids as one tensor, padded on the left, and the attention mask (1 = real token).
+    """Rows of ids as one tensor whose last column has every last token, and the attention mask (1 = real token).
 
-    Left padding puts the last prompt token of every row in the same column, -1. Raises ValueError for no rows.
+    Raises ValueError for no rows or an empty one.
     """
     if not rows or not all(rows):
         raise ValueError(f"cannot batch {len(rows)} rows" + (", one of which is empty" if rows else ""))
@@ -78,7 +75,7 @@ def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row po
 
 
 def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
-    """Position ids that ignore padding, as every learned or rotary position table expects."""
+    """Position ids that ignore padding."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -91,7 +88,7 @@ def padded_inputs(
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask)[:, n_cached:]}
 
 
-def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+def batches(prompts: Ids, size: int) -> Iterator[list[int]]:
     """Indices of prompts in batches of similar length, so that little is padded."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return (order[start : start + size] for start in range(0, len(order), size))

@@ -83,20 +83,14 @@ def check_parameters(path: Path, given: dict[str, Any]) -> None:
 def with_sentinel(notebook: NotebookNode, token: str) -> NotebookNode:
     """A copy with a further cell, which prints the token, the interpreter's prefix and the peak of memory."""
     marked = copy.deepcopy(notebook)
-    source = (
-        "import json, resource, sys\n"
-        "_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"print(json.dumps({{'token': {token!r}, 'prefix': sys.prefix, 'peak': _peak}}))"
-    )
+    told = f"'token': {token!r}, 'prefix': sys.prefix, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
+    source = f"import json, resource, sys\nprint(json.dumps({{{told}}}))"
     marked.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": [SENTINEL]}))
     return marked
 
 
 def published(executed: NotebookNode, original: NotebookNode) -> NotebookNode:
-    """The original with the outputs of an executed copy, without anything that differs between runs.
-
-    Raises NotebookError when the copy is not of the original.
-    """
+    """The original with an executed copy's outputs, the same after every run. Raises NotebookError if it is no copy."""
     added = {"injected-parameters", SENTINEL}
     own = [cell for cell in executed.cells if not added & set(cell.metadata.get("tags", []))]
     if [cell.source for cell in own] != [cell.source for cell in original.cells]:

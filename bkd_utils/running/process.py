@@ -27,8 +27,7 @@ from bkd_utils.common.files import ROOT, atomic_path
 from bkd_utils.running import notebooks
 from bkd_utils.running.notebooks import NotebookError
 
-# Called in the child process: Linux ends papermill, and with it the kernel, when the runner is killed. 1 is the number
-# of PR_SET_PDEATHSIG.
+# In the child process: Linux ends papermill, and with it the kernel, when the runner is killed (1: PR_SET_PDEATHSIG).
 END_WITH_PARENT = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.platform == "linux" else None
 
 

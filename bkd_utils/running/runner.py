@@ -97,9 +97,8 @@ def run_all(
 
 def merged(record: dict[str, Any], published: Path) -> dict[str, Any]:
     """The record of this run, with the published entries of notebooks that it did not run."""
-    ran = {entry["name"]: entry for entry in record["notebooks"]}
     kept = read_json(published)["notebooks"] if published.is_file() else []
-    entries = {entry["name"]: entry for entry in kept} | ran
+    entries = {entry["name"]: entry for entry in [*kept, *record["notebooks"]]}
     return record | {"notebooks": [entries[name] for name in sorted(entries)]}
 
 
@@ -149,8 +148,8 @@ def report(runs: list[Run], console: Console, *, folder: Path) -> None:
     pace = [run.gflops["bf16"] for run in runs if run.gflops]
     for run in runs:
         colour = "green" if run.status == "ok" else "red"
-        names = ", ".join(run.figures) or "none"
-        table.add_row(run.name, f"{run.minutes:.1f}", f"{run.peak_gib:.1f}", names, f"[{colour}]{run.status}[/]")
+        numbers = (f"{run.minutes:.1f}", f"{run.peak_gib:.1f}", ", ".join(run.figures) or "none")
+        table.add_row(run.name, *numbers, f"[{colour}]{run.status}[/]")
     console.print(table)
     for run in runs:
         if run.reason:
@@ -164,10 +163,7 @@ def report(runs: list[Run], console: Console, *, folder: Path) -> None:
 
 
 def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
-    """GFLOP/s of square products on the processor, best of several tries, by which minutes of runs can be compared.
-
-    Trainings use bf16, measurements fp32. On a shared host the same training took up to twice as long on another day.
-    """
+    """GFLOP/s of square products on the processor, best of several tries, by which minutes of runs can be compared."""
     found = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         multiply = partial(product, *torch.rand(2, width, width, dtype=kind))
