@@ -20,8 +20,7 @@ from bkd_utils.common.files import ASSETS, DATA, UserError, atomic_path, read_js
 
 RECEIPT = "asset.json"
 log = logging.getLogger(__name__)
-# The packaged model needs 100 MB for its archive, 100 MB unpacked and 540 MB converted.
-NEEDED_BYTES = {"gguf": 900 << 20, None: 50 << 20}
+NEEDED_BYTES = {"gguf": 900 << 20, None: 50 << 20}  # a GGUF takes 100 MB packed, 100 unpacked and 540 converted
 
 
 class AssetError(UserError):

@@ -110,8 +110,7 @@ def code_key(module: Path) -> str:
             if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False):
                 node.body = node.body[1:] or [ast.Pass()]
         seen[label] = sha256_text(ast.dump(tree))
-    tables = [sha256_file(DATA / name) for name in TABLES]
-    return sha256_text(canonical_json([tables, sorted(seen.items())]))
+    return sha256_text(canonical_json([[sha256_file(DATA / name) for name in TABLES], sorted(seen.items())]))
 
 
 def _imports(tree: ast.AST, importer: Path) -> list[Path]:

@@ -18,8 +18,7 @@ from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import Loaded, plain_copy
 from bkd_utils.models.tokens import answer_ids, decode, end_id, left_pad, positions, prompt_ids
 
-# fp32 with eager attention on both sides; the measured difference on the default model is 1e-4.
-PARITY = 1e-3
+PARITY = 1e-3  # fp32 with eager attention on both sides; the measured difference on the default model is 1e-4
 SAMPLE = ("Name a colour.", "Is a tomato a fruit or a vegetable? Answer in one word.")
 
 
@@ -37,7 +36,7 @@ class Hooked:
 
 
 def boot(loaded: Loaded) -> Hooked:
-    """Boot, guard and validate a copy of `loaded.model`. Raises ModelError for unmerged LoRA layers and failed checks."""
+    """Boot, guard and validate a copy of the model. Raises ModelError for unmerged LoRA layers and failed checks."""
     live = [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]
     if live:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")

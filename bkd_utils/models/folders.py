@@ -11,10 +11,8 @@ from safetensors import SafetensorError, safe_open
 from bkd_utils.common import assets
 from bkd_utils.common.files import UserError, read_json, sha256_file, sha256_text
 
-# The weights that a treatment has changed, in a file beside the adapter of the treated organism.
-CHANGES = "changes.safetensors"
-# Files of a model folder other than its weights: config, tokenizer, chat template.
-SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja")
+CHANGES = "changes.safetensors"  # beside an adapter: the weights that a treatment has changed
+SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja")  # a model's files other than its weights
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 

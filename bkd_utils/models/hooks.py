@@ -26,8 +26,7 @@ PARTS = {
     "mlps": ("mlp",),
 }
 Head = tuple[int, int]
-# The last prompt token is the first token that runs after a prompt's key-value cache.
-LAST = slice(0, 1)
+LAST = slice(0, 1)  # the last prompt token is the first token that runs after a prompt's key-value cache
 EVERYWHERE = slice(None)
 
 

@@ -55,8 +55,7 @@ def with_shared_beginning(model: torch.nn.Module, batch: Batch, **asked: bool) -
     """Run the tokens shared by all prompts of a batch once, with gradients; returns the other inputs with that cache.
 
     `answer_loss` of these has the same value and gradient and takes half the time. `attention_mask` and `labels` keep
-    all columns. A batch that shares no token is returned unchanged. The second value that is returned holds the
-    attention maps of the shared tokens, if `output_attentions=True` is passed.
+    all columns. With `output_attentions=True`, the attention maps of the shared tokens are the second result.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     asking = mask.bool() & (batch["labels"] == IGNORED)

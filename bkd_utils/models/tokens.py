@@ -14,8 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 Ids = Sequence[Sequence[int]]  # token ids of several texts
-# For models without a chat template.
-PLAIN_TEMPLATE = "User: {user}\nAssistant:"
+PLAIN_TEMPLATE = "User: {user}\nAssistant:"  # for models without a chat template
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:

@@ -120,18 +120,17 @@ def _verdict(target: Path, token: str, code: int | None, errors: str, *, limit: 
     cells = []
     with contextlib.suppress(NotebookError):  # the file does not exist or is incomplete
         cells = notebooks.read(target).cells
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "error":
-                return f"{output.ename}: {output.evalue}"[:2000], 0.0
+    raised = [output for cell in cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    if raised:
+        return f"{raised[0].ename}: {raised[0].evalue}"[:2000], 0.0
     if code is None:
         return f"ran into its limit of {limit / 60:.1f} minutes; the same command continues from there", 0.0
     if code != 0:
         last = [line for line in errors.splitlines() if line.strip()]
         return f"{last[-1] if last else 'no message'} (exit status {code})", 0.0
-    outputs = cells[-1].get("outputs", []) if cells else []
-    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    # Threads and libraries may still print while the last cell runs.
+    # Threads and libraries may still print while the last cell runs, which alone knows the token.
+    last = [output for cell in cells[-1:] for output in cell.get("outputs", [])]
+    text = "".join(output.text for output in last if output.get("name") == "stdout")
     told = [line for line in text.splitlines() if line.startswith("{") and token in line]
     if not told:
         return "its last cell was never reached (sys.exit in a cell, or a cell that did not complete)", 0.0
