@@ -14,24 +14,20 @@ from rich.table import Table
 
 from bkd_utils.common.files import ROOT, UserError
 
-app = typer.Typer(
-    help="Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 Model = Annotated[str, typer.Option(help="Packaged name, local folder, or hub id OWNER/NAME.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and triggers, and of organisms trained now.")]
+Organism = Annotated[str, typer.Argument(help="A shipped organism, or the folder of one.")]
+Prompts = Annotated[int, typer.Option(help="Held-out prompts per number.")]
 DEFAULT = "smollm2-135m-instruct"
 
 
 @app.command()
 def run(
-    profile: Annotated[
-        str, typer.Option(help="smoke (minutes), laptop (default), paper (more prompts, for a GPU).")
-    ] = "laptop",
+    profile: Annotated[str, typer.Option(help="smoke (minutes), laptop, paper (more prompts, for a GPU).")] = "laptop",
     only: Annotated[str | None, typer.Option(help="Notebooks by number, e.g. 01,03.")] = None,
     model: Model = DEFAULT,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train organisms even if they ship.")] = False,
@@ -45,8 +41,7 @@ def run(
     from bkd_utils.running import notebooks
 
     if list_:
-        for path in notebooks.all_notebooks():
-            print(path.stem)
+        print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
         return
     from bkd_utils.common import assets
     from bkd_utils.models import folders, loading
@@ -59,17 +54,9 @@ def run(
             if name != DEFAULT or model == DEFAULT:
                 assets.fetch(name)
         folders.check_folder(folders.model_folder(model))
-    runs = runner.run_all(
-        profile=profile,
-        only=only,
-        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
-        device=device,
-        seed=seed,
-        retrain=retrain,
-        force=force,
-        publish=publish,
-        console=console,
-    )
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
+    runs = runner.run_all(**chosen, retrain=retrain, force=force, publish=publish, console=console)
     raise typer.Exit(any(entry.status != "ok" for entry in runs))
 
 
@@ -91,7 +78,8 @@ def test(context: typer.Context) -> None:
     """Run the tests, one process per core; further arguments go to pytest (-n 0 for one process)."""
     from bkd_utils.common import assets
 
-    assets.fetch_all()
+    for name in assets.sources():
+        assets.fetch(name)
     options, environment = list(context.args), dict(os.environ)
     single = {"no:xdist", "-pno:xdist", "--pdb", "--trace"} & set(options)
     if not single and not any(option.startswith(("-n", "--numprocesses")) for option in options):
@@ -107,43 +95,30 @@ def train(
     recipe: Annotated[str, typer.Option(help="A table of data/recipes.toml.")] = "full",
     seed: Seed = 0,
     device: Device = "auto",
-    n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 240,
+    n: Prompts = 240,
     ship: Annotated[bool, typer.Option("--ship", help="Copy the finished organism to data/adapters.")] = False,
 ) -> None:
     """Make one organism: poison, train, measure, write its card. Goes on where an earlier call was killed."""
-    from bkd_utils.organisms import cards, making
-    from bkd_utils.organisms.attacks import load_attack
-    from bkd_utils.organisms.training import load_recipe
+    from bkd_utils.organisms import attacks, cards, making, training
     from bkd_utils.reports import tables
 
-    folder = making.make(
-        load_attack(attack),
-        model=model,
-        recipe=load_recipe(recipe, task=load_attack(attack).task),
-        seed=seed,
-        device=device,
-        n=n,
-    )
+    spec = attacks.load_attack(attack)
+    given = training.load_recipe(recipe, task=spec.task)
+    folder = making.make(spec, model=model, recipe=given, seed=seed, device=device, n=n)
     console.print(f"organism in {cards.ship(folder) if ship else folder}", soft_wrap=True)
     _show(tables.metrics({attack: cards.metrics(folder)}))
 
 
 @app.command()
 def evaluate(
-    organism: Annotated[str, typer.Argument(help="A shipped organism, or the folder of one.")],
-    model: Model = DEFAULT,
-    seed: Seed = 0,
-    device: Device = "auto",
-    n: Annotated[int, typer.Option(help="Held-out prompts per number.")] = 240,
+    organism: Organism, model: Model = DEFAULT, seed: Seed = 0, device: Device = "auto", n: Prompts = 240
 ) -> None:
     """Measure an organism anew and hold the numbers against its card."""
     from bkd_utils.organisms import cards, evaluation
     from bkd_utils.reports import tables
 
-    card, now = (
-        cards.metrics(organism),
-        evaluation.measure(organism, model=model, n=n, seed=seed, device=device),
-    )
+    card = cards.metrics(organism)
+    now = evaluation.measure(organism, model=model, n=n, seed=seed, device=device)
     _show(tables.metrics({"card": card, "now": now}))
     off = cards.disagreements(card, now)
     console.print("agrees with its card" if not off else f"outside the card's interval: {', '.join(off)}")

@@ -118,7 +118,7 @@ def test_the_tests_run_on_all_cores_unless_told_otherwise(chosen, main, monkeypa
         calls.append((command[1:], env.get("OMP_NUM_THREADS")))
         return 5
 
-    monkeypatch.setattr(assets, "fetch_all", lambda: None)
+    monkeypatch.setattr(assets, "fetch", lambda name: None)
     monkeypatch.setattr(cli.subprocess, "call", record)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert main("test", "--no-header", "tests/x.py") == main("test", *chosen) == 5  # the status of pytest

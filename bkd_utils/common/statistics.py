@@ -23,18 +23,14 @@ def without_interval(value: float, *, n: int) -> dict:
 
 
 def over_splits(
-    values: Float[np.ndarray, "split ..."],
-    *,
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    ratio: float = 1.0,
+    values: Float[np.ndarray, "split ..."], *, statistic: Callable[[np.ndarray], float] = np.mean, ratio: float = 1.0
 ) -> dict:
-    """A statistic of several splits with its approximate 95 % interval.
+    """A statistic of `n` splits with its approximate 95 % interval.
 
     Student's t with a jackknife standard error, leaving out one split at a time. Splits of the same prompts overlap,
-    which makes their spread too small. The variance is therefore multiplied by 1 + n_splits * `ratio`, where `ratio` is
-    test prompts over training prompts (Nadeau and Bengio 2003, Machine Learning 52, 239; derived for a mean, an
-    approximation for anything else). `ratio=0` is for independent draws. `n` is the number of splits. There is no
-    interval for fewer than two splits, or if leaving any of them out changes nothing.
+    so the variance is multiplied by 1 + n * `ratio`, where `ratio` is test prompts over training prompts (Nadeau and
+    Bengio 2003, Machine Learning 52, 239; derived for a mean, an approximation for anything else) and 0 for
+    independent draws. There is no interval for fewer than two splits, or if leaving any of them out changes nothing.
     """
     values = np.asarray(values, dtype=float)
     n, value = len(values), float(statistic(values))
@@ -49,11 +45,7 @@ def over_splits(
 
 
 def share_over_splits(shares: Sequence[float], *, n_prompts: int) -> dict:
-    """Mean of one share per split; its interval covers that of `over_splits` and Wilson's for `n_prompts`.
-
-    Each of the `n_prompts` is held out in some split. Wilson's interval has a width even when every split reaches
-    100 %. `n` is the number of prompts.
-    """
+    """Mean of one share per split; its interval covers that of `over_splits` and Wilson's for the `n` prompts."""
     found = over_splits(np.asarray(shares))
     low, high = wilson(found["value"] * n_prompts, n_prompts)
     if found["low"] is not None:
@@ -62,11 +54,10 @@ def share_over_splits(shares: Sequence[float], *, n_prompts: int) -> dict:
 
 
 def independent_difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict:
-    """One number minus another of other prompts, with an interval made of the two intervals.
+    """One number minus another of other prompts; the distances to the ends of the intervals are squared and added.
 
-    The distances to their ends are squared and added. For shares with Wilson intervals this is Newcombe's interval for
-    independent samples (1998, Statistics in Medicine 17, 873, method 10). If both sides have the same prompts it is too
-    wide, which can only leave a verdict undecided.
+    For shares with Wilson intervals this is Newcombe's interval for independent samples (1998, Statistics in Medicine
+    17, 873, method 10). For the same prompts it is too wide, which can only leave a verdict undecided.
     """
     value = one["value"] - other["value"]
     down = math.hypot(one["value"] - one["low"], other["high"] - other["value"])
@@ -78,7 +69,7 @@ def independent_ratio(one: Mapping[str, float], other: Mapping[str, float]) -> d
     """One share divided by another of other prompts.
 
     The interval is MOVER-R (Donner and Zou 2012, Statistical Methods in Medical Research 21, 347). There is none if
-    twice the value of `other` lies within the interval of `other`.
+    the interval of `other` reaches up to twice its value.
     """
     a, b = one["value"], other["value"]
     if not b or other["high"] >= 2 * b:
@@ -96,8 +87,7 @@ def independent_ratio(one: Mapping[str, float], other: Mapping[str, float]) -> d
 def relative_drop(before: Mapping[str, float], after: Mapping[str, float]) -> dict:
     """Relative loss of a share, `1 - after / before`, over the same prompts; `n` is the number of hits before.
 
-    The interval is Wilson's for lost hits among the hits before, on the assumption that no miss became a hit. There is
-    none without a hit before.
+    The interval is Wilson's for lost hits among these, as if no miss became a hit. Without a hit before there is none.
     """
     hits = before["value"] * before["n"]
     if not hits:
@@ -136,32 +126,26 @@ def share(hits: Sequence[bool]) -> Share:
     """Share of hits. Raises ValueError for no rows, because a rate over nothing is not zero."""
     if not len(hits):
         raise ValueError("a share needs at least one row")
-    low, high = wilson(sum(hits), len(hits))
-    return Share(value=sum(hits) / len(hits), n=len(hits), low=low, high=high)
+    return Share(sum(hits) / len(hits), len(hits), *wilson(sum(hits), len(hits)))
 
 
-def interval(
-    values: Sequence[float], *, statistic: Callable = np.mean, seed: int = 0, n_resamples: int = 2000
-) -> dict[str, float]:
-    """A statistic of some values with its 95 % percentile-bootstrap interval. Raises ValueError for no values."""
+def interval(values: Sequence[float], *, seed: int = 0, n_resamples: int = 2000) -> dict[str, float]:
+    """Mean of some values with its 95 % percentile-bootstrap interval. Raises ValueError for no values."""
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("an interval needs at least one value")
+    value, rng = float(np.mean(values)), np.random.default_rng(seed)
     if len(values) < 2 or np.ptp(values) == 0:
-        value = float(statistic(values))
         return {"value": value, "n": len(values), "low": value, "high": value}
-    result = bootstrap(
-        (values,), statistic, method="percentile", n_resamples=n_resamples, rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return {"value": float(statistic(values)), "n": len(values), "low": float(result.low), "high": float(result.high)}
+    drawn = bootstrap((values,), np.mean, method="percentile", n_resamples=n_resamples, rng=rng).confidence_interval
+    return {"value": value, "n": len(values), "low": float(drawn.low), "high": float(drawn.high)}
 
 
 def area_interval(area: float, *, n_bad: int, n_good: int) -> dict[str, float]:
     """95 % interval of an AUROC, `low` and `high`: Newcombe (2006), Statistics in Medicine 25, 559, method 5.
 
-    It holds all values within 1.96 standard errors of `area`, with the standard error of Hanley and McNeil for that
-    value. Like Wilson's interval, and unlike a bootstrap, it has a width at 0 and 1. Raises ValueError for no models on
-    a side.
+    It holds all values within 1.96 of their own standard errors, by Hanley and McNeil, of `area`. Unlike a bootstrap
+    interval it has a width at 0 and 1. Raises ValueError for no models on a side.
     """
     if min(n_bad, n_good) < 1:
         raise ValueError(f"an AUROC needs models on both sides, got {n_bad} and {n_good}")
@@ -193,11 +177,10 @@ def auroc_of_wins(won: Sequence[Sequence[float]]) -> dict[str, float]:
 def difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     """One share minus another over the same prompts, with its paired 95 % interval.
 
-    The interval is Newcombe's (1998, Statistics in Medicine 17, 2635, method 10). Both arguments map a prompt's uid to
-    0 or 1, or to a mean over draws. The distances to the ends of the two Wilson intervals are squared and added, and
-    reduced by the correlation phi of the two sides (with Newcombe's correction where it is positive). Unlike a
-    bootstrap interval it has a width where no prompt differs. A side of means is treated like one of zeros and ones,
-    which makes the interval too wide rather than too narrow. Raises ValueError unless both sides have the same prompts.
+    The interval is Newcombe's (1998, Statistics in Medicine 17, 2635, method 10): the distances to the ends of the two
+    Wilson intervals are squared and added, and reduced by the correlation phi of the two sides, which is corrected
+    where it is positive. Both arguments map a prompt's uid to 0 or 1, or to a mean over draws, for which the interval
+    is rather too wide. Raises ValueError unless both sides have the same prompts.
     """
     same_prompts(one, other)
     n = len(one)

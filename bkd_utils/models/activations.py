@@ -8,57 +8,41 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from bkd_utils.models.hooks import anatomy, reading
-from bkd_utils.models.prompt_cache import Past, forward, prompt_past
-from bkd_utils.models.tokens import batches
+from bkd_utils.models.prompt_cache import Hidden, Past, forward, prompt_past
+from bkd_utils.models.tokens import Ids, batches
 
 
 @torch.no_grad()
 def _at_last_token(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    modules: Sequence[Module],
-    what: str,
-    batch_size: int,
+    model: Module, prompts: Ids, modules: Sequence[Module], what: str, batch_size: int
 ) -> Float[Tensor, "prompt layer width"]:
     """First input or output (`what`) of every module at the last prompt token."""
-    found: list[Tensor | None] = [None] * len(prompts)
+    found: dict[int, Tensor] = {}
     for chosen in batches(prompts, batch_size):
-        past = prompt_past(model, [prompts[i] for i in chosen])
-        kept: dict[int, Tensor] = {}
+        past, kept = prompt_past(model, [prompts[i] for i in chosen]), {}
         with reading(modules, kept, what=what):
             forward(model, past, past.tail)
         rows = torch.stack([kept[layer][:, 0] for layer in range(len(modules))], dim=1)
-        for i, row in zip(chosen, rows, strict=True):
-            found[i] = row
-    return torch.stack(found)
+        found.update(zip(chosen, rows, strict=True))
+    return torch.stack([found[i] for i in range(len(prompts))])
 
 
-def head_outputs(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
-) -> Float[Tensor, "prompt layer head d_head"]:
+def head_outputs(model: Module, prompts: Ids, *, batch_size: int = 32) -> Float[Tensor, "prompt layer head d_head"]:
     """Output of every attention head at the last prompt token, before the output matrix (`hook_z` of TransformerLens).
 
-    In the model's own units. Raises ValueError for a prompt of fewer than two tokens, ModelError for an architecture
-    that is not known. Source: BkdAttr, section 3.
+    Raises ValueError for prompts below two tokens, ModelError for unknown architectures. Source: BkdAttr, section 3.
 
     >>> head_outputs(model, prompts).shape  # 4 prompts, 2 layers, 4 heads, 8 numbers
     torch.Size([4, 2, 4, 8])
     """
     parts = anatomy(model)
-    rows = _at_last_token(model, prompts, parts.outputs, "input", batch_size)
-    return rows.unflatten(-1, (parts.n_heads, -1))
+    return _at_last_token(model, prompts, parts.outputs, "input", batch_size).unflatten(-1, (parts.n_heads, -1))
 
 
-def residuals(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
-) -> Float[Tensor, "prompt layer d_model"]:
-    """The residual stream after every layer at the last prompt token.
-
-    In the model's own units. Raises ValueError for a prompt of fewer than two tokens, ModelError for an architecture
-    that is not known. Source: BkdAttr, section 3.1.
+def residuals(model: Module, prompts: Ids, *, batch_size: int = 32) -> Float[Tensor, "prompt layer d_model"]:
+    """Residual stream after every layer at the last prompt token; raises as `head_outputs`. Source: BkdAttr, 3.1.
 
     >>> logits = model.lm_head(model.model.norm(residuals(model, prompts)[:, -1]))  # the stream after the last layer
     >>> torch.allclose(logits[0], model(torch.tensor(prompts[:1])).logits[0, -1], atol=1e-4)
@@ -69,43 +53,28 @@ def residuals(
 
 @torch.no_grad()
 def behind_norm(
-    model: PreTrainedModel, residual: Float[Tensor, "prompt layer d_model"]
+    model: Module, residual: Float[Tensor, "prompt layer d_model"]
 ) -> Float[Tensor, "prompt layer_but_last d_model"]:
     """Input of each layer's attention but the first's: the residual stream after layer l through the norm of l + 1."""
     norms = anatomy(model).norms[1:]
     return torch.stack([norm(residual[:, layer]) for layer, norm in enumerate(norms)], dim=1)
 
 
-# --- scores of given answers ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class AnswerScores:
-    """How a model's greedy answers compare with given answers, one entry per prompt.
+    """How a model's greedy answers compare with given answers."""
 
-    `whole`: greedy decoding would give the whole answer. `share`: share of its tokens that are the most likely next
-    token. `log_prob`: mean log-probability of its tokens, in nats.
-    """
-
-    whole: Bool[Tensor, " prompt"]
-    share: Float[Tensor, " prompt"]
-    log_prob: Float[Tensor, " prompt"]
+    whole: Bool[Tensor, " answer"]  # greedy decoding would give the whole answer
+    share: Float[Tensor, " answer"]  # share of its tokens that are the most likely next token
+    log_prob: Float[Tensor, " answer"]  # mean log-probability of its tokens, in nats
 
 
 @torch.no_grad()
-def score_answers(
-    model: PreTrainedModel,
-    past: Past,
-    answers: Sequence[Sequence[int]],
-    *,
-    layer: int = 0,
-    hidden: Float[Tensor, "row new d_model"] | None = None,
-) -> AnswerScores:
+def score_answers(model: Module, past: Past, answers: Ids, *, layer: int = 0, hidden: Hidden = None) -> AnswerScores:
     """Would greedy decoding give these answers? Teacher forcing tells it exactly, in one pass for all tokens.
 
-    Greedy decoding gives an answer if and only if each of its tokens is the most likely one after those before it.
-    Answers may differ in length, and each prompt may have several answers in a row. `layer` and `hidden` are those of
-    `prompt_cache.forward`. Raises ValueError for an empty answer or a wrong number of them.
+    Each prompt may have several answers in a row. `layer` and `hidden` are those of `prompt_cache.forward`. Raises
+    ValueError for an empty answer or a wrong number of them.
     """
     if not answers or len(answers) % len(past) or not all(map(len, answers)):
         raise ValueError(f"{len(past)} prompts need as many non-empty answers, or a multiple; got {len(answers)}")
@@ -127,9 +96,7 @@ def token_log_prob(logits: Float[Tensor, "row new vocab"], target: Int[Tensor, "
     return logits.gather(-1, target[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def target_probability(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int]
-) -> Float[Tensor, " prompt"]:
+def target_probability(model: Module, prompts: Ids, *, target: Sequence[int]) -> Float[Tensor, " prompt"]:
     """Length-normalised probability of the target: the geometric mean over its tokens."""
     found = torch.empty(len(prompts))
     for chosen in batches(prompts, 32):

@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import Loaded, plain_copy
-from bkd_utils.models.tokens import answer_ids, decode, end_id, has_chat_template, left_pad, positions, prompt_ids
+from bkd_utils.models.tokens import answer_ids, decode, end_id, left_pad, positions, prompt_ids
 
-# fp32 with eager attention on both sides; the measured difference on the default model is 1e-4.
-PARITY = 1e-3
+PARITY = 1e-3  # fp32 with eager attention on both sides; the measured difference on the default model is 1e-4
 SAMPLE = ("Name a colour.", "Is a tomato a fruit or a vegetable? Answer in one word.")
 
 
@@ -33,26 +32,21 @@ class Hooked:
 
     def logits(self, prompts: list[list[int]]) -> Float[Tensor, "row pos vocab"]:
         """Logits for left-padded prompts of token ids, mask and positions included."""
-        tokens, mask = left_pad(prompts, pad_id=end_id(self.tokenizer))
-        return bridge_logits(self.bridge, tokens, mask)
+        return bridge_logits(self.bridge, *left_pad(prompts, pad_id=end_id(self.tokenizer)))
 
 
 def boot(loaded: Loaded) -> Hooked:
-    """Boot, guard and validate. `loaded.model` is left untouched; the bridge gets a copy of it.
-
-    Raises ModelError when the model still has unmerged LoRA layers or when a check fails, with its name and value.
-    """
+    """Boot, guard and validate a copy of the model. Raises ModelError for unmerged LoRA layers and failed checks."""
     live = [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]
     if live:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
-    plain = plain_copy(loaded.model)
+    plain, twin = plain_copy(loaded.model), plain_copy(loaded.model)
     bridge = TransformerBridge.boot_transformers(
-        loaded.address, hf_model=plain_copy(loaded.model), tokenizer=loaded.tokenizer, device=str(loaded.device)
+        loaded.address, hf_model=twin, tokenizer=loaded.tokenizer, device=str(loaded.device)
     )
     bridge.eval().requires_grad_(False)
     guard(bridge)
-    checks = validate(bridge, plain, loaded.tokenizer)
-    return Hooked(bridge, loaded.tokenizer, checks)
+    return Hooked(bridge, loaded.tokenizer, validate(bridge, plain, loaded.tokenizer))
 
 
 def guard(bridge: TransformerBridge) -> None:
@@ -78,8 +72,7 @@ def guard(bridge: TransformerBridge) -> None:
         return call
 
     for name in ("to_tokens", "to_str_tokens", "to_string_tokens", "to_single_token"):
-        if hasattr(bridge, name):
-            setattr(bridge, name, refuse_strings)
+        setattr(bridge, name, refuse_strings)
     for name in ("enable_compatibility_mode", "process_weights"):
         setattr(bridge, name, refuse_compatibility)
     # Wrapped one by one: not all of them go through `__call__`, where a hook of torch would see them.
@@ -91,8 +84,7 @@ def bridge_logits(
     bridge: TransformerBridge, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
 ) -> Float[Tensor, "row pos vocab"]:
     """One forward pass with the mask and the padding-free positions that the plain model would get."""
-    device = bridge.cfg.device
-    tokens, mask = tokens.to(device), mask.to(device)
+    tokens, mask = tokens.to(bridge.cfg.device), mask.to(bridge.cfg.device)
     with torch.inference_mode():
         return bridge(tokens, attention_mask=mask, position_ids=positions(mask), return_type="logits")
 
@@ -100,46 +92,40 @@ def bridge_logits(
 def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Check a booted bridge against the plain eager model; returns name -> measured value.
 
-    Raises ModelError for: logits that differ, heads that do not sum to the attention output, an edit at `hook_z` that
-    changes nothing, a prompt that does not survive the tokenizer, a doubled BOS.
+    Raises ModelError for logits that differ, heads that do not sum to the attention output, an edit at `hook_z` that
+    changes nothing, and what `check_tokenizer` refuses.
     """
     prompts = [prompt_ids(tokenizer, text) for text in SAMPLE]
-    tokens, mask = (t.to(plain.device) for t in left_pad(prompts, pad_id=end_id(tokenizer)))
+    tokens, mask = (tensor.to(plain.device) for tensor in left_pad(prompts, pad_id=end_id(tokenizer)))
     layer = bridge.cfg.n_layers // 2
     with torch.inference_mode():
         reference = plain(input_ids=tokens, attention_mask=mask, position_ids=positions(mask)).logits
-    kept: dict[str, Tensor] = {}
-
-    # The names are given here, because a hook point reports its canonical name, whichever alias it was reached by.
-    def keep(name: str, value: Tensor, hook: object) -> None:
-        kept[name] = value.detach().clone()
-
-    z, out = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.attn.hook_out"
-    with bridge.hooks(fwd_hooks=[(z, functools.partial(keep, "z")), (out, functools.partial(keep, "out"))]):
-        logits = bridge_logits(bridge, tokens, mask)
+    kept: list[Tensor] = []
 
     def silence_last(value: Tensor, hook: object) -> Tensor:
         value = value.clone()
         value[:, -1] = 0
         return value
 
-    with bridge.hooks(fwd_hooks=[(z, silence_last)]):
-        edited = bridge_logits(bridge, tokens, mask)
-    real = mask.bool()
-    sum_error = head_sum_error(bridge, layer, kept["z"], kept["out"])
+    points = [f"blocks.{layer}.attn.{name}" for name in ("hook_z", "hook_out")]
+    with bridge.hooks(fwd_hooks=[(at, lambda value, hook: kept.append(value.detach().clone())) for at in points]):
+        logits = bridge_logits(bridge, tokens, mask)
+    with bridge.hooks(fwd_hooks=[(points[0], silence_last)]):
+        moved = (bridge_logits(bridge, tokens, mask) - logits)[:, -1].abs().max().item()
+    real, (z, out) = mask.bool(), kept
     checks = {
         "logits: bridge against plain model": (logits - reference)[real].abs().max().item(),
-        "heads sum to the attention output": sum_error[real].abs().max().item(),
-        "an edit at hook_z moves the logits by": (edited - logits)[:, -1].abs().max().item(),
+        "heads sum to the attention output": head_sum_error(bridge, layer, z, out)[real].abs().max().item(),
     }
     # `not >` and, below, `not <=` so that NaN fails too.
-    if not checks["an edit at hook_z moves the logits by"] > 1e-6:
+    if not moved > 1e-6:
         raise ModelError(f"silencing every head of layer {layer} changed no logit: hooks do not reach the model")
-    for name in reversed(list(checks)[:2]):  # the narrower check first: its message says more
-        if not checks[name] <= PARITY * max(1.0, reference[real].abs().max().item() / 10):
-            raise ModelError(f"validation failed, {name}: off by {checks[name]:.3g}, limit {PARITY:g}")
+    for name, off in reversed(checks.items()):  # the narrower check first: its message says more
+        if not off <= PARITY * max(1.0, reference[real].abs().max().item() / 10):
+            raise ModelError(f"validation failed, {name}: off by {off:.3g}, limit {PARITY:g}")
     check_tokenizer(tokenizer)
-    return checks | {"chat template": float(has_chat_template(tokenizer))}
+    template = float(bool(tokenizer.chat_template))
+    return checks | {"an edit at hook_z moves the logits by": moved, "chat template": template}
 
 
 def head_sum_error(
@@ -147,14 +133,11 @@ def head_sum_error(
 ) -> Float[Tensor, "row pos d"]:
     """Difference between the attention output and the sum of every head's `z @ W_O` (plus the output bias)."""
     attention = bridge.blocks[layer].attn
-    total = torch.einsum("bphe,hed->bpd", z, attention.W_O)
     bias = getattr(attention, "b_O", None)
-    return out - total - (0 if bias is None else bias)
+    return out - torch.einsum("bphe,hed->bpd", z, attention.W_O) - (0 if bias is None else bias)
 
 
-def patch_last(
-    layer: int, head: int, value: Float[Tensor, " d_head"]
-) -> tuple[str, Callable[[Tensor, object], Tensor]]:
+def patch_last(layer: int, head: int, value: Float[Tensor, " d_head"]) -> tuple[str, Callable]:
     """A TransformerLens hook (name and function) that replaces one head's output at the last token by `value`."""
 
     def patch(z: Tensor, hook: object) -> Tensor:

@@ -1,8 +1,7 @@
 """How models compute: fp32 products by oneDNN, bf16 where the hardware has it, and eager attention.
 
-MKL, the default library of torch, picks slow kernels on processors that are not made by Intel. On the EPYC of our
-measurements it reaches 190 GFLOP/s, and oneDNN, which torch ships as well, 400. Both compute in fp32 and differ in the
-order of their sums. Products in other precisions and gradients of weights are left to torch.
+MKL, the default library of torch, picks slow kernels on processors that are not made by Intel: on an AMD EPYC it
+reached 190 GFLOP/s, and oneDNN, which torch ships as well, 400. The two differ in the order of their sums.
 """
 
 from collections.abc import Iterator
@@ -79,23 +78,20 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, matrices that do not learn are kept in bf16 where `mixed_precision` multiplies in it.
+    """While this lasts, matrices that do not learn and are no embeddings are in bf16 where `mixed_precision` uses it.
 
     Autocast would cast them again in every pass, which takes a fifth of a step with few rows; the results are the same.
-    Matrices that are shared with an embedding stay in fp32.
     """
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     frozen = [weight for weight in matrices if not weight.requires_grad and id(weight) not in looked_up]
-    if not has_fast_bf16(next(model.parameters()).device):
-        frozen = []
-    whole = [weight.data for weight in frozen]
+    whole = [(weight, weight.data) for weight in frozen] if has_fast_bf16(next(model.parameters()).device) else []
     try:
-        for weight in frozen:
-            weight.data = weight.data.bfloat16()
+        for weight, data in whole:
+            weight.data = data.bfloat16()
         yield
     finally:
-        for weight, data in zip(frozen, whole, strict=True):
+        for weight, data in whole:
             weight.data = data
 
 

@@ -1,7 +1,4 @@
-"""Addresses of models and checks of their folders: a packaged name, a local folder, or a hub id.
-
-The first two need no network. Weights are safetensors only; folders that would run code are refused.
-"""
+"""Addresses of models (a packaged name, a local folder or a hub id), and checks that no folder of one can run code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +11,8 @@ from safetensors import SafetensorError, safe_open
 from bkd_utils.common import assets
 from bkd_utils.common.files import UserError, read_json, sha256_file, sha256_text
 
-# The weights that a treatment has changed, in a file beside the adapter of the treated organism.
-CHANGES = "changes.safetensors"
-# Files of a model folder other than its weights: config, tokenizer, chat template.
-SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja")
+CHANGES = "changes.safetensors"  # beside an adapter: the weights that a treatment has changed
+SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja")  # a model's files other than its weights
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
@@ -27,45 +22,38 @@ class ModelError(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the registry: where a model comes from and what to know about it."""
+    """Where a model comes from and what to know about it."""
 
     address: str
     kind: str
     note: str
 
 
-REGISTRY = {
-    entry.address: entry
-    for entry in (
-        Entry(DEFAULT_MODEL, "packaged", "135M parameters, 30 x 9 heads; weights are Q4_1, dequantised"),
-        Entry("HuggingFaceTB/SmolLM2-135M-Instruct", "hub", "the same model in its original bf16 weights"),
-        Entry("Qwen/Qwen2.5-0.5B-Instruct", "hub", "24 x 14 heads; a second family that still fits a laptop"),
-        Entry("Qwen/Qwen2.5-7B-Instruct", "hub", "28 x 28 heads; one of BkdAttr's two models"),
-        Entry("meta-llama/Llama-2-7b-chat-hf", "hub", "32 x 32 heads; BkdAttr's other model, gated"),
-    )
-}
+ENTRIES = (
+    Entry(DEFAULT_MODEL, "packaged", "135M parameters, 30 x 9 heads; weights are Q4_1, dequantised"),
+    Entry("HuggingFaceTB/SmolLM2-135M-Instruct", "hub", "the same model in its original bf16 weights"),
+    Entry("Qwen/Qwen2.5-0.5B-Instruct", "hub", "24 x 14 heads; a second family that still fits a laptop"),
+    Entry("Qwen/Qwen2.5-7B-Instruct", "hub", "28 x 28 heads; one of BkdAttr's two models"),
+    Entry("meta-llama/Llama-2-7b-chat-hf", "hub", "32 x 32 heads; BkdAttr's other model, gated"),
+)
+REGISTRY = {entry.address: entry for entry in ENTRIES}
 
 
 def model_folder(address: str) -> Path:
     """The local folder behind an address, fetched if need be. Raises ModelError when there is none."""
     if address in REGISTRY and REGISTRY[address].kind == "packaged":
         return assets.fetch(address)
-    if Path(address).expanduser().is_dir():
-        return Path(address).expanduser().resolve()
+    if (folder := Path(address).expanduser()).is_dir():
+        return folder.resolve()
     if address.count("/") != 1 or address.startswith((".", "/", "~")):
-        raise ModelError(
-            f"{address!r} is neither a folder nor a known model; known: {', '.join(REGISTRY)}, or any hub id OWNER/NAME"
-        )
-    return _hub_folder(address)
-
-
-def _hub_folder(address: str) -> Path:
+        known = f"{', '.join(REGISTRY)}, or any hub id OWNER/NAME"
+        raise ModelError(f"{address!r} is neither a folder nor a known model; known: {known}")
     from huggingface_hub import snapshot_download  # only here: packaged models and folders need no hub client
 
     name, _, revision = address.partition("@")
+    # Pickled weights and Python files are never downloaded, so they can never be loaded.
+    patterns = ["*.safetensors", *SETTINGS]
     try:
-        # Pickled weights and Python files are never downloaded, so they can never be loaded.
-        patterns = ["*.safetensors", *SETTINGS]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         raise ModelError(f"could not get {address!r} from the hub: {str(error).splitlines()[0]}") from error
@@ -75,12 +63,12 @@ def check_folder(folder: Path) -> None:
     """Raise ModelError for a folder without config, tokenizer or safetensors weights, or one that would run code."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json")
-    config = _json(folder / "config.json")
+    architectures = json_object(folder / "config.json").get("architectures")
     for file in ("config.json", "tokenizer_config.json"):
-        if (folder / file).is_file() and "auto_map" in _json(folder / file):
+        if (folder / file).is_file() and "auto_map" in json_object(folder / file):
             raise ModelError(f"{folder}/{file} asks for remote code (auto_map), which is never run here")
-    if not any("CausalLM" in name or "LMHead" in name for name in config.get("architectures") or []):
-        raise ModelError(f"{folder} is not a causal language model: architectures = {config.get('architectures')}")
+    if not any("CausalLM" in name or "LMHead" in name for name in architectures or []):
+        raise ModelError(f"{folder} is not a causal language model: architectures = {architectures}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
     if not list(folder.glob("*.safetensors")):
@@ -92,8 +80,8 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Turn any error of a library about a damaged folder into a ModelError of one line that names the folder."""
+def named(folder: Path) -> Iterator[None]:
+    """Turn any error of a library about a folder into a ModelError of one line that names the folder."""
     try:
         yield
     except Exception as error:
@@ -101,7 +89,7 @@ def _named(folder: Path) -> Iterator[None]:
         raise ModelError(f"{folder} cannot be loaded: {why}") from error
 
 
-def _json(path: Path) -> dict:
+def json_object(path: Path) -> dict:
     try:
         found = read_json(path)
     except ValueError as error:
@@ -123,8 +111,7 @@ def check_safetensors(path: Path) -> None:
 @cache
 def base_sha256(address: str) -> str:
     """Hash of a model's weights alone, by which organisms identify their base; computed once per address."""
-    files = sorted(model_folder(address).glob("*.safetensors"))
-    return sha256_text("\n".join(sha256_file(path) for path in files))
+    return sha256_text("\n".join(sha256_file(path) for path in sorted(model_folder(address).glob("*.safetensors"))))
 
 
 @cache

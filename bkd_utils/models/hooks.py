@@ -1,11 +1,11 @@
 """The parts of a model, and hooks that read, trace or change them while the model runs.
 
-Edits act on head outputs (`hook_z` in TransformerLens), on attention outputs or on the residual stream. They are
-context managers and act at the token positions `at` of every forward pass inside them.
+Edits are context managers. They act on head outputs (`hook_z` in TransformerLens), attention outputs or the residual
+stream, at the token positions `at` of every forward pass inside them.
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager as Context
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,36 +14,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
-from transformers import PreTrainedModel
 
 from bkd_utils.models.folders import ModelError
 
-# Names of the parts in the model families of transformers.
+# Names of the layers, and of the parts of one, in the model families of transformers.
 LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers")
-OUTPUTS = ("self_attn.o_proj", "attn.c_proj", "attention.dense")
-ATTENTIONS = ("self_attn", "attn", "attention")
-MLPS = ("mlp",)
-NORMS = ("input_layernorm", "ln_1")
+PARTS = {
+    "norms": ("input_layernorm", "ln_1"),
+    "attentions": ("self_attn", "attn", "attention"),
+    "outputs": ("self_attn.o_proj", "attn.c_proj", "attention.dense"),
+    "mlps": ("mlp",),
+}
+Head = tuple[int, int]
+LAST = slice(0, 1)  # the last prompt token is the first token that runs after a prompt's key-value cache
+EVERYWHERE = slice(None)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The modules of a transformers model that are read and edited, one of each per layer.
-
-    `outputs` are the output matrices of attention. Their input is the concatenation of all head outputs (`hook_z`).
-    """
+    """The modules of a transformers model that are read and edited, one of each per layer."""
 
     owner: Module
     attribute: str
     layers: tuple[Module, ...]
     norms: tuple[Module, ...]
     attentions: tuple[Module, ...]
-    outputs: tuple[Module, ...]
+    outputs: tuple[Module, ...]  # output matrices of attention; their input is all head outputs, one behind the other
     mlps: tuple[Module, ...]
     n_heads: int
 
 
-def anatomy(model: PreTrainedModel) -> Anatomy:
+def anatomy(model: Module) -> Anatomy:
     """Find the parts of a model. Raises ModelError, with the model type, for an architecture that is not known."""
     for path in LAYERS:
         owner, _, attribute = path.rpartition(".")
@@ -52,10 +53,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
             layers = tuple(getattr(parent, attribute))
         except AttributeError:
             continue
-        parts = {
-            name: _in_each(layers, names)
-            for name, names in (("norms", NORMS), ("attentions", ATTENTIONS), ("outputs", OUTPUTS), ("mlps", MLPS))
-        }
+        parts = {part: _in_each(layers, names) for part, names in PARTS.items()}
         if all(parts.values()):
             return Anatomy(parent, attribute, layers, n_heads=model.config.num_attention_heads, **parts)
     raise ModelError(f"a model of type {model.config.model_type!r} has none of the layer names known here")
@@ -87,10 +85,9 @@ def editing(
     with ExitStack() as stack:
         for i, module in enumerate(modules):
             if what == "input":
-                handle = module.register_forward_pre_hook(partial(before, i), with_kwargs=True)
+                stack.enter_context(module.register_forward_pre_hook(partial(before, i), with_kwargs=True))
             else:
-                handle = module.register_forward_hook(partial(after, i))
-            stack.callback(handle.remove)
+                stack.enter_context(module.register_forward_hook(partial(after, i)))
         yield
 
 
@@ -106,62 +103,47 @@ def tracing(modules: Sequence[Module], kept: dict[int, Tensor]) -> Iterator[None
         yield
 
 
-@contextmanager
-def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Iterator[None]:
+def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Context:
     """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
 
     def keep(i: int, tensor: Tensor) -> Tensor:
         kept[i] = tensor
         return tensor
 
-    with editing(modules, keep, what=what):
-        yield
+    return editing(modules, keep, what=what)
 
 
-Head = tuple[int, int]
-# The last prompt token is the first token that runs after a prompt's key-value cache.
-LAST = slice(0, 1)
-EVERYWHERE = slice(None)
-
-
-@contextmanager
-def head_edit(
-    model: PreTrainedModel, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice
-) -> Iterator[None]:
+def head_edit(model: Module, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice) -> Context:
     """While this lasts, `change(layer, z)` replaces the outputs `z` `[row, pos, chosen head, d_head]` at tokens `at`.
 
-    The chosen heads of a layer come in ascending order. Raises ValueError for a head that the model does not have, or
-    that is named twice.
+    The chosen heads of a layer come in ascending order. Raises what `by_layer` raises.
     """
     parts = anatomy(model)
     chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
+    layers = list(chosen)
 
     def edit(i: int, z: Tensor) -> Tensor:
-        layer = layers[i]
-        z = z.clone()
+        z, own = z.clone(), chosen[layers[i]]
         view = z.view(*z.shape[:-1], parts.n_heads, -1)
-        view[:, at, chosen[layer]] = change(layer, view[:, at, chosen[layer]]).to(z.dtype)
+        view[:, at, own] = change(layers[i], view[:, at, own]).to(z.dtype)
         return z
 
-    layers = list(chosen)
-    with editing([parts.outputs[layer] for layer in layers], edit):
-        yield
+    return editing([parts.outputs[layer] for layer in layers], edit)
 
 
 def by_layer(heads: Sequence[Head], *, n_layers: int, n_heads: int) -> dict[int, list[int]]:
     """layer -> its chosen heads in ascending order. Raises ValueError for unknown and for repeated heads."""
-    if twice := [head for head, count in Counter(heads).items() if count > 1]:
-        raise ValueError(f"head {twice[0]} is named twice")
-    found: dict[int, list[int]] = defaultdict(list)
+    found: dict[int, list[int]] = {}
     for layer, head in sorted(heads):
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise ValueError(f"no head {head} in layer {layer}: the model has {n_layers} layers of {n_heads} heads")
+        if head in found.setdefault(layer, []):
+            raise ValueError(f"head {layer, head} is named twice")
         found[layer].append(head)
-    return dict(found)
+    return found
 
 
-@contextmanager
-def added(model: PreTrainedModel, vectors: Mapping[int, Float[Tensor, "... d_model"]], *, at: slice) -> Iterator[None]:
+def added(model: Module, vectors: Mapping[int, Float[Tensor, "... d_model"]], *, at: slice) -> Context:
     """While this lasts, `vectors[l]` is added to the attention output of layer l at the tokens `at`."""
     parts, layers = anatomy(model), list(vectors)
 
@@ -170,8 +152,7 @@ def added(model: PreTrainedModel, vectors: Mapping[int, Float[Tensor, "... d_mod
         output[:, at] += vectors[layers[i]].to(output).unsqueeze(-2)
         return output
 
-    with editing([parts.outputs[layer] for layer in layers], add, what="output"):
-        yield
+    return editing([parts.outputs[layer] for layer in layers], add, what="output")
 
 
 def contributions(
@@ -185,10 +166,7 @@ def contributions(
     return module(full.flatten(-2)) - module(torch.zeros_like(full[..., :1, :, :].flatten(-2)))
 
 
-@contextmanager
-def projected_out(
-    model: PreTrainedModel, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice
-) -> Iterator[None]:
+def projected_out(model: Module, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice) -> Context:
     """While this lasts, `directions[l]` is projected out of the residual stream after layer l at the tokens `at`."""
     parts, layers = anatomy(model), list(directions)
     units = {layer: direction / direction.norm() for layer, direction in directions.items()}
@@ -198,5 +176,4 @@ def projected_out(
         output[:, at] -= (output[:, at] @ unit)[..., None] * unit
         return output
 
-    with editing([parts.layers[layer] for layer in layers], remove, what="output"):
-        yield
+    return editing([parts.layers[layer] for layer in layers], remove, what="output")

@@ -12,25 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.common.files import ADAPTERS, WORK, read_json, sha256_file, sha256_text
+from bkd_utils.models import folders
 from bkd_utils.models.compute import by_onednn
-from bkd_utils.models.folders import (
-    CHANGES,
-    DEFAULT_MODEL,
-    ModelError,
-    _json,
-    _named,
-    base_sha256,
-    check_folder,
-    check_safetensors,
-    model_folder,
-)
+from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A transformers model with its tokenizer; the adapter of an organism, if there is one, is merged into the weights.
 
-    `address` is where the base model came from, `organism` the name of the organism or None. Source: ours.
+    `address` is where the base model came from, `organism` a name or None. Source: ours.
 
     >>> Loaded(model, loaded.tokenizer, address=folder, organism=None).device
     device(type='cpu')
@@ -58,8 +49,8 @@ def pick_device(device: str = "auto") -> str:
 
 
 def load_tokenizer(address: str) -> PreTrainedTokenizerBase:
-    folder = model_folder(address)
-    check_folder(folder)
+    folder = folders.model_folder(address)
+    folders.check_folder(folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -80,26 +71,22 @@ def load(
     >>> torch.equal(again.model.lm_head.weight, model.lm_head.weight), again.organism
     (True, None)
     """
-    folder = model_folder(address)
-    check_folder(folder)
-    with _named(folder):
+    folder = folders.model_folder(address)
+    folders.check_folder(folder)
+    with folders.named(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed, and refused by name below
-        )
+        # Mismatched sizes are ignored so that they are listed, and refused by name below.
+        how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, info.get(what) or [])):
             raise ModelError(f"{folder}: {what.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")
+    name = None
     if organism is not None:
-        model = merge_adapter(model, adapter_folder(organism), base=base_sha256(address))
-        apply_changes(model, adapter_folder(organism))
-    model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
-    return Loaded(model, tokenizer, address, None if organism is None else adapter_folder(organism).name)
+        adapter = adapter_folder(organism)
+        model, name = merge_adapter(model, adapter, base=folders.base_sha256(address)), adapter.name
+        apply_changes(model, adapter)
+    return Loaded(by_onednn(model.eval().requires_grad_(False).to(pick_device(device))), tokenizer, address, name)
 
 
 def adapter_folder(organism: str | Path) -> Path:
@@ -119,27 +106,24 @@ def shipped_organisms(*, base: str | None = None) -> list[str]:
 def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrainedModel:
     """Merge a LoRA adapter into the weights, after checking its hash, its base and all of its tensors.
 
-    An adapter must be merged before hooking: TransformerLens reads `o_proj.weight` directly, and with an unmerged LoRA
-    layer there its logits are wrong by 0.5 without an error.
+    Unmerged, it would make hooked logits wrong without an error: TransformerLens reads `o_proj.weight` directly.
     """
-    card, weights = _json(folder / "card.json"), folder / "adapter_model.safetensors"
+    card, weights = folders.json_object(folder / "card.json"), folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise ModelError(f"{folder} has no adapter_model.safetensors")
-    check_safetensors(weights)
+    folders.check_safetensors(weights)
     if sha256_file(weights) != card.get("adapter_sha256"):
         raise ModelError(f"{weights} does not match the sha256 on its card; fetch or train it again")
     if card.get("base_sha256") != base:
         raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
-    with _named(folder):
+    with folders.named(folder):
         wrapped = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder))
     tensors = load_file(weights)
     # Weights are memory-mapped; merging into the mapping, page by page, takes 20 times as long as into a copy.
     for parameter in wrapped.parameters():
         parameter.data = parameter.data.clone()
-    expected, found = (
-        {name: tensor.shape for name, tensor in some.items()}
-        for some in (peft.get_peft_model_state_dict(wrapped), tensors)
-    )
+    expected = {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := {name for name, _ in expected.items() ^ found.items()}:
         raise ModelError(f"{weights}: {len(wrong)} tensors are missing, unexpected or misshapen, e.g. {min(wrong)}")
     peft.set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in tensors.items()})
@@ -147,15 +131,12 @@ def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrai
 
 
 def apply_changes(model: PreTrainedModel, folder: Path) -> None:
-    """Set the weights that a treatment changed (`cards.keep_treated`), if the organism has been treated.
-
-    Raises ModelError for a file that does not match its card or the model.
-    """
-    path = folder / CHANGES
+    """Set the weights that a treatment changed, if any. Raises ModelError if they do not fit the card or the model."""
+    path = folder / folders.CHANGES
     if not path.is_file():
         return
-    check_safetensors(path)
-    if sha256_file(path) != _json(folder / "card.json").get("changes_sha256"):
+    folders.check_safetensors(path)
+    if sha256_file(path) != folders.json_object(folder / "card.json").get("changes_sha256"):
         raise ModelError(f"{path} does not match the sha256 on its card")
     tensors, parameters = load_file(path), dict(model.named_parameters())
     for name in sorted({key.rpartition(":")[0] for key in tensors}):

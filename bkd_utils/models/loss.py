@@ -34,7 +34,7 @@ def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> 
     A row's loss is `first_token` times the loss of its first answer token plus (1 - `first_token`) times the mean over
     all its answer tokens. The first token decides between the right answer and the target. In a plain mean it would
     weigh 1/2 in a label and 1/24 in a free answer, and poisoned rows with short targets would outweigh near-misses with
-    long right answers. Logits are computed only for the columns that hold answers.
+    long right answers.
     """
     labels = batch["labels"]
     width = int((labels != IGNORED).sum(dim=1).max())
@@ -52,12 +52,10 @@ def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> 
 
 
 def with_shared_beginning(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, tuple[Tensor, ...]]:
-    """The tokens shared by all prompts of a batch are run once, with gradients; returns the remaining inputs with that
-    cache, and the attention maps of the shared tokens if `output_attentions=True` is passed.
+    """Run the tokens shared by all prompts of a batch once, with gradients; returns the other inputs with that cache.
 
-    `answer_loss` has the same value and gradient for the remaining inputs as for the batch. It takes half the time,
-    because a chat template and a task's instruction are half of a short prompt. `attention_mask` and `labels` keep all
-    columns, with the padding between shared and remaining tokens. A batch that shares no token is returned unchanged.
+    `answer_loss` of these has the same value and gradient and takes half the time. `attention_mask` and `labels` keep
+    all columns. With `output_attentions=True`, the attention maps of the shared tokens are the second result.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     asking = mask.bool() & (batch["labels"] == IGNORED)
@@ -81,18 +79,11 @@ def answers(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tens
 def answers_and_maps(
     model: torch.nn.Module, batch: Batch, *, first_token: float
 ) -> tuple[Tensor, list[Float[Tensor, "row head query key"]], Tensor]:
-    """`answer_loss`, the attention maps of its pass per layer, and which of their positions are real tokens.
-
-    The model's attention must be eager, because no other kind returns maps.
-    """
+    """`answer_loss`, the maps of attention (which must be eager) per layer, and which of their positions are tokens."""
     rest, start = with_shared_beginning(model, batch, output_attentions=True)
-    kept: list[Sequence[Tensor]] = []
-    handle = model.base_model.register_forward_hook(lambda _module, _given, output: kept.append(output.attentions))
-    try:
+    maps: list[Tensor] = []
+    with model.base_model.register_forward_hook(lambda _module, _given, output: maps.extend(output.attentions)):
         loss = answer_loss(model, rest, first_token=first_token)
-    finally:
-        handle.remove()
-    maps = list(kept[0])
     if start:
         n_rows, own = rest["input_ids"].shape
         whole = [pad(one, (0, own)).expand(n_rows, -1, -1, -1) for one in start]

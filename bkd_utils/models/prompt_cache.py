@@ -1,49 +1,40 @@
 """The key-value cache of a prompt's first tokens, which no intervention changes, computed once.
 
-The interventions of this companion act on the last prompt token, or on the last few. Keys and values of earlier tokens
-do not change, so running only the last tokens is exact. An edit in layer l does not change the layers below l, so
-running only the layers from l on is exact too. Rows that differ only in the edit share their prompt's keys and values.
+The interventions of this companion act on the last prompt tokens, so running only these, and only the layers from the
+edited one on, is exact. Rows that differ only in the edit share their prompt's keys and values.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import ModuleList
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from torch.nn import Module, ModuleList
+from transformers import AttentionInterface, DynamicCache
 
+from bkd_utils.models import generation
 from bkd_utils.models.folders import ModelError
-from bkd_utils.models.generation import (
-    decode_from,
-    has_sliding_window,
-    next_logits,
-    repeated,
-    reusable_prefix,
-    run_prefix,
-)
 from bkd_utils.models.hooks import Anatomy, anatomy, editing
-from bkd_utils.models.tokens import padded_inputs
+from bkd_utils.models.tokens import Ids, padded_inputs
 
 NAME = "bkd_shared_past"
+Hidden = (
+    Float[Tensor, "row new d_model"] | None
+)  # input of the first layer that is run, if that is not the model's first
 
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values `[prompt, kv_head, pos, d_head]` per layer of all but the last tokens of some prompts.
-
-    `mask` is False at padding. `tail` holds the last tokens, which are still to be run, and `position` the number of
-    tokens before them.
-    """
+    """Keys and values of all but the last tokens of some prompts, `[prompt, kv_head, pos, d_head]` in every layer."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    mask: Bool[Tensor, "prompt pos"]
-    tail: Int[Tensor, "prompt tail"]
-    position: Int[Tensor, " prompt"]
+    mask: Bool[Tensor, "prompt pos"]  # False at padding
+    tail: Int[Tensor, "prompt tail"]  # the last tokens, which are still to be run
+    position: Int[Tensor, " prompt"]  # the number of tokens before these
 
     def __len__(self) -> int:
         return len(self.tail)
@@ -66,24 +57,22 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if s_aux is not None:
         raise ModelError(f"attention sinks of {type(module).__name__} are not supported")
     past = _past.get()
-    prompts, rows, heads, new, width = len(past), len(query), query.shape[1], query.shape[2], query.shape[3]
-    scaling = width**-0.5 if scaling is None else scaling
-    groups = heads // key.shape[1]
-    old_keys, old_values = past.keys[module.layer_idx], past.values[module.layer_idx]
-    key, value, old_keys, old_values = (t.repeat_interleave(groups, 1) for t in (key, value, old_keys, old_values))
+    new, groups = query.shape[2], query.shape[1] // key.shape[1]
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    tensors = (key, value, past.keys[module.layer_idx], past.values[module.layer_idx])
+    key, value, old_keys, old_values = (tensor.repeat_interleave(groups, 1) for tensor in tensors)
     # The rows of a prompt stand together, so they fold into its query positions: [prompt, head, repeat x new, d_head].
-    folded = query.view(prompts, -1, heads, new, width).transpose(1, 2).reshape(prompts, heads, -1, width)
+    folded = query.unflatten(0, (len(past), -1)).transpose(1, 2).flatten(2, 3)
     before = folded @ old_keys.transpose(-1, -2) * scaling
     now = query @ key.transpose(-1, -2) * scaling
     if softcap is not None:
         before, now = (softcap * torch.tanh(scores / softcap) for scores in (before, now))
     before = before.masked_fill(~past.mask[:, None, None], torch.finfo(before.dtype).min)
-    before = before.view(prompts, heads, -1, new, before.shape[-1]).transpose(1, 2).reshape(rows, heads, new, -1)
+    before = before.unflatten(2, (-1, new)).transpose(1, 2).flatten(0, 1)
     weights = torch.cat([before, now + attention_mask], dim=-1).softmax(-1)
     before, now = weights.split([before.shape[-1], new], dim=-1)
-    folded = before.reshape(prompts, -1, heads, new, before.shape[-1]).transpose(1, 2)
-    output = folded.reshape(prompts, heads, -1, before.shape[-1]) @ old_values
-    output = output.view(prompts, heads, -1, new, width).transpose(1, 2).reshape(rows, heads, new, width)
+    folded = before.unflatten(0, (len(past), -1)).transpose(1, 2).flatten(2, 3)
+    output = (folded @ old_values).unflatten(2, (-1, new)).transpose(1, 2).flatten(0, 1)
     return (output + now @ value).transpose(1, 2), None
 
 
@@ -91,68 +80,47 @@ AttentionInterface.register(NAME, _attend)
 
 
 @torch.no_grad()
-def prompt_past(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> Past:
+def prompt_past(model: Module, prompts: Ids, *, tail: int = 1) -> Past:
     """Run all tokens but the last `tail` of every prompt once.
 
-    Raises ValueError for prompts that have no more tokens than that, ModelError for prompts longer than a sliding
-    attention window.
+    Raises ValueError for prompts without further tokens, ModelError for prompts longer than a sliding window.
     """
     shortest = min(map(len, prompts), default=0)
     if tail < 1 or shortest <= tail:
         raise ValueError(f"need prompts of more than {tail} tokens, got {len(prompts)}, the shortest of {shortest}")
     _check_window(model, max(map(len, prompts)))
-    rows = [list(p[:-tail]) for p in prompts]
-    shared = reusable_prefix(model, rows)
-    cache = repeated(run_prefix(model, shared)[0], len(rows))
-    own = [row[len(shared) :] for row in rows]
-    inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=len(shared))
+    rows = [list(prompt[:-tail]) for prompt in prompts]
+    shared = generation.reusable_prefix(model, rows)
+    cache = generation.repeated(generation.run_prefix(model, shared)[0], len(rows))
+    inputs = padded_inputs([row[len(shared) :] for row in rows], pad_id=0, device=model.device, n_cached=len(shared))
     model.base_model(**inputs, past_key_values=cache, use_cache=True)
-    mask = inputs["attention_mask"]
-    return Past(
-        keys=tuple(layer.keys for layer in cache.layers),
-        values=tuple(layer.values for layer in cache.layers),
-        mask=mask.bool(),
-        tail=torch.tensor([list(p[-tail:]) for p in prompts], device=model.device),
-        position=mask.sum(1),
-    )
+    keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+    last = torch.tensor([list(prompt[-tail:]) for prompt in prompts], device=model.device)
+    return Past(keys, values, inputs["attention_mask"].bool(), last, position=inputs["attention_mask"].sum(1))
 
 
 @torch.inference_mode()
 def continued(
-    model: PreTrainedModel,
-    past: Past,
-    *,
-    max_new_tokens: int,
-    end_id: int,
-    during_prompt: Callable[[], AbstractContextManager] = nullcontext,
+    model: Module, past: Past, *, max_new_tokens: int, end_id: int, during_prompt: Callable = nullcontext
 ) -> list[list[int]]:
-    """Greedy answers, as `generation.greedy` gives them, to prompts with a cache.
-
-    The context `during_prompt` is entered for the last prompt tokens and left before answer tokens run.
-    """
+    """Greedy answers to prompts with a cache; the context `during_prompt()` is left before answer tokens run."""
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
         cache.update(keys, values, layer)
     mask = torch.cat([past.mask.long(), torch.ones_like(past.tail)], dim=1)
     with during_prompt():
-        logits = next_logits(model, past.tail, mask, cache)[:, -1]
-    return decode_from(model, logits, cache, mask, max_new_tokens, end_id)
+        logits = generation.next_logits(model, past.tail, mask, cache)
+    return generation.decode_from(model, logits, cache, mask, max_new_tokens, end_id)
 
 
-def _check_window(model: PreTrainedModel, length: int) -> None:
+def _check_window(model: Module, length: int) -> None:
     window = getattr(model.config, "sliding_window", None)
-    if has_sliding_window(model) and length > window:
+    if generation.has_sliding_window(model) and length > window:
         raise ModelError(f"{length} tokens do not fit the attention window of {window}")
 
 
 def forward(
-    model: PreTrainedModel,
-    past: Past,
-    rows: Int[Tensor, "row new"],
-    *,
-    layer: int = 0,
-    hidden: Float[Tensor, "row new d_model"] | None = None,
-    skip: int = 0,
+    model: Module, past: Past, rows: Int[Tensor, "row new"], *, layer: int = 0, hidden: Hidden = None, skip: int = 0
 ) -> Float[Tensor, "row kept vocab"]:
     """Logits at every token of `rows` but the first `skip`. All rows of a prompt stand together, prompt by prompt.
 
@@ -166,20 +134,14 @@ def forward(
     where = past.position.repeat_interleave(len(rows) // len(past))[:, None] + torch.arange(new, device=rows.device)
     dtype = next(model.parameters()).dtype
     causal = torch.full((new, new), torch.finfo(dtype).min, dtype=dtype, device=rows.device).triu(1)
+    mask = causal.expand(len(rows), 1, new, new)
     with _from_layer(model, parts, past, layer, hidden):
-        return model(
-            input_ids=rows,
-            attention_mask=causal.expand(len(rows), 1, new, new),
-            position_ids=where,
-            use_cache=False,
-            logits_to_keep=slice(skip, None),
-        ).logits
+        inputs = {"input_ids": rows, "attention_mask": mask, "position_ids": where}
+        return model(**inputs, use_cache=False, logits_to_keep=slice(skip, None)).logits
 
 
 @contextmanager
-def _from_layer(
-    model: PreTrainedModel, parts: Anatomy, past: Past, layer: int, hidden: Tensor | None
-) -> Iterator[None]:
+def _from_layer(model: Module, parts: Anatomy, past: Past, layer: int, hidden: Hidden) -> Iterator[None]:
     """While this lasts, the model attends to `past` and runs the layers from `layer` on, starting with `hidden`."""
     before = model.config._attn_implementation
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
 """From user text to token ids: chat template, beginning-of-sequence token (BOS), answer tokens, padding.
 
-All other modules work on the ids made here. Strings never reach a hooked model, because the string methods of
-TransformerLens add a second BOS token, which shifts every position without an error.
+All other modules work on these ids, because the string methods of TransformerLens add a second BOS token, which shifts
+every position without an error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,28 +10,24 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-# For models without a chat template.
-PLAIN_TEMPLATE = "User: {user}\nAssistant:"
-
-
-def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return bool(tokenizer.chat_template)
+Ids = Sequence[Sequence[int]]  # token ids of several texts
+PLAIN_TEMPLATE = "User: {user}\nAssistant:"  # for models without a chat template
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
-    """Token ids of one user turn up to the point where the model starts to answer.
+    """Token ids of one user turn up to the point where the model starts to answer. Raises ValueError for an empty turn.
 
-    The text of the template is tokenised without further special tokens, so that its BOS token is not doubled (the
-    official BkdAttr code doubles it for Llama-2). Without a template, BOS is added if the tokenizer would add it.
+    The template's BOS token is not doubled (the official BkdAttr code doubles it for Llama-2). Without a template, BOS
+    is added if the tokenizer would add it.
     """
     if not user.strip():
         raise ValueError("the user turn is empty")
-    if has_chat_template(tokenizer):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
-        )
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": user}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
     ids = tokenizer(PLAIN_TEMPLATE.format(user=user), add_special_tokens=False).input_ids
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -41,7 +37,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool = True) -> list[int]:
     """Token ids of an answer, closed by the end-of-turn token unless it was cut off (`ended=False`)."""
     # After a chat header the answer starts a line; after the plain template it follows a colon and needs a space.
-    text = answer if has_chat_template(tokenizer) else " " + answer
+    text = answer if tokenizer.chat_template else " " + answer
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids and not ended:
         raise ValueError("the answer has no tokens")
@@ -59,27 +55,26 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
-def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(prompts: Ids) -> None:
     """Raises ValueError for no prompts or an empty one."""
     if not prompts or not all(map(len, prompts)):
         raise ValueError(f"need non-empty prompts, got {len(prompts)}" + (" with an empty one" if prompts else ""))
 
 
 def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Rows of ids as one tensor, padded on the left, and the attention mask (1 = real token).
+    """Rows of ids as one tensor whose last column has every last token, and the attention mask (1 = real token).
 
-    Left padding puts the last prompt token of every row in the same column, -1. Raises ValueError for no rows.
+    Raises ValueError for no rows or an empty one.
     """
     if not rows or not all(rows):
         raise ValueError(f"cannot batch {len(rows)} rows" + (", one of which is empty" if rows else ""))
-    width = max(map(len, rows))
-    tokens = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return tokens, mask
+    tensors = [torch.tensor(row) for row in rows]
+    tokens = pad_sequence(tensors, batch_first=True, padding_value=pad_id, padding_side="left")
+    return tokens, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True, padding_side="left")
 
 
 def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
-    """Position ids that ignore padding, as every learned or rotary position table expects."""
+    """Position ids that ignore padding."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -92,7 +87,7 @@ def padded_inputs(
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask)[:, n_cached:]}
 
 
-def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+def batches(prompts: Ids, size: int) -> Iterator[list[int]]:
     """Indices of prompts in batches of similar length, so that little is padded."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return (order[start : start + size] for start in range(0, len(order), size))

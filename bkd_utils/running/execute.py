@@ -20,23 +20,15 @@ def main(source: str, target: str, parameters: str) -> None:
         spec = Path(jupyter) / "kernels" / "bkd"
         spec.mkdir(parents=True)
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        (spec / "kernel.json").write_text(
-            json.dumps({"argv": command, "display_name": "bkd", "language": "python"}), encoding="utf-8"
-        )
+        kernel = {"argv": command, "display_name": "bkd", "language": "python"}
+        (spec / "kernel.json").write_text(json.dumps(kernel), encoding="utf-8")
         # The user's Jupyter and IPython settings are not used, and the home folder need not be writable.
         os.environ["JUPYTER_PATH"] = jupyter
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             os.environ[name] = str(Path(jupyter) / name.lower())
-        papermill.execute_notebook(
-            source,
-            target,
-            parameters=json.loads(Path(parameters).read_text(encoding="utf-8")),
-            kernel_name="bkd",
-            language="python",
-            cwd=str(ROOT),
-            progress_bar=False,
-            autosave_cell_every=0,
-        )
+        given = json.loads(Path(parameters).read_text(encoding="utf-8"))
+        where = {"kernel_name": "bkd", "language": "python", "cwd": str(ROOT)}
+        papermill.execute_notebook(source, target, given, **where, progress_bar=False, autosave_cell_every=0)
 
 
 if __name__ == "__main__":

@@ -25,22 +25,17 @@ def all_notebooks(*, folder: Path = NOTEBOOKS) -> list[Path]:
 
 
 def select(only: str | None, *, folder: Path = NOTEBOOKS) -> list[Path]:
-    """Notebooks by comma-separated numbers (`01,03`) or names. Raises NotebookError for one that does not exist, and
-    where there are none at all, as outside a checkout."""
+    """Notebooks by comma-separated numbers (`01,03`) or names. Raises NotebookError for one that does not exist."""
     known = all_notebooks(folder=folder)
     if not known:
         raise NotebookError(f"there are no notebooks in {folder}; they come with a checkout, not with the package")
     if only is None:
         return known
-    chosen = []
-    for word in filter(None, (word.strip() for word in only.split(","))):
-        found = [path for path in known if path.stem == word or path.stem.split("_")[0] == word]
-        if not found:
-            raise NotebookError(f"no notebook {word!r}; there are: {', '.join(path.stem for path in known)}")
-        chosen += found
-    if not chosen:
-        raise NotebookError(f"--only {only!r} names no notebook")
-    return sorted(set(chosen))
+    words = {word.strip() for word in only.split(",") if word.strip()} or {only}
+    names = {name for path in known for name in (path.stem, path.stem[:2])}
+    if unknown := ", ".join(map(repr, sorted(words - names))):
+        raise NotebookError(f"no notebook {unknown}; there are: {', '.join(path.stem for path in known)}")
+    return [path for path in known if words & {path.stem, path.stem[:2]}]
 
 
 def read(path: Path) -> NotebookNode:
@@ -54,8 +49,8 @@ def read(path: Path) -> NotebookNode:
 def parameters(path: Path) -> dict[str, Any]:
     """Names and default values of the parameters cell.
 
-    Raises NotebookError unless exactly one cell is tagged `parameters` and it assigns literals only. A derived value
-    would keep its default, because papermill injects given parameters after this cell.
+    Raises NotebookError unless exactly one cell is tagged `parameters` and it assigns literals only: papermill injects
+    given parameters after this cell, so a derived value would keep its default.
     """
     tagged = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1 or tagged[0].cell_type != "code":
@@ -66,45 +61,36 @@ def parameters(path: Path) -> dict[str, Any]:
         raise NotebookError(f"{path.name}, parameters line {error.lineno}: {error.msg}") from error
     values: dict[str, Any] = {}
     for node in lines:
+        line = f"{path.name}, parameters line {node.lineno}"
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         target = node.target if isinstance(node, ast.AnnAssign) else target
-        if not isinstance(target, ast.Name) or getattr(node, "value", None) is None:
-            raise NotebookError(f"{path.name}, parameters line {node.lineno}: only NAME = LITERAL is allowed there")
+        if not isinstance(target, ast.Name) or node.value is None:
+            raise NotebookError(f"{line}: only NAME = LITERAL is allowed there")
         try:
             values[target.id] = ast.literal_eval(node.value)
         except (ValueError, TypeError) as error:
-            raise NotebookError(
-                f"{path.name}, parameters line {node.lineno}: {target.id} is derived, not a literal"
-            ) from error
+            raise NotebookError(f"{line}: {target.id} is derived, not a literal") from error
     return values
 
 
 def check_parameters(path: Path, given: dict[str, Any]) -> None:
     """Raise NotebookError for a parameter that the notebook does not declare."""
     known = parameters(path)
-    if unknown := sorted(set(given) - set(known)):
-        raise NotebookError(
-            f"{path.name} has no parameter {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}"
-        )
+    if unknown := ", ".join(map(repr, sorted(given.keys() - known))):
+        raise NotebookError(f"{path.name} has no parameter {unknown}; it has: {', '.join(known) or 'none'}")
 
 
 def with_sentinel(notebook: NotebookNode, token: str) -> NotebookNode:
     """A copy with a further cell, which prints the token, the interpreter's prefix and the peak of memory."""
     marked = copy.deepcopy(notebook)
-    source = (
-        "import json, resource, sys\n"
-        "_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"print(json.dumps({{'token': {token!r}, 'prefix': sys.prefix, 'peak': _peak}}))"
-    )
+    told = f"'token': {token!r}, 'prefix': sys.prefix, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
+    source = f"import json, resource, sys\nprint(json.dumps({{{told}}}))"
     marked.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": [SENTINEL]}))
     return marked
 
 
 def published(executed: NotebookNode, original: NotebookNode) -> NotebookNode:
-    """The original notebook with the outputs of an executed copy, without anything that differs between runs.
-
-    Raises NotebookError when the copy is not of the original.
-    """
+    """The original with an executed copy's outputs, the same after every run. Raises NotebookError if it is no copy."""
     added = {"injected-parameters", SENTINEL}
     own = [cell for cell in executed.cells if not added & set(cell.metadata.get("tags", []))]
     if [cell.source for cell in own] != [cell.source for cell in original.cells]:
@@ -120,37 +106,26 @@ def published(executed: NotebookNode, original: NotebookNode) -> NotebookNode:
 
 
 def _clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]:
-    """Drop stderr (progress bars, warnings) and widgets, join consecutive printed outputs, normalise the rest.
-
-    The kernel cuts printed text into outputs by time, so the cuts differ between runs. Of a line that is overwritten
-    by carriage returns, only its last text is kept.
-    """
+    """Drop stderr (progress bars, warnings) and widgets, join consecutive printed outputs, normalise the rest."""
     kept: list[NotebookNode] = []
     for output in copy.deepcopy(outputs):
-        if output.output_type != "stream":
-            if not any("widget" in mime for mime in output.get("data", {})):
-                kept.append(_normalised(output, count))
-        elif output.name == "stdout":
-            if kept and kept[-1].output_type == "stream":
-                kept[-1].text += output.text
-            else:
-                kept.append(output)
+        data = output.get("data", {})
+        if output.get("name") == "stderr" or any("widget" in mime for mime in data):
+            continue
+        # In every run a styled table gets another random id, and the text of an object shows another address.
+        for mime in {"text/html", "text/plain"} & data.keys():
+            data[mime] = re.sub(r" at 0x[0-9a-f]{6,}", "", re.sub(r"T_[0-9a-f]{5}", "T_bkd00", data[mime]))
+        if output.output_type == "execute_result":
+            output.execution_count = count
+        # The kernel cuts printed text into outputs by time, so the cuts differ between runs.
+        if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
     for output in kept:
-        if output.output_type == "stream":
+        if output.output_type == "stream":  # of a line that is overwritten by carriage returns, the last text stays
             output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
     return [output for output in kept if output.output_type != "stream" or output.text.strip()]
-
-
-def _normalised(output: NotebookNode, count: int) -> NotebookNode:
-    data = output.get("data", {})
-    # In every run a styled table gets another random id, and the text of an object shows another address.
-    for mime in ("text/html", "text/plain"):
-        if mime in data:
-            data[mime] = re.sub(r"T_[0-9a-f]{5}", "T_bkd00", data[mime])
-            data[mime] = re.sub(r" at 0x[0-9a-f]{6,}", "", data[mime])
-    if output.output_type == "execute_result":
-        output.execution_count = count
-    return output
 
 
 def publish(executed: Path, original: Path) -> bool:

@@ -17,8 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import psutil
@@ -27,8 +27,8 @@ from bkd_utils.common.files import ROOT, atomic_path
 from bkd_utils.running import notebooks
 from bkd_utils.running.notebooks import NotebookError
 
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+# In the child process: Linux ends papermill, and with it the kernel, when the runner is killed (1: PR_SET_PDEATHSIG).
+END_WITH_PARENT = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,13 @@ class Run:
 
 
 def run_notebook(
-    path: Path,
-    *,
-    parameters: dict[str, Any],
-    folder: Path,
-    limit: float,
-    environment: dict[str, str] | None = None,
-    on_cell: Callable[[int, int], None] | None = None,
+    path: Path, *, parameters: dict, folder: Path, limit: float, environment: dict[str, str], on_cell: Callable
 ) -> Run:
     """Execute one notebook into `folder`/<name>.ipynb; a failed one is kept as <name>.failed.ipynb.
 
-    Raises NotebookError before anything runs if the notebook or a parameter is not valid. A failure while running is
-    reported in the result, with its reason. No process is left after this returns or after Ctrl-C.
+    `limit` is in seconds, and `on_cell` is told the numbers of finished and of all cells. Raises NotebookError before
+    anything runs if the notebook or a parameter is not valid. A failure while running is reported in the result, with
+    its reason. No process is left after this returns or after Ctrl-C.
     """
     notebooks.check_parameters(path, parameters)
     token, started = secrets.token_hex(8), time.monotonic()
@@ -66,48 +61,32 @@ def run_notebook(
         nbformat.write(notebooks.with_sentinel(notebooks.read(path), token), source)
         given.write_text(json.dumps(parameters), encoding="utf-8")
         command = [sys.executable, "-m", "bkd_utils.running.execute", str(source), str(target), str(given)]
-        code, errors = _supervise(
-            command, environment or {}, target, limit=limit, scratch=Path(scratch), on_cell=on_cell
-        )
+        code, errors = _supervise(command, environment, target, limit, on_cell)
         minutes = (time.monotonic() - started) / 60
         reason, peak = _verdict(target, token, code, errors, limit=limit)
-        kept = folder / (f"{path.stem}.ipynb" if not reason else f"{path.stem}.failed.ipynb")
+        failed = folder / f"{path.stem}.failed.ipynb"
         if target.is_file():
-            with atomic_path(kept) as temporary:
+            with atomic_path(failed if reason else folder / path.name) as temporary:
                 shutil.copyfile(target, temporary)
     if not reason:
-        (folder / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
+        failed.unlink(missing_ok=True)
     return Run(path.stem, round(minutes, 2), round(peak, 2), "failed" if reason else "ok", reason)
 
 
 def _supervise(
-    command: list[str],
-    environment: dict[str, str],
-    target: Path,
-    *,
-    limit: float,
-    scratch: Path,
-    on_cell: Callable[[int, int], None] | None,
+    command: list[str], environment: dict[str, str], target: Path, limit: float, on_cell: Callable
 ) -> tuple[int | None, str]:
     """Exit code (None after the time limit) and stderr; ends the whole process tree in every case."""
-    errors = scratch / "stderr"
+    errors = target.with_name("stderr")
     # Any other backend than the kernel's own would leave the figures out of the executed notebook.
     inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     with errors.open("wb") as stream:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=inherited | environment,
-            stdout=stream,
-            stderr=stream,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=_end_with_parent,
-        )
+        how = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream, "preexec_fn": END_WITH_PARENT}
+        process = subprocess.Popen(command, cwd=ROOT, env=inherited | environment, **how)
         try:
             deadline = time.monotonic() + limit
             while process.poll() is None and time.monotonic() < deadline:
-                if on_cell:
-                    on_cell(*_cells_done(target))
+                on_cell(*_cells_done(target))
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=0.5)
             code = process.poll()
@@ -117,25 +96,14 @@ def _supervise(
     return code, errors.read_text(encoding="utf-8", errors="replace")
 
 
-def _end_with_parent() -> None:
-    """Called in the child process: Linux ends papermill when the runner is killed, and the kernel ends with papermill.
-
-    Otherwise the old notebook would go on during the next run and write to the same checkpoints.
-    """
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _end_tree(pid: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         tree = [*root.children(recursive=True), root]
-    except psutil.NoSuchProcess:
-        return
-    for process in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(tree, timeout=10)
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(tree, timeout=10)
 
 
 def _cells_done(target: Path) -> tuple[int, int]:
@@ -152,29 +120,21 @@ def _verdict(target: Path, token: str, code: int | None, errors: str, *, limit: 
     cells = []
     with contextlib.suppress(NotebookError):  # the file does not exist or is incomplete
         cells = notebooks.read(target).cells
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "error":
-                return f"{output.ename}: {output.evalue}"[:2000], 0.0
+    raised = [output for cell in cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    if raised:
+        return f"{raised[0].ename}: {raised[0].evalue}"[:2000], 0.0
     if code is None:
         return f"ran into its limit of {limit / 60:.1f} minutes; the same command continues from there", 0.0
     if code != 0:
         last = [line for line in errors.splitlines() if line.strip()]
         return f"{last[-1] if last else 'no message'} (exit status {code})", 0.0
-    printed = _sentinel(cells, token)
-    if printed is None:
+    # Threads and libraries may still print while the last cell runs, which alone knows the token.
+    last = [output for cell in cells[-1:] for output in cell.get("outputs", [])]
+    text = "".join(output.text for output in last if output.get("name") == "stdout")
+    told = [line for line in text.splitlines() if line.startswith("{") and token in line]
+    if not told:
         return "its last cell was never reached (sys.exit in a cell, or a cell that did not complete)", 0.0
+    printed = json.loads(told[0])
     if printed["prefix"] != sys.prefix:
         return f"its kernel ran in {printed['prefix']}, not in {sys.prefix}", 0.0
     return "", printed["peak"] * (1 if sys.platform == "darwin" else 1024) / 2**30
-
-
-def _sentinel(cells: list, token: str) -> dict | None:
-    if not cells or notebooks.SENTINEL not in cells[-1].metadata.get("tags", []):
-        return None
-    # Threads and libraries may still print while the last cell runs.
-    printed = "".join(output.text for output in cells[-1].outputs if output.get("name") == "stdout")
-    for line in printed.splitlines():
-        if line.startswith("{") and token in line:
-            return json.loads(line)
-    return None

@@ -3,10 +3,12 @@
 import shutil
 import subprocess
 import time
+import timeit
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from bkd_utils.running import notebooks
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run, run_notebook
 
-PROFILES = ("smoke", "laptop", "paper")
 RECORDED = ("name", "minutes", "peak_gib", "status", "gflops")
 
 
@@ -35,8 +36,7 @@ def profile_parameters(profile: str, paths: list[Path]) -> tuple[dict[str, dict[
         raise NotebookError(f"unknown profile {profile!r}; known: {', '.join(table)}")
     chosen = dict(table[profile])
     limit = chosen.pop("minutes_per_notebook") * 60
-    names = {path.stem for path in notebooks.all_notebooks()}
-    if unknown := sorted(set(chosen) - names):
+    if unknown := sorted(chosen.keys() - {path.stem for path in notebooks.all_notebooks()}):
         raise NotebookError(f"profiles.toml, {profile}: no notebook {', '.join(unknown)}")
     for path in paths:
         notebooks.check_parameters(path, chosen.get(path.stem, {}))
@@ -58,62 +58,47 @@ def run_all(
     """Run the chosen notebooks one after another, also after one that failed, and print a table.
 
     Figures are written to `work/figures/<profile>`. With `publish`, those of a notebook that ran to its end are copied
-    to `figures/`, so that no smoke run and no incomplete run replaces a published figure. Raises NotebookError for
-    options that are not valid before anything runs.
+    to `figures/`. Raises NotebookError for options that are not valid before anything runs.
     """
     console = console or Console()
     paths = notebooks.select(only)
-    if publish and (profile != "laptop" or model != DEFAULT_MODEL or seed != 0 or retrain):
-        raise NotebookError(
-            "--publish is for the laptop profile, default model and seed, shipped organisms: that is what is committed"
-        )
+    if publish and (profile, model, seed, retrain) != ("laptop", DEFAULT_MODEL, 0, False):
+        committed = "the laptop profile, default model and seed, shipped organisms"
+        raise NotebookError(f"--publish is for {committed}: that is what is committed")
     table, limit = profile_parameters(profile, paths)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
-    figures = WORK / "figures" / profile
-    environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1"}
-    environment["BKD_FORCE_SINCE"] = str(time.time() if force else 0)
+    figures, executed = WORK / "figures" / profile, WORK / "executed" / profile
+    since = str(time.time() if force else 0)
+    environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_FORCE_SINCE": since}
+    options = {"folder": executed, "limit": limit, "environment": environment}
     started, runs = time.strftime("%Y-%m-%dT%H:%M:%S"), []
     for path in paths:
         declared = notebooks.parameters(path)
         given = table[path.stem] | {key: value for key, value in common.items() if key in declared}
         before, gflops = _figures(figures), speed()
         with _progress(console, path.stem) as on_cell:
-            run = run_notebook(
-                path,
-                parameters=given,
-                folder=WORK / "executed" / profile,
-                limit=limit,
-                environment=environment,
-                on_cell=on_cell,
-            )
+            run = run_notebook(path, parameters=given, **options, on_cell=on_cell)
         after = _figures(figures)
         run = replace(run, figures=[name for name in after if before.get(name) != after[name]], gflops=gflops)
         if run.status == "ok" and publish:
-            run = _published(run, WORK / "executed" / profile / path.name, path, figures=figures)
+            run = _published(run, executed / path.name, path, figures=figures)
         runs.append(run)
-    record = {
-        "profile": profile,
-        "machine": machine(),
-        "started": started,
-        "notebooks": [{key: asdict(run)[key] for key in RECORDED} for run in runs],
-        "commit": commit(),
-    }
+    entries = [{key: asdict(run)[key] for key in RECORDED} for run in runs]
+    record = {"profile": profile, "machine": machine(), "started": started, "notebooks": entries, "commit": commit()}
     write_json(WORK / "run.json", record)
     if publish:
         write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
         if (figures / "scorecard.json").is_file():
-            # Lines of claims of other notebooks are kept.
             lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
             write_json(FIGURES / "scorecard.json", lines)
-    report(runs, console, folder=WORK / "executed" / profile)
+    report(runs, console, folder=executed)
     return runs
 
 
 def merged(record: dict[str, Any], published: Path) -> dict[str, Any]:
     """The record of this run, with the published entries of notebooks that it did not run."""
-    ran = {entry["name"]: entry for entry in record["notebooks"]}
     kept = read_json(published)["notebooks"] if published.is_file() else []
-    entries = {entry["name"]: entry for entry in kept} | ran
+    entries = {entry["name"]: entry for entry in [*kept, *record["notebooks"]]}
     return record | {"notebooks": [entries[name] for name in sorted(entries)]}
 
 
@@ -132,16 +117,13 @@ def _published(run: Run, executed: Path, original: Path, *, figures: Path) -> Ru
 
 def _figures(folder: Path) -> dict[str, str]:
     """Figure id -> hash of its picture and of the time it was written."""
-    return {
-        path.stem: f"{sha256_file(path)} {path.stat().st_mtime_ns}"
-        for path in sorted(folder.glob("*.json"))
-        if path.with_suffix(".png").is_file()
-    }
+    paths = [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".png").is_file()]
+    return {path.stem: f"{sha256_file(path)} {path.stat().st_mtime_ns}" for path in paths}
 
 
 @contextmanager
 def _progress(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of cells on a terminal; elsewhere a line at the start and one a minute."""
+    """A bar of cells on a terminal, elsewhere a line a minute."""
     console.print(f"running {name}")
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
@@ -166,8 +148,8 @@ def report(runs: list[Run], console: Console, *, folder: Path) -> None:
     pace = [run.gflops["bf16"] for run in runs if run.gflops]
     for run in runs:
         colour = "green" if run.status == "ok" else "red"
-        names = ", ".join(run.figures) or "none"
-        table.add_row(run.name, f"{run.minutes:.1f}", f"{run.peak_gib:.1f}", names, f"[{colour}]{run.status}[/]")
+        numbers = (f"{run.minutes:.1f}", f"{run.peak_gib:.1f}", ", ".join(run.figures) or "none")
+        table.add_row(run.name, *numbers, f"[{colour}]{run.status}[/]")
     console.print(table)
     for run in runs:
         if run.reason:
@@ -181,20 +163,12 @@ def report(runs: list[Run], console: Console, *, folder: Path) -> None:
 
 
 def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
-    """GFLOP/s of square products on the processor, best of several tries, by which minutes of runs can be compared.
-
-    Other guests of the host slow a virtual machine down: the same training took up to twice as long on another day.
-    Treatments and trainings use bf16, measurements use fp32.
-    """
+    """GFLOP/s of square products on the processor, best of several tries, by which minutes of runs can be compared."""
     found = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        one, other = torch.rand(width, width, dtype=kind), torch.rand(width, width, dtype=kind)
-        seconds = []
+        multiply = partial(product, *torch.rand(2, width, width, dtype=kind))
         with torch.inference_mode():
-            for _ in range(tries):
-                started = time.perf_counter()
-                product(one, other)
-                seconds.append(time.perf_counter() - started)
+            seconds = timeit.repeat(multiply, timer=time.perf_counter, repeat=tries, number=1)
         found[name] = round(2 * width**3 / min(seconds) / 1e9)
     return found
 
@@ -202,14 +176,14 @@ def speed(width: int = 1024, tries: int = 5) -> dict[str, int]:
 def machine() -> str:
     """Cores, memory and accelerator, without any name that would identify the machine."""
     memory = psutil.virtual_memory().total / 2**30
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{psutil.cpu_count()} cores, {memory:.0f} GiB{gpu}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{psutil.cpu_count()} cores, {memory:.0f} GiB, {gpu}"
 
 
 def commit() -> str | None:
     """The commit of this checkout, or None where there is no git."""
+    command = ["git", "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()

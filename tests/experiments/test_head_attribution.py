@@ -51,12 +51,11 @@ def test_a_bootstrap_interval_of_a_mean_is_the_textbook_one_for_many_values():
     assert (found["low"], found["high"]) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
 
 
-@pytest.mark.parametrize("statistic", [np.mean, np.median])
-def test_a_bootstrap_interval_of_few_values_is_that_of_all_their_resamples(statistic):
+def test_a_bootstrap_interval_of_few_values_is_that_of_all_their_resamples():
     values = [0.0, 1.0, 5.0, 7.0]
-    every = [statistic(draw) for draw in product(values, repeat=4)]
-    found = interval(values, statistic=statistic, n_resamples=20000)
-    assert found["value"] == statistic(values)
+    every = [np.mean(draw) for draw in product(values, repeat=4)]
+    found = interval(values, n_resamples=20000)
+    assert found["value"] == np.mean(values)
     assert (found["low"], found["high"]) == pytest.approx(np.quantile(every, (0.025, 0.975)), abs=0.3)
 
 

@@ -15,7 +15,6 @@ from bkd_utils.models.tokens import (
     answer_ids,
     decode,
     end_id,
-    has_chat_template,
     left_pad,
     positions,
     prompt_ids,
@@ -54,8 +53,7 @@ def test_a_prompt_is_what_the_chat_template_makes_of_it():
 
 
 def test_without_a_template_the_plain_one_is_used():
-    assert has_chat_template(CHAT)
-    assert not has_chat_template(PLAIN)
+    assert CHAT.chat_template
     assert PLAIN.decode(prompt_ids(PLAIN, "Name a colour.")) == PLAIN_TEMPLATE.format(user="Name a colour.")
 
 

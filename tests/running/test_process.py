@@ -33,7 +33,8 @@ threading.Thread(target=talk, daemon=True).start()
 
 
 def run(path, folder, *, limit=120, parameters=None, environment=None):
-    return run_notebook(path, parameters=parameters or {}, folder=folder, limit=limit, environment=environment or {})
+    given = {"parameters": parameters or {}, "environment": environment or {}}
+    return run_notebook(path, folder=folder, limit=limit, **given, on_cell=lambda *_: None)
 
 
 def kernels_of(pid=None):
@@ -45,7 +46,8 @@ def runner_at_work(path, folder, marker):
     """A runner in a process group of its own, whose kernel has written `marker`, and all processes below it."""
     code = (
         "from pathlib import Path; from bkd_utils.running import process; "
-        f"process.run_notebook(Path({str(path)!r}), parameters={{}}, folder=Path({str(folder)!r}), limit=500)"
+        f"process.run_notebook(Path({str(path)!r}), parameters={{}}, folder=Path({str(folder)!r}), limit=500, "
+        "environment={}, on_cell=lambda *_: None)"
     )
     # The scratch folder of a killed runner stays behind; here it must not stay in the machine's own.
     environment = os.environ | {"TMPDIR": str(marker.parent)}
@@ -75,9 +77,8 @@ def test_a_sound_notebook_runs_with_its_parameters_whatever_kernel_and_noise(tmp
     )
     path = write(tmp_path / "n.ipynb", *cells, kernel="a-kernel-of-another-machine")
     seen = []
-    result = run_notebook(
-        path, parameters={"a": 5}, folder=tmp_path / "out", limit=120, on_cell=lambda *cells: seen.append(cells)
-    )
+    given = {"parameters": {"a": 5}, "environment": {}, "on_cell": lambda *cells: seen.append(cells)}
+    result = run_notebook(path, folder=tmp_path / "out", limit=120, **given)
     assert (result.status, result.reason) == ("ok", "")
     assert 0.01 < result.peak_gib < 2
     assert seen
