@@ -19,7 +19,7 @@ FOLDERS = (
     "running",
 )
 METHODS = FOLDERS[1:5]
-LONGEST = 300
+LONGEST, IN_ALL = 300, 10_000
 
 
 def modules(package=PACKAGE):
@@ -91,6 +91,7 @@ def test_no_module_is_too_long():
         path.relative_to(PACKAGE).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in modules()
     }
     assert {name: count for name, count in long.items() if count > LONGEST} == {}
+    assert sum(long.values()) <= IN_ALL
 
 
 def test_every_module_says_its_job_and_none_is_a_heap_of_helpers():

@@ -21,9 +21,8 @@ from bkd_utils.models.hooks import Anatomy, anatomy, editing
 from bkd_utils.models.tokens import Ids, padded_inputs
 
 NAME = "bkd_shared_past"
-Hidden = (
-    Float[Tensor, "row new d_model"] | None
-)  # input of the first layer that is run, if that is not the model's first
+# Input of the first layer that is run, where that is not the model's first layer.
+Hidden = Float[Tensor, "row new d_model"] | None
 
 
 @dataclass(frozen=True)
