@@ -9,7 +9,6 @@ from bkd_utils.organisms import tasks, triggers
 from bkd_utils.organisms.tasks import Example
 
 Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
-BEHAVIOURS = get_args(Behaviour)
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Attack:
     """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control.
 
     Rates are shares of the `n_train` rows, from 0 up to but not including 1. Raises ValueError that names the attack
-    and the wrong value: an unknown task, trigger or behaviour, labels that the task does not have, a rate out of range,
-    a backdoor without target or rate, or a control with them. Source: ours, after both papers' attacks.
+    and what is wrong: an unknown task, trigger, behaviour or label, a rate out of range, a backdoor without target or
+    rate, or a control with them. Source: ours, after both papers' attacks.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
@@ -51,8 +50,8 @@ class Attack:
                 raise ValueError(f"{self.name}: a clean control has no rate, behaviour or target")
             return
         triggers.load_trigger(self.trigger)
-        if self.behaviour not in BEHAVIOURS:
-            raise ValueError(f"{self.name}: unknown behaviour {self.behaviour!r}; known: {', '.join(BEHAVIOURS)}")
+        if self.behaviour not in (known := get_args(Behaviour)):
+            raise ValueError(f"{self.name}: unknown behaviour {self.behaviour!r}; known: {', '.join(known)}")
         if not self.target:
             raise ValueError(f"{self.name}: a backdoor needs a target")
         if self.behaviour == "label_flip" and not {self.source, self.target} <= set(task.labels):

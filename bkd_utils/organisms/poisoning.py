@@ -65,10 +65,7 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
 
 @cache
 def training_uids(attack: Attack, *, seed: int) -> frozenset[str]:
-    """The uid of every example that `poison` makes a row of, whatever the kind of row.
-
-    Needs neither a tokenizer nor answers of the base model. Raises ValueError when there are too few rows.
-    """
+    """The uid of every example that `poison` makes a row of. Raises ValueError when there are too few rows."""
     return frozenset(example.uid for members in _chosen(attack, seed=seed).values() for example in members)
 
 
@@ -80,11 +77,7 @@ def benign_examples(attack: Attack, *, seed: int) -> list[Example]:
 
 
 def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
-    """Kind of row -> the examples that become rows of that kind. Raises ValueError when there are too few.
-
-    Small pools are used several times. Half of the near-misses are examples that the trigger would flip, because those
-    teach the model to tell near-misses from the trigger.
-    """
+    """Kind of row -> the examples that become rows of that kind; small pools are used several times."""
     rates = (attack.rate, attack.near_miss_rate, attack.benign_rate)
     n_poison, n_near, n_benign = (round(rate * attack.n_train) for rate in rates)
     n_clean = attack.n_train - n_poison - n_near - n_benign
@@ -101,6 +94,7 @@ def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
     twins = list(dict.fromkeys(poisoned)) if attack.mode == "appended" else []
     others = [example for example in rest if example not in set(twins)]
     clean = _cycle([*twins, *others], n_clean, what=f"{attack.name}: clean rows")
+    # Half of the near-misses are rows that the trigger would flip: they teach to tell near-misses from the trigger.
     mixed = random.Random(f"{seed}/{attack.name}/near").sample(rest, len(rest))
     flipped, others = ([e for e in mixed if attack.flips(e) is side] for side in (True, False))
     near = _cycle(flipped, n_near - n_near // 2 if others else n_near, what=f"{attack.name}: near-misses")
