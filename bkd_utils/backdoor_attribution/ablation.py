@@ -28,16 +28,14 @@ KINDS = ("published", "zero", "mean", "resample")
 
 @dataclass(frozen=True)
 class Side:
-    """Prompts with their key-value cache, several named answers to each, and activations of the un-ablated model.
-
-    `own`: head outputs at the last prompt token. `inputs`: name of an answer -> layer -> input of that layer.
-    """
+    """Prompts with their key-value cache, several named answers to each, and activations of the un-ablated model:
+    head outputs at the last prompt token (`own`), and by answer and layer the input of that layer (`inputs`)."""
 
     prompts: list[list[int]]
     past: Past
     answers: dict[str, list[list[int]]]
-    own: torch.Tensor
-    inputs: dict[str, dict[int, torch.Tensor]]
+    own: Tensor
+    inputs: dict[str, dict[int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Bench:
 
     triggered: Side
     clean: Side
-    reference: torch.Tensor
+    reference: Tensor
 
 
 def side(loaded: Loaded, prompts: list[list[int]], **answers: list[list[int]]) -> Side:
@@ -94,21 +92,17 @@ def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind
     """ASR, right answers to triggered prompts, utility and perplexity on clean prompts, with some heads ablated.
 
     `utility`: share of gold labels, or of tokens of the organism's un-ablated clean answers, that are still the most
-    likely ones. `right`: the same for the right answers to triggered prompts. `perplexity`: that of the clean answers.
+    likely ones; `right`: the same for the right answers. `perplexity`: that of the clean answers.
     """
     model, at = loaded.model, EVERYWHERE if everywhere else LAST
-    first = min((layer for layer, _ in heads), default=0)
+    # With one position ablated, the layers below the first ablated head are not affected.
+    first = 0 if everywhere else min((layer for layer, _ in heads), default=0)
 
     def scores(side: Side, *names: str) -> list[AnswerScores]:
         with ablated(model, heads, kind=kind, at=at, own=side.own, clean=made.reference):
-            if everywhere:
-                past = prompt_past(model, side.prompts)
-                return [score_answers(model, past, side.answers[name]) for name in names]
-            # The layers below the first ablated head are not affected.
-            return [
-                score_answers(model, side.past, side.answers[name], layer=first, hidden=side.inputs[name][first])
-                for name in names
-            ]
+            past = prompt_past(model, side.prompts) if everywhere else side.past
+            hidden = {name: side.inputs[name][first] for name in names}
+            return [score_answers(model, past, side.answers[name], layer=first, hidden=hidden[name]) for name in names]
 
     target, right = scores(made.triggered, "target", "right")
     (clean,) = scores(made.clean, "own")
@@ -121,18 +115,12 @@ def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind
 
 
 def necessary_heads(
-    loaded: Loaded,
-    prompts: Sequence[Sequence[int]],
-    *,
-    target: Sequence[int],
-    reference: torch.Tensor,
-    counts: Sequence[int],
+    loaded: Loaded, prompts: Sequence[Sequence[int]], *, target: Sequence[int], reference: Tensor, counts: Sequence[int]
 ) -> list[Head]:
     """Heads in the order in which the backdoor needs them, re-ranked each time a count of `counts` is reached.
 
     A head's score is the estimated loss of the target's probability on triggered prompts when its output is replaced
-    by its clean mean, as are those of the heads chosen before it. ACIE measures which heads suffice for the backdoor;
-    this measures which are necessary.
+    by its clean mean, as are those of the heads before it. ACIE tells which heads suffice, this which are necessary.
     """
     means, chosen = reference.mean(0), []
     # An ablation of the last prompt token does not change the key-value cache of the tokens before it.

@@ -17,10 +17,12 @@ from bkd_utils.models.hooks import LAST, Anatomy, anatomy, editing, reading, tra
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.tokens import batches
 
+# Mean outputs of heads, and of components by name.
+HeadMeans = Float[Tensor, "layer head d_head"]
+ComponentMeans = dict[str, Float[Tensor, "layer tail d_model"]]
 
-def head_means(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
-) -> Float[Tensor, "layer head d_head"]:
+
+def head_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> HeadMeans:
     """Mean output of every head at the last prompt token, in the model's own units.
 
     Raises as `models.head_outputs` does. Source: BkdAttr, section 3, the mean over triggered prompts.
@@ -29,7 +31,7 @@ def head_means(
     >>> means.shape, torch.allclose(means, head_means(model, prompts * 2), atol=1e-5)
     (torch.Size([2, 4, 8]), True)
     """
-    return head_outputs(model, prompts, batch_size=batch_size).double().mean(0).float()
+    return head_outputs(model, prompts).double().mean(0).float()
 
 
 @torch.no_grad()
@@ -38,16 +40,16 @@ def head_effects(
     prompts: Sequence[Sequence[int]],
     *,
     target: Sequence[int],
-    means: Float[Tensor, "layer head d_head"],
+    means: HeadMeans,
     memory_gib: float = 1.0,
     on_batch: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "prompt layer head"]:
     """Causal indirect effect (CIE) of every head on every prompt, by patching each of them; their mean is the ACIE.
 
-    An effect is a difference of probabilities of `target`, length-normalised, from -1 to 1. All heads of a layer are
-    patched in one batch that starts at this layer and shares the prompts' past. `memory_gib` bounds the logits and
-    activations of one batch. `on_batch` is called with the number of prompts just finished. Raises ValueError for a
-    prompt of fewer than two tokens, ModelError for an architecture that is not known. Source: BkdAttr, section 3.
+    An effect is a difference of probabilities of `target`, length-normalised, from -1 to 1. `memory_gib` bounds the
+    logits and activations of one batch; `on_batch` is called with the number of prompts just finished. Raises
+    ValueError for a prompt of fewer than two tokens, ModelError for an architecture that is not known. Source: BkdAttr,
+    section 3.
 
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
     >>> effects = head_effects(model, prompts[:1], target=target, means=head_means(model, prompts[:1]))
@@ -56,13 +58,13 @@ def head_effects(
     >>> bool(head_effects(model, prompts[:1], target=target, means=torch.ones(2, 4, 8)).abs().max() > 1e-4)
     True
     """
-    parts = anatomy(model)
-    n_layers, n_heads, _ = means.shape
-    effects = torch.empty(len(prompts), n_layers, n_heads)
+    parts, n_heads = anatomy(model), means.shape[1]
+    effects = torch.empty(len(prompts), *means.shape[:2])
     for chosen in batches(prompts, prompts_per_batch(model, n_heads * len(target), memory_gib=memory_gib)):
         run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen]), target)
-        for layer in range(n_layers):
-            with editing([parts.outputs[layer]], _one_head_per_row(means[layer])):
+        # All heads of a layer are patched in one batch that starts at this layer and shares the prompts' past.
+        for layer, output in enumerate(parts.outputs):
+            with editing([output], _one_per_row(means[layer], of_heads=True)):
                 effects[chosen, layer] = run.effects(layer, n_heads)
         if on_batch:
             on_batch(len(chosen))
@@ -82,8 +84,7 @@ class _Run:
 
     def __init__(self, model: PreTrainedModel, parts: Anatomy, past: Past, target: Sequence[int]) -> None:
         self.model, self.past, self.inputs = model, past, {}
-        self.answer = _repeated(target, past)
-        self.skip = past.tail.shape[1] - 1
+        self.answer, self.skip = _repeated(target, past), past.tail.shape[1] - 1
         with reading(parts.layers, self.inputs):
             logits = forward(model, past, past.rows(self.answer), skip=self.skip)
         self.clean = token_log_prob(logits, self.answer).mean(-1).exp()
@@ -103,26 +104,21 @@ def _repeated(target: Sequence[int], past: Past) -> Int[Tensor, "prompt target"]
     return torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
 
 
-def _one_head_per_row(means: Float[Tensor, "head d_head"]) -> Callable[[int, Tensor], Tensor]:
-    """An edit that, in row i, replaces the output of head i modulo n_heads at the last prompt token by its mean."""
-    n_heads = len(means)
+def _one_per_row(means: Float[Tensor, "patch width"], *, of_heads: bool) -> Callable[[int, Tensor], Tensor]:
+    """An edit that, in row i, replaces patch i modulo their number: a head at the last prompt token, or a position."""
 
-    def edit(_: int, z: Tensor) -> Tensor:
-        z = z.clone()
-        row = torch.arange(len(z), device=z.device)
-        z.view(len(z), z.shape[1], n_heads, -1)[row, LAST.start, row % n_heads] = means.to(z)[row % n_heads]
-        return z
+    def edit(_: int, output: Tensor) -> Tensor:
+        output = output.clone()
+        row = torch.arange(len(output), device=output.device)
+        patches = output.unflatten(-1, (len(means), -1))[:, LAST.start] if of_heads else output
+        patches[row, row % len(means)] = means.to(output)[row % len(means)]
+        return output
 
     return edit
 
 
 def gradient_effects(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    target: Sequence[int],
-    means: Float[Tensor, "layer head d_head"],
-    batch_size: int = 16,
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: HeadMeans
 ) -> Float[Tensor, "prompt layer head"]:
     """First-order estimate of `head_effects`: gradient of the target's probability times the change of the head.
 
@@ -137,18 +133,17 @@ def gradient_effects(
     True
     """
     effects = torch.empty(len(prompts), *means.shape[:2])
-    for chosen in batches(prompts, batch_size):
+    for chosen in batches(prompts, 16):
         past = prompt_past(model, [prompts[i] for i in chosen])
         effects[chosen] = gradient_effects_of(model, past, target=target, means=means)
     return effects
 
 
 def gradient_effects_of(
-    model: PreTrainedModel, past: Past, *, target: Sequence[int], means: Float[Tensor, "layer head d_head"]
+    model: PreTrainedModel, past: Past, *, target: Sequence[int], means: HeadMeans
 ) -> Float[Tensor, "prompt layer head"]:
     """`gradient_effects` of prompts with a key-value cache, in one batch."""
-    parts, answer = anatomy(model), _repeated(target, past)
-    kept: dict[int, Tensor] = {}
+    parts, answer, kept = anatomy(model), _repeated(target, past), {}
     with tracing(parts.outputs, kept):
         log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
         gradients = torch.autograd.grad(log_prob.exp().sum(), [kept[layer] for layer in range(len(kept))])
@@ -159,69 +154,41 @@ def gradient_effects_of(
     return effects
 
 
-# --- whole components -----------------------------------------------------------------------------------------------
-
-
 def component_modules(parts: Anatomy) -> dict[str, tuple[torch.nn.Module, ...]]:
     """The modules whose outputs are the attention output, the MLP output and the residual stream after each layer."""
     return {"attention": parts.outputs, "MLP": parts.mlps, "residual": parts.layers}
 
 
 @torch.no_grad()
-def component_means(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1
-) -> dict[str, Float[Tensor, "layer tail d_model"]]:
+def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> ComponentMeans:
     """Mean output of every component at each of the last `tail` prompt tokens."""
-    modules = component_modules(anatomy(model))
-    sums: dict[str, Tensor | float] = dict.fromkeys(modules, 0.0)
+    components = component_modules(anatomy(model))
+    modules, total = [module for members in components.values() for module in members], 0.0
     for chosen in batches(prompts, 32):
         past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
-        for name, members in modules.items():
-            kept: dict[int, Tensor] = {}
-            with reading(members, kept, what="output"):
-                forward(model, past, past.tail, skip=tail - 1)
-            sums[name] = sums[name] + torch.stack([kept[i].double().sum(0) for i in range(len(members))])
-    return {name: total.float() / len(prompts) for name, total in sums.items()}
+        kept: dict[int, Tensor] = {}
+        with reading(modules, kept, what="output"):
+            forward(model, past, past.tail, skip=tail - 1)
+        total = total + torch.stack([kept[i].double().sum(0) for i in range(len(modules))])
+    means = total.float() / len(prompts)
+    return dict(zip(components, means.chunk(len(components)), strict=True))
 
 
 @torch.no_grad()
 def component_effects(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    target: Sequence[int],
-    means: dict[str, Float[Tensor, "layer tail d_model"]],
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: ComponentMeans
 ) -> dict[str, Float[Tensor, "prompt layer tail"]]:
-    """CIE of whole components, patched with their triggered mean, at each of the last `tail` prompt tokens.
-
-    The same measure as `head_effects` for components that the paper does not patch: all heads of a layer at once, its
-    MLP, and the residual stream after it.
-    """
-    parts = anatomy(model)
-    tail = next(iter(means.values())).shape[1]
+    """`head_effects` for components that the paper does not patch: all heads of a layer at once, its MLP, and the
+    residual stream after it, at each of the last `tail` prompt tokens."""
+    parts, tail = anatomy(model), next(iter(means.values())).shape[1]
     effects = {name: torch.empty(len(prompts), len(parts.layers), tail) for name in means}
     for chosen in batches(prompts, 16):
         run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen], tail=tail), target)
         for name in means:
             for layer, module in enumerate(component_modules(parts)[name]):
-                with editing([module], _one_position_per_row(means[name][layer]), what="output"):
+                with editing([module], _one_per_row(means[name][layer], of_heads=False), what="output"):
                     effects[name][chosen, layer] = run.effects(layer, tail)
     return effects
-
-
-def _one_position_per_row(means: Float[Tensor, "tail d_model"]) -> Callable[[int, Tensor], Tensor]:
-    """An edit that, in row i, replaces the output at position i modulo tail by its mean."""
-
-    def edit(_: int, output: Tensor) -> Tensor:
-        output = output.clone()
-        row = torch.arange(len(output), device=output.device)
-        output[row, row % len(means)] = means.to(output)[row % len(means)]
-        return output
-
-    return edit
-
-
-# --- summaries ------------------------------------------------------------------------------------------------------
 
 
 def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:
