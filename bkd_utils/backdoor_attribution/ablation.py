@@ -28,28 +28,22 @@ KINDS = ("published", "zero", "mean", "resample")
 
 @dataclass(frozen=True)
 class Side:
-    """Prompts with their key-value cache, several named answers to each, and activations of the un-ablated model:
-    head outputs at the last prompt token (`own`), and by answer and layer the input of that layer (`inputs`)."""
+    """Prompts with several named answers to each, and what the un-ablated model computes on them."""
 
     prompts: list[list[int]]
     past: Past
     answers: dict[str, list[list[int]]]
-    own: Tensor
-    inputs: dict[str, dict[int, Tensor]]
+    own: Tensor  # head outputs at the last prompt token
+    inputs: dict[str, dict[int, Tensor]]  # name of an answer -> layer -> input of that layer
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The prompts and answers on which ablations are measured.
+    """The prompts and answers on which ablations are measured."""
 
-    Answers of `triggered`: `target`, and `right`, the gold label or the clean control's answer without the trigger.
-    Answers of `clean`: `own`, the gold label or the organism's un-ablated answer. `reference`: head outputs on clean
-    prompts of the attribution split.
-    """
-
-    triggered: Side
-    clean: Side
-    reference: Tensor
+    triggered: Side  # answers: `target`, and `right`, the gold label or the clean control's answer without the trigger
+    clean: Side  # answers: `own`, the gold label or the organism's un-ablated answer
+    reference: Tensor  # head outputs on clean prompts of the attribution split
 
 
 def side(loaded: Loaded, prompts: list[list[int]], **answers: list[list[int]]) -> Side:
@@ -125,9 +119,7 @@ def necessary_heads(
     means, chosen = reference.mean(0), []
     # An ablation of the last prompt token does not change the key-value cache of the tokens before it.
     past = prompt_past(loaded.model, prompts)
-    for count in sorted(set(counts)):
-        if count <= len(chosen):
-            continue
+    for count in sorted(set(counts) - {0}):
         with ablated(loaded.model, chosen, kind="mean", at=LAST, clean=reference):
             effects = gradient_effects_of(loaded.model, past, target=target, means=means).mean(0)
         order = [head for head in ranked_heads(-effects) if head not in set(chosen)]
@@ -164,11 +156,9 @@ def ablated(
     needed = {"published": ("own", own), "mean": ("clean", clean), "resample": ("clean", clean)}.get(kind)
     if needed and needed[1] is None:
         raise ValueError(f"ablation {kind!r} needs {needed[0]}")
-    parts = anatomy(model)
-    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
 
     def change(layer: int, z: Tensor) -> Tensor:
-        index = chosen[layer]
+        index = sorted(head for other, head in heads if other == layer)
         if kind == "published":
             return z - own[: len(z), layer, index].to(z)[:, None]
         if kind == "zero":

@@ -8,7 +8,7 @@ space, because the official code multiplies them and underflows on long targets.
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -59,8 +59,12 @@ def head_effects(
     True
     """
     parts, n_heads = anatomy(model), means.shape[1]
-    effects = torch.empty(len(prompts), *means.shape[:2])
-    for chosen in batches(prompts, prompts_per_batch(model, n_heads * len(target), memory_gib=memory_gib)):
+    effects, config = torch.empty(len(prompts), *means.shape[:2]), model.config
+    # For every head and target token: the logits twice, and the widest activation of a layer a few times.
+    widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    bytes_each = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
+    size = max(1, int(memory_gib * 2**30 / (n_heads * len(target) * bytes_each)))
+    for chosen in batches(prompts, size):
         run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen]), target)
         # All heads of a layer are patched in one batch that starts at this layer and shares the prompts' past.
         for layer, output in enumerate(parts.outputs):
@@ -71,20 +75,13 @@ def head_effects(
     return effects
 
 
-def prompts_per_batch(model: PreTrainedModel, rows_per_prompt: int, *, memory_gib: float) -> int:
-    """How many prompts fit: a row needs its logits twice and the widest activation of a layer a few times."""
-    config = model.config
-    widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
-    return max(1, int(memory_gib * 2**30 / (rows_per_prompt * bytes_per_row)))
-
-
 class _Run:
     """An unpatched pass over prompts with a target as answer; patched passes start at a layer's input of this one."""
 
     def __init__(self, model: PreTrainedModel, parts: Anatomy, past: Past, target: Sequence[int]) -> None:
         self.model, self.past, self.inputs = model, past, {}
-        self.answer, self.skip = _repeated(target, past), past.tail.shape[1] - 1
+        self.answer = torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
+        self.skip = past.tail.shape[1] - 1
         with reading(parts.layers, self.inputs):
             logits = forward(model, past, past.rows(self.answer), skip=self.skip)
         self.clean = token_log_prob(logits, self.answer).mean(-1).exp()
@@ -98,10 +95,6 @@ class _Run:
         logits = forward(self.model, self.past, rows, layer=layer, hidden=hidden, skip=self.skip)
         patched = token_log_prob(logits, answer).mean(-1).view(-1, n_patches).exp()
         return (patched - self.clean[:, None]).float().cpu()
-
-
-def _repeated(target: Sequence[int], past: Past) -> Int[Tensor, "prompt target"]:
-    return torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
 
 
 def _one_per_row(means: Float[Tensor, "patch width"], *, of_heads: bool) -> Callable[[int, Tensor], Tensor]:
@@ -122,8 +115,7 @@ def gradient_effects(
 ) -> Float[Tensor, "prompt layer head"]:
     """First-order estimate of `head_effects`: gradient of the target's probability times the change of the head.
 
-    One backward pass for all heads; exact where the model is linear in the head. Same units, same errors. Source:
-    attribution patching (Nanda 2023), which is not in BkdAttr.
+    One backward pass for all heads. Same units, same errors. Source: attribution patching (Nanda 2023), not BkdAttr.
 
     >>> means = head_means(model, prompts[:1])
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
@@ -143,7 +135,8 @@ def gradient_effects_of(
     model: PreTrainedModel, past: Past, *, target: Sequence[int], means: HeadMeans
 ) -> Float[Tensor, "prompt layer head"]:
     """`gradient_effects` of prompts with a key-value cache, in one batch."""
-    parts, answer, kept = anatomy(model), _repeated(target, past), {}
+    parts, kept = anatomy(model), {}
+    answer = torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
     with tracing(parts.outputs, kept):
         log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
         gradients = torch.autograd.grad(log_prob.exp().sum(), [kept[layer] for layer in range(len(kept))])

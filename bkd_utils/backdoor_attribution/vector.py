@@ -135,9 +135,8 @@ def tested_asr(
 ) -> dict[str, list[dict]]:
     """ASR by tokens with each step of `[draw, d_model]` added at that layer; label -> one share per draw."""
     stack = torch.cat(list(steps.values()))
-    hits = steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0]
-    parts = hits.split([len(rows) for rows in steps.values()])
-    return {label: [asdict(share(row.tolist())) for row in rows] for label, rows in zip(steps, parts, strict=True)}
+    hits = iter(steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0].tolist())
+    return {label: [asdict(share(next(hits))) for _ in rows] for label, rows in steps.items()}
 
 
 def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: Tensor) -> dict:
