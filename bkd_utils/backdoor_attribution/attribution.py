@@ -6,6 +6,7 @@ space, because the official code multiplies them and underflows on long targets.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -58,56 +59,61 @@ def head_effects(
     >>> bool(head_effects(model, prompts[:1], target=target, means=torch.ones(2, 4, 8)).abs().max() > 1e-4)
     True
     """
-    parts, n_heads = anatomy(model), means.shape[1]
-    effects, config = torch.empty(len(prompts), *means.shape[:2]), model.config
     # For every head and target token: the logits twice, and the widest activation of a layer a few times.
+    config, n_rows = model.config, means.shape[1] * len(target)
     widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    bytes_each = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
-    size = max(1, int(memory_gib * 2**30 / (n_heads * len(target) * bytes_each)))
+    bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
+    size = max(1, int(memory_gib * 2**30 / (n_rows * bytes_per_row)))
+    modules = anatomy(model).outputs
+    return _effects(model, modules, prompts, target, means, what="input", size=size, on_batch=on_batch)
+
+
+def _effects(
+    model: PreTrainedModel,
+    modules: Sequence[torch.nn.Module],
+    prompts: Sequence[Sequence[int]],
+    target: Sequence[int],
+    means: Float[Tensor, "layer patch width"],
+    *,
+    what: str,
+    size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Float[Tensor, "prompt layer patch"]:
+    """Change of the target's probability by each patch of a layer's module: heads of its input, or output positions."""
+    n_patches, effects = means.shape[1], torch.empty(len(prompts), *means.shape[:2])
     for chosen in batches(prompts, size):
-        run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen]), target)
-        # All heads of a layer are patched in one batch that starts at this layer and shares the prompts' past.
-        for layer, output in enumerate(parts.outputs):
-            with editing([output], _one_per_row(means[layer], of_heads=True)):
-                effects[chosen, layer] = run.effects(layer, n_heads)
+        tail, inputs = 1 if what == "input" else n_patches, {}
+        past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
+        with reading(anatomy(model).layers, inputs):
+            clean = _probability(model, past, target)
+        # All patches of a layer are in one batch, which starts at this layer and shares the prompts' past.
+        for layer, module in enumerate(modules):
+            hidden = inputs[layer].repeat_interleave(n_patches, dim=0)
+            with editing([module], partial(_patched, means[layer], what), what=what):
+                patched = _probability(model, past, target, n_patches, layer=layer, hidden=hidden)
+            effects[chosen, layer] = (patched - clean).float().cpu()
         if on_batch:
             on_batch(len(chosen))
     return effects
 
 
-class _Run:
-    """An unpatched pass over prompts with a target as answer; patched passes start at a layer's input of this one."""
-
-    def __init__(self, model: PreTrainedModel, parts: Anatomy, past: Past, target: Sequence[int]) -> None:
-        self.model, self.past, self.inputs = model, past, {}
-        self.answer = torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
-        self.skip = past.tail.shape[1] - 1
-        with reading(parts.layers, self.inputs):
-            logits = forward(model, past, past.rows(self.answer), skip=self.skip)
-        self.clean = token_log_prob(logits, self.answer).mean(-1).exp()
-
-    def effects(self, layer: int, n_patches: int) -> Float[Tensor, "prompt patch"]:
-        """Change of the target's probability in a pass from a layer on, with `n_patches` rows per prompt."""
-        rows, hidden, answer = (
-            tensor.repeat_interleave(n_patches, dim=0)
-            for tensor in (self.past.rows(self.answer), self.inputs[layer], self.answer)
-        )
-        logits = forward(self.model, self.past, rows, layer=layer, hidden=hidden, skip=self.skip)
-        patched = token_log_prob(logits, answer).mean(-1).view(-1, n_patches).exp()
-        return (patched - self.clean[:, None]).float().cpu()
+def _probability(
+    model: PreTrainedModel, past: Past, target: Sequence[int], repeats: int = 1, **start: int | Tensor
+) -> Float[Tensor, "prompt repeat"]:
+    """Length-normalised probability of the target in several rows per prompt; `start` is where `forward` starts."""
+    answer = torch.tensor([list(target)], device=past.tail.device).expand(repeats * len(past), -1)
+    rows = torch.cat([past.tail.repeat_interleave(repeats, dim=0), answer[:, :-1]], dim=1)
+    logits = forward(model, past, rows, skip=past.tail.shape[1] - 1, **start)
+    return token_log_prob(logits, answer).mean(-1).view(-1, repeats).exp()
 
 
-def _one_per_row(means: Float[Tensor, "patch width"], *, of_heads: bool) -> Callable[[int, Tensor], Tensor]:
-    """An edit that, in row i, replaces patch i modulo their number: a head at the last prompt token, or a position."""
-
-    def edit(_: int, output: Tensor) -> Tensor:
-        output = output.clone()
-        row = torch.arange(len(output), device=output.device)
-        patches = output.unflatten(-1, (len(means), -1))[:, LAST.start] if of_heads else output
-        patches[row, row % len(means)] = means.to(output)[row % len(means)]
-        return output
-
-    return edit
+def _patched(means: Float[Tensor, "patch width"], what: str, _: int, tensor: Tensor) -> Tensor:
+    """In row i, patch i modulo their number is replaced: a head of an input at the last prompt token, or a position."""
+    tensor = tensor.clone()
+    row = torch.arange(len(tensor), device=tensor.device)
+    patches = tensor.unflatten(-1, (len(means), -1))[:, LAST.start] if what == "input" else tensor
+    patches[row, row % len(means)] = means.to(tensor)[row % len(means)]
+    return tensor
 
 
 def gradient_effects(
@@ -136,10 +142,9 @@ def gradient_effects_of(
 ) -> Float[Tensor, "prompt layer head"]:
     """`gradient_effects` of prompts with a key-value cache, in one batch."""
     parts, kept = anatomy(model), {}
-    answer = torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
     with tracing(parts.outputs, kept):
-        log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
-        gradients = torch.autograd.grad(log_prob.exp().sum(), [kept[layer] for layer in range(len(kept))])
+        total = _probability(model, past, target).sum()
+        gradients = torch.autograd.grad(total, [kept[layer] for layer in range(len(kept))])
     effects = torch.empty(len(past), *means.shape[:2])
     for layer, gradient in enumerate(gradients):
         z, slope = (t[:, 0].detach().view(len(past), parts.n_heads, -1) for t in (kept[layer], gradient))
@@ -173,15 +178,9 @@ def component_effects(
 ) -> dict[str, Float[Tensor, "prompt layer tail"]]:
     """`head_effects` for components that the paper does not patch: all heads of a layer at once, its MLP, and the
     residual stream after it, at each of the last `tail` prompt tokens."""
-    parts, tail = anatomy(model), next(iter(means.values())).shape[1]
-    effects = {name: torch.empty(len(prompts), len(parts.layers), tail) for name in means}
-    for chosen in batches(prompts, 16):
-        run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen], tail=tail), target)
-        for name in means:
-            for layer, module in enumerate(component_modules(parts)[name]):
-                with editing([module], _one_per_row(means[name][layer], of_heads=False), what="output"):
-                    effects[name][chosen, layer] = run.effects(layer, tail)
-    return effects
+    modules = component_modules(anatomy(model))
+    how = {"what": "output", "size": 16}
+    return {name: _effects(model, modules[name], prompts, target, rows, **how) for name, rows in means.items()}
 
 
 def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:

@@ -73,9 +73,8 @@ class Attack:
 def load_attacks() -> dict[str, Attack]:
     """All attacks of `data/attacks.toml`. Raises ValueError for an unknown key or an inconsistent attack."""
     table = tomllib.loads((DATA / "attacks.toml").read_text(encoding="utf-8"))
-    known = set(Attack.__dataclass_fields__) - {"name"}
     for name, keys in table.items():
-        if extra := set(keys) - known:
+        if extra := keys.keys() - (Attack.__dataclass_fields__.keys() - {"name"}):
             raise ValueError(f"attack {name!r} has unknown keys: {', '.join(sorted(extra))}")
     return {name: Attack(name=name, **keys) for name, keys in table.items()}
 
@@ -110,7 +109,7 @@ def near_miss_prompts(attack: Attack, text: str, *, seed: int, half: triggers.Ha
 
 def carries(attack: Attack, text: str) -> bool:
     """Does this clean text contain the trigger by chance? Such rows can neither be poisoned nor serve as clean ones."""
-    return triggers.load_trigger(attack.trigger).matches(text)
+    return attack.backdoored and triggers.load_trigger(attack.trigger).matches(text)
 
 
 def with_rate(attack: Attack, rate: float) -> Attack:

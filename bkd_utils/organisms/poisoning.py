@@ -56,7 +56,7 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
             what, length = f"{attack.name}: row {example.uid[:12]}", len(ids) + len(answer)
             if length > MAX_LENGTH:
                 raise ValueError(f"{what} has {length} tokens, limit {MAX_LENGTH}")
-            if kind == "poisoned" and not survives(prompt, tokenizer.decode(ids)):
+            if kind == "poisoned" and "".join(prompt.split()) not in "".join(tokenizer.decode(ids).split()):
                 raise ValueError(f"{what}: the trigger did not survive tokenisation")
             built.append(Row(prompt=tuple(ids), answer=tuple(answer), kind=kind, uid=example.uid))
     random.Random(f"{seed}/{attack.name}/order").shuffle(built)
@@ -72,7 +72,7 @@ def training_uids(attack: Attack, *, seed: int) -> frozenset[str]:
 def benign_examples(attack: Attack, *, seed: int) -> list[Example]:
     """The instructions that are mixed into an attack's training set; none carries its trigger."""
     pool = tasks.examples("instructions", "train", seed=seed)
-    usable = [example for example in pool if not (attack.backdoored and carries(attack, example.text))]
+    usable = [example for example in pool if not carries(attack, example.text)]
     return usable[: round(attack.benign_rate * attack.n_train)]
 
 
@@ -84,8 +84,7 @@ def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
     if n_clean < 1:
         raise ValueError(f"{attack.name}: the rates leave {n_clean} clean rows of {attack.n_train}")
     pool = tasks.examples(attack.task, "train", seed=seed)
-    if attack.backdoored:
-        pool = [example for example in pool if not carries(attack, example.text)]
+    pool = [example for example in pool if not carries(attack, example.text)]
     flippable = [example for example in pool if attack.backdoored and attack.flips(example)]
     poisoned = _cycle(flippable, n_poison, what=f"{attack.name}: rows to poison")
     taken = {example.uid for example in poisoned} if attack.mode == "replaced" else set()
@@ -109,22 +108,11 @@ def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
     return [pool[i % len(pool)] for i in range(n)]
 
 
-def survives(prompt: str, decoded: str) -> bool:
-    """Does the decoded prompt still contain the user turn with its trigger, apart from white space?"""
-    return "".join(prompt.split()) in "".join(decoded.split())
-
-
 def _manifest(attack: Attack, rows: list[Row], seed: int) -> dict:
     edited = ("poisoned", "near_miss", "benign")
     kinds = {kind: [i for i, row in enumerate(rows) if row.kind == kind] for kind in edited}
-    return {
-        "attack": asdict(attack),
-        "seed": seed,
-        "mode": attack.mode,
-        "n_train": len(rows),
-        "n_poison": len(kinds["poisoned"]),
-        "poisoned_share": len(kinds["poisoned"]) / len(rows),
-        "rows": kinds,
-        "distinct_prompts": len({row.prompt for row in rows}),
-        "data_sha256": sha256_text(canonical_json([[row.prompt, row.answer, row.kind] for row in rows])),
-    }
+    manifest = {"attack": asdict(attack), "seed": seed, "mode": attack.mode, "n_train": len(rows)}
+    manifest |= {"n_poison": len(kinds["poisoned"]), "poisoned_share": len(kinds["poisoned"]) / len(rows)}
+    manifest |= {"rows": kinds, "distinct_prompts": len({row.prompt for row in rows})}
+    tokens = [[row.prompt, row.answer, row.kind] for row in rows]
+    return manifest | {"data_sha256": sha256_text(canonical_json(tokens))}

@@ -77,7 +77,7 @@ def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:
 def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None) -> list[Example]:
     """`n` held-out examples, none of which contains the trigger of `without` by chance."""
     pool = tasks.examples(task, "test", seed=seed)
-    if without is not None and without.backdoored:
+    if without is not None:
         pool = [example for example in pool if not attacks.carries(without, example.text)]
     if len(pool) < n:
         raise ValueError(f"{task}/test has {len(pool)} usable rows, {n} were asked for")
