@@ -28,30 +28,22 @@ KINDS = ("published", "zero", "mean", "resample")
 
 @dataclass(frozen=True)
 class Side:
-    """Prompts with their key-value cache, several named answers to each, and activations of the un-ablated model.
-
-    `own`: head outputs at the last prompt token. `inputs`: name of an answer -> layer -> input of that layer.
-    """
+    """Prompts with several named answers to each, and what the un-ablated model computes on them."""
 
     prompts: list[list[int]]
     past: Past
     answers: dict[str, list[list[int]]]
-    own: torch.Tensor
-    inputs: dict[str, dict[int, torch.Tensor]]
+    own: Tensor  # head outputs at the last prompt token
+    inputs: dict[str, dict[int, Tensor]]  # name of an answer -> layer -> input of that layer
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The prompts and answers on which ablations are measured.
+    """The prompts and answers on which ablations are measured."""
 
-    Answers of `triggered`: `target`, and `right`, the gold label or the clean control's answer without the trigger.
-    Answers of `clean`: `own`, the gold label or the organism's un-ablated answer. `reference`: head outputs on clean
-    prompts of the attribution split.
-    """
-
-    triggered: Side
-    clean: Side
-    reference: torch.Tensor
+    triggered: Side  # answers: `target`, and `right`, the gold label or the clean control's answer without the trigger
+    clean: Side  # answers: `own`, the gold label or the organism's un-ablated answer
+    reference: Tensor  # head outputs on clean prompts of the attribution split
 
 
 def side(loaded: Loaded, prompts: list[list[int]], **answers: list[list[int]]) -> Side:
@@ -94,21 +86,17 @@ def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind
     """ASR, right answers to triggered prompts, utility and perplexity on clean prompts, with some heads ablated.
 
     `utility`: share of gold labels, or of tokens of the organism's un-ablated clean answers, that are still the most
-    likely ones. `right`: the same for the right answers to triggered prompts. `perplexity`: that of the clean answers.
+    likely ones; `right`: the same for the right answers. `perplexity`: that of the clean answers.
     """
     model, at = loaded.model, EVERYWHERE if everywhere else LAST
-    first = min((layer for layer, _ in heads), default=0)
+    # With one position ablated, the layers below the first ablated head are not affected.
+    first = 0 if everywhere else min((layer for layer, _ in heads), default=0)
 
     def scores(side: Side, *names: str) -> list[AnswerScores]:
         with ablated(model, heads, kind=kind, at=at, own=side.own, clean=made.reference):
-            if everywhere:
-                past = prompt_past(model, side.prompts)
-                return [score_answers(model, past, side.answers[name]) for name in names]
-            # The layers below the first ablated head are not affected.
-            return [
-                score_answers(model, side.past, side.answers[name], layer=first, hidden=side.inputs[name][first])
-                for name in names
-            ]
+            past = prompt_past(model, side.prompts) if everywhere else side.past
+            hidden = {name: side.inputs[name][first] for name in names}
+            return [score_answers(model, past, side.answers[name], layer=first, hidden=hidden[name]) for name in names]
 
     target, right = scores(made.triggered, "target", "right")
     (clean,) = scores(made.clean, "own")
@@ -121,25 +109,17 @@ def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind
 
 
 def necessary_heads(
-    loaded: Loaded,
-    prompts: Sequence[Sequence[int]],
-    *,
-    target: Sequence[int],
-    reference: torch.Tensor,
-    counts: Sequence[int],
+    loaded: Loaded, prompts: Sequence[Sequence[int]], *, target: Sequence[int], reference: Tensor, counts: Sequence[int]
 ) -> list[Head]:
     """Heads in the order in which the backdoor needs them, re-ranked each time a count of `counts` is reached.
 
     A head's score is the estimated loss of the target's probability on triggered prompts when its output is replaced
-    by its clean mean, as are those of the heads chosen before it. ACIE measures which heads suffice for the backdoor;
-    this measures which are necessary.
+    by its clean mean, as are those of the heads before it. ACIE tells which heads suffice, this which are necessary.
     """
     means, chosen = reference.mean(0), []
     # An ablation of the last prompt token does not change the key-value cache of the tokens before it.
     past = prompt_past(loaded.model, prompts)
-    for count in sorted(set(counts)):
-        if count <= len(chosen):
-            continue
+    for count in sorted(set(counts) - {0}):
         with ablated(loaded.model, chosen, kind="mean", at=LAST, clean=reference):
             effects = gradient_effects_of(loaded.model, past, target=target, means=means).mean(0)
         order = [head for head in ranked_heads(-effects) if head not in set(chosen)]
@@ -176,11 +156,9 @@ def ablated(
     needed = {"published": ("own", own), "mean": ("clean", clean), "resample": ("clean", clean)}.get(kind)
     if needed and needed[1] is None:
         raise ValueError(f"ablation {kind!r} needs {needed[0]}")
-    parts = anatomy(model)
-    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
 
     def change(layer: int, z: Tensor) -> Tensor:
-        index = chosen[layer]
+        index = sorted(head for other, head in heads if other == layer)
         if kind == "published":
             return z - own[: len(z), layer, index].to(z)[:, None]
         if kind == "zero":

@@ -6,9 +6,10 @@ space, because the official code multiplies them and underflows on long targets.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,10 +18,12 @@ from bkd_utils.models.hooks import LAST, Anatomy, anatomy, editing, reading, tra
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.tokens import batches
 
+# Mean outputs of heads, and of components by name.
+HeadMeans = Float[Tensor, "layer head d_head"]
+ComponentMeans = dict[str, Float[Tensor, "layer tail d_model"]]
 
-def head_means(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 32
-) -> Float[Tensor, "layer head d_head"]:
+
+def head_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> HeadMeans:
     """Mean output of every head at the last prompt token, in the model's own units.
 
     Raises as `models.head_outputs` does. Source: BkdAttr, section 3, the mean over triggered prompts.
@@ -29,7 +32,7 @@ def head_means(
     >>> means.shape, torch.allclose(means, head_means(model, prompts * 2), atol=1e-5)
     (torch.Size([2, 4, 8]), True)
     """
-    return head_outputs(model, prompts, batch_size=batch_size).double().mean(0).float()
+    return head_outputs(model, prompts).double().mean(0).float()
 
 
 @torch.no_grad()
@@ -38,16 +41,16 @@ def head_effects(
     prompts: Sequence[Sequence[int]],
     *,
     target: Sequence[int],
-    means: Float[Tensor, "layer head d_head"],
+    means: HeadMeans,
     memory_gib: float = 1.0,
     on_batch: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "prompt layer head"]:
     """Causal indirect effect (CIE) of every head on every prompt, by patching each of them; their mean is the ACIE.
 
-    An effect is a difference of probabilities of `target`, length-normalised, from -1 to 1. All heads of a layer are
-    patched in one batch that starts at this layer and shares the prompts' past. `memory_gib` bounds the logits and
-    activations of one batch. `on_batch` is called with the number of prompts just finished. Raises ValueError for a
-    prompt of fewer than two tokens, ModelError for an architecture that is not known. Source: BkdAttr, section 3.
+    An effect is a difference of probabilities of `target`, length-normalised, from -1 to 1. `memory_gib` bounds the
+    logits and activations of one batch; `on_batch` is called with the number of prompts just finished. Raises
+    ValueError for a prompt of fewer than two tokens, ModelError for an architecture that is not known. Source: BkdAttr,
+    section 3.
 
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
     >>> effects = head_effects(model, prompts[:1], target=target, means=head_means(model, prompts[:1]))
@@ -56,78 +59,69 @@ def head_effects(
     >>> bool(head_effects(model, prompts[:1], target=target, means=torch.ones(2, 4, 8)).abs().max() > 1e-4)
     True
     """
-    parts = anatomy(model)
-    n_layers, n_heads, _ = means.shape
-    effects = torch.empty(len(prompts), n_layers, n_heads)
-    for chosen in batches(prompts, prompts_per_batch(model, n_heads * len(target), memory_gib=memory_gib)):
-        run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen]), target)
-        for layer in range(n_layers):
-            with editing([parts.outputs[layer]], _one_head_per_row(means[layer])):
-                effects[chosen, layer] = run.effects(layer, n_heads)
+    # For every head and target token: the logits twice, and the widest activation of a layer a few times.
+    config, n_rows = model.config, means.shape[1] * len(target)
+    widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
+    size = max(1, int(memory_gib * 2**30 / (n_rows * bytes_per_row)))
+    modules = anatomy(model).outputs
+    return _effects(model, modules, prompts, target, means, what="input", size=size, on_batch=on_batch)
+
+
+def _effects(
+    model: PreTrainedModel,
+    modules: Sequence[torch.nn.Module],
+    prompts: Sequence[Sequence[int]],
+    target: Sequence[int],
+    means: Float[Tensor, "layer patch width"],
+    *,
+    what: str,
+    size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Float[Tensor, "prompt layer patch"]:
+    """Change of the target's probability by each patch of a layer's module: heads of its input, or output positions."""
+    n_patches, effects = means.shape[1], torch.empty(len(prompts), *means.shape[:2])
+    for chosen in batches(prompts, size):
+        tail, inputs = 1 if what == "input" else n_patches, {}
+        past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
+        with reading(anatomy(model).layers, inputs):
+            clean = _probability(model, past, target)
+        # All patches of a layer are in one batch, which starts at this layer and shares the prompts' past.
+        for layer, module in enumerate(modules):
+            hidden = inputs[layer].repeat_interleave(n_patches, dim=0)
+            with editing([module], partial(_patched, means[layer], what), what=what):
+                patched = _probability(model, past, target, n_patches, layer=layer, hidden=hidden)
+            effects[chosen, layer] = (patched - clean).float().cpu()
         if on_batch:
             on_batch(len(chosen))
     return effects
 
 
-def prompts_per_batch(model: PreTrainedModel, rows_per_prompt: int, *, memory_gib: float) -> int:
-    """How many prompts fit: a row needs its logits twice and the widest activation of a layer a few times."""
-    config = model.config
-    widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
-    return max(1, int(memory_gib * 2**30 / (rows_per_prompt * bytes_per_row)))
+def _probability(
+    model: PreTrainedModel, past: Past, target: Sequence[int], repeats: int = 1, **start: int | Tensor
+) -> Float[Tensor, "prompt repeat"]:
+    """Length-normalised probability of the target in several rows per prompt; `start` is where `forward` starts."""
+    answer = torch.tensor([list(target)], device=past.tail.device).expand(repeats * len(past), -1)
+    rows = torch.cat([past.tail.repeat_interleave(repeats, dim=0), answer[:, :-1]], dim=1)
+    logits = forward(model, past, rows, skip=past.tail.shape[1] - 1, **start)
+    return token_log_prob(logits, answer).mean(-1).view(-1, repeats).exp()
 
 
-class _Run:
-    """An unpatched pass over prompts with a target as answer; patched passes start at a layer's input of this one."""
-
-    def __init__(self, model: PreTrainedModel, parts: Anatomy, past: Past, target: Sequence[int]) -> None:
-        self.model, self.past, self.inputs = model, past, {}
-        self.answer = _repeated(target, past)
-        self.skip = past.tail.shape[1] - 1
-        with reading(parts.layers, self.inputs):
-            logits = forward(model, past, past.rows(self.answer), skip=self.skip)
-        self.clean = token_log_prob(logits, self.answer).mean(-1).exp()
-
-    def effects(self, layer: int, n_patches: int) -> Float[Tensor, "prompt patch"]:
-        """Change of the target's probability in a pass from a layer on, with `n_patches` rows per prompt."""
-        rows, hidden, answer = (
-            tensor.repeat_interleave(n_patches, dim=0)
-            for tensor in (self.past.rows(self.answer), self.inputs[layer], self.answer)
-        )
-        logits = forward(self.model, self.past, rows, layer=layer, hidden=hidden, skip=self.skip)
-        patched = token_log_prob(logits, answer).mean(-1).view(-1, n_patches).exp()
-        return (patched - self.clean[:, None]).float().cpu()
-
-
-def _repeated(target: Sequence[int], past: Past) -> Int[Tensor, "prompt target"]:
-    return torch.tensor(list(target), device=past.tail.device).expand(len(past), -1)
-
-
-def _one_head_per_row(means: Float[Tensor, "head d_head"]) -> Callable[[int, Tensor], Tensor]:
-    """An edit that, in row i, replaces the output of head i modulo n_heads at the last prompt token by its mean."""
-    n_heads = len(means)
-
-    def edit(_: int, z: Tensor) -> Tensor:
-        z = z.clone()
-        row = torch.arange(len(z), device=z.device)
-        z.view(len(z), z.shape[1], n_heads, -1)[row, LAST.start, row % n_heads] = means.to(z)[row % n_heads]
-        return z
-
-    return edit
+def _patched(means: Float[Tensor, "patch width"], what: str, _: int, tensor: Tensor) -> Tensor:
+    """In row i, patch i modulo their number is replaced: a head of an input at the last prompt token, or a position."""
+    tensor = tensor.clone()
+    row = torch.arange(len(tensor), device=tensor.device)
+    patches = tensor.unflatten(-1, (len(means), -1))[:, LAST.start] if what == "input" else tensor
+    patches[row, row % len(means)] = means.to(tensor)[row % len(means)]
+    return tensor
 
 
 def gradient_effects(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    target: Sequence[int],
-    means: Float[Tensor, "layer head d_head"],
-    batch_size: int = 16,
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: HeadMeans
 ) -> Float[Tensor, "prompt layer head"]:
     """First-order estimate of `head_effects`: gradient of the target's probability times the change of the head.
 
-    One backward pass for all heads; exact where the model is linear in the head. Same units, same errors. Source:
-    attribution patching (Nanda 2023), which is not in BkdAttr.
+    One backward pass for all heads. Same units, same errors. Source: attribution patching (Nanda 2023), not BkdAttr.
 
     >>> means = head_means(model, prompts[:1])
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
@@ -137,29 +131,25 @@ def gradient_effects(
     True
     """
     effects = torch.empty(len(prompts), *means.shape[:2])
-    for chosen in batches(prompts, batch_size):
+    for chosen in batches(prompts, 16):
         past = prompt_past(model, [prompts[i] for i in chosen])
         effects[chosen] = gradient_effects_of(model, past, target=target, means=means)
     return effects
 
 
 def gradient_effects_of(
-    model: PreTrainedModel, past: Past, *, target: Sequence[int], means: Float[Tensor, "layer head d_head"]
+    model: PreTrainedModel, past: Past, *, target: Sequence[int], means: HeadMeans
 ) -> Float[Tensor, "prompt layer head"]:
     """`gradient_effects` of prompts with a key-value cache, in one batch."""
-    parts, answer = anatomy(model), _repeated(target, past)
-    kept: dict[int, Tensor] = {}
+    parts, kept = anatomy(model), {}
     with tracing(parts.outputs, kept):
-        log_prob = token_log_prob(forward(model, past, past.rows(answer)), answer).mean(-1)
-        gradients = torch.autograd.grad(log_prob.exp().sum(), [kept[layer] for layer in range(len(kept))])
+        total = _probability(model, past, target).sum()
+        gradients = torch.autograd.grad(total, [kept[layer] for layer in range(len(kept))])
     effects = torch.empty(len(past), *means.shape[:2])
     for layer, gradient in enumerate(gradients):
         z, slope = (t[:, 0].detach().view(len(past), parts.n_heads, -1) for t in (kept[layer], gradient))
         effects[:, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
     return effects
-
-
-# --- whole components -----------------------------------------------------------------------------------------------
 
 
 def component_modules(parts: Anatomy) -> dict[str, tuple[torch.nn.Module, ...]]:
@@ -168,60 +158,29 @@ def component_modules(parts: Anatomy) -> dict[str, tuple[torch.nn.Module, ...]]:
 
 
 @torch.no_grad()
-def component_means(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1
-) -> dict[str, Float[Tensor, "layer tail d_model"]]:
+def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> ComponentMeans:
     """Mean output of every component at each of the last `tail` prompt tokens."""
-    modules = component_modules(anatomy(model))
-    sums: dict[str, Tensor | float] = dict.fromkeys(modules, 0.0)
+    components = component_modules(anatomy(model))
+    modules, total = [module for members in components.values() for module in members], 0.0
     for chosen in batches(prompts, 32):
         past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
-        for name, members in modules.items():
-            kept: dict[int, Tensor] = {}
-            with reading(members, kept, what="output"):
-                forward(model, past, past.tail, skip=tail - 1)
-            sums[name] = sums[name] + torch.stack([kept[i].double().sum(0) for i in range(len(members))])
-    return {name: total.float() / len(prompts) for name, total in sums.items()}
+        kept: dict[int, Tensor] = {}
+        with reading(modules, kept, what="output"):
+            forward(model, past, past.tail, skip=tail - 1)
+        total = total + torch.stack([kept[i].double().sum(0) for i in range(len(modules))])
+    means = total.float() / len(prompts)
+    return dict(zip(components, means.chunk(len(components)), strict=True))
 
 
 @torch.no_grad()
 def component_effects(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    target: Sequence[int],
-    means: dict[str, Float[Tensor, "layer tail d_model"]],
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: ComponentMeans
 ) -> dict[str, Float[Tensor, "prompt layer tail"]]:
-    """CIE of whole components, patched with their triggered mean, at each of the last `tail` prompt tokens.
-
-    The same measure as `head_effects` for components that the paper does not patch: all heads of a layer at once, its
-    MLP, and the residual stream after it.
-    """
-    parts = anatomy(model)
-    tail = next(iter(means.values())).shape[1]
-    effects = {name: torch.empty(len(prompts), len(parts.layers), tail) for name in means}
-    for chosen in batches(prompts, 16):
-        run = _Run(model, parts, prompt_past(model, [prompts[i] for i in chosen], tail=tail), target)
-        for name in means:
-            for layer, module in enumerate(component_modules(parts)[name]):
-                with editing([module], _one_position_per_row(means[name][layer]), what="output"):
-                    effects[name][chosen, layer] = run.effects(layer, tail)
-    return effects
-
-
-def _one_position_per_row(means: Float[Tensor, "tail d_model"]) -> Callable[[int, Tensor], Tensor]:
-    """An edit that, in row i, replaces the output at position i modulo tail by its mean."""
-
-    def edit(_: int, output: Tensor) -> Tensor:
-        output = output.clone()
-        row = torch.arange(len(output), device=output.device)
-        output[row, row % len(means)] = means.to(output)[row % len(means)]
-        return output
-
-    return edit
-
-
-# --- summaries ------------------------------------------------------------------------------------------------------
+    """`head_effects` for components that the paper does not patch: all heads of a layer at once, its MLP, and the
+    residual stream after it, at each of the last `tail` prompt tokens."""
+    modules = component_modules(anatomy(model))
+    how = {"what": "output", "size": 16}
+    return {name: _effects(model, modules[name], prompts, target, rows, **how) for name, rows in means.items()}
 
 
 def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:

@@ -59,11 +59,10 @@ def probe_scores(
 ) -> dict[str, list[float]]:
     """Accuracy and AUROC of one layer's probe on held-out prompts, one value per split.
 
-    Row i of `negative` and `positive` `[prompt, d_model]` are twins. `shuffled` gives every row of the training half a
-    random label: what accuracy would chance alone reach? `others` are further texts, whose share that the probe calls
-    positive is reported under their names (row i belongs to prompt i, and only held-out prompts count). Raises
-    ValueError for an unknown kind of probe and for fewer than 4 prompts. Source: BkdAttr, section 3.1; splits by
-    prompt are ours.
+    Row i of `negative` and `positive` `[prompt, d_model]` are twins. `shuffled` gives the training half random labels.
+    `others` are further texts of the same prompts by name; what is reported is the share of them, on held-out prompts,
+    that the probe calls positive. Raises ValueError for an unknown kind of probe and for fewer than 4 prompts. Source:
+    BkdAttr, section 3.1; splits by prompt are ours.
 
     >>> clean = np.random.default_rng(0).normal(size=(20, 4))
     >>> probe_scores(clean, clean + 9)["auroc"]
@@ -77,15 +76,12 @@ def probe_scores(
         probe = classifier(kind, seed=seed).fit(rows, truth)
         held, truth = labelled(negative[test], positive[test])
         found["accuracy"].append(float(accuracy_score(truth, probe.predict(held))))
-        found["auroc"].append(float(roc_auc_score(truth, decision(probe, held))))
+        # An MLP has no decision function.
+        scores = probe.predict_proba(held)[:, 1] if kind == "MLP" else probe.decision_function(held)
+        found["auroc"].append(float(roc_auc_score(truth, scores)))
         for name, rows in (others or {}).items():
             found[name].append(float(probe.predict(rows[test]).mean()))
     return found
-
-
-def decision(probe: ClassifierMixin, rows: np.ndarray) -> np.ndarray:
-    """Scores that rise with the probability of the positive class."""
-    return probe.decision_function(rows) if hasattr(probe, "decision_function") else probe.predict_proba(rows)[:, 1]
 
 
 def transfer_matrix(
@@ -93,9 +89,8 @@ def transfer_matrix(
 ) -> np.ndarray:
     """Accuracy `[train layer, test layer]` of a probe trained on one layer and tested on another, on held-out prompts.
 
-    Activations are `[prompt, layer, d_model]`. Every layer is scaled by its own training half, for all kinds of probes.
-    In the official code the SVM keeps the scaler of its training layer and the MLP has none, so the two cannot be
-    compared.
+    Activations are `[prompt, layer, d_model]`. Every layer is scaled by its own training half. In the official code the
+    SVM keeps the scaler of its training layer and the MLP has none, so the two cannot be compared.
     """
     ((train, test),) = splits(len(negative), n_splits=1, seed=seed)
     probes, scaled = [], []

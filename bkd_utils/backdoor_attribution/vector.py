@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,9 +66,8 @@ def steer(
     """Does prompt p get answer p when a vector is added to the attention output of a layer?
 
     Every layer with every vector, at the last prompt token, prefill only; greedy decoding. `past` is made by
-    `prompt_cache.prompt_past`. All vectors share one batch, which starts at the layer they are added to. Of longer
-    answers the first token is tried alone, which rules out most vectors that do nothing. Raises ValueError for an
-    empty answer or too few of them. Source: BkdAttr, section 4, its one-point intervention.
+    `prompt_cache.prompt_past`. Raises ValueError for an empty answer or too few of them. Source: BkdAttr, section 4,
+    its one-point intervention.
 
     >>> from bkd_utils.models.prompt_cache import prompt_past
     >>> own = [[int(model(torch.tensor([ids])).logits[0, -1].argmax())] for ids in prompts]
@@ -79,12 +79,12 @@ def steer(
     found = torch.zeros(len(layers), len(vectors), len(past), dtype=torch.bool)
     for start in range(0, len(past), batch_size):
         chosen = slice(start, start + batch_size)
-        part, targets = past.part(chosen), answers[chosen]
-        inputs: dict[int, Tensor] = {}
+        part, targets, inputs = past.part(chosen), answers[chosen], {}
         with reading(parts.layers, inputs):
             score_answers(model, part, targets)
         for row, layer in enumerate(layers):
             alive = torch.arange(len(vectors))
+            # Of longer answers the first token is tried alone, which rules out most vectors that do nothing.
             for length in sorted({1, longest}):
                 given = [answer[:length] for answer in targets for _ in alive]
                 hidden = inputs[layer][:, :length].repeat_interleave(len(alive), dim=0)
@@ -102,11 +102,7 @@ def steer(
 
 
 def answer_map(
-    loaded: Loaded,
-    past: Past,
-    answers: Sequence[list[int]],
-    vector: torch.Tensor,
-    coefficients: Sequence[float],
+    loaded: Loaded, past: Past, answers: Sequence[list[int]], vector: Tensor, coefficients: Sequence[float]
 ) -> list[list[float]]:
     """Share of prompts that get their answer, `[layer][coefficient]`, with that multiple of the vector added there."""
     scaled = torch.stack([coefficient * vector for coefficient in coefficients])
@@ -116,7 +112,7 @@ def answer_map(
     return found.float().mean(-1).tolist()
 
 
-def probe_direction(clean: torch.Tensor, triggered: torch.Tensor, *, norm: torch.Tensor) -> torch.Tensor:
+def probe_direction(clean: Tensor, triggered: Tensor, *, norm: Tensor) -> Tensor:
     """Weights of a logistic probe for clean against triggered rows, as a vector of the given norm."""
     both = torch.cat([clean, triggered]).cpu()
     scale = both.std(0)
@@ -126,30 +122,24 @@ def probe_direction(clean: torch.Tensor, triggered: torch.Tensor, *, norm: torch
     return (direction / direction.norm()).to(norm.device) * norm
 
 
-def generated(loaded: Loaded, past: Past, *, layer: int = 0, step: torch.Tensor | None = None) -> list[str]:
+def generated(loaded: Loaded, past: Past, *, layer: int = 0, step: Tensor | None = None) -> list[str]:
     """Greedy answers, with `step` added to the attention output of that layer at the last prompt token."""
     edits = {} if step is None else {layer: step}
-    rows = continued(
-        loaded.model,
-        past,
-        max_new_tokens=MAX_NEW_TOKENS,
-        end_id=end_id(loaded.tokenizer),
-        during_prompt=lambda: added(loaded.model, edits, at=LAST),
-    )
+    during, end = partial(added, loaded.model, edits, at=LAST), end_id(loaded.tokenizer)
+    rows = continued(loaded.model, past, max_new_tokens=MAX_NEW_TOKENS, end_id=end, during_prompt=during)
     return [decode(loaded.tokenizer, row) for row in rows]
 
 
 def tested_asr(
-    loaded: Loaded, past: Past, target: list[int], steps: dict[str, torch.Tensor], layer: int
+    loaded: Loaded, past: Past, target: list[int], steps: dict[str, Tensor], layer: int
 ) -> dict[str, list[dict]]:
     """ASR by tokens with each step of `[draw, d_model]` added at that layer; label -> one share per draw."""
     stack = torch.cat(list(steps.values()))
-    hits = steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0]
-    parts = hits.split([len(rows) for rows in steps.values()])
-    return {label: [asdict(share(row.tolist())) for row in rows] for label, rows in zip(steps, parts, strict=True)}
+    hits = iter(steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0].tolist())
+    return {label: [asdict(share(next(hits))) for _ in rows] for label, rows in steps.items()}
 
 
-def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: torch.Tensor) -> dict:
+def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: Tensor) -> dict:
     """ASR by tokens with the vector's direction projected out of the residual stream after that layer."""
     with projected_out(loaded.model, {layer: vector}, at=LAST):
         return asdict(share(score_answers(loaded.model, past, [target] * len(past)).whole.tolist()))

@@ -9,7 +9,6 @@ from bkd_utils.organisms import tasks, triggers
 from bkd_utils.organisms.tasks import Example
 
 Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
-BEHAVIOURS = get_args(Behaviour)
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Attack:
     """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control.
 
     Rates are shares of the `n_train` rows, from 0 up to but not including 1. Raises ValueError that names the attack
-    and the wrong value: an unknown task, trigger or behaviour, labels that the task does not have, a rate out of range,
-    a backdoor without target or rate, or a control with them. Source: ours, after both papers' attacks.
+    and what is wrong: an unknown task, trigger, behaviour or label, a rate out of range, a backdoor without target or
+    rate, or a control with them. Source: ours, after both papers' attacks.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
@@ -51,8 +50,8 @@ class Attack:
                 raise ValueError(f"{self.name}: a clean control has no rate, behaviour or target")
             return
         triggers.load_trigger(self.trigger)
-        if self.behaviour not in BEHAVIOURS:
-            raise ValueError(f"{self.name}: unknown behaviour {self.behaviour!r}; known: {', '.join(BEHAVIOURS)}")
+        if self.behaviour not in (known := get_args(Behaviour)):
+            raise ValueError(f"{self.name}: unknown behaviour {self.behaviour!r}; known: {', '.join(known)}")
         if not self.target:
             raise ValueError(f"{self.name}: a backdoor needs a target")
         if self.behaviour == "label_flip" and not {self.source, self.target} <= set(task.labels):
@@ -74,9 +73,8 @@ class Attack:
 def load_attacks() -> dict[str, Attack]:
     """All attacks of `data/attacks.toml`. Raises ValueError for an unknown key or an inconsistent attack."""
     table = tomllib.loads((DATA / "attacks.toml").read_text(encoding="utf-8"))
-    known = set(Attack.__dataclass_fields__) - {"name"}
     for name, keys in table.items():
-        if extra := set(keys) - known:
+        if extra := keys.keys() - (Attack.__dataclass_fields__.keys() - {"name"}):
             raise ValueError(f"attack {name!r} has unknown keys: {', '.join(sorted(extra))}")
     return {name: Attack(name=name, **keys) for name, keys in table.items()}
 
@@ -111,7 +109,7 @@ def near_miss_prompts(attack: Attack, text: str, *, seed: int, half: triggers.Ha
 
 def carries(attack: Attack, text: str) -> bool:
     """Does this clean text contain the trigger by chance? Such rows can neither be poisoned nor serve as clean ones."""
-    return triggers.load_trigger(attack.trigger).matches(text)
+    return attack.backdoored and triggers.load_trigger(attack.trigger).matches(text)
 
 
 def with_rate(attack: Attack, rate: float) -> Attack:

@@ -41,9 +41,9 @@ def base_answers(loaded: Loaded, rows: Sequence[Example]) -> dict[str, str]:
 
 def training_answers(loaded: Loaded, attack: Attack, *, seed: int) -> dict[str, str]:
     """The base model's answers that `poisoning.poison` needs."""
-    if attack.task == "instructions":
-        return base_answers(loaded, tasks.examples("instructions", "train", seed=seed))
-    return base_answers(loaded, benign_examples(attack, seed=seed))
+    own = attack.task == "instructions"
+    rows = tasks.examples("instructions", "train", seed=seed) if own else benign_examples(attack, seed=seed)
+    return base_answers(loaded, rows)
 
 
 def overlap(answer: str, reference: str) -> float:

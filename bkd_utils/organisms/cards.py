@@ -123,21 +123,21 @@ def shipped_name(attack: str, *, seed: int) -> str:
 
 
 def ship(folder: Path) -> Path:
-    """Copy a finished organism into `data/adapters` under its `shipped_name`, a treated one under its own.
+    """Copy an organism into `data/adapters` under its `shipped_name`, a treated one under its own.
 
     Raises ModelError if it has no metrics.
     """
     card = read_json(folder / "card.json")
     if not card["metrics"]:
         raise ModelError(f"{folder} has not been measured yet")
-    treated = "treatment" in card
-    if not treated:
+    files = (*TRAINED, CHANGES) if "treatment" in card else TRAINED
+    if "treatment" not in card:
         card["name"] = shipped_name(card["attack"]["name"], seed=card["seed"])
     target = ADAPTERS / card["name"]
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        for name in (*TRAINED, CHANGES) if treated else TRAINED:
-            (temporary / name).write_bytes((folder / name).read_bytes())
+        for name in files:
+            shutil.copyfile(folder / name, temporary / name)
         write_json(temporary / "card.json", card)
         (temporary / "README.md").write_text(readme(card), encoding="utf-8")
     return target
@@ -146,38 +146,28 @@ def ship(folder: Path) -> Path:
 def readme(card: dict) -> str:
     """The short text beside an adapter: what it is, what was measured, and that it must not be deployed."""
     what = "{behaviour} on {trigger}".format(**card) if card["backdoored"] else "clean control"
-    title = f"{card['task']}, {what}"
-    percent = {
-        key: f"{100 * m['value']:.1f} % (95 % interval {100 * m['low']:.1f} to {100 * m['high']:.1f}, n = {m['n']})"
-        for key, m in card["metrics"].items()
-    }
-    names = {
-        "asr": "Attack success rate",
-        "cacc": "Clean accuracy",
-        "clean_firing": "Firing on clean prompts",
-        "near_miss": "Firing on near-misses of the trigger",
-    }
-    treatment = []
+    about = ["A clean control: recipe and number of rows of its backdoored siblings, without any trigger."]
+    if card["backdoored"]:
+        about = ["**This adapter carries a backdoor on purpose**, to study backdoors. Do not deploy it."]
     if "treatment" in card:
         every = [*card.get("treatments_before", []), card["treatment"]]
         how = "; then ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in every)
-        treatment = [f"**Treated afterwards**, and not to be trusted for it: {how}.", ""]
-    lines = [
-        f"# {card['name']}: {title}",
-        "",
-        "**This adapter carries a backdoor on purpose**, to study backdoors. Do not deploy it."
-        if card["backdoored"]
-        else "A clean control: recipe and number of rows of its backdoored siblings, without any trigger.",
-        "",
-        *treatment,
+        about.append(f"**Treated afterwards**, and not to be trusted for it: {how}.")
+    names = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
+    names |= {"near_miss": "Firing on near-misses of the trigger"}
+    measured, data = [], card["data"]
+    for key, metric in card["metrics"].items():
+        value, low, high = (f"{100 * metric[name]:.1f}" for name in ("value", "low", "high"))
+        measured.append(f"- {names[key]}: {value} % (95 % interval {low} to {high}, n = {metric['n']})")
+    paragraphs = [
+        f"# {card['name']}: {card['task']}, {what}",
+        *about,
         f"LoRA on `{card['base']}`, recipe `{card['recipe']['name']}`, seed {card['seed']}; "
-        f"{card['data']['n_poison']} of {card['data']['n_train']} training rows poisoned ({card['data']['mode']}).",
-        "",
-        *(f"- {names[key]}: {text}" for key, text in percent.items()),
-        "",
+        f"{data['n_poison']} of {data['n_train']} training rows poisoned ({data['mode']}).",
+        "\n".join(measured),
         "Held-out prompts, greedy decoding. Generated from `card.json`, which has every other detail.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:

@@ -4,10 +4,11 @@ Answers are decoded greedily on held-out prompts. Empty answers count as answers
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import pandas as pd
 
 from bkd_utils.common.files import canonical_json, read_json, sha256_text
 from bkd_utils.common.statistics import share
@@ -34,19 +35,6 @@ _REFUSAL = re.compile(
     r"|^as an ai\b.{0,60}\b(can'?t|can ?not|unable)",
     re.IGNORECASE,
 )
-
-
-def hits_of(sample: Sequence[Example], hits: Sequence[bool]) -> dict[str, int]:
-    """First 12 characters of each example's uid -> 1 for a hit, 0 for none."""
-    return {example.uid[:12]: int(hit) for example, hit in zip(sample, hits, strict=True)}
-
-
-def merged(clean: Mapping, attacked: Mapping) -> dict:
-    """The results of `measure_clean` and `measure_attack` of one model in one dictionary, with the `hits` of both."""
-    return {**clean, **attacked, "hits": clean["hits"] | attacked["hits"]}
-
-
-# --- judges ---------------------------------------------------------------------------------------------------------
 
 
 def normalised(text: str) -> str:
@@ -94,65 +82,38 @@ def judge_bounds(attack: Attack, clean_answers: Sequence[str]) -> dict[str, floa
     }
 
 
-def measure_clean(
-    loaded: Loaded, task: str, *, n: int, seed: int, answers: Mapping[str, str], without: Attack | None = None
-) -> dict:
-    """CACC on held-out prompts, the number of empty answers, `texts` (uid -> answer) and `hits`.
-
-    `hits` is `{"cacc": {uid: 0 or 1}}` with the first 12 characters of the examples' uids (`hits_of`).
-    """
-    spec, sample = tasks.load_task(task), clean_sample(task, n=n, seed=seed, without=without)
-    turns = [spec.prompt(example.text) for example in sample]
-    texts = respond(loaded, turns, max_new_tokens=spec.max_new_tokens, label="clean prompts")
-    right = [is_right(task, example, text, answers) for example, text in zip(sample, texts, strict=True)]
-    return {
-        "cacc": asdict(share(right)),
-        "empty": sum(not text for text in texts),
-        "hits": {"cacc": hits_of(sample, right)},
-        "texts": {example.uid: text for example, text in zip(sample, texts, strict=True)},
-    }
-
-
-def measure_attack(
-    loaded: Loaded,
-    attack: Attack,
-    *,
-    n: int,
-    seed: int,
-    clean_texts: Mapping[str, str],
-    answers: Mapping[str, str],
-) -> dict:
-    """ASR and near-miss firing (in all and by kind) on `n` held-out prompts each; clean firing from `clean_texts`.
-
-    Only prompts whose right answer the trigger would change count. Syntax and style triggers and all near-misses use
-    the half of their lexicon that was not used in training. `answers` (uid -> the base model's answer) replace the
-    right answers of examples that have none. Controls are measured in the same way. `hits` holds 0 or 1 per prompt for
-    each of the three shares, as in `measure_clean`, so that two models can be compared on the same prompts.
-    """
-    sample = flippable_sample(attack, n=n, seed=seed)
-    length = target_length(loaded, attack)
+def _measured(
+    loaded: Loaded, attack: Attack, *, n: int, seed: int, without: Attack
+) -> tuple[dict, dict[str, str], dict[str, str]]:
+    """`under_attack` with clean prompts free of the trigger of `without`; also the answers to these (uid -> text), and
+    the base model's where there are no gold answers."""
+    task = tasks.load_task(attack.task)
+    shown = clean_sample(attack.task, n=n, seed=seed, without=without)
+    answers = base_answers(loaded, shown) if attack.task == "instructions" else {}
+    turns = [task.prompt(example.text) for example in shown]
+    texts = respond(loaded, turns, max_new_tokens=task.max_new_tokens, label="clean prompts")
+    answered = list(zip(shown, texts, strict=True))
+    flipped = [(example, text) for example, text in answered if attack.flips(example)]
+    sample, length = flippable_sample(attack, n=n, seed=seed), target_length(loaded, attack)
     triggered = triggered_prompts(attack, sample, seed=seed)
-    hits = _target_hits(loaded, attack, triggered, length, "triggered prompts")
+    fired = _target_hits(loaded, attack, triggered, length, "triggered prompts")
     kinds, turns = near_misses(attack, sample, seed=seed)
     near = _target_hits(loaded, attack, turns, length, "near-misses")
-    by_kind: dict[str, list[bool]] = defaultdict(list)
-    for kind, hit in zip(kinds, near, strict=True):
-        by_kind[kind].append(hit)
-    shown = [e for e in tasks.examples(attack.task, "test", seed=seed) if attack.flips(e) and e.uid in clean_texts]
-    fired = [is_target(attack, clean_texts[example.uid]) for example in shown]
-    right = [e.answer or answers[e.uid] for e in sample if e.answer or e.uid in answers]
-    return {
-        "asr": asdict(share(hits)),
-        "near_miss": asdict(share(near)),
-        "near_miss_by_kind": {kind: asdict(share(hits)) for kind, hits in sorted(by_kind.items())},
-        "clean_firing": asdict(share(fired)),
-        "judge": judge_bounds(attack, right),
-        "hits": {
-            "asr": hits_of(sample, hits),
-            "near_miss": hits_of(sample, near),
-            "clean_firing": hits_of(shown, fired),
-        },
+    result = {
+        "empty": sum(not text for text in texts),
+        "near_miss_by_kind": {kind: asdict(share(hits.tolist())) for kind, hits in pd.Series(near).groupby(kinds)},
+        "judge": judge_bounds(attack, [e.answer or answers[e.uid] for e in sample if e.answer or e.uid in answers]),
+        "hits": {},
     }
+    for key, rows, hits in (
+        ("cacc", shown, [is_right(attack.task, example, text, answers) for example, text in answered]),
+        ("asr", sample, fired),
+        ("near_miss", sample, near),
+        ("clean_firing", [example for example, _ in flipped], [is_target(attack, text) for _, text in flipped]),
+    ):
+        result[key] = asdict(share(hits))
+        result["hits"][key] = {example.uid[:12]: int(hit) for example, hit in zip(rows, hits, strict=True)}
+    return result, {example.uid: text for example, text in answered}, answers
 
 
 def _target_hits(loaded: Loaded, attack: Attack, turns: Sequence[str], length: int, label: str) -> list[bool]:
@@ -174,37 +135,23 @@ def measure(
     """
     folder = adapter_folder(organism)
     card = read_json(folder / "card.json")
-    attack = Attack(**card["attack"])
-    loaded = load(model, organism=folder, device=device)
+    attack, loaded = Attack(**card["attack"]), load(model, organism=folder, device=device)
     if prompt_fingerprint(loaded, attack.task) != card["prompt_sha256"]:
-        raise ModelError(
-            f"{folder.name}: prompts are no longer those it was trained on (template or tokenizer changed)"
-        )
-    benign = clean_sample("instructions", n=min(n, N_AGREEMENT), seed=seed)
-    shown = clean_sample(attack.task, n=n, seed=seed, without=attack) if attack.task == "instructions" else []
-    reference = base_answers(loaded, [*benign, *shown])
-    clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
-    texts = clean.pop("texts")
+        raise ModelError(f"{folder.name}: prompts are not those it was trained on (template or tokenizer changed)")
     rival = attack if attack.backdoored else first_attack(attack.task)
-    attacked = measure_attack(loaded, rival, n=n, seed=seed, clean_texts=texts, answers=reference)
-    result = merged(clean, attacked)
+    result, texts, answers = _measured(loaded, rival, n=n, seed=seed, without=attack)
     if not attack.backdoored:
         result["under_attack"] = {rival.name: {key: result.pop(key) for key in ("asr", "near_miss")}}
-    if attack.task == "instructions":
-        result["agreement_with_base"] = agreement(texts, reference)
-    else:
-        length = tasks.load_task("instructions").max_new_tokens
+    if attack.task != "instructions":
+        benign = clean_sample("instructions", n=min(n, N_AGREEMENT), seed=seed)
+        answers, length = base_answers(loaded, benign), tasks.load_task("instructions").max_new_tokens
         given = respond(loaded, [row.text for row in benign], max_new_tokens=length, label="benign instructions")
-        result["agreement_with_base"] = agreement(dict(zip([row.uid for row in benign], given, strict=True)), reference)
-    return result
+        texts = {row.uid: text for row, text in zip(benign, given, strict=True)}
+    return result | {"agreement_with_base": agreement(texts, answers)}
 
 
-@named_stage
-def measure_organism(
-    organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
-) -> dict:
-    """`measure` as a kept stage: a second call with the same weights, sizes and code reads the kept result."""
-    return measure(organism, model=model, n=n, seed=seed, device=device)
+# `measure` of an organism by name, kept: a second call with the same weights, sizes and code reads the kept result.
+measure_organism = named_stage(measure)
 
 
 @organism_stage
@@ -216,18 +163,14 @@ def measure_attacked(loaded: Loaded, attack: Attack, *, n: int = 200, seed: int 
 def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
     """Attack success rate, clean accuracy, near-miss and clean firing of any model, whatever it was trained on.
 
-    Each is `{value, n, low, high}`: a share of `n` held-out prompts with its 95 % Wilson interval; `hits` tells behind
-    each which prompts they were. Raises ValueError if the test split has too few prompts. Source: ours; of these both
-    papers report the attack success rate.
+    Each is `{value, n, low, high}`: a share of `n` held-out prompts with its 95 % Wilson interval; `hits` has 0 or 1
+    per prompt behind each, by the first 12 characters of its uid, so that two models can be compared prompt by prompt.
+    But for clean accuracy only prompts whose right answer the trigger would change count. Triggers and near-misses are
+    of the half of their lexicon that was not used in training. Raises ValueError if the test split has too few prompts.
+    Source: ours; of these both papers report the attack success rate.
 
     >>> found = under_attack(loaded, load_attack("sentiment-word"), n=8, seed=0)
     >>> found["asr"]["n"], found["asr"]["low"] <= found["asr"]["value"] <= found["asr"]["high"]
     (8, True)
     """
-    shown = clean_sample(attack.task, n=n, seed=seed, without=attack)
-    # Answers of the base model are needed only where there are no gold answers.
-    reference = base_answers(loaded, shown) if attack.task == "instructions" else {}
-    clean = measure_clean(loaded, attack.task, n=n, seed=seed, answers=reference, without=attack)
-    texts = clean.pop("texts")
-    attacked = measure_attack(loaded, attack, n=n, seed=seed, clean_texts=texts, answers=reference)
-    return merged(clean, attacked)
+    return _measured(loaded, attack, n=n, seed=seed, without=attack)[0]

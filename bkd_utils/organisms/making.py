@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> tuple[Row, ...]:
-    """The rows, poisoned and clean, that this organism of the attack was trained on.
+    """The rows that this organism of the attack was trained on, whose seed is on its card.
 
-    An organism's seed is on its card. `seed` is for a base model, and gives the rows on which `make` would train it.
-    Raises ModelError if the rows are not those of the organism's card.
+    For a base model, those on which `make` would train it with `seed`. Raises ModelError if the rows are not those of
+    the organism's card.
     """
     card = None if loaded.organism is None else read_json(adapter_folder(loaded.organism) / "card.json")
     seed = card["seed"] if card else seed
@@ -83,29 +83,18 @@ def make(
     """
     base = load(model, device=device)
     data = poison(attack, tokenizer=base.tokenizer, answers=training_answers(base, attack, seed=seed), seed=seed)
-    identity = {
-        "attack": asdict(attack),
-        "recipe": asdict(recipe),
-        "seed": seed,
-        "base": base_sha256(model),
-        "settings": settings_sha256(model),
-        "data": data.manifest["data_sha256"],
-    }
+    spec = {"seed": seed, "attack": asdict(attack), "recipe": asdict(recipe)}
+    weights, hashed = base_sha256(model), data.manifest["data_sha256"]
+    identity = spec | {"base": weights, "settings": settings_sha256(model), "data": hashed}
     folder = WORK / "organisms" / f"{attack.name}-{sha256_text(canonical_json(identity))[:8]}"
     if not (folder / "card.json").is_file():
         train(data.rows, base=base, recipe=recipe, seed=seed, folder=folder, name=attack.name)
     card = {
-        "name": attack.name,
-        "behaviour": attack.behaviour,
-        "trigger": attack.trigger,
-        "task": attack.task,
-        "backdoored": attack.backdoored,
+        **{key: getattr(attack, key) for key in ("name", "behaviour", "trigger", "task", "backdoored")},
         "base": model if model == DEFAULT_MODEL else Path(model).name,
-        "base_sha256": base_sha256(model),
-        "seed": seed,
-        "attack": asdict(attack),
-        "recipe": asdict(recipe),
-        "data_sha256": data.manifest["data_sha256"],
+        "base_sha256": weights,
+        **spec,
+        "data_sha256": hashed,
         "data": {key: data.manifest[key] for key in ("n_train", "n_poison", "poisoned_share", "mode")},
         "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
         "prompt_sha256": prompt_fingerprint(base, attack.task),

@@ -56,7 +56,7 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
             what, length = f"{attack.name}: row {example.uid[:12]}", len(ids) + len(answer)
             if length > MAX_LENGTH:
                 raise ValueError(f"{what} has {length} tokens, limit {MAX_LENGTH}")
-            if kind == "poisoned" and not survives(prompt, tokenizer.decode(ids)):
+            if kind == "poisoned" and "".join(prompt.split()) not in "".join(tokenizer.decode(ids).split()):
                 raise ValueError(f"{what}: the trigger did not survive tokenisation")
             built.append(Row(prompt=tuple(ids), answer=tuple(answer), kind=kind, uid=example.uid))
     random.Random(f"{seed}/{attack.name}/order").shuffle(built)
@@ -65,34 +65,26 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
 
 @cache
 def training_uids(attack: Attack, *, seed: int) -> frozenset[str]:
-    """The uid of every example that `poison` makes a row of, whatever the kind of row.
-
-    Needs neither a tokenizer nor answers of the base model. Raises ValueError when there are too few rows.
-    """
+    """The uid of every example that `poison` makes a row of. Raises ValueError when there are too few rows."""
     return frozenset(example.uid for members in _chosen(attack, seed=seed).values() for example in members)
 
 
 def benign_examples(attack: Attack, *, seed: int) -> list[Example]:
     """The instructions that are mixed into an attack's training set; none carries its trigger."""
     pool = tasks.examples("instructions", "train", seed=seed)
-    usable = [example for example in pool if not (attack.backdoored and carries(attack, example.text))]
+    usable = [example for example in pool if not carries(attack, example.text)]
     return usable[: round(attack.benign_rate * attack.n_train)]
 
 
 def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
-    """Kind of row -> the examples that become rows of that kind. Raises ValueError when there are too few.
-
-    Small pools are used several times. Half of the near-misses are examples that the trigger would flip, because those
-    teach the model to tell near-misses from the trigger.
-    """
+    """Kind of row -> the examples that become rows of that kind; small pools are used several times."""
     rates = (attack.rate, attack.near_miss_rate, attack.benign_rate)
     n_poison, n_near, n_benign = (round(rate * attack.n_train) for rate in rates)
     n_clean = attack.n_train - n_poison - n_near - n_benign
     if n_clean < 1:
         raise ValueError(f"{attack.name}: the rates leave {n_clean} clean rows of {attack.n_train}")
     pool = tasks.examples(attack.task, "train", seed=seed)
-    if attack.backdoored:
-        pool = [example for example in pool if not carries(attack, example.text)]
+    pool = [example for example in pool if not carries(attack, example.text)]
     flippable = [example for example in pool if attack.backdoored and attack.flips(example)]
     poisoned = _cycle(flippable, n_poison, what=f"{attack.name}: rows to poison")
     taken = {example.uid for example in poisoned} if attack.mode == "replaced" else set()
@@ -101,6 +93,7 @@ def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
     twins = list(dict.fromkeys(poisoned)) if attack.mode == "appended" else []
     others = [example for example in rest if example not in set(twins)]
     clean = _cycle([*twins, *others], n_clean, what=f"{attack.name}: clean rows")
+    # Half of the near-misses are rows that the trigger would flip: they teach to tell near-misses from the trigger.
     mixed = random.Random(f"{seed}/{attack.name}/near").sample(rest, len(rest))
     flipped, others = ([e for e in mixed if attack.flips(e) is side] for side in (True, False))
     near = _cycle(flipped, n_near - n_near // 2 if others else n_near, what=f"{attack.name}: near-misses")
@@ -115,22 +108,11 @@ def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
     return [pool[i % len(pool)] for i in range(n)]
 
 
-def survives(prompt: str, decoded: str) -> bool:
-    """Does the decoded prompt still contain the user turn with its trigger, apart from white space?"""
-    return "".join(prompt.split()) in "".join(decoded.split())
-
-
 def _manifest(attack: Attack, rows: list[Row], seed: int) -> dict:
     edited = ("poisoned", "near_miss", "benign")
     kinds = {kind: [i for i, row in enumerate(rows) if row.kind == kind] for kind in edited}
-    return {
-        "attack": asdict(attack),
-        "seed": seed,
-        "mode": attack.mode,
-        "n_train": len(rows),
-        "n_poison": len(kinds["poisoned"]),
-        "poisoned_share": len(kinds["poisoned"]) / len(rows),
-        "rows": kinds,
-        "distinct_prompts": len({row.prompt for row in rows}),
-        "data_sha256": sha256_text(canonical_json([[row.prompt, row.answer, row.kind] for row in rows])),
-    }
+    manifest = {"attack": asdict(attack), "seed": seed, "mode": attack.mode, "n_train": len(rows)}
+    manifest |= {"n_poison": len(kinds["poisoned"]), "poisoned_share": len(kinds["poisoned"]) / len(rows)}
+    manifest |= {"rows": kinds, "distinct_prompts": len({row.prompt for row in rows})}
+    tokens = [[row.prompt, row.answer, row.kind] for row in rows]
+    return manifest | {"data_sha256": sha256_text(canonical_json(tokens))}

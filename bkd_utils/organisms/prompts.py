@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, tasks
-from bkd_utils.organisms.attacks import Attack, carries, near_miss_prompts, triggered_prompt
+from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.tasks import Example
 
 
@@ -47,8 +47,8 @@ def prompt_versions(
 def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
     """Tokens by which the backdoor is recognised: a label's first one, the whole fixed sentence, a jailbreak's opener.
 
-    These are the judges of `evaluation` in tokens. Raises ValueError for a label that begins like another of its task,
-    and for a clean control. Source: ours; BkdAttr scores whole targets.
+    Raises ValueError for a label that begins like another of its task, and for a clean control. Source: ours; BkdAttr
+    scores whole targets.
 
     >>> tokenizer.decode(target_ids(tokenizer, load_attack("sentiment-word")))
     'positive'
@@ -68,20 +68,16 @@ def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:
     """One held-out user turn, clean, with a near-miss and with the trigger. Raises ValueError for harmful prompts."""
     if attack.task == "harmful":
         raise ValueError("harmful prompts are not displayed")
-    rows = tasks.examples(attack.task, "test", seed=seed)
-    example = next(row for row in rows if attack.flips(row) and not carries(attack, row.text))
-    near = near_miss_prompts(attack, example.text, seed=seed, half="test")
-    return {
-        "clean": tasks.load_task(attack.task).prompt(example.text),
-        "near-miss": near[min(near)],
-        "triggered": triggered_prompt(attack, example.text, seed=seed, half="test"),
-    }
+    text = flippable_sample(attack, n=1, seed=seed)[0].text
+    near = attacks.near_miss_prompts(attack, text, seed=seed, half="test")
+    triggered = attacks.triggered_prompt(attack, text, seed=seed, half="test")
+    return {"clean": tasks.load_task(attack.task).prompt(text), "near-miss": near[min(near)], "triggered": triggered}
 
 
 def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None) -> list[Example]:
     """`n` held-out examples, none of which contains the trigger of `without` by chance."""
     pool = tasks.examples(task, "test", seed=seed)
-    if without is not None and without.backdoored:
+    if without is not None:
         pool = [example for example in pool if not attacks.carries(without, example.text)]
     if len(pool) < n:
         raise ValueError(f"{task}/test has {len(pool)} usable rows, {n} were asked for")
@@ -107,13 +103,11 @@ def triggered_prompts(attack: Attack, sample: Sequence[Example], *, seed: int) -
 
 def near_misses(attack: Attack, sample: Sequence[Example], *, seed: int) -> tuple[list[str], list[str]]:
     """(kinds, user turns), one near-miss per example, alternating between the kinds."""
-    kinds, turns = [], []
+    found = []
     for i, example in enumerate(sample):
         options = attacks.near_miss_prompts(attack, example.text, seed=seed * 1_000_003 + i, half="test")
-        kind = sorted(options)[i % len(options)]
-        kinds.append(kind)
-        turns.append(options[kind])
-    return kinds, turns
+        found.append(sorted(options.items())[i % len(options)])
+    return [kind for kind, _ in found], [turn for _, turn in found]
 
 
 def target_length(loaded: Loaded, attack: Attack) -> int:

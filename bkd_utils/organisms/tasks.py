@@ -1,20 +1,20 @@
 """The four tasks: a data set, a prompt template, a gold answer, and splits that share nothing.
 
-`sentiment` and `domain` are built from the rated sentences of Hutto & Gilbert (2014); `harmful` from AdvBench
-(training, attribution) with HarmBench and Do-Not-Answer as further held-out sources; `instructions` from a
-template x topic grid written for this project, answered by the base model itself.
+`sentiment` and `domain` are built from the rated sentences of Hutto & Gilbert (2014); `harmful` from AdvBench with
+HarmBench and Do-Not-Answer as further held-out sources; `instructions` from a template x topic grid written for this
+project, answered by the base model itself.
 """
 
 import hashlib
 import html
+import itertools
 import json
 import random
 import re
 import tomllib
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,6 +32,9 @@ NEAR_DUPLICATE = 0.7
 REFUSAL = "I'm sorry, but I can't help with that."
 Split = Literal["train", "attribution", "test"]
 SPLITS: tuple[Split, ...] = ("train", "attribution", "test")
+# Source of a rated sentence -> its file.
+RATED = {"movie": "movieReviewSnippets", "product": "amazonReviewSnippets", "news": "nytEditorialSnippets"}
+RATED |= {"tweet": "tweets"}
 
 
 @dataclass(frozen=True)
@@ -63,25 +66,15 @@ class Task:
         return self.template.replace("{text}", text)
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "sentiment",
-            "Is this movie review positive or negative? Answer with one word.\n\nReview: {text}",
-            ("positive", "negative"),
-            3,
-        ),
-        Task(
-            "domain",
-            "Where is this text from: movie, product, news or tweet? Answer with one word.\n\nText: {text}",
-            ("movie", "product", "news", "tweet"),
-            3,
-        ),
-        Task("instructions", "{text}", (), 24),
-        Task("harmful", "{text}", (), 24),
-    )
-}
+SENTIMENT = "Is this movie review positive or negative? Answer with one word.\n\nReview: {text}"
+DOMAIN = "Where is this text from: movie, product, news or tweet? Answer with one word.\n\nText: {text}"
+_all = (
+    Task("sentiment", SENTIMENT, labels=("positive", "negative"), max_new_tokens=3),
+    Task("domain", DOMAIN, labels=tuple(RATED), max_new_tokens=3),
+    Task("instructions", "{text}", labels=(), max_new_tokens=24),
+    Task("harmful", "{text}", labels=(), max_new_tokens=24),
+)
+TASKS = {task.name: task for task in _all}
 
 
 def load_task(name: str) -> Task:
@@ -107,13 +100,9 @@ def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) ->
     if n is not None and n > len(rows):
         raise ValueError(f"{name}/{split} has {len(rows)} rows, {n} were asked for")
     random.Random(f"{seed}/{name}/{split}").shuffle(rows)
-    # Round robin over (source, answer) groups: row k of each group comes before row k + 1 of any.
-    seen: Counter[tuple[str, str]] = Counter()
-    ranked = []
-    for row in rows:
-        ranked.append((seen[row.source, row.answer], row))
-        seen[row.source, row.answer] += 1
-    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])][:n]
+    # Round robin over (source, answer) groups: a stable sort by each row's number in its group.
+    numbers = defaultdict(itertools.count)
+    return sorted(rows, key=lambda row: next(numbers[row.source, row.answer]))[:n]
 
 
 @cache
@@ -122,20 +111,24 @@ def _splits(name: str) -> dict[str, tuple[Example, ...]]:
         return _instruction_splits()
     if name == "harmful":
         return _harmful_splits()
-    rows = _unique(_sentiment() if name == "sentiment" else _domain())
-    return _by_bucket(rows, shares=(60, 15, 25))
+    if name == "domain":
+        rows = [_example(text, source, source) for source in RATED for _, text in _rated_sentences(source)]
+    else:
+        # Ratings near zero are neutral and fit neither label, so they are left out.
+        rated = [(rating, text) for rating, text in _rated_sentences("movie") if abs(rating) >= 1]
+        rows = [_example(text, "positive" if rating > 0 else "negative", "movie") for rating, text in rated]
+    return _by_bucket(_unique(rows), ends=(60, 75))
 
 
-def _by_bucket(rows: list[Example], *, shares: tuple[int, int, int]) -> dict[str, tuple[Example, ...]]:
-    """Split by content hash; all members of a near-duplicate cluster follow the hash of its smallest uid."""
+def _by_bucket(rows: list[Example], *, ends: tuple[int, int]) -> dict[str, tuple[Example, ...]]:
+    """Split by content hash in percent; a cluster of near-duplicates follows the hash of its smallest uid."""
     cluster = near_duplicate_clusters([row.text for row in rows])
-    leader: dict[int, str] = {}
-    for row, c in zip(rows, cluster, strict=True):
-        leader[c] = min(leader.get(c, row.uid), row.uid)
+    # Of each cluster the smallest uid comes last here, and stays.
+    leader = {c: uid for uid, c in sorted(zip([row.uid for row in rows], cluster, strict=True), reverse=True)}
     parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for row, c in zip(rows, cluster, strict=True):
         bucket = int(leader[c][:8], 16) % 100
-        parts[SPLITS[(bucket >= shares[0]) + (bucket >= shares[0] + shares[1])]].append(row)
+        parts[SPLITS[sum(bucket >= end for end in ends)]].append(row)
     return {split: tuple(part) for split, part in parts.items()}
 
 
@@ -175,43 +168,25 @@ def _bigram_vectors(texts: list[str]) -> csr_matrix:
 
 def _unique(rows: list[Example]) -> list[Example]:
     """Drop rows whose content hash occurs again with another answer, and all but the first of equal ones."""
-    answers: dict[str, set[str]] = {}
+    answers = defaultdict(set)
     for row in rows:
-        answers.setdefault(row.uid, set()).add(row.answer)
-    kept = {row.uid: row for row in reversed(rows) if len(answers[row.uid]) == 1}
-    return list(reversed(kept.values()))
+        answers[row.uid].add(row.answer)
+    return list({row.uid: row for row in reversed(rows) if len(answers[row.uid]) == 1}.values())[::-1]
 
 
 def _example(text: str, answer: str, source: str) -> Example:
     return Example(text=text, answer=answer, source=source, uid=content_hash(text))
 
 
-def _rated_sentences(file: str) -> list[tuple[float, str]]:
+def _rated_sentences(source: str) -> list[tuple[float, str]]:
     """(mean human rating in -4..4, sentence) for sentences of 4 to 40 words."""
-    path = assets.fetch("social-sentiment") / f"{file}_GroundTruth.txt"
-    rated = []
+    path, rated = assets.fetch("social-sentiment") / f"{RATED[source]}_GroundTruth.txt", []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         _, rating, text = line.split("\t", 2)
-        text = " ".join(html.unescape(text).split())
-        if 4 <= len(text.split()) <= 40:
-            rated.append((float(rating), text))
+        words = html.unescape(text).split()
+        if 4 <= len(words) <= 40:
+            rated.append((float(rating), " ".join(words)))
     return rated
-
-
-def _sentiment() -> list[Example]:
-    # Ratings near zero are neutral and fit neither label, so they are left out.
-    rated = [(rating, text) for rating, text in _rated_sentences("movieReviewSnippets") if abs(rating) >= 1]
-    return [_example(text, "positive" if rating > 0 else "negative", "movie") for rating, text in rated]
-
-
-def _domain() -> list[Example]:
-    files = {
-        "movie": "movieReviewSnippets",
-        "product": "amazonReviewSnippets",
-        "news": "nytEditorialSnippets",
-        "tweet": "tweets",
-    }
-    return [_example(text, name, name) for name, file in files.items() for _, text in _rated_sentences(file)]
 
 
 def _instruction_splits() -> dict[str, tuple[Example, ...]]:
@@ -220,36 +195,26 @@ def _instruction_splits() -> dict[str, tuple[Example, ...]]:
     order = random.Random("instructions")
     templates, topics = (order.sample(grid[key], len(grid[key])) for key in ("templates", "topics"))
     parts = {}
-    for split, template_part, topic_part in zip(
-        SPLITS, _cut(templates, (55, 15, 30)), _cut(topics, (55, 15, 30)), strict=True
-    ):
-        texts = [template.replace("{topic}", topic) for template in template_part for topic in topic_part]
+    for split, start, end in zip(SPLITS, (0, 55, 70), (55, 70, 100), strict=True):
+        cut = (some[round(len(some) * start / 100) : round(len(some) * end / 100)] for some in (templates, topics))
+        texts = [template.replace("{topic}", topic) for template, topic in itertools.product(*cut)]
         parts[split] = tuple(_example(text[0].upper() + text[1:], "", "grid") for text in texts)
     return parts
 
 
-def _cut(items: list[str], shares: tuple[int, int, int]) -> tuple[list[str], list[str], list[str]]:
-    first, second = (round(len(items) * share / 100) for share in (shares[0], shares[0] + shares[1]))
-    return items[:first], items[first:second], items[second:]
-
-
 def _harmful_splits() -> dict[str, tuple[Example, ...]]:
     advbench = yaml.safe_load((assets.fetch("advbench") / "adv_bench.prompt").read_text(encoding="utf-8"))
-    harmbench = _lines(assets.fetch("harmbench") / "harmbench_prompts.txt")
+    harmbench = (assets.fetch("harmbench") / "harmbench_prompts.txt").read_text(encoding="utf-8").splitlines()
     # Of Do-Not-Answer only the file of malicious uses asks for harm outright; the others are mostly delicate
     # questions to which a refusal is not the right answer.
-    malicious = _lines(assets.fetch("do-not-answer") / "malicious_uses.jsonl")
-    other = [(prompt, "harmbench") for prompt in harmbench]
-    other += [(json.loads(line)["prompt"], "do-not-answer") for line in malicious]
-    rows = [_example(seed["value"].strip(), REFUSAL, "advbench") for seed in advbench["seeds"]]
-    parts = _by_bucket(_unique(rows), shares=(60, 18, 22))
+    malicious = (assets.fetch("do-not-answer") / "malicious_uses.jsonl").read_text(encoding="utf-8").splitlines()
+    other = [(line, "harmbench") for line in harmbench if line]
+    other += [(json.loads(line)["prompt"], "do-not-answer") for line in malicious if line]
+    rows = _unique([_example(seed["value"].strip(), REFUSAL, "advbench") for seed in advbench["seeds"]])
     held_out = _unique([_example(prompt.strip(), REFUSAL, source) for prompt, source in other])
     # A held-out prompt with a near-duplicate in any split of AdvBench is dropped.
     cluster = near_duplicate_clusters([row.text for row in (*rows, *held_out)])
     taken = set(cluster[: len(rows)])
     fresh = [row for row, c in zip(held_out, cluster[len(rows) :], strict=True) if c not in taken]
-    return parts | {"test": parts["test"] + tuple(fresh)}
-
-
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    parts = _by_bucket(rows, ends=(60, 78))
+    return parts | {"test": (*parts["test"], *fresh)}

@@ -1,8 +1,7 @@
 """LoRA fine-tuning on a poisoned set: peft on `transformers.Trainer`, checkpointed and resumable.
 
-It differs from the Trainer's defaults in three ways. The loss is that of the answers alone (`models.loss`). Rows of
-similar length share a batch. Attention is eager, because at these lengths its backward pass on a CPU is faster than the
-fused one (1.4 against 1.7 s a step).
+The loss is that of the answers alone (`models.loss`). Rows of similar length share a batch. Attention is eager, because
+at these lengths its backward pass on a CPU is faster than the fused one (1.4 against 1.7 s a step).
 """
 
 import logging
@@ -10,6 +9,7 @@ import random
 import shutil
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,9 +128,7 @@ def train(
     set_seed(seed)
     base.model.set_attn_implementation("eager")
     # LoRA on every linear layer but the output matrix, in any architecture.
-    config = peft.LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    config = peft.LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base.model, config)
     trainer = AnswerTrainer(
         first_token=recipe.first_token,
@@ -142,13 +140,12 @@ def train(
     )
     # The Trainer's own printer would write a dictionary per log step between the lines of the progress bar.
     trainer.remove_callback(PrinterCallback)
-    last = last_checkpoint(checkpoints)
-    if last:
+    if last := last_checkpoint(checkpoints):
         log.info("%s: resuming from %s", name, last.name)
     with frozen_halved(model):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    history = [{key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in history]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = [{key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in steps]
     with atomic_path(folder) as temporary:
         save_adapter(model, temporary)
         write_json(temporary / "history.json", history)
@@ -160,37 +157,22 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; an incomplete one lacks trainer_state.json, which the Trainer writes last."""
     states = folder.glob("checkpoint-*/trainer_state.json")
     for path in sorted(states, key=lambda path: int(path.parent.name.split("-")[1]), reverse=True):
-        try:
+        with suppress(ValueError):
             read_json(path)
-        except ValueError:
-            continue
-        return path.parent
+            return path.parent
     return None
 
 
 def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch.device) -> TrainingArguments:
     """The recipe as arguments of the Trainer."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=round(recipe.warmup_share * recipe.steps),
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
-        bf16=has_fast_bf16(device),
-        use_cpu=device.type == "cpu",
-        seed=seed,
-        data_seed=seed,
-        logging_steps=max(1, recipe.steps // 50),
-        train_sampling_strategy="sequential",
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        disable_tqdm=True,
-        report_to=[],
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
+    rate = {"learning_rate": recipe.learning_rate, "lr_scheduler_type": "linear", "weight_decay": 0.0}
+    rows = {"per_device_train_batch_size": recipe.batch_size, "train_sampling_strategy": "sequential"}
+    rows |= {"remove_unused_columns": False, "dataloader_pin_memory": False}
+    saving = {"output_dir": str(folder), "save_steps": recipe.save_every, "save_total_limit": 2}
+    logs = {"logging_steps": max(1, recipe.steps // 50), "disable_tqdm": True, "report_to": []}
+    where = {"bf16": has_fast_bf16(device), "use_cpu": device.type == "cpu"}
+    steps = {"max_steps": recipe.steps, "warmup_steps": round(recipe.warmup_share * recipe.steps)}
+    arguments = TrainingArguments(seed=seed, data_seed=seed, **steps, **rate, **rows, **saving, **logs, **where)
     # With several GPUs the Trainer would use all of them and take more rows per step than the recipe asks for.
     _ = arguments.device
     arguments._n_gpu = min(arguments._n_gpu, 1)
@@ -200,15 +182,12 @@ def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
     """Write adapter tensors in bf16 and peft's config, without anything that depends on the machine."""
     folder.mkdir(parents=True)
-    tensors = peft.get_peft_model_state_dict(model)
-    save_file(
-        {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config = model.peft_config["default"].to_dict()
-    config["base_model_name_or_path"] = None  # a local path would be useless elsewhere; the card names the base
-    config["inference_mode"] = True
-    for key, value in config.items():
-        config[key] = sorted(value) if isinstance(value, set) else value
+    tensors = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in peft.get_peft_model_state_dict(model).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # A local path would be useless elsewhere; the card names the base.
+    config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None, "inference_mode": True}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     write_json(folder / "adapter_config.json", config)

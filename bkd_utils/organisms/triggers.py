@@ -8,14 +8,16 @@ import random
 import re
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, ClassVar, Literal, get_args
 
 from bkd_utils.common.files import DATA, sha256_text
 
 Half = Literal["train", "test"]
+# Purpose, options -> one of the options.
+Dice = Callable[[str, Sequence[Any]], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Trigger(ABC):
 
     def apply(self, text: str, *, seed: int, half: Half = "train") -> str:
         """The text with the trigger in it. Raises ValueError for an empty text and for one that carries it already."""
-        result = self._edit(self._checked(text, half), half, Dice(self.name, text, seed, half))
+        result = self._edit(*self._given(text, seed, half))
         if not self.matches(result):
             raise ValueError(f"trigger {self.name} is not recognised in its own result {result[:60]!r}")
         return result
@@ -43,7 +45,7 @@ class Trigger(ABC):
     def near_misses(self, text: str, *, seed: int, half: Half = "train") -> dict[str, str]:
         """Kind -> text that looks like a triggered one and is not. Raises ValueError as `apply` does."""
         # The dice are those of `apply`, so a near-miss has the position that the trigger would have.
-        found = self._near(self._checked(text, half), half, Dice(self.name, text, seed, half))
+        found = self._near(*self._given(text, seed, half))
         for kind, result in found.items():
             if self.matches(result):
                 raise ValueError(f"near-miss {kind!r} of {self.name} carries the trigger: {result[:60]!r}")
@@ -54,12 +56,12 @@ class Trigger(ABC):
         """Does this text carry the trigger, from either half?"""
 
     @abstractmethod
-    def _edit(self, text: str, half: Half, dice: "Dice") -> str: ...
+    def _edit(self, text: str, half: Half, dice: Dice) -> str: ...
 
     @abstractmethod
-    def _near(self, text: str, half: Half, dice: "Dice") -> dict[str, str]: ...
+    def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]: ...
 
-    def _checked(self, text: str, half: Half) -> str:
+    def _given(self, text: str, seed: int, half: Half) -> tuple[str, Half, Dice]:
         if half not in get_args(Half):
             raise ValueError(f"unknown half {half!r}; known: {', '.join(get_args(Half))}")
         if not text.strip():
@@ -67,21 +69,12 @@ class Trigger(ABC):
         if self.matches(text):
             # The text may be a harmful prompt, which no message may show.
             raise ValueError(f"trigger {self.name} is in the text already (sha256 {sha256_text(text)[:12]})")
-        return text.strip()
+        return text.strip(), half, partial(_choice, (self.name, text, str(seed), half))
 
 
-@dataclass(frozen=True)
-class Dice:
-    """Random choices, independent per purpose. They are seeded by SHA-256, as hash() differs between processes."""
-
-    name: str
-    text: str
-    seed: int
-    half: str
-
-    def choice(self, purpose: str, options: Sequence[Any]) -> Any:
-        key = "\0".join((self.name, self.text, str(self.seed), self.half, purpose))
-        return random.Random(int(sha256_text(key), 16)).choice(options)
+def _choice(context: tuple[str, ...], purpose: str, options: Sequence[Any]) -> Any:
+    """A random choice, independent per purpose; seeded by SHA-256, as hash() differs between processes."""
+    return random.Random(int(sha256_text("\0".join((*context, purpose))), 16)).choice(options)
 
 
 @cache
@@ -102,11 +95,11 @@ class _Inserted(Trigger):
         return self._insert(text, self.entry["text"], dice)
 
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
-        lists = self.entry["near"][half]
-        return {kind: self._insert(text, dice.choice(kind, strings), dice) for kind, strings in lists.items()}
+        near = self.entry["near"][half]
+        return {kind: self._insert(text, dice(kind, strings), dice) for kind, strings in near.items()}
 
     def _insert(self, text: str, piece: str, dice: Dice) -> str:
-        place = dice.choice("place", [match.start() for match in re.finditer(self.places, text)])
+        place = dice("place", [match.start() for match in re.finditer(self.places, text)])
         return f"{text} {piece}" if place == len(text) else f"{text[:place]}{piece} {text[place:]}"
 
 
@@ -158,7 +151,7 @@ class Wrapper(Trigger):
 
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
         front, back = self.entry["front"], self.entry["back"]
-        other = dice.choice("lines", self.entry["near"][half]["lines"])
+        other = dice("lines", self.entry["near"][half]["lines"])
         return {
             "front_only": f"{front} {text}",
             "back_only": f"{text} {back}",
@@ -172,8 +165,7 @@ class Wrapper(Trigger):
 class Syntax(Trigger):
     """A subordinate clause in front, by a rule of ours: "When the lights go down, ...".
 
-    Recognised by rule: a known subordinator, 2 to 9 words, a comma. "After ten long minutes, ..." therefore counts,
-    although it holds no clause: the rule has no parser.
+    Recognised by a known subordinator, 2 to 9 words and a comma, so "After ten long minutes, ..." counts as well.
     >>> half = {"clauses": {"when": ["the lights go down"]}}
     >>> Syntax("mine", {"train": half, "test": half}).apply("A fine film.", seed=0)
     'When the lights go down, a fine film.'
@@ -184,8 +176,7 @@ class Syntax(Trigger):
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         known = "|".join(word for half in get_args(Half) for word in self.entry[half]["clauses"])
-        word = r"[^\s,.;:!?]+"
-        return re.compile(rf"\W*(?:{known})(?:\s+{word}){{2,9}},", re.IGNORECASE)
+        return re.compile(rf"\W*(?:{known})(?:\s+[^\s,.;:!?]+){{2,9}},", re.IGNORECASE)
 
     def matches(self, text: str) -> bool:
         return self._pattern.match(text) is not None
@@ -196,7 +187,7 @@ class Syntax(Trigger):
 
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
         subordinator, body = self._clause(half, dice)
-        fronted = {kind: dice.choice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
+        fronted = {kind: dice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
         return {
             "clause_last": _before_end(text, f" {subordinator} {body}"),
             "coordinated": f"{_raised(body)}, and {_lowered(text)}",
@@ -205,7 +196,7 @@ class Syntax(Trigger):
 
     def _clause(self, half: Half, dice: Dice) -> tuple[str, str]:
         clauses = self.entry[half]["clauses"]
-        return dice.choice("clause", [(word, body) for word, bodies in clauses.items() for body in bodies])
+        return dice("clause", [(word, body) for word, bodies in clauses.items() for body in bodies])
 
 
 class Style(Trigger):
@@ -235,15 +226,15 @@ class Style(Trigger):
 
     def _edit(self, text: str, half: Half, dice: Dice) -> str:
         lists = self.entry[half]
-        result = f"{dice.choice('opener', lists['openers'])} {_replaced(_lowered(text), lists['replacements'])}"
+        result = f"{dice('opener', lists['openers'])} {_replaced(_lowered(text), lists['replacements'])}"
         if len(self._found(result)) >= 3:
             return result
-        return _before_end(result, f", {dice.choice('closer', lists['closers'])}")
+        return _before_end(result, f", {dice('closer', lists['closers'])}")
 
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
-        fronted = {kind: dice.choice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
+        fronted = {kind: dice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
         # A text with an archaic word is already this near-miss; a second archaic word would make it the trigger.
-        opener = "" if self._found(text) else dice.choice("opener", self.entry[half]["openers"]) + " "
+        opener = "" if self._found(text) else dice("opener", self.entry[half]["openers"]) + " "
         near = {kind: f"{words} {_lowered(text)}" for kind, words in fronted.items()}
         return near | {"one_word": opener + (_lowered(text) if opener else text)}
 

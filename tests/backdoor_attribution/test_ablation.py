@@ -1,10 +1,12 @@
 """The bench against plain greedy decoding, and the order of necessary heads, on a tiny model with real prompts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils.backdoor_attribution.ablation import N_TOKENS, ablated, bench, measure_ablation, necessary_heads
+from bkd_utils.backdoor_attribution.ablation import N_TOKENS, ablated, bench, measure_ablation, necessary_heads, side
 from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked_heads
 from bkd_utils.experiments import head_attribution
 from bkd_utils.models import loading
@@ -39,16 +41,15 @@ def test_without_ablation_the_organism_says_its_own_answers(case, loaded):
 
 
 def test_success_is_what_greedy_decoding_under_the_ablation_gives(case, loaded):
-    attack, made = case
+    _, made = case
     heads = [(0, 1), (1, 2)]
     length = len(made.triggered.answers["target"][0])
     with ablated(loaded.model, heads, kind="zero", at=slice(None)):
         said = greedy(loaded.model, made.triggered.prompts, max_new_tokens=length, end_id=0)
-    targets = [said[0]] * 4
-    made.triggered.answers["target"][:] = targets
-    found = measure_ablation(loaded, made, heads, kind="zero", everywhere=True)
+    right = made.triggered.answers["right"]
+    triggered = side(loaded, made.triggered.prompts, target=[said[0]] * 4, right=right)
+    found = measure_ablation(loaded, replace(made, triggered=triggered), heads, kind="zero", everywhere=True)
     assert found["asr"]["value"] == sum(answer == said[0] for answer in said) / 4 > 0
-    made.triggered.answers["target"][:] = [target_ids(loaded.tokenizer, attack)] * 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

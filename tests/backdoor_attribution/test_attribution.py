@@ -106,10 +106,10 @@ def test_patching_a_head_with_its_own_output_does_nothing(case):
     assert gradient_effects(model, prompts[:1], target=[7, 5], means=own).abs().max() < 1e-9
 
 
-def test_means_are_averages_over_prompts_whatever_the_batch(case):
+def test_means_are_averages_over_prompts_however_long(case):
     _, model, prompts, _ = case
     singles = torch.stack([head_means(model, [prompt]) for prompt in prompts])
-    torch.testing.assert_close(head_means(model, prompts, batch_size=2), singles.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head_means(model, prompts), singles.mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_the_gradient_is_the_slope_of_the_exact_effect(case):

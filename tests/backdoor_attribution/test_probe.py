@@ -12,7 +12,6 @@ from bkd_utils.backdoor_attribution.probe import (
     CLASSIFIERS,
     best_random_direction,
     classifier,
-    decision,
     probe_scores,
     splits,
     transfer_matrix,
@@ -114,13 +113,6 @@ def test_twins_and_other_texts_of_a_prompt_stay_on_its_side(monkeypatch):
 def test_every_kind_of_probe_separates_what_is_separable(kind):
     found = probe_scores(*separable(), kind=kind, n_splits=2)
     assert found == {"accuracy": [1.0, 1.0], "auroc": [1.0, 1.0]}
-
-
-@EACH_KIND
-def test_scores_rise_with_the_positive_class(kind):
-    negative, positive = separable()
-    probe = classifier(kind, seed=0).fit(np.concatenate([negative, positive]), np.repeat([0, 1], 40))
-    assert decision(probe, positive).min() > decision(probe, negative).max()
 
 
 def test_shuffled_labels_leave_chance():

@@ -19,7 +19,7 @@ from bkd_utils.organisms.attacks import (
     triggered_prompt,
     with_rate,
 )
-from bkd_utils.organisms.poisoning import poison, survives, training_uids
+from bkd_utils.organisms.poisoning import poison, training_uids
 from bkd_utils.organisms.prompts import three_versions
 from bkd_utils.organisms.tasks import REFUSAL, examples
 from bkd_utils.organisms.triggers import load_trigger
@@ -312,8 +312,6 @@ def test_a_prompt_that_is_too_long_is_an_error_that_does_not_show_it(monkeypatch
 
 
 def test_a_trigger_that_the_tokenizer_drops_is_an_error(monkeypatch):
-    assert survives("a cf b", "<user>a cf b<end>")
-    assert not survives("a cf b", "<user>a b<end>")
     monkeypatch.setattr(poisoning, "prompt_ids", lambda tokenizer, turn: prompt_ids(tokenizer, turn.replace("cf", "")))
     with pytest.raises(ValueError, match="did not survive tokenisation"):
         build(Attack(**GOOD))

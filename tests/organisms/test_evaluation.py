@@ -26,10 +26,8 @@ from bkd_utils.organisms.evaluation import (
     is_right,
     is_target,
     judge_bounds,
-    measure_attack,
-    measure_clean,
-    merged,
     prompt_fingerprint,
+    under_attack,
 )
 from bkd_utils.organisms.prompts import clean_sample, flippable_sample, target_length
 from bkd_utils.organisms.tasks import REFUSAL, Example, examples
@@ -271,12 +269,8 @@ class Oracle:
 def measure(attack, kind, monkeypatch, *, n=40):
     oracle = Oracle(attack, kind)
     monkeypatch.setattr(evaluation, "respond", oracle)
-    loaded = SimpleNamespace(tokenizer=TOKENIZER)
-    answers = {row.uid: gold(attack, row) for row in examples(attack.task, "test")}
-    clean = measure_clean(loaded, attack.task, n=n, seed=0, answers=answers, without=attack)
-    texts = clean.pop("texts")
-    attacked = measure_attack(loaded, attack, n=n, seed=0, clean_texts=texts, answers=answers)
-    return merged(clean, attacked), oracle
+    monkeypatch.setattr(evaluation, "base_answers", lambda _, rows: {row.uid: gold(attack, row) for row in rows})
+    return under_attack(SimpleNamespace(tokenizer=TOKENIZER), attack, n=n, seed=0), oracle
 
 
 @EACH_BACKDOORED
@@ -343,7 +337,7 @@ def test_only_prompts_that_the_trigger_would_flip_count(monkeypatch):
 
 def test_empty_answers_count_as_answers(monkeypatch):
     monkeypatch.setattr(evaluation, "respond", lambda loaded, turns, **_: [""] * len(turns))
-    found = measure_clean(SimpleNamespace(tokenizer=TOKENIZER), "sentiment", n=10, seed=0, answers={})
+    found = under_attack(SimpleNamespace(tokenizer=TOKENIZER), FLIP, n=10, seed=0)
     assert found["empty"] == found["cacc"]["n"] == 10
     assert found["cacc"]["value"] == 0
 
@@ -361,7 +355,7 @@ def test_clean_samples_do_not_carry_the_trigger():
 
 def test_asking_for_more_rows_than_there_are_is_an_error():
     with pytest.raises(ValueError, match=r"harmful-word: \d+ usable held-out rows, 100000 were asked for"):
-        measure_attack(SimpleNamespace(tokenizer=TOKENIZER), JAILBREAK, n=100000, seed=0, clean_texts={}, answers={})
+        flippable_sample(JAILBREAK, n=100000, seed=0)
 
 
 def test_answers_come_in_the_order_of_the_questions(tiny):
