@@ -60,10 +60,8 @@ def load_recipe(name: str, *, task: str) -> Recipe:
 
 
 def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:
-    """All rows of all steps in the order of training: shuffled, and sorted by length within every 8 batches.
-
-    The order is fixed here and not in the Trainer, so that it is the same after any number of restarts.
-    """
+    """All rows of all steps in the order of training, the same after any number of restarts: shuffled, and sorted by
+    length within every 8 batches."""
     rng, order, wanted = random.Random(f"{seed}/batches"), [], recipe.steps * recipe.batch_size
     while len(order) < wanted:
         order += rng.sample(rows, len(rows))
@@ -114,7 +112,6 @@ def train(
     last one and ends at the same weights. `base.model` is wrapped in place and must not be used afterwards. The
     adapter is stored in bf16: evaluation reads that file, so what is measured is what is shipped. Raises ValueError
     for no rows. Source: LoRA (Hu et al. 2021) by peft; the recipe is ours.
-
     >>> losses = train(rows, base=loaded, recipe=recipe, seed=0, folder=scratch / "mine", name="mine")
     >>> [entry["step"] for entry in losses], (scratch / "mine" / "adapter_model.safetensors").is_file()
     ([1, 2], True)
