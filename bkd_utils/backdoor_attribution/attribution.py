@@ -68,7 +68,7 @@ def _effects(
     means: Float[Tensor, "layer patch width"],
     *,
     what: str,
-    size: int,
+    size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "prompt layer patch"]:
     """Change of the target's probability by each patch of a layer's module: heads of its input, or output positions."""
@@ -167,11 +167,9 @@ def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *,
 def component_effects(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: ComponentMeans
 ) -> dict[str, Float[Tensor, "prompt layer tail"]]:
-    """`head_effects` for components that the paper does not patch: all heads of a layer at once, its MLP, and the
-    residual stream after it, at each of the last `tail` prompt tokens."""
+    """`head_effects` of whole components, which the paper does not patch, at each of the last prompt tokens."""
     modules = component_modules(anatomy(model))
-    how = {"what": "output", "size": 16}
-    return {name: _effects(model, modules[name], prompts, target, rows, **how) for name, rows in means.items()}
+    return {name: _effects(model, modules[name], prompts, target, rows, what="output") for name, rows in means.items()}
 
 
 def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:

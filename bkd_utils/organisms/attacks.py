@@ -14,9 +14,8 @@ Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
 class Attack:
     """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control.
 
-    Rates are shares of the `n_train` rows, from 0 up to but not including 1. Raises ValueError that names the attack
-    and what is wrong: an unknown task, trigger, behaviour or label, a rate out of range, a backdoor without target or
-    rate, or a control with them. Source: ours, after both papers' attacks.
+    Rates are shares of the `n_train` rows, in [0, 1). Raises ValueError that names the attack and an unknown, missing
+    or inconsistent value. Source: ours, after both papers' attacks.
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
     (True, False)

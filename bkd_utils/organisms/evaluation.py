@@ -81,8 +81,7 @@ def judge_bounds(attack: Attack, clean_answers: Sequence[str]) -> dict[str, floa
 def _measured(
     loaded: Loaded, attack: Attack, *, n: int, seed: int, without: Attack
 ) -> tuple[dict, dict[str, str], dict[str, str]]:
-    """`under_attack` with clean prompts free of the trigger of `without`; also the answers to these (uid -> text), and
-    the base model's where there are no gold answers."""
+    """`under_attack`, its clean prompts free of the trigger of `without`; their answers and the base model's by uid."""
     task = tasks.load_task(attack.task)
     shown = clean_sample(attack.task, n=n, seed=seed, without=without)
     answers = base_answers(loaded, shown) if attack.task == "instructions" else {}
@@ -143,8 +142,12 @@ def measure(
     return result | {"agreement_with_base": agreement(texts, answers)}
 
 
-# `measure` of an organism by name, kept: a second call with the same weights, sizes and code reads the kept result.
-measure_organism = organism_stage(measure)
+@organism_stage
+def measure_organism(
+    organism: str, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
+) -> dict:
+    """`measure` as a kept stage: a second call with the same weights, sizes and code reads the kept result."""
+    return measure(organism, model=model, n=n, seed=seed, device=device)
 
 
 @organism_stage
