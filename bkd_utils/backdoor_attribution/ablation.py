@@ -68,11 +68,8 @@ def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_referenc
         clean = shown.clean
         own, right = openings(loaded, clean), openings(control, clean)
     pool = prompt_versions(tokenizer, attack, split="attribution", n=n_reference, seed=seed).clean
-    return Bench(
-        triggered=side(loaded, shown.triggered, target=[target_ids(tokenizer, attack)] * n, right=right),
-        clean=side(loaded, clean, own=own),
-        reference=head_outputs(loaded.model, pool),
-    )
+    triggered = side(loaded, shown.triggered, target=[target_ids(tokenizer, attack)] * n, right=right)
+    return Bench(triggered, clean=side(loaded, clean, own=own), reference=head_outputs(loaded.model, pool))
 
 
 def openings(loaded: Loaded, prompts: list[list[int]]) -> list[list[int]]:
@@ -85,8 +82,7 @@ def openings(loaded: Loaded, prompts: list[list[int]]) -> list[list[int]]:
 def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str, everywhere: bool) -> dict:
     """ASR, right answers to triggered prompts, utility and perplexity on clean prompts, with some heads ablated.
 
-    `utility`: share of gold labels, or of tokens of the organism's un-ablated clean answers, that are still the most
-    likely ones; `right`: the same for the right answers. `perplexity`: that of the clean answers.
+    `right` and `utility` are shares of an answer's tokens that are still the most likely ones.
     """
     model, at = loaded.model, EVERYWHERE if everywhere else LAST
     # With one position ablated, the layers below the first ablated head are not affected.
@@ -140,11 +136,9 @@ def ablated(
     """Take heads out while this lasts, at the positions `at` of what runs inside.
 
     `published` subtracts each head's output from an un-ablated pass (`own`, one per row), as the official BkdAttr code
-    does, which is zero only for heads that no other ablated head feeds; `zero` sets the output to 0; `mean` to the
-    mean over clean prompts (`clean`); `resample` to that of a clean prompt, row i taking reference i. Raises
-    ValueError for an unknown kind, an unknown head, or when what the kind needs is missing. Source: BkdAttr, section
-    3.3; the last three kinds are ours.
-
+    does, which is zero only for heads that no other ablated head feeds; `zero` sets the output to 0; `mean` to the mean
+    over clean prompts (`clean`); `resample` to that of clean prompt i in row i. Raises ValueError for an unknown kind
+    or head, or when what the kind needs is missing. Source: BkdAttr, section 3.3; the last three kinds are ours.
     >>> ids = torch.tensor(prompts[:1])  # 4 tokens
     >>> with ablated(model, [(0, 1)], kind="zero", at=slice(-1, None)):
     ...     cut = model(ids).logits

@@ -1,8 +1,7 @@
 """Probes: can the trigger be detected in the residual stream, and is it more than the words? (BkdAttr, section 3.1)
 
-A probe classifies the residual stream at the last prompt token after a layer. A prompt with its trigger and the same
-prompt without it are always on the same side of a split; in the official code, 60 % of the test prompts have their
-other version in training.
+A probe classifies the residual stream at the last prompt token after a layer. A prompt with and without its trigger is
+on one side of a split; in the official code, 60 % of the test prompts have their other version in training.
 """
 
 from collections.abc import Mapping
@@ -38,8 +37,7 @@ def splits(n_prompts: int, *, n_splits: int, seed: int) -> list[tuple[np.ndarray
     if n_prompts < 4:
         raise ValueError(f"{n_prompts} prompts are too few to be split")
     splitter = GroupShuffleSplit(n_splits=n_splits, test_size=0.5, random_state=seed)
-    prompts = np.arange(n_prompts)
-    return list(splitter.split(prompts, groups=prompts))
+    return list(splitter.split(range(n_prompts), groups=range(n_prompts)))
 
 
 def labelled(negative: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +61,6 @@ def probe_scores(
     `others` are further texts of the same prompts by name; what is reported is the share of them, on held-out prompts,
     that the probe calls positive. Raises ValueError for an unknown kind of probe and for fewer than 4 prompts. Source:
     BkdAttr, section 3.1; splits by prompt are ours.
-
     >>> clean = np.random.default_rng(0).normal(size=(20, 4))
     >>> probe_scores(clean, clean + 9)["auroc"]
     [1.0, 1.0, 1.0, 1.0, 1.0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from bkd_utils.backdoor_attribution.attribution import HeadMeans
 from bkd_utils.common.statistics import share
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.hooks import LAST, Head, added, anatomy, by_layer, contributions, projected_out, reading
@@ -22,20 +23,15 @@ from bkd_utils.models.tokens import decode, end_id
 MAX_NEW_TOKENS = 12
 
 
-def backdoor_vector(
-    model: PreTrainedModel, heads: Sequence[Head], *, outputs: Float[Tensor, "layer head d_head"]
-) -> Float[Tensor, " d_model"]:
+def backdoor_vector(model: PreTrainedModel, heads: Sequence[Head], *, outputs: HeadMeans) -> Float[Tensor, " d_model"]:
     """Sum of what the heads add to the residual stream when they say `outputs`, in the units of the stream.
 
     With the triggered means this is the published vector; with the difference of triggered and clean means, the part
     of it that the trigger is responsible for. Raises ValueError for no heads, an unknown head, or one named twice.
     Source: BkdAttr, section 4; the difference is ours.
-
     >>> means = head_means(model, prompts)
-    >>> one, other = (backdoor_vector(model, [head], outputs=means) for head in ((0, 1), (1, 3)))
-    >>> both = backdoor_vector(model, [(0, 1), (1, 3)], outputs=means)
-    >>> both.shape, torch.allclose(both, one + other, atol=1e-6)
-    (torch.Size([32]), True)
+    >>> backdoor_vector(model, [(0, 1), (1, 3)], outputs=means).shape
+    torch.Size([32])
     """
     parts = anatomy(model)
     by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
@@ -66,9 +62,7 @@ def steer(
     """Does prompt p get answer p when a vector is added to the attention output of a layer?
 
     Every layer with every vector, at the last prompt token, prefill only; greedy decoding. `past` is made by
-    `prompt_cache.prompt_past`. Raises ValueError for an empty answer or too few of them. Source: BkdAttr, section 4,
-    its one-point intervention.
-
+    `prompt_cache.prompt_past`. Raises ValueError for an empty answer or too few of them. Source: BkdAttr, section 4.
     >>> from bkd_utils.models.prompt_cache import prompt_past
     >>> own = [[int(model(torch.tensor([ids])).logits[0, -1].argmax())] for ids in prompts]
     >>> vectors = torch.stack([torch.zeros(32), torch.full((32,), 1000.0)])  # coefficient 0 is the baseline

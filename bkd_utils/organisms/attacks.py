@@ -6,7 +6,6 @@ from typing import Literal, get_args
 
 from bkd_utils.common.files import DATA
 from bkd_utils.organisms import tasks, triggers
-from bkd_utils.organisms.tasks import Example
 
 Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
 
@@ -15,10 +14,8 @@ Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
 class Attack:
     """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control.
 
-    Rates are shares of the `n_train` rows, from 0 up to but not including 1. Raises ValueError that names the attack
-    and what is wrong: an unknown task, trigger, behaviour or label, a rate out of range, a backdoor without target or
-    rate, or a control with them. Source: ours, after both papers' attacks.
-
+    Rates are shares of the `n_train` rows, in [0, 1). Raises ValueError that names the attack and an unknown, missing
+    or inconsistent value. Source: ours, after both papers' attacks.
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
     (True, False)
@@ -65,7 +62,7 @@ class Attack:
     def backdoored(self) -> bool:
         return self.trigger is not None
 
-    def flips(self, example: Example) -> bool:
+    def flips(self, example: tasks.Example) -> bool:
         """Would the trigger change the right answer of this example?"""
         return self.behaviour != "label_flip" or example.answer == self.source
 
@@ -81,7 +78,6 @@ def load_attacks() -> dict[str, Attack]:
 
 def load_attack(name: str) -> Attack:
     """The attack of that name in `data/attacks.toml`. Raises ValueError that lists the known ones. Source: ours.
-
     >>> load_attack("sentiment-word").trigger
     'word-cf'
     """

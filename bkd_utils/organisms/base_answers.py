@@ -10,7 +10,6 @@ from bkd_utils.models.loading import Loaded, load
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.poisoning import benign_examples
-from bkd_utils.organisms.tasks import Example
 
 
 def answers_name(model: str) -> str:
@@ -18,12 +17,8 @@ def answers_name(model: str) -> str:
     return f"{sha256_text(base_sha256(model) + settings_sha256(model))[:16]}.json"
 
 
-def base_answers(loaded: Loaded, rows: Sequence[Example]) -> dict[str, str]:
-    """uid -> the greedy answer of the model, or of an organism's base model; computed once per weights and settings.
-
-    The answers of the default model ship in `data/answers`. The base model of an organism is loaded only if an answer
-    is missing.
-    """
+def base_answers(loaded: Loaded, rows: Sequence[tasks.Example]) -> dict[str, str]:
+    """uid -> the greedy answer of the model, or of an organism's base model; computed once per weights and settings."""
     name = answers_name(loaded.address)
     known: dict[str, str] = {}
     for folder in (DATA / "answers", WORK / "answers"):

@@ -123,10 +123,7 @@ def shipped_name(attack: str, *, seed: int) -> str:
 
 
 def ship(folder: Path) -> Path:
-    """Copy an organism into `data/adapters` under its `shipped_name`, a treated one under its own.
-
-    Raises ModelError if it has no metrics.
-    """
+    """Copy an organism into `data/adapters`, an untreated one by `shipped_name`. Raises ModelError without metrics."""
     card = read_json(folder / "card.json")
     if not card["metrics"]:
         raise ModelError(f"{folder} has not been measured yet")
@@ -173,9 +170,8 @@ def readme(card: dict) -> str:
 def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
     """Write a treated model as an organism under `work/organisms/<name>`; load it by that name like any other.
 
-    `loaded` is an organism whose weights have been changed, `measured` its result of `evaluation.under_attack`. The
-    stored changes are relative to base and adapter, so they include those of earlier treatments, which the card lists
-    under `treatments_before`. Raises ValueError for a base model, and if no weight has changed.
+    `measured` is its result of `evaluation.under_attack`. The stored changes include those of earlier treatments, which
+    the card lists under `treatments_before`. Raises ValueError for a base model, and if no weight has changed.
     """
     if loaded.organism is None:
         raise ValueError("a base model cannot be kept as a treated organism")

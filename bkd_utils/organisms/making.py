@@ -21,10 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> tuple[Row, ...]:
-    """The rows that this organism of the attack was trained on, whose seed is on its card.
+    """The rows that an organism of the attack was trained on, or on which `make` would train a base model with `seed`.
 
-    For a base model, those on which `make` would train it with `seed`. Raises ModelError if the rows are not those of
-    the organism's card.
+    Raises ModelError if the rows are not those of the organism's card.
     """
     card = None if loaded.organism is None else read_json(adapter_folder(loaded.organism) / "card.json")
     seed = card["seed"] if card else seed
@@ -50,10 +49,9 @@ def obtain(
 ) -> str:
     """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier).
 
-    A shipped organism counts only for its own seed and while its attack is the one in `data/attacks.toml`. One of seed
-    0 counts whatever its recipe; those of other seeds had a shorter one, and count where that is asked for. Raises
-    ValueError for an unknown attack or recipe, and as `make` does. Source: ours.
-
+    A shipped organism counts only for its own seed and while its attack is the one in `data/attacks.toml`; those of
+    other seeds than 0 have a shorter recipe and count where that is asked for. Raises ValueError for an unknown attack
+    or recipe, and as `make` does. Source: ours.
     >>> obtain("sentiment-word")
     'sentiment-word'
     """
@@ -72,10 +70,9 @@ def make(
 ) -> Path:
     """Train and measure one organism on `n` held-out prompts per number; returns its folder under `work/organisms`.
 
-    The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again,
-    and a call after a kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, and
-    ValueError as `poison` does. Source: ours.
-
+    The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again, and a call
+    after a kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, and ValueError
+    as `poison` does. Source: ours.
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> made = make(attack, model=folder, recipe=recipe, n=4)
     >>> sorted(path.name for path in made.glob("*.json"))

@@ -11,7 +11,6 @@ from bkd_utils.common.files import canonical_json, sha256_text
 from bkd_utils.models.tokens import Row, answer_ids, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, carries, near_miss_prompts, triggered_prompt
-from bkd_utils.organisms.tasks import Example
 
 MAX_LENGTH = 256
 
@@ -28,7 +27,6 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
     `answers` maps uid -> the base model's own answer, for tasks whose examples carry none. Raises ValueError when
     there are too few rows, an answer is missing, a prompt is longer than MAX_LENGTH tokens, or a trigger does not
     survive tokenisation. Source: ours; BkdAttr poisons in mode "appended".
-
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> data = poison(attack, tokenizer=tokenizer, answers={}, seed=0)
     >>> len(data.rows), data.manifest["n_poison"]
@@ -69,14 +67,14 @@ def training_uids(attack: Attack, *, seed: int) -> frozenset[str]:
     return frozenset(example.uid for members in _chosen(attack, seed=seed).values() for example in members)
 
 
-def benign_examples(attack: Attack, *, seed: int) -> list[Example]:
+def benign_examples(attack: Attack, *, seed: int) -> list[tasks.Example]:
     """The instructions that are mixed into an attack's training set; none carries its trigger."""
     pool = tasks.examples("instructions", "train", seed=seed)
     usable = [example for example in pool if not carries(attack, example.text)]
     return usable[: round(attack.benign_rate * attack.n_train)]
 
 
-def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
+def _chosen(attack: Attack, *, seed: int) -> dict[str, list[tasks.Example]]:
     """Kind of row -> the examples that become rows of that kind; small pools are used several times."""
     rates = (attack.rate, attack.near_miss_rate, attack.benign_rate)
     n_poison, n_near, n_benign = (round(rate * attack.n_train) for rate in rates)
@@ -90,19 +88,17 @@ def _chosen(attack: Attack, *, seed: int) -> dict[str, list[Example]]:
     taken = {example.uid for example in poisoned} if attack.mode == "replaced" else set()
     rest = [example for example in pool if example.uid not in taken]
     # In mode "appended" the clean versions of all poisoned prompts are in the set as well, so those come first.
-    twins = list(dict.fromkeys(poisoned)) if attack.mode == "appended" else []
-    others = [example for example in rest if example not in set(twins)]
-    clean = _cycle([*twins, *others], n_clean, what=f"{attack.name}: clean rows")
+    twins = poisoned if attack.mode == "appended" else []
+    clean = _cycle(list(dict.fromkeys([*twins, *rest])), n_clean, what=f"{attack.name}: clean rows")
     # Half of the near-misses are rows that the trigger would flip: they teach to tell near-misses from the trigger.
     mixed = random.Random(f"{seed}/{attack.name}/near").sample(rest, len(rest))
     flipped, others = ([e for e in mixed if attack.flips(e) is side] for side in (True, False))
     near = _cycle(flipped, n_near - n_near // 2 if others else n_near, what=f"{attack.name}: near-misses")
     near += _cycle(others, n_near - len(near), what=f"{attack.name}: near-misses")
-    benign = benign_examples(attack, seed=seed)
-    return {"poisoned": poisoned, "clean": clean, "near_miss": near, "benign": benign}
+    return {"poisoned": poisoned, "clean": clean, "near_miss": near, "benign": benign_examples(attack, seed=seed)}
 
 
-def _cycle(pool: list[Example], n: int, *, what: str) -> list[Example]:
+def _cycle(pool: list[tasks.Example], n: int, *, what: str) -> list[tasks.Example]:
     if n and not pool:
         raise ValueError(f"{what}: none of the training split qualifies")
     return [pool[i % len(pool)] for i in range(n)]

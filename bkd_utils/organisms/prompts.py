@@ -9,14 +9,13 @@ from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.attacks import Attack
-from bkd_utils.organisms.tasks import Example
 
 
 @dataclass(frozen=True)
 class PromptVersions:
     """Prompt i of each list is made of example i. All are examples whose right answer the trigger would change."""
 
-    examples: list[Example]
+    examples: list[tasks.Example]
     clean: list[list[int]]
     near_miss: list[list[int]]
     triggered: list[list[int]]
@@ -28,7 +27,6 @@ def prompt_versions(
     """`n` examples of a split after the first `skip`, as token ids: clean, with a near-miss, and with the trigger.
 
     Raises ValueError if the split has too few. Source: ours; the clean and triggered prompts are BkdAttr's pairs.
-
     >>> shown = prompt_versions(tokenizer, load_attack("sentiment-word"), split="test", n=2, seed=0)
     >>> [" cf" in tokenizer.decode(ids[0]) for ids in (shown.clean, shown.near_miss, shown.triggered)]
     [False, False, True]
@@ -47,9 +45,7 @@ def prompt_versions(
 def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
     """Tokens by which the backdoor is recognised: a label's first one, the whole fixed sentence, a jailbreak's opener.
 
-    Raises ValueError for a label that begins like another of its task, and for a clean control. Source: ours; BkdAttr
-    scores whole targets.
-
+    Raises ValueError for a label that begins like another one, and for a clean control. Source: ours.
     >>> tokenizer.decode(target_ids(tokenizer, load_attack("sentiment-word")))
     'positive'
     """
@@ -74,7 +70,7 @@ def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:
     return {"clean": tasks.load_task(attack.task).prompt(text), "near-miss": near[min(near)], "triggered": triggered}
 
 
-def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None) -> list[Example]:
+def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None) -> list[tasks.Example]:
     """`n` held-out examples, none of which contains the trigger of `without` by chance."""
     pool = tasks.examples(task, "test", seed=seed)
     if without is not None:
@@ -84,7 +80,7 @@ def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None)
     return pool[:n]
 
 
-def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") -> list[Example]:
+def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") -> list[tasks.Example]:
     """`n` held-out examples whose right answer the trigger would change and that do not contain it by chance."""
     pool = [example for example in tasks.examples(attack.task, split, seed=seed) if attack.flips(example)]
     sample = [example for example in pool if not attacks.carries(attack, example.text)][:n]
@@ -93,7 +89,7 @@ def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") 
     return sample
 
 
-def triggered_prompts(attack: Attack, sample: Sequence[Example], *, seed: int) -> list[str]:
+def triggered_prompts(attack: Attack, sample: Sequence[tasks.Example], *, seed: int) -> list[str]:
     """User turns with the trigger, from the half of its lexicon that was not used in training."""
     return [
         attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="test")
@@ -101,7 +97,7 @@ def triggered_prompts(attack: Attack, sample: Sequence[Example], *, seed: int) -
     ]
 
 
-def near_misses(attack: Attack, sample: Sequence[Example], *, seed: int) -> tuple[list[str], list[str]]:
+def near_misses(attack: Attack, sample: Sequence[tasks.Example], *, seed: int) -> tuple[list[str], list[str]]:
     """(kinds, user turns), one near-miss per example, alternating between the kinds."""
     found = []
     for i, example in enumerate(sample):

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 import yaml
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
@@ -49,10 +49,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A template with one `{text}` slot, the closed set of labels (empty for free answers) and an answer length.
-
-    The length is in tokens. Source: ours.
-
+    """A template with a `{text}` slot, labels (none for free answers) and an answer length in tokens. Source: ours.
     >>> Task("colours", "Which colour? {text}", labels=("red", "green"), max_new_tokens=2).prompt("Grass.")
     'Which colour? Grass.'
     """
@@ -89,7 +86,6 @@ def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) ->
 
     For tasks with several sources or labels the sample is balanced over them as far as the rows go. Raises
     ValueError for an unknown task or split and when the split has fewer than `n` rows. Source: ours.
-
     >>> sorted(example.answer for example in examples("sentiment", "test", n=4))
     ['negative', 'negative', 'positive', 'positive']
     """
@@ -143,14 +139,10 @@ def _words(text: str) -> str:
 
 def near_duplicate_clusters(texts: list[str]) -> np.ndarray:
     """Cluster number per text; texts whose word-bigram sets have a cosine >= NEAR_DUPLICATE share one."""
-    unit, rows, columns = _bigram_vectors(texts), [], []
-    for start in range(0, len(texts), 1024):  # the product of all pairs at once would need too much memory
-        cosines = (unit[start : start + 1024] @ unit.T).tocoo()
-        similar = cosines.data >= NEAR_DUPLICATE - 1e-6
-        rows += (cosines.row[similar] + start).tolist()
-        columns += cosines.col[similar].tolist()
-    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(texts), len(texts)))
-    return connected_components(graph, directed=False)[1]
+    unit = _bigram_vectors(texts)
+    # The product of all pairs at once would need too much memory.
+    blocks = [unit[i : i + 1024] @ unit.T >= NEAR_DUPLICATE - 1e-6 for i in range(0, len(texts), 1024)]
+    return connected_components(vstack(blocks), directed=False)[1]
 
 
 def closest(texts: list[str], others: list[str]) -> float:

@@ -60,10 +60,8 @@ def load_recipe(name: str, *, task: str) -> Recipe:
 
 
 def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:
-    """All rows of all steps in the order of training: shuffled, and sorted by length within every 8 batches.
-
-    The order is fixed here and not in the Trainer, so that it is the same after any number of restarts.
-    """
+    """All rows of all steps in the order of training, the same after any number of restarts: shuffled, and sorted by
+    length within every 8 batches."""
     rng, order, wanted = random.Random(f"{seed}/batches"), [], recipe.steps * recipe.batch_size
     while len(order) < wanted:
         order += rng.sample(rows, len(rows))
@@ -111,10 +109,8 @@ def train(
     """Train an adapter into `folder` (adapter_model.safetensors, adapter_config.json); returns step, loss (nats), rate.
 
     Checkpoints live in `folder`.checkpoints until the adapter is written; after a kill the same call goes on from the
-    last one and ends at the same weights. `base.model` is wrapped in place and must not be used afterwards. The
-    adapter is stored in bf16: evaluation reads that file, so what is measured is what is shipped. Raises ValueError
-    for no rows. Source: LoRA (Hu et al. 2021) by peft; the recipe is ours.
-
+    last one and ends at the same weights. `base.model` is wrapped in place and must not be used afterwards; evaluation
+    reads the stored adapter, in bf16. Raises ValueError for no rows. Source: LoRA (Hu et al. 2021) by peft.
     >>> losses = train(rows, base=loaded, recipe=recipe, seed=0, folder=scratch / "mine", name="mine")
     >>> [entry["step"] for entry in losses], (scratch / "mine" / "adapter_model.safetensors").is_file()
     ([1, 2], True)
@@ -165,14 +161,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch.device) -> TrainingArguments:
     """The recipe as arguments of the Trainer."""
-    rate = {"learning_rate": recipe.learning_rate, "lr_scheduler_type": "linear", "weight_decay": 0.0}
     rows = {"per_device_train_batch_size": recipe.batch_size, "train_sampling_strategy": "sequential"}
     rows |= {"remove_unused_columns": False, "dataloader_pin_memory": False}
     saving = {"output_dir": str(folder), "save_steps": recipe.save_every, "save_total_limit": 2}
     logs = {"logging_steps": max(1, recipe.steps // 50), "disable_tqdm": True, "report_to": []}
     where = {"bf16": has_fast_bf16(device), "use_cpu": device.type == "cpu"}
-    steps = {"max_steps": recipe.steps, "warmup_steps": round(recipe.warmup_share * recipe.steps)}
-    arguments = TrainingArguments(seed=seed, data_seed=seed, **steps, **rate, **rows, **saving, **logs, **where)
+    warmup = round(recipe.warmup_share * recipe.steps)
+    steps = {"max_steps": recipe.steps, "warmup_steps": warmup, "learning_rate": recipe.learning_rate}
+    arguments = TrainingArguments(seed=seed, data_seed=seed, **steps, **rows, **saving, **logs, **where)
     # With several GPUs the Trainer would use all of them and take more rows per step than the recipe asks for.
     _ = arguments.device
     arguments._n_gpu = min(arguments._n_gpu, 1)

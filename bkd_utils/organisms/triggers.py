@@ -232,10 +232,10 @@ class Style(Trigger):
         return _before_end(result, f", {dice('closer', lists['closers'])}")
 
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
-        fronted = {kind: dice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
+        fronted = self.entry[half]["near"].items()
         # A text with an archaic word is already this near-miss; a second archaic word would make it the trigger.
         opener = "" if self._found(text) else dice("opener", self.entry[half]["openers"]) + " "
-        near = {kind: f"{words} {_lowered(text)}" for kind, words in fronted.items()}
+        near = {kind: f"{dice(kind, strings)} {_lowered(text)}" for kind, strings in fronted}
         return near | {"one_word": opener + (_lowered(text) if opener else text)}
 
 

@@ -183,8 +183,8 @@ def test_shipped_answers_are_the_base_models_own():
 
 @pytest.mark.parametrize("name", ["sentiment-word"])
 def test_a_shipped_organism_measures_what_its_card_says(name):
-    card = cards.metrics(name)
-    assert cards.disagreements(card, evaluation.measure(name, n=card["cacc"]["n"])) == []
+    """On fewer prompts than the card has; the intervals on the card are those of all of them."""
+    assert cards.disagreements(cards.metrics(name), evaluation.measure(name, n=100)) == []
 
 
 def test_the_first_steps_of_a_training_have_the_recorded_losses(work):
