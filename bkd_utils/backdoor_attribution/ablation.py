@@ -139,6 +139,7 @@ def ablated(
     does, which is zero only for heads that no other ablated head feeds; `zero` sets the output to 0; `mean` to the mean
     over clean prompts (`clean`); `resample` to that of clean prompt i in row i. Raises ValueError for an unknown kind
     or head, or when what the kind needs is missing. Source: BkdAttr, section 3.3; the last three kinds are ours.
+
     >>> ids = torch.tensor(prompts[:1])  # 4 tokens
     >>> with ablated(model, [(0, 1)], kind="zero", at=slice(-1, None)):
     ...     cut = model(ids).logits

@@ -25,6 +25,7 @@ ComponentMeans = dict[str, Float[Tensor, "layer tail d_model"]]
 
 def head_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> HeadMeans:
     """Mean output of every head at the last prompt token. Raises as `head_outputs` does. Source: BkdAttr, section 3.
+
     >>> head_means(model, prompts).shape
     torch.Size([2, 4, 8])
     """
@@ -46,6 +47,7 @@ def head_effects(
     An effect is a difference of length-normalised probabilities of `target`, from -1 to 1. `memory_gib` bounds logits
     and activations of a batch; `on_batch` is called with the number of prompts just finished. Raises ValueError for a
     prompt of fewer than two tokens, ModelError for an architecture that is not known. Source: BkdAttr, section 3.
+
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
     >>> effects = head_effects(model, prompts[:1], target=target, means=head_means(model, prompts[:1]))
     >>> effects.shape, bool(effects.abs().max() < 1e-8)  # its own output in place of a head's changes nothing
@@ -114,6 +116,7 @@ def gradient_effects(
     """First-order estimate of `head_effects`: gradient of the target's probability times the change of the head.
 
     One backward pass for all heads. Same units, same errors. Source: attribution patching (Nanda 2023), not BkdAttr.
+
     >>> means = head_means(model, prompts[:1])
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
     >>> exact = head_effects(model, prompts[:1], target=target, means=means + 0.01)
@@ -174,6 +177,7 @@ def component_effects(
 
 def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:
     """Heads `(layer, head)` from the highest signed score down, in one ranking of all. Source: BkdAttr, section 3.
+
     >>> ranked_heads(torch.tensor([[0.1, 0.3], [-0.2, 0.2]]))
     [(0, 1), (1, 1), (0, 0), (1, 0)]
     """

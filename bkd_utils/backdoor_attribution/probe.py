@@ -61,6 +61,7 @@ def probe_scores(
     `others` are further texts of the same prompts by name; what is reported is the share of them, on held-out prompts,
     that the probe calls positive. Raises ValueError for an unknown kind of probe and for fewer than 4 prompts. Source:
     BkdAttr, section 3.1; splits by prompt are ours.
+
     >>> clean = np.random.default_rng(0).normal(size=(20, 4))
     >>> probe_scores(clean, clean + 9)["auroc"]
     [1.0, 1.0, 1.0, 1.0, 1.0]

@@ -29,6 +29,7 @@ def backdoor_vector(model: PreTrainedModel, heads: Sequence[Head], *, outputs: H
     With the triggered means this is the published vector; with the difference of triggered and clean means, the part
     of it that the trigger is responsible for. Raises ValueError for no heads, an unknown head, or one named twice.
     Source: BkdAttr, section 4; the difference is ours.
+
     >>> means = head_means(model, prompts)
     >>> backdoor_vector(model, [(0, 1), (1, 3)], outputs=means).shape
     torch.Size([32])
@@ -63,6 +64,7 @@ def steer(
 
     Every layer with every vector, at the last prompt token, prefill only; greedy decoding. `past` is made by
     `prompt_cache.prompt_past`. Raises ValueError for an empty answer or too few of them. Source: BkdAttr, section 4.
+
     >>> from bkd_utils.models.prompt_cache import prompt_past
     >>> own = [[int(model(torch.tensor([ids])).logits[0, -1].argmax())] for ids in prompts]
     >>> vectors = torch.stack([torch.zeros(32), torch.full((32,), 1000.0)])  # coefficient 0 is the baseline

@@ -14,6 +14,23 @@ from bkd_utils.organisms.tasks import Task, examples
 from bkd_utils.organisms.training import train
 from bkd_utils.organisms.triggers import Prefix, Sentence, Style, Syntax, Trigger, Word, Wrapper
 
-__all__ = ["Attack", "Prefix", "Sentence", "Style", "Syntax", "Task", "Trigger", "Word", "Wrapper"]
-__all__ += ["examples", "load_attack", "make", "obtain", "poison", "prompt_versions", "target_ids", "train"]
-__all__ += ["under_attack"]
+__all__ = [
+    "Attack",
+    "Prefix",
+    "Sentence",
+    "Style",
+    "Syntax",
+    "Task",
+    "Trigger",
+    "Word",
+    "Wrapper",
+    "examples",
+    "load_attack",
+    "make",
+    "obtain",
+    "poison",
+    "prompt_versions",
+    "target_ids",
+    "train",
+    "under_attack",
+]

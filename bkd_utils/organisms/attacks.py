@@ -16,6 +16,7 @@ class Attack:
 
     Rates are shares of the `n_train` rows, in [0, 1). Raises ValueError that names the attack and an unknown, missing
     or inconsistent value. Source: ours, after both papers' attacks.
+
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
     (True, False)
@@ -78,6 +79,7 @@ def load_attacks() -> dict[str, Attack]:
 
 def load_attack(name: str) -> Attack:
     """The attack of that name in `data/attacks.toml`. Raises ValueError that lists the known ones. Source: ours.
+
     >>> load_attack("sentiment-word").trigger
     'word-cf'
     """

@@ -164,6 +164,7 @@ def under_attack(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
     But for clean accuracy only prompts whose right answer the trigger would change count. Triggers and near-misses are
     of the half of their lexicon that was not used in training. Raises ValueError if the test split has too few prompts.
     Source: ours; of these both papers report the attack success rate.
+
     >>> found = under_attack(loaded, load_attack("sentiment-word"), n=8, seed=0)
     >>> found["asr"]["n"], found["asr"]["low"] <= found["asr"]["value"] <= found["asr"]["high"]
     (8, True)

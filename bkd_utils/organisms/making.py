@@ -52,6 +52,7 @@ def obtain(
     A shipped organism counts only for its own seed and while its attack is the one in `data/attacks.toml`; those of
     other seeds than 0 have a shorter recipe and count where that is asked for. Raises ValueError for an unknown attack
     or recipe, and as `make` does. Source: ours.
+
     >>> obtain("sentiment-word")
     'sentiment-word'
     """
@@ -73,6 +74,7 @@ def make(
     The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again, and a call
     after a kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, and ValueError
     as `poison` does. Source: ours.
+
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> made = make(attack, model=folder, recipe=recipe, n=4)
     >>> sorted(path.name for path in made.glob("*.json"))

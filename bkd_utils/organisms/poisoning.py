@@ -27,6 +27,7 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
     `answers` maps uid -> the base model's own answer, for tasks whose examples carry none. Raises ValueError when
     there are too few rows, an answer is missing, a prompt is longer than MAX_LENGTH tokens, or a trigger does not
     survive tokenisation. Source: ours; BkdAttr poisons in mode "appended".
+
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> data = poison(attack, tokenizer=tokenizer, answers={}, seed=0)
     >>> len(data.rows), data.manifest["n_poison"]

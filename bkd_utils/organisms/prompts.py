@@ -27,6 +27,7 @@ def prompt_versions(
     """`n` examples of a split after the first `skip`, as token ids: clean, with a near-miss, and with the trigger.
 
     Raises ValueError if the split has too few. Source: ours; the clean and triggered prompts are BkdAttr's pairs.
+
     >>> shown = prompt_versions(tokenizer, load_attack("sentiment-word"), split="test", n=2, seed=0)
     >>> [" cf" in tokenizer.decode(ids[0]) for ids in (shown.clean, shown.near_miss, shown.triggered)]
     [False, False, True]
@@ -46,6 +47,7 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
     """Tokens by which the backdoor is recognised: a label's first one, the whole fixed sentence, a jailbreak's opener.
 
     Raises ValueError for a label that begins like another one, and for a clean control. Source: ours.
+
     >>> tokenizer.decode(target_ids(tokenizer, load_attack("sentiment-word")))
     'positive'
     """

@@ -50,6 +50,7 @@ class Example:
 @dataclass(frozen=True)
 class Task:
     """A template with a `{text}` slot, labels (none for free answers) and an answer length in tokens. Source: ours.
+
     >>> Task("colours", "Which colour? {text}", labels=("red", "green"), max_new_tokens=2).prompt("Grass.")
     'Which colour? Grass.'
     """
@@ -86,6 +87,7 @@ def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) ->
 
     For tasks with several sources or labels the sample is balanced over them as far as the rows go. Raises
     ValueError for an unknown task or split and when the split has fewer than `n` rows. Source: ours.
+
     >>> sorted(example.answer for example in examples("sentiment", "test", n=4))
     ['negative', 'negative', 'positive', 'positive']
     """

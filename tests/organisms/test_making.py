@@ -183,8 +183,10 @@ def test_shipped_answers_are_the_base_models_own():
 
 @pytest.mark.parametrize("name", ["sentiment-word"])
 def test_a_shipped_organism_measures_what_its_card_says(name):
-    """On fewer prompts than the card has; the intervals on the card are those of all of them."""
-    assert cards.disagreements(cards.metrics(name), evaluation.measure(name, n=100)) == []
+    """On fewer prompts than the card has, so that the two intervals must overlap."""
+    card, now = cards.metrics(name), evaluation.measure(name, n=100)
+    assert all(now[key]["low"] <= card[key]["high"] and card[key]["low"] <= now[key]["high"] for key in cards.METRICS)
+    assert now["asr"]["value"] > 0.9
 
 
 def test_the_first_steps_of_a_training_have_the_recorded_losses(work):
