@@ -21,7 +21,8 @@ from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 class Loaded:
     """A transformers model with its tokenizer; the adapter of an organism, if there is one, is merged into the weights.
 
-    `address` is where the base model came from, `organism` a name or None. Source: ours.
+    `address` is where the base model came from, `organism` the name or the folder by which it is found again, or None.
+    Source: ours.
 
     >>> Loaded(model, loaded.tokenizer, address=folder, organism=None).device
     device(type='cpu')
@@ -84,8 +85,9 @@ def load(
     name = None
     if organism is not None:
         adapter = adapter_folder(organism)
-        model, name = merge_adapter(model, adapter, base=folders.base_sha256(address)), adapter.name
+        model = merge_adapter(model, adapter, base=folders.base_sha256(address))
         apply_changes(model, adapter)
+        name = adapter.name if adapter.parent in (ADAPTERS, WORK / "organisms") else str(adapter)
     return Loaded(by_onednn(model.eval().requires_grad_(False).to(pick_device(device))), tokenizer, address, name)
 
 
