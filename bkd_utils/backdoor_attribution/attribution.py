@@ -5,7 +5,7 @@ prompt token is replaced by its mean over triggered prompts. Probabilities are l
 space, because the official code multiplies them and underflows on long targets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -58,34 +58,38 @@ def head_effects(
     widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
     size = max(1, int(memory_gib * 2**30 / (n_rows * bytes_per_row)))
-    modules = anatomy(model).outputs
-    return _effects(model, modules, prompts, target, means, what="input", size=size, on_batch=on_batch)
+    patches = {"heads": (anatomy(model).outputs, means)}
+    return _effects(model, patches, prompts, target, what="input", size=size, on_batch=on_batch)["heads"]
 
 
 def _effects(
     model: PreTrainedModel,
-    modules: Sequence[torch.nn.Module],
+    patches: Mapping[str, tuple[Sequence[torch.nn.Module], Float[Tensor, "layer patch width"]]],
     prompts: Sequence[Sequence[int]],
     target: Sequence[int],
-    means: Float[Tensor, "layer patch width"],
     *,
     what: str,
     size: int = 16,
     on_batch: Callable[[int], None] | None = None,
-) -> Float[Tensor, "prompt layer patch"]:
-    """Change of the target's probability by each patch of a layer's module: heads of its input, or output positions."""
-    n_patches, effects = means.shape[1], torch.empty(len(prompts), *means.shape[:2])
+) -> dict[str, Float[Tensor, "prompt layer patch"]]:
+    """Change of the target's probability by each patch of a layer's module: heads of its input, or output positions.
+
+    `patches`: name -> modules, one per layer, and what is put in; as many patches of each module under every name.
+    """
+    n_patches = next(iter(patches.values()))[1].shape[1]
+    effects = {name: torch.empty(len(prompts), *means.shape[:2]) for name, (_, means) in patches.items()}
     for chosen in batches(prompts, size):
         tail, inputs = 1 if what == "input" else n_patches, {}
         past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
         with reading(anatomy(model).layers, inputs):
             clean = _probability(model, past, target)
         # All patches of a layer are in one batch, which starts at this layer and shares the prompts' past.
-        for layer, module in enumerate(modules):
-            hidden = inputs[layer].repeat_interleave(n_patches, dim=0)
-            with editing([module], partial(_patched, means[layer], what), what=what):
-                patched = _probability(model, past, target, n_patches, layer=layer, hidden=hidden)
-            effects[chosen, layer] = (patched - clean).float().cpu()
+        for layer, stream in inputs.items():
+            hidden = stream.repeat_interleave(n_patches, dim=0)
+            for name, (modules, means) in patches.items():
+                with editing([modules[layer]], partial(_patched, means[layer], what), what=what):
+                    patched = _probability(model, past, target, n_patches, layer=layer, hidden=hidden)
+                effects[name][chosen, layer] = (patched - clean).float().cpu()
         if on_batch:
             on_batch(len(chosen))
     return effects
@@ -96,8 +100,7 @@ def _probability(
 ) -> Float[Tensor, "prompt repeat"]:
     """Length-normalised probability of the target in several rows per prompt; `start` is where `forward` starts."""
     answer = torch.tensor([list(target)], device=past.tail.device).expand(repeats * len(past), -1)
-    rows = torch.cat([past.tail.repeat_interleave(repeats, dim=0), answer[:, :-1]], dim=1)
-    logits = forward(model, past, rows, skip=past.tail.shape[1] - 1, **start)
+    logits = forward(model, past, past.rows(answer), skip=past.tail.shape[1] - 1, **start)
     return token_log_prob(logits, answer).mean(-1).view(-1, repeats).exp()
 
 
@@ -172,7 +175,8 @@ def component_effects(
 ) -> dict[str, Float[Tensor, "prompt layer tail"]]:
     """`head_effects` of whole components, which the paper does not patch, at each of the last prompt tokens."""
     modules = component_modules(anatomy(model))
-    return {name: _effects(model, modules[name], prompts, target, rows, what="output") for name, rows in means.items()}
+    patches = {name: (modules[name], rows) for name, rows in means.items()}
+    return _effects(model, patches, prompts, target, what="output")
 
 
 def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:

@@ -43,9 +43,13 @@ class Past:
         keys, values = (tuple(tensor[rows] for tensor in tensors) for tensors in (self.keys, self.values))
         return Past(keys, values, self.mask[rows], self.tail[rows], self.position[rows])
 
-    def rows(self, answer: Int[Tensor, "prompt answer"]) -> Int[Tensor, "prompt new"]:
-        """The tokens to run: the tail, then all answer tokens but the last, whose logits are not needed."""
-        return torch.cat([self.tail, answer[:, :-1]], dim=1)
+    def rows(self, answer: Int[Tensor, "row answer"]) -> Int[Tensor, "row new"]:
+        """The tokens to run: the tail, then all answer tokens but the last, whose logits are not needed.
+
+        Each prompt may have several answers in a row.
+        """
+        tail = self.tail.repeat_interleave(len(answer) // len(self), dim=0)
+        return torch.cat([tail, answer[:, :-1]], dim=1)
 
 
 _past: ContextVar[Past] = ContextVar("past")
