@@ -11,7 +11,7 @@ from recording_defence import Spy, carrying, is_within, split_uids, uids
 from tiny import save_tiny
 
 from bkd_utils.attention_alignment import alignment, head_tuning, rivals, suspicion
-from bkd_utils.attention_alignment.head_tuning import all_matrices, head_slices
+from bkd_utils.attention_alignment.head_tuning import all_matrices
 from bkd_utils.attention_alignment.rivals import TREATMENTS
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES
@@ -20,6 +20,7 @@ from bkd_utils.backdoor_attribution.ablation import ablated
 from bkd_utils.experiments import attention_safety_alignment, head_safety
 from bkd_utils.models import loading, tokens
 from bkd_utils.models.activations import head_outputs, score_answers
+from bkd_utils.models.head_weights import head_slices
 from bkd_utils.models.hooks import LAST
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import answer_ids, decode, end_id, prompt_ids

@@ -81,7 +81,7 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
     `alignment` is "mean", "nearest" or "excess"; safe heads are the others of the same layer. Raises ValueError for an
     unknown alignment, no heads, or a layer without safe heads. Source: ASA, alignment; the losses are ours.
 
-    >>> from bkd_utils.attention_alignment.head_tuning import head_slices
+    >>> from bkd_utils.models.head_weights import head_slices
     >>> masks, loss = head_slices(model, [(0, 1)]), aligned(model, [(0, 1)], alignment="mean")
     >>> [step["added"] > 0 for step in tune(model, rows, masks=masks, recipe=recipe, pad_id=2, loss=loss)]
     [True, True]

@@ -1,34 +1,23 @@
-"""The weights that belong to a head, and fine-tuning of only these weights."""
+"""Fine-tuning of only some weights, such as those of some heads (`models.head_weights`)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
-from torch.nn import Module, Parameter
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
-from bkd_utils.models.folders import ModelError
-from bkd_utils.models.hooks import Head, anatomy, by_layer
+from bkd_utils.models.head_weights import Masks
+from bkd_utils.models.hooks import Head, anatomy
 from bkd_utils.models.loss import Batch, answers, collate
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe, batch_order
 
-# Parameter name -> True for the selected entries.
-Masks = Mapping[str, Bool[Tensor, "..."]]
 # (model, batch, first_token=weight) -> the loss of the batch's answers, and the term that is added to it.
 Loss = Callable[..., tuple[Tensor, Tensor]]
-
-
-def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head]:
-    """All query heads whose keys and values are those of a given head, under grouped-query attention."""
-    share = n_heads // n_kv_heads
-    return sorted({(layer, head // share * share + i) for layer, head in heads for i in range(share)})
 
 
 def other_groups(
@@ -62,58 +51,6 @@ def other_groups(
     return draws
 
 
-def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "query head") -> Masks:
-    """Parameter name -> mask of the entries that belong to some heads.
-
-    The unit `query head` is a head's rows of the query matrix and its columns of the output matrix. The unit `KV group`
-    is all query heads that share keys and values with one of the heads, with the rows of these keys and values. Biases
-    of the output matrix belong to no head. Raises ValueError for no heads, a head that the model does not have, or an
-    unknown unit; ModelError for an architecture whose projections are not known here.
-    """
-    if unit not in ("query head", "KV group"):
-        raise ValueError(f"unknown unit {unit!r}; known: query head, KV group")
-    parts, config = anatomy(model), model.config
-    n_kv = getattr(config, "num_key_value_heads", None) or parts.n_heads
-    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
-    if not chosen:
-        raise ValueError("no heads were given")
-    if unit == "KV group":
-        heads = groups(heads, n_heads=parts.n_heads, n_kv_heads=n_kv)
-        chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    masks: dict[str, Tensor] = {}
-
-    def mark(parameter: Parameter | None, axis: int, block: int, width: int) -> None:
-        if parameter is not None:
-            mask = masks.setdefault(names[id(parameter)], torch.zeros_like(parameter, dtype=torch.bool))
-            mask.narrow(axis, block * width, width).fill_(True)
-
-    for layer, members in chosen.items():
-        output, attention = parts.outputs[layer], parts.attentions[layer]
-        axis = 0 if isinstance(output, Conv1D) else 1
-        width = output.weight.shape[axis] // parts.n_heads
-        for head in members:
-            mark(output.weight, axis, head, width)
-            for module, block in _projections(attention, head, parts.n_heads, n_kv, unit):
-                mark(module.weight, 1 if isinstance(module, Conv1D) else 0, block, width)
-                mark(module.bias, 0, block, width)
-    return masks
-
-
-def _projections(attention: Module, head: int, n_heads: int, n_kv: int, unit: str) -> Iterator[tuple[Module, int]]:
-    """The query, key and value projections of a unit, each with the number of the head's block of output features."""
-    group = head // (n_heads // n_kv)
-    for i, part in enumerate("q" if unit == "query head" else "qkv"):
-        if hasattr(attention, "q_proj"):
-            yield getattr(attention, f"{part}_proj"), head if part == "q" else group
-        elif hasattr(attention, "c_attn"):  # all queries, then all keys, then all values
-            yield attention.c_attn, i * n_heads + head
-        elif hasattr(attention, "query_key_value"):  # query, key and value of one head, then those of the next
-            yield attention.query_key_value, 3 * head + i
-        else:
-            raise ModelError(f"{type(attention).__name__} has none of the projections known here")
-
-
 def all_matrices(model: PreTrainedModel) -> Masks:
     """All entries of all weight matrices inside the layers, without embeddings, norms and biases."""
     inside = {id(parameter) for layer in anatomy(model).layers for parameter in layer.parameters()}
@@ -142,7 +79,7 @@ def tune(
     and alpha of the recipe are not used; attention is eager, so a loss may ask for its maps. Raises ValueError for
     nothing to train, RuntimeError if no weight has changed. Source: ASA, head-wise tuning, in our reading of a head.
 
-    >>> from bkd_utils.attention_alignment.head_tuning import head_slices
+    >>> from bkd_utils.models.head_weights import head_slices
     >>> before, masks = model.model.layers[0].self_attn.o_proj.weight.clone(), head_slices(model, [(0, 1)])
     >>> history = tune(model, rows, masks=masks, recipe=recipe, pad_id=2)
     >>> changed = (model.model.layers[0].self_attn.o_proj.weight != before).any(0).nonzero().flatten().tolist()

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.attention_alignment.alignment import aligned
-from bkd_utils.attention_alignment.head_tuning import Loss, Masks, all_matrices, answers_only, head_slices, tune
+from bkd_utils.attention_alignment.head_tuning import Loss, all_matrices, answers_only, tune
 from bkd_utils.attention_alignment.similarity import head_scores
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.models.compute import mixed_precision
 from bkd_utils.models.generation import first_logits
+from bkd_utils.models.head_weights import Masks, head_slices
 from bkd_utils.models.hooks import Head, anatomy, reading
 from bkd_utils.models.loss import Batch, answers
 from bkd_utils.models.tokens import Row, batches, padded_inputs

@@ -39,7 +39,7 @@ def backdoor_vector(model: PreTrainedModel, heads: Sequence[Head], *, outputs: H
     if not heads:
         raise ValueError("a backdoor vector needs at least one head")
     with torch.no_grad():
-        rows = [contributions(parts, layer, [head], outputs[layer, [head]].to(model.device)) for layer, head in heads]
+        rows = [contributions(parts, layer, [head], outputs[layer].to(model.device)) for layer, head in heads]
         return torch.cat(rows).sum(0)
 
 

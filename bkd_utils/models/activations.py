@@ -92,6 +92,7 @@ def score_answers(model: Module, past: Past, answers: Ids, *, layer: int = 0, hi
 
 def token_log_prob(logits: Float[Tensor, "row new vocab"], target: Int[Tensor, "row new"]) -> Float[Tensor, "row new"]:
     """Log-probability (nats) of each target token."""
+    logits = logits.float()
     return logits.gather(-1, target[..., None])[..., 0] - logits.logsumexp(-1)
 
 

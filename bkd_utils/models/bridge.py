@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from bkd_utils.models import folders
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import Loaded, plain_copy
 from bkd_utils.models.tokens import answer_ids, decode, end_id, left_pad, positions, prompt_ids
@@ -41,9 +42,9 @@ def boot(loaded: Loaded) -> Hooked:
     if live:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
     plain, twin = plain_copy(loaded.model), plain_copy(loaded.model)
-    bridge = TransformerBridge.boot_transformers(
-        loaded.address, hf_model=twin, tokenizer=loaded.tokenizer, device=str(loaded.device)
-    )
+    how = {"hf_model": twin, "tokenizer": loaded.tokenizer, "device": str(loaded.device)}
+    with folders.named(f"TransformerLens and a model of type {loaded.model.config.model_type!r}: it"):
+        bridge = TransformerBridge.boot_transformers(loaded.address, **how)
     bridge.eval().requires_grad_(False)
     guard(bridge)
     return Hooked(bridge, loaded.tokenizer, validate(bridge, plain, loaded.tokenizer))

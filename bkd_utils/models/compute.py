@@ -25,7 +25,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _ONEDNN(x, weight, bias, "none", [], "")
+        result = _ONEDNN(x, weight, bias, "none", [], "")
+        # The operator returns a view, which could not be changed in place by models that clip it.
+        layout = (result.storage_offset(), result.size(), result.stride())
+        return torch.empty(0).set_(result.untyped_storage(), *layout)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -53,6 +56,11 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
+
+
+def plain(module: torch.nn.Module) -> bool:
+    """Is it a linear layer of torch, and not of a subclass?"""
+    return type(module) in (torch.nn.Linear, Linear)
 
 
 def by_onednn(model: torch.nn.Module) -> torch.nn.Module:
@@ -95,12 +103,18 @@ def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
             weight.data = data
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Choose how a model attends, also where transformers refuses with a warning only."""
+    model.set_attn_implementation(name)
+    model.config._attn_implementation = name
+
+
 @contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
     """While this lasts, attention is eager and can return its maps; fused kernels cannot."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)

@@ -11,9 +11,12 @@ from torch.nn import Module
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
+from bkd_utils.models.context import attention_window, check_fits
+from bkd_utils.models.hooks import decoder
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, end_id, padded_inputs, positions, prompt_ids
 
+COUNTS_PADDING = ("mpt",)  # families that take distances between columns for distances between tokens
 OnBatch = Callable[[int], object] | None  # called with the number of rows just finished
 
 
@@ -67,17 +70,15 @@ def shared_prefix(prompts: Ids) -> list[int]:
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
-def has_sliding_window(model: Module) -> bool:
-    """Does any layer of the model attend only to a window of the latest tokens?"""
-    kinds = getattr(model.config, "layer_types", None)
-    if kinds is None:
-        return getattr(model.config, "sliding_window", None) is not None
-    return any("sliding" in kind for kind in kinds)
-
-
 def reusable_prefix(model: Module, prompts: Ids) -> list[int]:
-    """The tokens shared by all prompts; none for sliding windows, which would count the padding behind these tokens."""
-    return [] if has_sliding_window(model) else shared_prefix(prompts)
+    """The tokens shared by all prompts, or none where padding behind them would count or a cache cannot be repeated."""
+    counts = attention_window(model) is not None or model.config.model_type in COUNTS_PADDING
+    caches = DynamicCache(config=model.config).layers
+    return (
+        []
+        if counts or not all(hasattr(cache, "batch_repeat_interleave") for cache in caches)
+        else shared_prefix(prompts)
+    )
 
 
 def run_prefix(
@@ -88,7 +89,7 @@ def run_prefix(
     if not prefix:
         return cache, ()
     ids = torch.tensor([prefix], device=model.device)
-    output = model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True, **asked)
+    output = decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True, **asked)
     return cache, tuple(output.attentions or ())
 
 
@@ -96,6 +97,7 @@ def next_logits(
     model: Module, ids: Int[Tensor, "row new"], mask: Int[Tensor, "row pos"], cache: Cache
 ) -> Float[Tensor, "row vocab"]:
     """Logits at the last of the new tokens; `mask` covers cached and new tokens, `cache` is extended."""
+    check_fits(model, mask.shape[1])
     new = positions(mask)[:, -ids.shape[1] :]
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": new, "past_key_values": cache}
     return model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -13,18 +13,27 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Identity, Module, ModuleList
 
 from bkd_utils.models.folders import ModelError
 
-# Names of the layers, and of the parts of one, in the model families of transformers.
-LAYERS = ("model.layers", "transformer.h", "gpt_neox.layers")
+# Names of the list of layers in a decoder, and of the parts of a layer, in the model families of transformers.
+LAYERS = ("layers", "h", "blocks")
+ATTENTIONS = ("self_attn", "attn.attention", "attn", "attention", "self_attention", "norm_attn_norm.attn")
+OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense")
 PARTS = {
-    "norms": ("input_layernorm", "ln_1"),
-    "attentions": ("self_attn", "attn", "attention"),
-    "outputs": ("self_attn.o_proj", "attn.c_proj", "attention.dense"),
-    "mlps": ("mlp",),
+    "attentions": ATTENTIONS,
+    "outputs": tuple(f"{attention}.{output}" for attention in ATTENTIONS for output in OUTPUTS),
+    # In some families the whole feed-forward module adds the residual stream, and its last matrix does not.
+    "mlps": ("mlp.dense_4h_to_h", "ffn.down_proj", "mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2"),
 }
+NORMS = ("input_layernorm", "ln_1", "ln_attn", "attention_layernorm", "self_attn_layer_norm", "norm_1")
+NORMS += ("norm_attn_norm.norm_1",)
+# Norms behind a part, whose output is what the residual stream gains. In families without a norm in front of the
+# feed-forward part, `post_attention_layernorm` is that norm instead.
+BEHIND_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm")
+BEHIND_MLP = ("post_mlp_layernorm", "post_feedforward_layernorm")
+MULTIPLIERS = ("residual_multiplier", "residual_scale")
 Head = tuple[int, int]
 LAST = slice(0, 1)  # the last prompt token is the first token that runs after a prompt's key-value cache
 EVERYWHERE = slice(None)
@@ -32,7 +41,11 @@ EVERYWHERE = slice(None)
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The modules of a transformers model that are read and edited, one of each per layer."""
+    """The modules of a transformers model that are read and edited, one of each per layer.
+
+    `writers` are the modules whose outputs, times `scale`, the residual stream gains from attention; `mlp_writers` are
+    those of the feed-forward part. They differ from `outputs` and `mlps` where a norm follows.
+    """
 
     owner: Module
     attribute: str
@@ -40,26 +53,41 @@ class Anatomy:
     norms: tuple[Module, ...]
     attentions: tuple[Module, ...]
     outputs: tuple[Module, ...]  # output matrices of attention; their input is all head outputs, one behind the other
+    writers: tuple[Module, ...]
     mlps: tuple[Module, ...]
+    mlp_writers: tuple[Module, ...]
     n_heads: int
+    scale: float
+
+
+def decoder(model: Module) -> Module:
+    """The module that holds the layers."""
+    owner = model.get_decoder()
+    return owner.model if owner is model and hasattr(model, "model") else owner
 
 
 def anatomy(model: Module) -> Anatomy:
     """Find the parts of a model. Raises ModelError, with the model type, for an architecture that is not known."""
-    for path in LAYERS:
-        owner, _, attribute = path.rpartition(".")
-        try:
-            parent = model.get_submodule(owner)
-            layers = tuple(getattr(parent, attribute))
-        except AttributeError:
-            continue
-        parts = {part: _in_each(layers, names) for part, names in PARTS.items()}
-        if all(parts.values()):
-            return Anatomy(parent, attribute, layers, n_heads=model.config.num_attention_heads, **parts)
-    raise ModelError(f"a model of type {model.config.model_type!r} has none of the layer names known here")
+    owner = decoder(model)
+    kind, config = f"a model of type {model.config.model_type!r}", model.config.get_text_config()
+    attribute = next((name for name in LAYERS if isinstance(getattr(owner, name, None), ModuleList)), None)
+    if attribute is None:
+        raise ModelError(f"{kind} has none of the layer names known here: {', '.join(LAYERS)}")
+    layers = tuple(getattr(owner, attribute))
+    parts = {part: _in_each(layers, names) for part, names in PARTS.items()}
+    if missing := [part for part, found in parts.items() if not found]:
+        raise ModelError(f"{kind} has layers in which no {', '.join(missing)} of attention heads are known here")
+    # Where no norm is in front of attention, it reads the residual stream itself.
+    norms = _in_each(layers, NORMS) or tuple(Identity() for _ in layers)
+    behind = BEHIND_ATTENTION if not _in_each(layers, NORMS) or _in_each(layers, BEHIND_MLP) else BEHIND_ATTENTION[:1]
+    writers = {"writers": _in_each(layers, behind) or parts["outputs"]}
+    writers["mlp_writers"] = _in_each(layers, BEHIND_MLP) or parts["mlps"]
+    scale = next((float(getattr(layers[0], name)) for name in MULTIPLIERS if hasattr(layers[0], name)), 1.0)
+    return Anatomy(owner, attribute, layers, norms, n_heads=config.num_attention_heads, scale=scale, **parts, **writers)
 
 
 def _in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, ...]:
+    """The submodule that all layers have under the first of the names that fits; none if there is no such name."""
     for name in names:
         try:
             return tuple(layer.get_submodule(name) for layer in layers)
@@ -107,7 +135,8 @@ def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "
     """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
 
     def keep(i: int, tensor: Tensor) -> Tensor:
-        kept[i] = tensor
+        # A copy, because some layers add to their parts' outputs in place.
+        kept[i] = tensor.clone()
         return tensor
 
     return editing(modules, keep, what=what)
@@ -144,26 +173,38 @@ def by_layer(heads: Sequence[Head], *, n_layers: int, n_heads: int) -> dict[int,
 
 
 def added(model: Module, vectors: Mapping[int, Float[Tensor, "... d_model"]], *, at: slice) -> Context:
-    """While this lasts, `vectors[l]` is added to the attention output of layer l at the tokens `at`."""
+    """While this lasts, the stream gains `vectors[l]` beside what attention of layer l adds, at the tokens `at`."""
     parts, layers = anatomy(model), list(vectors)
 
     def add(i: int, output: Tensor) -> Tensor:
         output = output.clone()
-        output[:, at] += vectors[layers[i]].to(output).unsqueeze(-2)
+        output[:, at] += (vectors[layers[i]] / parts.scale).to(output).unsqueeze(-2)
         return output
 
-    return editing([parts.outputs[layer] for layer in layers], add, what="output")
+    return editing([parts.writers[layer] for layer in layers], add, what="output")
 
 
 def contributions(
     parts: Anatomy, layer: int, heads: Sequence[int], z: Float[Tensor, "... head d_head"]
-) -> Float[Tensor, "... head d_model"]:
-    """Contribution of heads of a layer to the residual stream: `z` times each head's slice of the output matrix."""
-    full = z.new_zeros(*z.shape[:-1], parts.n_heads, z.shape[-1])
+) -> Float[Tensor, "... chosen d_model"]:
+    """What heads add to the residual stream: each head's part of `z` (all heads of the layer) times the output matrix.
+
+    A norm behind the output matrix divides by the size of the sum of all heads; it is taken as it is for that sum, so
+    that contributions of all heads add up to what the stream gains. Raises ModelError for a norm that is no product.
+    """
+    full = z.new_zeros(*z.shape[:-2], len(heads), *z.shape[-2:])
     for row, head in enumerate(heads):
-        full[..., row, head, :] = z[..., row, :]
-    module = parts.outputs[layer]
-    return module(full.flatten(-2)) - module(torch.zeros_like(full[..., :1, :, :].flatten(-2)))
+        full[..., row, head, :] = z[..., head, :]
+    module, norm = parts.outputs[layer], parts.writers[layer]
+    products = module(full.flatten(-2)) - module(torch.zeros_like(full[..., :1, :, :].flatten(-2)))
+    if norm is module:
+        return products * parts.scale if parts.scale != 1 else products
+    whole = module(z.flatten(-2))
+    normed, gain = norm(whole), norm(torch.ones_like(whole))
+    size = (normed * gain * whole).sum(-1, keepdim=True) / (gain * whole).square().sum(-1, keepdim=True)
+    if (normed - size * gain * whole).abs().max() > 0.01 * normed.abs().max():
+        raise ModelError(f"the norm behind attention, {type(norm).__name__}, does more than divide and multiply")
+    return products * (size * gain * parts.scale)[..., None, :]
 
 
 def projected_out(model: Module, directions: Mapping[int, Float[Tensor, " d_model"]], *, at: slice) -> Context:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bkd_utils.common.files import ADAPTERS, WORK, read_json, sha256_file, sha256_text
 from bkd_utils.models import folders
-from bkd_utils.models.compute import by_onednn
+from bkd_utils.models.compute import by_onednn, set_attention
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 
 
@@ -155,7 +155,7 @@ def apply_changes(model: PreTrainedModel, folder: Path) -> None:
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with eager attention. Booting a bridge changes the model it is given, and sdpa differs by 1e-5."""
     twin = copy.deepcopy(model)
-    twin.set_attn_implementation("eager")
+    set_attention(twin, "eager")
     return twin
 
 

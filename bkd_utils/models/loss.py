@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
+from bkd_utils.models.context import check_fits
 from bkd_utils.models.generation import reusable_prefix, run_prefix
 from bkd_utils.models.tokens import Row, left_pad, positions
 
@@ -37,6 +38,7 @@ def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> 
     long right answers.
     """
     labels = batch["labels"]
+    check_fits(model, batch["attention_mask"].shape[1])
     width = int((labels != IGNORED).sum(dim=1).max())
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # Column c predicts column c + 1, hence one more column of logits than of labels.

@@ -4,10 +4,13 @@ The interventions of this companion act on the last prompt tokens, so running on
 edited one on, is exact. Rows that differ only in the edit share their prompt's keys and values.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +19,7 @@ from torch.nn import Module, ModuleList
 from transformers import AttentionInterface, DynamicCache
 
 from bkd_utils.models import generation
+from bkd_utils.models.context import check_fits
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import Anatomy, anatomy, editing
 from bkd_utils.models.tokens import Ids, padded_inputs
@@ -57,8 +61,6 @@ _past: ContextVar[Past] = ContextVar("past")
 
 def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **_):
     """Attention over the shared key-value cache and a row's own new tokens, without a copy of the cache per row."""
-    if s_aux is not None:
-        raise ModelError(f"attention sinks of {type(module).__name__} are not supported")
     past = _past.get()
     new, groups = query.shape[2], query.shape[1] // key.shape[1]
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -72,11 +74,13 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         before, now = (softcap * torch.tanh(scores / softcap) for scores in (before, now))
     before = before.masked_fill(~past.mask[:, None, None], torch.finfo(before.dtype).min)
     before = before.unflatten(2, (-1, new)).transpose(1, 2).flatten(0, 1)
-    weights = torch.cat([before, now + attention_mask], dim=-1).softmax(-1)
-    before, now = weights.split([before.shape[-1], new], dim=-1)
+    # An attention sink is a learned score that takes its share of the softmax and belongs to no token.
+    sinks = [] if s_aux is None else [s_aux.view(1, -1, 1, 1).expand(len(now), -1, new, 1).to(now)]
+    weights = torch.cat([before, now + attention_mask, *sinks], dim=-1).softmax(-1)
+    before, now = weights[..., : before.shape[-1]], weights[..., before.shape[-1] :][..., :new]
     folded = before.unflatten(0, (len(past), -1)).transpose(1, 2).flatten(2, 3)
     output = (folded @ old_values).unflatten(2, (-1, new)).transpose(1, 2).flatten(0, 1)
-    return (output + now @ value).transpose(1, 2), None
+    return (output + now @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attend)
@@ -91,13 +95,16 @@ def prompt_past(model: Module, prompts: Ids, *, tail: int = 1) -> Past:
     shortest = min(map(len, prompts), default=0)
     if tail < 1 or shortest <= tail:
         raise ValueError(f"need prompts of more than {tail} tokens, got {len(prompts)}, the shortest of {shortest}")
-    _check_window(model, max(map(len, prompts)))
+    check_fits(model, max(map(len, prompts)), window=True)
     rows = [list(prompt[:-tail]) for prompt in prompts]
     shared = generation.reusable_prefix(model, rows)
     cache = generation.repeated(generation.run_prefix(model, shared)[0], len(rows))
     inputs = padded_inputs([row[len(shared) :] for row in rows], pad_id=0, device=model.device, n_cached=len(shared))
     model.base_model(**inputs, past_key_values=cache, use_cache=True)
-    keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    if len(kept) != len(anatomy(model).layers) or any(keys is None for keys, _ in kept):
+        raise ModelError("some of its layers have no key-value cache of their own")
+    keys, values = zip(*kept, strict=True)
     last = torch.tensor([list(prompt[-tail:]) for prompt in prompts], device=model.device)
     return Past(keys, values, inputs["attention_mask"].bool(), last, position=inputs["attention_mask"].sum(1))
 
@@ -116,12 +123,6 @@ def continued(
     return generation.decode_from(model, logits, cache, mask, max_new_tokens, end_id)
 
 
-def _check_window(model: Module, length: int) -> None:
-    window = getattr(model.config, "sliding_window", None)
-    if generation.has_sliding_window(model) and length > window:
-        raise ModelError(f"{length} tokens do not fit the attention window of {window}")
-
-
 def forward(
     model: Module, past: Past, rows: Int[Tensor, "row new"], *, layer: int = 0, hidden: Hidden = None, skip: int = 0
 ) -> Float[Tensor, "row kept vocab"]:
@@ -132,27 +133,73 @@ def forward(
     """
     if len(rows) % len(past):
         raise ValueError(f"{len(rows)} rows for {len(past)} prompts")
-    parts, new = anatomy(model), rows.shape[1]
-    _check_window(model, past.position.max().item() + new)
-    where = past.position.repeat_interleave(len(rows) // len(past))[:, None] + torch.arange(new, device=rows.device)
+    parts, new, repeats = anatomy(model), rows.shape[1], len(rows) // len(past)
+    check_fits(model, past.position.max().item() + new, window=True)
+    where = past.position.repeat_interleave(repeats)[:, None] + torch.arange(new, device=rows.device)
+    inputs = {"input_ids": rows, "position_ids": where, "logits_to_keep": slice(skip, None)}
+    if not _shares_past(parts):
+        mask = torch.cat([past.mask.repeat_interleave(repeats, dim=0), torch.ones_like(rows).bool()], dim=1).long()
+        with _from_layer(parts, layer, hidden):
+            cache = _copied(model, past, repeats, first=layer)
+            return model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True).logits
     dtype = next(model.parameters()).dtype
     causal = torch.full((new, new), torch.finfo(dtype).min, dtype=dtype, device=rows.device).triu(1)
-    mask = causal.expand(len(rows), 1, new, new)
-    with _from_layer(model, parts, past, layer, hidden):
-        inputs = {"input_ids": rows, "attention_mask": mask, "position_ids": where}
-        return model(**inputs, use_cache=False, logits_to_keep=slice(skip, None)).logits
+    with _from_layer(parts, layer, hidden), _sharing(model, past):
+        return model(**inputs, attention_mask=causal.expand(len(rows), 1, new, new), use_cache=False).logits
+
+
+def _shares_past(parts: Anatomy) -> bool:
+    """Does attention go through the interface of transformers, so that `_attend` can take its place?"""
+    attention = parts.attentions[0]
+    # Latent attention keeps something smaller than keys and values.
+    latent = getattr(attention, "kv_lora_rank", None) is not None
+    return not latent and hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def _copied(model: Module, past: Past, repeats: int, *, first: int) -> DynamicCache:
+    """The past with a copy for every row, from layer `first` on, for attention that takes no shared one."""
+    cache = DynamicCache(config=model.config)
+    for layer, tensors in enumerate(zip(past.keys, past.values, strict=True)):
+        copies = (tensor.repeat_interleave(repeats, dim=0) for tensor in tensors)
+        cache.update(*(copies if layer >= first else tensors), layer)
+    return cache
 
 
 @contextmanager
-def _from_layer(model: Module, parts: Anatomy, past: Past, layer: int, hidden: Hidden) -> Iterator[None]:
-    """While this lasts, the model attends to `past` and runs the layers from `layer` on, starting with `hidden`."""
-    before = model.config._attn_implementation
+def _sharing(model: Module, past: Past) -> Iterator[None]:
+    """While this lasts, attention of the model is `_attend` with this past."""
+    before, token = model.config._attn_implementation, _past.set(past)
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        _past.reset(token)
+
+
+class _Skipped(Module):
+    """Stands for a layer that does not run. It has the layer's attributes and place, because models look at both."""
+
+    def __init__(self, layer: Module, *, as_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__ |= {"layer": layer, "as_tuple": as_tuple}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor, None]:
+        return (hidden_states, None) if self.as_tuple else hidden_states
+
+
+@contextmanager
+def _from_layer(parts: Anatomy, layer: int, hidden: Hidden) -> Iterator[None]:
+    """While this lasts, the layers before `layer` do not run, and it starts with `hidden`."""
+    source = inspect.getsource(type(parts.owner).forward)
+    as_tuple = "= outputs[0]" in source or "= layer_outputs[0]" in source
+    skipped = [_Skipped(one, as_tuple=as_tuple) for one in parts.layers[:layer]]
     with ExitStack() as stack:
-        stack.callback(setattr, model.config, "_attn_implementation", before)
-        stack.callback(setattr, parts.owner, parts.attribute, ModuleList(parts.layers))
-        stack.callback(_past.reset, _past.set(past))
-        model.config._attn_implementation = NAME
-        setattr(parts.owner, parts.attribute, ModuleList(parts.layers[layer:]))
+        stack.callback(setattr, parts.owner, parts.attribute, getattr(parts.owner, parts.attribute))
+        setattr(parts.owner, parts.attribute, ModuleList([*skipped, *parts.layers[layer:]]))
         if hidden is not None:
             stack.enter_context(editing([parts.layers[layer]], lambda _, __: hidden))
         yield

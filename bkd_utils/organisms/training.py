@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
-from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision
+from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision, plain, set_attention
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.loss import answers, collate
 from bkd_utils.models.tokens import Row, end_id
@@ -123,10 +123,10 @@ def train(
         shutil.rmtree(checkpoints, ignore_errors=True)  # of a run that was killed right after writing the adapter
         return read_json(folder / "history.json")
     set_seed(seed)
-    base.model.set_attn_implementation("eager")
+    set_attention(base.model, "eager")
     # LoRA on every linear layer but the output matrix, in any architecture.
-    config = peft.LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base.model, config)
+    how = {"target_modules": "all-linear", "exclude_modules": routers(base.model) or None, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base.model, peft.LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, **how))
     trainer = AnswerTrainer(
         first_token=recipe.first_token,
         model=model,
@@ -148,6 +148,11 @@ def train(
         write_json(temporary / "history.json", history)
     shutil.rmtree(checkpoints)
     return history
+
+
+def routers(model: torch.nn.Module) -> list[str]:
+    """Names of linear layers of a kind of their own, such as routers of experts, whose result is more than a product."""
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and not plain(module)]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

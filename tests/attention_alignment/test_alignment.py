@@ -7,7 +7,8 @@ import torch
 from tiny import tiny_model
 
 from bkd_utils.attention_alignment.alignment import Pull, aligned, less_excess, toward_mean, toward_nearest
-from bkd_utils.attention_alignment.head_tuning import head_slices, tune
+from bkd_utils.attention_alignment.head_tuning import tune
+from bkd_utils.models.head_weights import head_slices
 from bkd_utils.models.hooks import anatomy
 from bkd_utils.organisms.training import Recipe
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bkd_utils.attention_alignment.head_tuning import all_matrices, groups, head_slices, other_groups
+from bkd_utils.attention_alignment.head_tuning import all_matrices, other_groups
 from bkd_utils.models.activations import head_outputs
+from bkd_utils.models.head_weights import groups, head_slices
 from bkd_utils.models.hooks import anatomy
 
 HEADS = [(0, 1), (1, 2)]

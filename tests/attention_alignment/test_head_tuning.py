@@ -7,7 +7,8 @@ import torch
 from tiny import tiny_model
 
 from bkd_utils.attention_alignment.alignment import ALIGNMENTS, aligned
-from bkd_utils.attention_alignment.head_tuning import answers_only, head_slices, tune
+from bkd_utils.attention_alignment.head_tuning import answers_only, tune
+from bkd_utils.models.head_weights import head_slices
 from bkd_utils.organisms.training import Recipe
 
 HEADS = [(0, 1), (1, 2)]

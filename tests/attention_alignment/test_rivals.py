@@ -6,7 +6,6 @@ from tiny import tiny_model
 from torch.nn.functional import cosine_similarity
 
 from bkd_utils.attention_alignment import rivals
-from bkd_utils.attention_alignment.head_tuning import head_slices
 from bkd_utils.attention_alignment.rivals import (
     TREATMENTS,
     Case,
@@ -18,6 +17,7 @@ from bkd_utils.attention_alignment.rivals import (
     treat,
 )
 from bkd_utils.backdoor_attribution.ablation import ablated
+from bkd_utils.models.head_weights import head_slices
 from bkd_utils.models.hooks import EVERYWHERE, anatomy
 from bkd_utils.models.loss import collate
 from bkd_utils.models.tokens import Row

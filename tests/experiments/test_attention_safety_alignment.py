@@ -9,7 +9,6 @@ from patching import everywhere
 from tiny import save_tiny
 
 from bkd_utils.attention_alignment import head_tuning
-from bkd_utils.attention_alignment.head_tuning import groups
 from bkd_utils.attention_alignment.rivals import TREATMENTS
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
@@ -18,6 +17,7 @@ from bkd_utils.experiments import attention_safety_alignment, head_safety
 from bkd_utils.experiments.attention_safety_alignment import Treated
 from bkd_utils.models import loading
 from bkd_utils.models.generation import greedy
+from bkd_utils.models.head_weights import groups
 from bkd_utils.models.loss import collate
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, cards, poisoning, tasks
