@@ -205,12 +205,11 @@ def components(case: Case) -> dict[str, float]:
 def steering(case: Case) -> dict[str, float]:
     model, plain, known = case.loaded.model, case.plain, case.known
     generator = torch.Generator().manual_seed(0)
-    zero = torch.zeros(model.get_input_embeddings().weight.shape[1])
-    refuse_without_heads(case, lambda: added(model, {0: zero}, at=EVERYWHERE))
-    vectors = torch.randn(2, model.get_input_embeddings().weight.shape[1], generator=generator)
+    zero = torch.zeros(1, plain.config.get_text_config().hidden_size)
+    refuse_without_heads(case, lambda: added(model, {0: zero[0]}, at=EVERYWHERE))
     found, layers = {}, range(len(brute.layers(plain, known)))
     size = 3 * brute.seen(plain, brute.layers(plain, known), case.prompts[0], what="output")[0].std()
-    vectors = torch.cat([torch.zeros(1, vectors.shape[1]), vectors * size]).to(case.dtype)
+    vectors = torch.cat([zero, torch.randn(2, zero.shape[1], generator=generator) * size]).to(case.dtype)
     prompt = case.prompts[1]
     for layer in layers:
         gain = off(brute.stream_gain(plain, known, layer, vectors[1], prompt), vectors[1])
@@ -251,8 +250,9 @@ def slicing(case: Case) -> dict[str, float]:
     refuse_without_heads(case, lambda: head_slices(model, [(0, 0)]))
     share = known.heads // known.kv_heads
     found = {"query head": 0.0, "KV group": 0.0, "output columns": 0.0}
+    random = torch.randint(3, 900, (8, 6), generator=torch.Generator().manual_seed(0)).tolist()
     for layer in (0, len(brute.layers(plain, known)) - 1):
-        entries = brute.owned(plain, known, layer, case.prompts[0])
+        entries = brute.owned(plain, known, layer, random)
         output = brute.parts(plain, known, known.output)[layer]
         output_name = next(n for n, p in plain.named_parameters() if p is output.weight)
         axis = 1 if isinstance(output, torch.nn.Linear) else 0

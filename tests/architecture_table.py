@@ -204,7 +204,7 @@ TABLE = [
     _entry("granitemoe", config=GRANITE, multiplier=0.4, mlp="block_sparse_moe"),
     _entry("granitemoeshared", config=GRANITE | {"shared_intermediate_size": 24}, multiplier=0.4, mlp=""),
     *_windows("granite_swa", config=GRANITE | {"layer_types": ALTERNATING}, multiplier=0.4),
-    _entry("hyperclovax", config=GRANITE, multiplier=0.4),
+    _entry("hyperclovax", config=GRANITE | {"use_post_norm": False}, multiplier=0.4),
     _entry("hyperclovax_post_norm", "hyperclovax", config=GRANITE | {"use_post_norm": True}, multiplier=0.4,
            gain="post_norm1"),
     *_windows("exaone4", config={"layer_types": ALTERNATING}, **POST_NORM),

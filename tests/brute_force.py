@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 Prompt = Sequence[int]
+Owned = dict[str, dict[str, list[Tensor]]]  # "query" or "key and value" -> parameter -> a mask for every head
 
 
 def load_plain(folder, *, dtype: torch.dtype = torch.float32) -> Module:
@@ -237,7 +238,7 @@ def answer_loss(model: Module, prompt: Prompt, given: Prompt, *, first_token: fl
     return first_token * losses[0] + (1 - first_token) * losses.mean()
 
 
-def owned(model: Module, known: Architecture, layer: int, prompt: Prompt) -> dict[str, dict[str, list[Tensor]]]:
+def owned(model: Module, known: Architecture, layer: int, prompts: Sequence[Prompt]) -> Owned:
     """Entries of attention parameters on which each head's output at the last token depends: through its query alone
     ("query"), and through its keys and values ("key and value"). Name -> one mask per head.
 
@@ -264,7 +265,7 @@ def owned(model: Module, known: Architecture, layer: int, prompt: Prompt) -> dic
         given = arguments[0].reshape(tensor.shape)
         return given * torch.where(given == 0, 0.0, tensor / given).detach()
 
-    def depends(part: slice) -> dict[str, list[Tensor]]:
+    def depends(prompt: Prompt, part: slice) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {name: [] for name in trained}
         kept: list[Tensor] = []
         with ExitStack() as stack:
@@ -290,7 +291,13 @@ def owned(model: Module, known: Architecture, layer: int, prompt: Prompt) -> dic
                 parameter.requires_grad_(False)
         return found
 
-    end = len(prompt)
-    last, earlier = depends(slice(end - 1, end)), depends(slice(0, end - 1))
+    last: dict[str, list[Tensor]] = {}
+    earlier: dict[str, list[Tensor]] = {}
+    # Entries may be without effect on one prompt, because some models clip what projections give.
+    for prompt in prompts:
+        for found, part in ((last, slice(len(prompt) - 1, None)), (earlier, slice(0, len(prompt) - 1))):
+            for name, masks in depends(prompt, part).items():
+                before = found.get(name, masks)
+                found[name] = [old | new for old, new in zip(before, masks, strict=True)]
     query = {name: [a & ~b for a, b in zip(last[name], earlier[name], strict=True)] for name in trained}
     return {"query": query, "key and value": earlier}
