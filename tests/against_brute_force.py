@@ -246,9 +246,9 @@ def steering(case: Case) -> dict[str, float]:
 
 
 def slicing(case: Case) -> dict[str, float]:
-    model, plain, known = case.loaded.model, case.plain, case.known
+    model, known = case.loaded.model, case.known
     refuse_without_heads(case, lambda: head_slices(model, [(0, 0)]))
-    share = known.heads // known.kv_heads
+    plain = brute.load_plain(case.folder)  # in fp32, because small gradients are rounded to zero in other types
     found = {"query head": 0.0, "KV group": 0.0, "output columns": 0.0}
     random = torch.randint(3, 900, (8, 6), generator=torch.Generator().manual_seed(0)).tolist()
     for layer in (0, len(brute.layers(plain, known)) - 1):
@@ -257,8 +257,9 @@ def slicing(case: Case) -> dict[str, float]:
         output_name = next(n for n, p in plain.named_parameters() if p is output.weight)
         axis = 1 if isinstance(output, torch.nn.Linear) else 0
         for head in range(known.heads):
-            group = range(head // share * share, head // share * share + share)
-            for unit, members in (("query head", [head]), ("KV group", list(group))):
+            shared = entries["key and value"].values()
+            group = [one for one in range(known.heads) if all(torch.equal(each[one], each[head]) for each in shared)]
+            for unit, members in (("query head", [head]), ("KV group", group)):
                 masks = dict(head_slices(model, [(layer, head)], unit=unit))
                 columns = masks.pop(output_name)
                 wanted = torch.zeros_like(columns)

@@ -50,9 +50,9 @@ class Architecture:
     gain: str = ""  # the module whose output, times `multiplier`, the residual stream gains; empty: the output matrix
     after: str = "post_attention_layernorm"  # gets the stream after attention as it is; empty: only the layer's output
     mlp: str = "mlp"
-    multiplier: float = 1.0
+    multiplier: float | tuple[float, ...] = 1.0  # one for all layers, or one for each
     heads: int = 4
-    kv_heads: int = 2  # 1 for multi-query attention
+    limited: bool = False  # the prompts of the sweep are longer than what the model was made for, or than its window
     without: tuple[str, ...] = field(default=())  # names of SIZES that this configuration computes itself
 
 
@@ -69,22 +69,22 @@ def _windows(name: str, *, config: dict | None = None, model_type: str = "", **k
     config, model_type = config or {}, model_type or name
     return [
         _entry(name, model_type, config=config, **known),
-        _entry(f"{name}_small_window", model_type, config=config | {"sliding_window": SMALL}, **known),
+        _entry(f"{name}_small_window", model_type, config=config | {"sliding_window": SMALL}, limited=True, **known),
     ]
 
 
 SANDWICH = {"gain": "post_attention_layernorm", "after": "pre_feedforward_layernorm"}
 POST_NORM = {"gain": "post_attention_layernorm", "after": "mlp"}
 PARALLEL = {"after": ""}
-GPT = {"layers": "transformer.h", "attention": "attn", "output": "attn.c_proj", "after": "ln_2", "kv_heads": 4}
-OPT = {"output": "self_attn.out_proj", "after": "final_layer_norm", "kv_heads": 4, "mlp": ""}
-NEOX = {"attention": "attention", "output": "attention.dense", "kv_heads": 4}
+GPT = {"layers": "transformer.h", "attention": "attn", "output": "attn.c_proj", "after": "ln_2"}
+OPT = {"output": "self_attn.out_proj", "after": "final_layer_norm", "mlp": ""}
+NEOX = {"attention": "attention", "output": "attention.dense"}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 BASES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
 }
-MLA = {"config": {"num_key_value_heads": 4}, "kv_heads": 4, "without": ("head_dim",)}
+MLA = {"config": {"num_key_value_heads": 4}, "without": ("head_dim",)}
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 HYBRID = {"output": None}
 LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_heads": 4}
@@ -112,11 +112,13 @@ TABLE = [
         "llama",
         config={"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
                 "max_position_embeddings": 8},
+        limited=True,
     ),
     _entry("qwen2", config={}),
     _entry(
         "qwen2_window", "qwen2",
         config={"use_sliding_window": True, "sliding_window": SMALL, "max_window_layers": 1},
+        limited=True,
     ),
     _entry("qwen2_moe", config={"mlp_only_layers": [0]}),
     _entry("qwen3", config={"attention_bias": True}),
@@ -156,33 +158,33 @@ TABLE = [
     _entry("phimoe", config={"attention_bias": True, "lm_head_bias": True}),
     _entry("gpt2", **GPT),
     _entry("gpt2_inverse_layer", "gpt2", config={"scale_attn_by_inverse_layer_idx": True}, **GPT),
-    _entry("gpt_bigcode_multi_query", "gpt_bigcode", config={"multi_query": True}, **GPT | {"kv_heads": 1}),
+    _entry("gpt_bigcode_multi_query", "gpt_bigcode", config={"multi_query": True}, **GPT),
     _entry("gpt_bigcode", config={"multi_query": False}, **GPT),
     _entry("gpt_neo", config={"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]],
                               "window_size": WIDE},
            layers="transformer.h", attention="attn.attention", output="attn.attention.out_proj", after="ln_2",
-           kv_heads=4, without=("num_hidden_layers", "num_attention_heads")),
+           without=("num_hidden_layers", "num_attention_heads")),
     _entry("gpt_neo_small_window", "gpt_neo",
            config={"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]],
                    "window_size": SMALL},
+           limited=True,
            layers="transformer.h", attention="attn.attention", output="attn.attention.out_proj", after="ln_2",
-           kv_heads=4, without=("num_hidden_layers", "num_attention_heads")),
+           without=("num_hidden_layers", "num_attention_heads")),
     _entry("gptj", config={"rotary_dim": 4}, layers="transformer.h", attention="attn", output="attn.out_proj",
-           kv_heads=4, **PARALLEL),
+           **PARALLEL),
     _entry("codegen", config={"rotary_dim": 4}, layers="transformer.h", attention="attn", output="attn.out_proj",
-           kv_heads=4, **PARALLEL),
+           **PARALLEL),
     _entry("gpt_neox", layers="gpt_neox.layers", **NEOX, **PARALLEL),
     _entry("gpt_neox_sequential", "gpt_neox", config={"use_parallel_residual": False},
            layers="gpt_neox.layers", **NEOX),
     _entry("gpt_neox_japanese", layers="gpt_neox_japanese.layers", **NEOX),
-    _entry("bloom", layers="transformer.h", attention="self_attention", output="self_attention.dense", kv_heads=4),
-    _entry("falcon_multi_query", "falcon", config={"multi_query": True, "bias": True},
-           kv_heads=1, **FALCON, **PARALLEL),
+    _entry("bloom", layers="transformer.h", attention="self_attention", output="self_attention.dense"),
+    _entry("falcon_multi_query", "falcon", config={"multi_query": True, "bias": True}, **FALCON, **PARALLEL),
     _entry("falcon_new", "falcon", config={"new_decoder_architecture": True, "num_kv_heads": 2}, **FALCON, **PARALLEL),
-    _entry("falcon_alibi", "falcon", config={"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
-           kv_heads=4, **FALCON),
+    _entry("falcon_alibi", "falcon",
+           config={"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}, **FALCON),
     _entry("mpt", config={"d_model": 32, "n_layers": N_LAYERS, "n_heads": 4, "max_seq_len": 1024, "expansion_ratio": 2},
-           layers="transformer.blocks", attention="attn", output="attn.out_proj", after="norm_2", kv_heads=4, mlp="ffn",
+           layers="transformer.blocks", attention="attn", output="attn.out_proj", after="norm_2", mlp="ffn",
            without=("hidden_size", "num_hidden_layers", "num_attention_heads")),
     _entry("opt", config={"word_embed_proj_dim": 32}, layers="model.decoder.layers", **OPT),
     _entry("opt_post_norm", "opt", config={"word_embed_proj_dim": 16, "do_layer_norm_before": False},
@@ -214,7 +216,7 @@ TABLE = [
     _entry("jais2"),
     _entry("cwm", config={"layer_types": ALTERNATING}),
     _entry("nemotron", config={"partial_rotary_factor": 0.5}),
-    _entry("persimmon", config={"qk_layernorm": True}, output="self_attn.dense", kv_heads=4),
+    _entry("persimmon", config={"qk_layernorm": True}, output="self_attn.dense"),
     _entry("dbrx", config={"d_model": 32, "n_heads": 4, "n_layers": N_LAYERS, "max_seq_len": 1024,
                            "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 100.0},
                            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
@@ -226,12 +228,12 @@ TABLE = [
     _entry("glm4_moe_lite", **MLA),
     _entry("youtu", **MLA),
     _entry("axk1", **MLA),
-    _entry("minicpm3", **MLA),
+    _entry("minicpm3", multiplier=1.4 / 3**0.5, **MLA),
     _entry("gpt_oss", config={"layer_types": ALTERNATING}),
     _entry("mimo_v2_flash", config={}),
     _entry("minimax_m2"),
     _entry("laguna"),
-    _entry("kolibri1"),
+    _entry("kolibri1", gain="post_self_attn_layernorm"),
     _entry("mellum"),
     _entry("afmoe", gain="post_attention_layernorm", after="pre_mlp_layernorm"),
     _entry("solar_open"),
@@ -243,21 +245,23 @@ TABLE = [
     _entry("doge"),
     _entry("bitnet"),
     _entry("llama4_text", mlp="feed_forward"),
-    _entry("beam", **SANDWICH),
+    _entry("beam", multiplier=tuple((2 * layer) ** -0.5 for layer in (1, 2, 3)), **SANDWICH),
     _entry("flint"),
     _entry("hy_v3"),
-    _entry("modernbert-decoder", config={"layer_types": ALTERNATING, "local_attention": SMALL}, attention="attn",
-           output="attn.Wo", after="mlp_norm", kv_heads=4),
+    _entry("modernbert-decoder", config={"layer_types": ALTERNATING, "local_attention": SMALL}, limited=True,
+           attention="attn",
+           output="attn.Wo", after="mlp_norm"),
     _entry("openai-gpt", **GPT | {"after": "ln_1"}),
     _entry("ctrl", config={"dff": 48}, layers="transformer.h", attention="multi_head_attention",
-           output="multi_head_attention.dense", after="layernorm2", kv_heads=4, mlp="ffn"),
+           output="multi_head_attention.dense", after="layernorm2", mlp="ffn"),
     # No layer, or not every layer, has attention heads of its own.
     _entry("jetmoe", **HYBRID),
     _entry("minimax", config={"layer_types": LINEAR["layer_types"]}, **HYBRID),
     _entry("bamba", config=MAMBA | {"attn_layer_indices": [1]}, **HYBRID),
     _entry("jamba", config={"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8}, **HYBRID),
     _entry("zamba", **HYBRID),
-    _entry("falcon_h1", config=MAMBA | {"mamba_d_ssm": 64}, after="pre_ff_layernorm", mlp="feed_forward"),
+    _entry("falcon_h1", config=MAMBA | {"mamba_d_ssm": 64, "attention_out_multiplier": 0.5},
+           multiplier=0.5, after="pre_ff_layernorm", mlp="feed_forward"),
     _entry("falcon_mamba", **HYBRID),
     _entry("mamba", **HYBRID),
     _entry("mamba2", config={"num_heads": 4, "head_dim": 16, "state_size": 8, "expand": 2, "n_groups": 1}, **HYBRID),
@@ -273,7 +277,7 @@ TABLE = [
     _entry("olmo_hybrid", **HYBRID),
     _entry("kimi_linear", config=LINEAR | {"num_key_value_heads": 4}, without=("head_dim",), **HYBRID),
     _entry("bailing_hybrid", config=LINEAR | {"num_key_value_heads": 4}, **HYBRID),
-    _entry("longcat_flash", config={"num_key_value_heads": 4}, without=("head_dim",), **HYBRID),
+    _entry("longcat_flash", config={"num_key_value_heads": 4, "head_dim": 8}, **HYBRID),
     _entry("hrm_text", **HYBRID),
 ]
 # fmt: on

@@ -62,8 +62,8 @@ def examine(case: Case, check: Callable, told: str | None) -> Finding:
     try:
         found = check(case)
     except ModelError as error:
-        # How long a prompt may be is no property of the model, so the self-test cannot know it.
-        late = told == "" and "window" not in str(error)
+        # The self-test cannot know how long the prompts will be.
+        late = told == "" and not case.known.limited
         return Finding("refused late" if late else "refused", why=told or short(error))
     except Exception as error:
         if told:

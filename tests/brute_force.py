@@ -30,6 +30,10 @@ def parts(model: Module, known: Architecture, name: str) -> list[Module]:
     return [layer.get_submodule(name) for layer in layers(model, known)]
 
 
+def multiplier(known: Architecture, layer: int) -> float:
+    return known.multiplier[layer] if isinstance(known.multiplier, tuple) else known.multiplier
+
+
 def logits(model: Module, ids: Prompt) -> Tensor:
     return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
 
@@ -183,7 +187,7 @@ def steered(model: Module, known: Architecture, layer: int, vector: Tensor, posi
 
     def add(tensor: Tensor) -> Tensor:
         flat = tensor.clone().view(-1, tensor.shape[-1])
-        flat[list(positions)] += (vector / known.multiplier).to(flat)
+        flat[list(positions)] += (vector / multiplier(known, layer)).to(flat)
         return flat.view_as(tensor)
 
     with changed(module, add, what="output"):
@@ -213,7 +217,7 @@ def contributions(model: Module, known: Architecture, layer: int, z: Tensor) -> 
     if known.gain:
         whole = module(z.to(weight).flatten())
         each = each * parts(model, known, known.gain)[layer](whole) / whole
-    return each * known.multiplier
+    return each * multiplier(known, layer)
 
 
 @torch.no_grad()
