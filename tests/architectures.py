@@ -57,6 +57,18 @@ def short(error: Exception) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
+def asked(case: Case) -> dict[str, str]:
+    """What the self-test says: capability -> why not, or an empty text. Nothing where there is no self-test."""
+    try:
+        from bkd_utils.models.self_test import capabilities
+    except ImportError:
+        return {}
+    try:
+        return capabilities(case.loaded.model)
+    except ModelError as error:  # refused at load
+        return dict.fromkeys(CAPABILITIES, short(error))
+
+
 def examine(case: Case, check: Callable, told: str | None) -> Finding:
     """Run one check; `told` is what the self-test says: why not, an empty text, or None where there is no self-test."""
     try:
@@ -83,19 +95,12 @@ def examine(case: Case, check: Callable, told: str | None) -> Finding:
 
 def sweep(cases: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Finding]]:
     """Every capability of every case, with a line per case while it goes on."""
-    try:
-        from bkd_utils.models.self_test import capabilities
-    except ImportError:
-        capabilities = None
     found: dict[str, dict[str, Finding]] = {}
     for i, (name, dtype) in enumerate(cases, start=1):
         label = name if dtype == torch.float32 else f"{name} in bf16"
         with tempfile.TemporaryDirectory() as into:
             case = make(name, Path(into) / "model", dtype=dtype)
-            try:
-                told = capabilities(case.loaded.model) if capabilities else {}
-            except ModelError as error:  # refused at load
-                told = dict.fromkeys(CAPABILITIES, short(error))
+            told = asked(case)
             found[label] = {which: examine(case, one, told.get(which)) for which, one in CAPABILITIES.items()}
         print(f"{i:3d}/{len(cases)} {label}", flush=True)
         for which, finding in found[label].items():
