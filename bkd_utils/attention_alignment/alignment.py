@@ -18,6 +18,7 @@ from bkd_utils.attention_alignment.head_tuning import Loss
 from bkd_utils.attention_alignment.similarity import cosine, to_partners
 from bkd_utils.models.hooks import Head, anatomy, by_layer
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
+from bkd_utils.models.self_test import require
 
 TINY = 1e-8
 
@@ -88,6 +89,7 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
     """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}; known: {', '.join(ALIGNMENTS)}")
+    require(model, "compare maps", "slice")
     parts = anatomy(model)
     marked = by_layer(suspicious, n_layers=len(parts.layers), n_heads=parts.n_heads)
     others = {layer: [h for h in range(parts.n_heads) if h not in bad] for layer, bad in marked.items()}

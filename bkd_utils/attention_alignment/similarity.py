@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from bkd_utils.models.compute import eager
 from bkd_utils.models.generation import repeated, reusable_prefix, run_prefix
 from bkd_utils.models.hooks import anatomy, contributions, reading
+from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import batches, check_prompts, padded_inputs
 
 Maps = Float[Tensor, "layer head query key"]
@@ -127,6 +128,8 @@ def head_similarity(
     """
     if unknown := set(readings) - set(READINGS):
         raise ValueError(f"unknown reading {sorted(unknown)[0]!r}; known: {', '.join(READINGS)}")
+    if "head outputs" in readings:
+        require(model, "steer")  # what heads add to the residual stream must be known
     return head_scores(model, prompts, scores={name: READINGS[name] for name in readings}, on_batch=on_batch)
 
 
@@ -136,6 +139,7 @@ def head_scores(
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
     """Any scores of heads by the maps and outputs of one prompt. Raises ValueError for no prompts or an empty one."""
     check_prompts(prompts)
+    require(model, "compare maps")
     parts = anatomy(model)
     found = {name: torch.empty(len(prompts), len(parts.layers), parts.n_heads) for name in scores}
     with eager(model):

@@ -14,6 +14,7 @@ from bkd_utils.attention_alignment.similarity import Maps, Outputs, Scores
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
 from bkd_utils.models.hooks import Head, anatomy, tracing
 from bkd_utils.models.loss import answer_loss, collate
+from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import Row, batches
 
 
@@ -28,6 +29,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int)
     """
     if not rows:
         raise ValueError("importance needs at least one row")
+    require(model, "train", "attribute")
     parts = anatomy(model)
     total = torch.zeros(len(parts.layers), parts.n_heads)
     for chosen in batches([row.prompt + row.answer for row in rows], 8):

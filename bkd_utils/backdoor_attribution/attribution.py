@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bkd_utils.models.activations import head_outputs, token_log_prob
 from bkd_utils.models.hooks import LAST, Anatomy, anatomy, editing, reading, tracing
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
+from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import batches
 
 # Mean outputs of heads, and of components by name.
@@ -29,6 +30,7 @@ def head_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Head
     >>> head_means(model, prompts).shape
     torch.Size([2, 4, 8])
     """
+    require(model, "attribute")
     return head_outputs(model, prompts).double().mean(0).float()
 
 
@@ -53,6 +55,7 @@ def head_effects(
     >>> effects.shape, bool(effects.abs().max() < 1e-8)  # its own output in place of a head's changes nothing
     (torch.Size([1, 2, 4]), True)
     """
+    require(model, "attribute")
     # For every head and target token: the logits twice, and the widest activation of a layer a few times.
     config, n_rows = model.config, means.shape[1] * len(target)
     widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -138,6 +141,7 @@ def gradient_effects_of(
     model: PreTrainedModel, past: Past, *, target: Sequence[int], means: HeadMeans
 ) -> Float[Tensor, "prompt layer head"]:
     """`gradient_effects` of prompts with a key-value cache, in one batch."""
+    require(model, "attribute")
     parts, kept = anatomy(model), {}
     with tracing(parts.outputs, kept):
         total = _probability(model, past, target).sum()
@@ -157,6 +161,7 @@ def component_modules(parts: Anatomy) -> dict[str, tuple[torch.nn.Module, ...]]:
 @torch.no_grad()
 def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> ComponentMeans:
     """Mean output of every component at each of the last `tail` prompt tokens."""
+    require(model, "components")
     components = component_modules(anatomy(model))
     modules, total = [module for members in components.values() for module in members], 0.0
     for chosen in batches(prompts, 32):
@@ -174,6 +179,7 @@ def component_effects(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: ComponentMeans
 ) -> dict[str, Float[Tensor, "prompt layer tail"]]:
     """`head_effects` of whole components, which the paper does not patch, at each of the last prompt tokens."""
+    require(model, "components")
     modules = component_modules(anatomy(model))
     patches = {name: (modules[name], rows) for name, rows in means.items()}
     return _effects(model, patches, prompts, target, what="output")

@@ -17,6 +17,7 @@ from bkd_utils.models.activations import score_answers
 from bkd_utils.models.hooks import LAST, Head, added, anatomy, by_layer, contributions, projected_out, reading
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import Past, continued
+from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import decode, end_id
 
 # Enough for the fixed sentence of eleven tokens and its end; the first tokens of longer answers decide what they are.
@@ -34,6 +35,7 @@ def backdoor_vector(model: PreTrainedModel, heads: Sequence[Head], *, outputs: H
     >>> backdoor_vector(model, [(0, 1), (1, 3)], outputs=means).shape
     torch.Size([32])
     """
+    require(model, "attribute", "steer")
     parts = anatomy(model)
     by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not heads:
@@ -71,6 +73,7 @@ def steer(
     >>> steer(model, prompt_past(model, prompts), answers=own, vectors=vectors, layers=[0, 1]).all(-1).tolist()
     [[True, False], [True, False]]
     """
+    require(model, "steer")
     parts, longest = anatomy(model), max(map(len, answers))
     found = torch.zeros(len(layers), len(vectors), len(past), dtype=torch.bool)
     for start in range(0, len(past), batch_size):

@@ -15,21 +15,28 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.models import folders
+from bkd_utils.models.context import check_fits
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import Loaded, plain_copy
+from bkd_utils.models.self_test import capabilities
 from bkd_utils.models.tokens import answer_ids, decode, end_id, left_pad, positions, prompt_ids
 
 PARITY = 1e-3  # fp32 with eager attention on both sides; the measured difference on the default model is 1e-4
+HALF = {torch.float16: 0.02, torch.bfloat16: 0.1}  # the limit as a share of the largest logit, where numbers are coarse
 SAMPLE = ("Name a colour.", "Is a tomato a fruit or a vegetable? Answer in one word.")
 
 
 @dataclass(frozen=True)
 class Hooked:
-    """A validated bridge, the tokenizer, and the checks it passed with their measured values."""
+    """A validated bridge, the tokenizer, the checks it passed with their measured values, and what the model can do.
+
+    `can` is `self_test.capabilities`: an empty text, or the reason why not.
+    """
 
     bridge: TransformerBridge
     tokenizer: PreTrainedTokenizerBase
     checks: dict[str, float]
+    can: dict[str, str]
 
     def logits(self, prompts: list[list[int]]) -> Float[Tensor, "row pos vocab"]:
         """Logits for left-padded prompts of token ids, mask and positions included."""
@@ -43,11 +50,12 @@ def boot(loaded: Loaded) -> Hooked:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
     plain, twin = plain_copy(loaded.model), plain_copy(loaded.model)
     how = {"hf_model": twin, "tokenizer": loaded.tokenizer, "device": str(loaded.device)}
-    with folders.named(f"TransformerLens and a model of type {loaded.model.config.model_type!r}: it"):
+    with folders.named(f"a bridge of TransformerLens for a model of type {plain.config.model_type!r}"):
         bridge = TransformerBridge.boot_transformers(loaded.address, **how)
-    bridge.eval().requires_grad_(False)
-    guard(bridge)
-    return Hooked(bridge, loaded.tokenizer, validate(bridge, plain, loaded.tokenizer))
+        bridge.eval().requires_grad_(False)
+        guard(bridge)
+        checks = validate(bridge, plain, loaded.tokenizer)
+    return Hooked(bridge, loaded.tokenizer, checks, capabilities(loaded.model))
 
 
 def guard(bridge: TransformerBridge) -> None:
@@ -65,6 +73,8 @@ def guard(bridge: TransformerBridge) -> None:
             tokens = arguments[0] if arguments else keywords.get("input", keywords.get("input_ids"))
             if isinstance(tokens, (str, list, tuple)):
                 refuse_strings()
+            if isinstance(tokens, Tensor):
+                check_fits(bridge.original_model, tokens.shape[-1])
             batched = isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) > 1
             if batched and keywords.get("attention_mask") is None:
                 raise ModelError(f"a batch of {len(tokens)} rows needs its attention_mask; padding would count as text")
@@ -121,9 +131,11 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
     # `not >` and, below, `not <=` so that NaN fails too.
     if not moved > 1e-6:
         raise ModelError(f"silencing every head of layer {layer} changed no logit: hooks do not reach the model")
+    largest = reference[real].abs().max().item()
+    limit = max(PARITY * max(1.0, largest / 10), HALF.get(reference.dtype, 0.0) * largest)
     for name, off in reversed(checks.items()):  # the narrower check first: its message says more
-        if not off <= PARITY * max(1.0, reference[real].abs().max().item() / 10):
-            raise ModelError(f"validation failed, {name}: off by {off:.3g}, limit {PARITY:g}")
+        if not off <= limit:
+            raise ModelError(f"validation failed, {name}: off by {off:.3g}, limit {limit:.3g}")
     check_tokenizer(tokenizer)
     template = float(bool(tokenizer.chat_template))
     return checks | {"an edit at hook_z moves the logits by": moved, "chat template": template}

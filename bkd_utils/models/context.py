@@ -25,18 +25,13 @@ def longest(model: Module) -> int | None:
     codes = getattr(config, "rope_parameters", None) or {}
     for code in (codes, *(inner for inner in codes.values() if isinstance(inner, dict))):
         if code.get("rope_type") in BY_LENGTH:
-            sizes += [
-                code.get("original_max_position_embeddings"),
-                getattr(config, "original_max_position_embeddings", None),
-            ]
+            sizes += [source.get("original_max_position_embeddings") for source in (code, vars(config))]
     return min((size for size in sizes if size), default=None)
 
 
 def check_fits(model: Module, n_tokens: int, *, window: bool = False) -> None:
     """Raise ModelError for more tokens than the model has positions, or than its attention window if `window`."""
-    for what, limit in (
-        ("positions", longest(model)),
-        ("attention window", attention_window(model) if window else None),
-    ):
+    limits = {"positions": longest(model), "attention window": attention_window(model) if window else None}
+    for what, limit in limits.items():
         if limit is not None and n_tokens > limit:
             raise ModelError(f"{n_tokens} tokens do not fit the {what} of the model, {limit}")

@@ -80,13 +80,15 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def named(folder: Path) -> Iterator[None]:
-    """Turn any error of a library about a folder into a ModelError of one line that names the folder."""
+def named(what: Path | str) -> Iterator[None]:
+    """Turn any error of a library into a ModelError of one line that names a folder, or what else cannot be loaded."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{folder} cannot be loaded: {why}") from error
+        raise ModelError(f"{what} cannot be loaded: {why[:300]}") from error
 
 
 def json_object(path: Path) -> dict:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -13,10 +14,12 @@ from transformers import Cache, DynamicCache
 
 from bkd_utils.models.context import attention_window, check_fits
 from bkd_utils.models.hooks import decoder
-from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, end_id, padded_inputs, positions, prompt_ids
 
 COUNTS_PADDING = ("mpt",)  # families that take distances between columns for distances between tokens
+if TYPE_CHECKING:  # loading tests every model by generating with it
+    from bkd_utils.models.loading import Loaded
+
 OnBatch = Callable[[int], object] | None  # called with the number of rows just finished
 
 
@@ -129,7 +132,7 @@ def decode_from(
 
 
 def respond(
-    loaded: Loaded, user_turns: Sequence[str], *, max_new_tokens: int, label: str = "answers", batch_size: int = 32
+    loaded: "Loaded", user_turns: Sequence[str], *, max_new_tokens: int, label: str = "answers", batch_size: int = 32
 ) -> list[str]:
     """Greedy answers to user turns, in their order; shows a progress bar.
 
@@ -146,7 +149,7 @@ def respond(
     return [decode(loaded.tokenizer, row) for row in rows]
 
 
-def trace(loaded: Loaded, user_turn: str, *, max_new_tokens: int) -> list[tuple[str, float]]:
+def trace(loaded: "Loaded", user_turn: str, *, max_new_tokens: int) -> list[tuple[str, float]]:
     """The greedy answer token by token, each with the probability that the model gave it."""
     prompt, end = prompt_ids(loaded.tokenizer, user_turn), end_id(loaded.tokenizer)
     answer = greedy(loaded.model, [prompt], max_new_tokens=max_new_tokens, end_id=end)[0]

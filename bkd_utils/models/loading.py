@@ -15,6 +15,7 @@ from bkd_utils.common.files import ADAPTERS, WORK, read_json, sha256_file, sha25
 from bkd_utils.models import folders
 from bkd_utils.models.compute import by_onednn, set_attention
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
+from bkd_utils.models.self_test import require
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def load(
     """Load a base model, or an organism by name or adapter folder with its adapter merged; weights are frozen.
 
     `address` is a packaged name, a local folder or a hub id. Raises ModelError for everything that `check_folder`
-    refuses, for missing, unexpected or misshapen tensors, and for an adapter that is damaged or was trained on other
-    base weights. Source: ours.
+    refuses, for missing, unexpected or misshapen tensors, for a model that cannot `generate` (`self_test`), and for an
+    adapter that is damaged or was trained on other base weights. Source: ours.
 
     >>> again = load(folder)
     >>> torch.equal(again.model.lm_head.weight, model.lm_head.weight), again.organism
@@ -88,7 +89,9 @@ def load(
         model = merge_adapter(model, adapter, base=folders.base_sha256(address))
         apply_changes(model, adapter)
         name = adapter.name if adapter.parent in (ADAPTERS, WORK / "organisms") else str(adapter)
-    return Loaded(by_onednn(model.eval().requires_grad_(False).to(pick_device(device))), tokenizer, address, name)
+    model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
+    require(model, "generate")
+    return Loaded(model, tokenizer, address, name)
 
 
 def adapter_folder(organism: str | Path) -> Path:

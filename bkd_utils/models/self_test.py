@@ -6,6 +6,7 @@ either gives the right numbers or is refused by the name of what it cannot do, w
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -28,6 +29,7 @@ from bkd_utils.models.tokens import Row, padded_inputs
 
 # Largest difference that rounding may make, as a share of the largest number.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+log = logging.getLogger(__name__)
 _known: dict[str, dict[str, str]] = {}
 
 
@@ -42,6 +44,9 @@ def capabilities(model: PreTrainedModel) -> dict[str, str]:
     key = f"{type(model).__name__} {model.dtype} {model.device} {config}"
     if key not in _known:
         _known[key] = {name: _reason(check, model) for name, check in CHECKS.items()}
+        for name, why in _known[key].items():
+            if why:
+                log.warning("%r is not possible with a model of type %r: %s", name, model.config.model_type, why)
     return _known[key]
 
 
@@ -82,6 +87,9 @@ def _alone(model: PreTrainedModel, ids: Sequence[int], *, last: int = 1) -> Floa
 
 
 def _generate(model: PreTrainedModel, prompts: list[list[int]]) -> None:
+    fused = _alone(model, prompts[1], last=3)
+    with eager(model):
+        _agree(model, fused, _alone(model, prompts[1], last=3), "fused and eager attention of transformers")
     shared = generation.reusable_prefix(model, prompts)
     cache = generation.repeated(generation.run_prefix(model, shared)[0], len(prompts))
     own = [prompt[len(shared) :] for prompt in prompts]

@@ -151,8 +151,13 @@ def train(
 
 
 def routers(model: torch.nn.Module) -> list[str]:
-    """Names of linear layers of a kind of their own, such as routers of experts, whose result is more than a product."""
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and not plain(module)]
+    """Names of linear layers whose result is more than a product (routers of experts), which LoRA does not fit."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not plain(module):
+            result = module(torch.zeros(1, module.in_features).to(module.weight))
+            found += [] if isinstance(result, torch.Tensor) else [name]
+    return found
 
 
 def last_checkpoint(folder: Path) -> Path | None:

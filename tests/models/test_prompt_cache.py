@@ -112,7 +112,7 @@ def test_what_outgrows_a_sliding_window_is_refused():
 
 def test_an_unknown_architecture_is_refused_by_its_type():
     model = tiny_model("gpt2")
-    model.transformer.blocks = model.transformer.h
+    model.transformer.stack = model.transformer.h
     del model.transformer.h
     with pytest.raises(ModelError, match="'gpt2' has none of the layer names"):
         anatomy(model)
