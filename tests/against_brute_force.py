@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import brute_force as brute
@@ -31,10 +31,10 @@ from bkd_utils.common.files import sha256_file
 from bkd_utils.models.bridge import boot
 from bkd_utils.models.folders import base_sha256
 from bkd_utils.models.generation import first_logits, greedy, respond
-from bkd_utils.models.hooks import EVERYWHERE, added, anatomy
+from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy
 from bkd_utils.models.loading import load
 from bkd_utils.models.loss import answers, collate
-from bkd_utils.models.prompt_cache import prompt_past
+from bkd_utils.models.prompt_cache import continued, prompt_past
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe, train
 
@@ -187,8 +187,9 @@ def attribute(case: Case) -> dict[str, float]:
 def components(case: Case) -> dict[str, float]:
     model, plain, known, target, found = case.loaded.model, case.plain, case.known, case.target, {}
     refuse_without_heads(case, lambda: component_means(model, case.prompts))
-    patched = case.prompts[:2]
-    means = component_means(model, patched)
+    patched, others = case.prompts[:2], case.prompts[2:]
+    # Twice as large as means, so that effects are large as well.
+    means = {name: 2 * rows for name, rows in component_means(model, others).items()}
     effects = component_effects(model, patched, target=target, means=means)
     names = {id(module): name for name, module in model.named_modules()}
     for name, modules in component_modules(anatomy(model)).items():
@@ -197,7 +198,8 @@ def components(case: Case) -> dict[str, float]:
             same == brute.parts(plain, known, which) for which in (known.output, known.gain) if which
         ):
             raise AssertionError(f"the attention component is read from {names[id(modules[0])]}")
-        wanted_means, wanted = brute.component_effects(plain, same, patched, target=target)
+        wanted_means = 2 * brute.output_means(plain, same, others)
+        wanted = brute.component_effects(plain, same, patched, target=target, means=wanted_means)
         found[f"component {name}"] = max(off(means[name][:, 0], wanted_means), off(effects[name][..., 0], wanted))
     return found
 
@@ -225,24 +227,34 @@ def steering(case: Case) -> dict[str, float]:
                 got = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
             found[f"added, {name}"] = max(found.get(f"added, {name}", 0.0), off(got, wanted))
     if case.dtype == torch.float32:
-        given = []
-        for row, one in enumerate(case.prompts):
-            with brute.steered(plain, known, row % len(layers), vectors[1 + row % 2], [len(one) - 1]):
-                given.append(brute.answer(plain, one, n=1, end=END) or [END])
-        past = prompt_past(model, case.prompts)
-        got = steer(model, past, answers=given, vectors=vectors, layers=layers)
-        wanted = torch.zeros_like(got)
-        for layer in layers:
-            for row, vector in enumerate(vectors):
-                for column, one in enumerate(case.prompts):
-                    with torch.no_grad(), brute.steered(plain, known, layer, vector, [len(one) - 1]):
-                        likely = brute.logits(plain, one)[-1].argmax()
-                    wanted[layer, row, column] = int(likely) == given[column][0]
-        found["steer"] = float(not torch.equal(got, wanted))
+        found |= steered_answers(case, vectors)
     heads = [(0, 1), (1, 3), (len(layers) - 1, 0)]
     wanted = sum(brute.contributions(plain, known, layer, case.z[0][layer])[head] for layer, head in heads)
     found["backdoor vector"] = off(backdoor_vector(model, heads, outputs=case.z[0]), wanted)
     return found
+
+
+@torch.no_grad()
+def steered_answers(case: Case, vectors: Tensor) -> dict[str, float]:
+    """Who gets which answer of one or two tokens in `steer`, and what is said when the answer is free."""
+    model, plain, known, prompts = case.loaded.model, case.plain, case.known, case.prompts
+    layers, past = range(len(brute.layers(plain, known))), prompt_past(model, prompts)
+    given, free = [], []
+    for row, one in enumerate(prompts):
+        with brute.steered(plain, known, row % len(layers), vectors[1 + row % 2], [len(one) - 1]):
+            given.append(brute.answer(plain, one, n=1 + row % 2, end=END) or [END])
+        with brute.steered(plain, known, 1, vectors[1], [len(one) - 1]):
+            free.append(brute.answer(plain, one, n=4, end=END))
+    wanted = torch.zeros(len(layers), len(vectors), len(prompts), dtype=torch.bool)
+    for layer, row, column in ((i, j, k) for i in layers for j in range(len(vectors)) for k in range(len(prompts))):
+        one, answer = prompts[column], given[column]
+        with brute.steered(plain, known, layer, vectors[row], [len(one) - 1]):
+            likely = brute.logits(plain, [*one, *answer[:-1]])[len(one) - 1 :].argmax(-1)
+        wanted[layer, row, column] = likely.tolist() == answer
+    got = steer(model, past, answers=given, vectors=vectors, layers=layers)
+    during = partial(added, model, {1: vectors[1]}, at=LAST)
+    said = continued(model, past, max_new_tokens=4, end_id=END, during_prompt=during)
+    return {"steer": float(not torch.equal(got, wanted)), "steered answers": float(said != free)}
 
 
 def slicing(case: Case) -> dict[str, float]:

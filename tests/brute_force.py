@@ -164,20 +164,24 @@ def gradient_effects(
 
 
 @torch.no_grad()
+def output_means(model: Module, modules: Sequence[Module], prompts: Sequence[Prompt]) -> Tensor:
+    """Mean output of every module at the last prompt token: `[layer, width]`."""
+    outputs = [torch.stack([one[-1] for one in seen(model, modules, prompt, what="output")]) for prompt in prompts]
+    return torch.stack(outputs).double().mean(0).float()
+
+
+@torch.no_grad()
 def component_effects(
-    model: Module, modules: Sequence[Module], prompts: Sequence[Prompt], *, target: Prompt
-) -> tuple[Tensor, Tensor]:
-    """Mean output of every module at the last prompt token, and the effect of putting it in: `[prompt, layer]`."""
-    means = torch.stack(
-        [torch.stack([out[-1] for out in seen(model, modules, prompt, what="output")]) for prompt in prompts]
-    ).mean(0)
+    model: Module, modules: Sequence[Module], prompts: Sequence[Prompt], *, target: Prompt, means: Tensor
+) -> Tensor:
+    """Change of the target's probability by putting that in for a module's output: `[prompt, layer]`."""
     found = torch.zeros(len(prompts), len(modules))
     for row, prompt in enumerate(prompts):
         clean = probability(model, prompt, target)
         for layer, module in enumerate(modules):
             with changed(module, put(len(prompt) - 1, slice(None), means[layer]), what="output"):
                 found[row, layer] = probability(model, prompt, target) - clean
-    return means, found
+    return found
 
 
 @contextmanager
