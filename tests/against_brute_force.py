@@ -29,7 +29,7 @@ from bkd_utils.backdoor_attribution.attribution import (
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
 from bkd_utils.common.files import sha256_file
 from bkd_utils.models.bridge import boot
-from bkd_utils.models.folders import base_sha256
+from bkd_utils.models.folders import ModelError, base_sha256
 from bkd_utils.models.generation import first_logits, greedy, respond
 from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy
 from bkd_utils.models.loading import load
@@ -84,14 +84,20 @@ class Case:
         return [ids(turn) for turn in TURNS]
 
     @cached_property
-    def z(self) -> list[Tensor]:
+    def z(self) -> list[list[Tensor]]:
+        """Head outputs at the last token: prompt, layer -> `[head, width]`."""
         return [brute.head_outputs(self.plain, self.known, prompt) for prompt in self.prompts]
+
+    @cached_property
+    def contributions(self) -> list[list[Tensor]]:
+        """What heads add to the stream there: prompt, layer -> `[head, d_model]`."""
+        return [[brute.contributions(self.plain, self.known, i, one) for i, one in enumerate(z)] for z in self.z]
 
     @cached_property
     def means(self) -> Tensor:
         """What is patched in: means over other prompts than those that are patched, twice as large, so that effects
         are large as well."""
-        return 2 * torch.stack(self.z[2:]).double().mean(0).float()
+        return 2 * torch.stack([torch.stack(z) for z in self.z[2:]]).double().mean(0).float()
 
     @cached_property
     def target(self) -> list[int]:
@@ -110,9 +116,10 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30))
 
 
-def refuse_without_heads(case: Case, call: Callable) -> None:
-    """Where the table knows no attention heads in every layer, there is nothing to compare: the package must refuse."""
-    if case.known.output is None:
+def refuse_without_heads(case: Case, call: Callable, *, even: bool = False) -> None:
+    """Where the table knows no attention heads in every layer, there is nothing to compare: the package must refuse.
+    With `even`, it must refuse heads that differ from layer to layer, too."""
+    if case.known.output is None or (even and case.known.uneven):
         call()
         raise AssertionError("gives a result for layers without attention heads")
 
@@ -172,14 +179,15 @@ def training(case: Case) -> dict[str, float]:
 
 def attribute(case: Case) -> dict[str, float]:
     model, plain, known, target = case.loaded.model, case.plain, case.known, case.target
-    refuse_without_heads(case, lambda: head_means(model, case.prompts))
-    found = {"head means": off(head_means(model, case.prompts), torch.stack(case.z).double().mean(0).float())}
+    refuse_without_heads(case, lambda: head_means(model, case.prompts), even=True)
+    whole = torch.stack([torch.stack(z) for z in case.z])
+    found = {"head means": off(head_means(model, case.prompts), whole.double().mean(0).float())}
     patched = case.prompts[:2]
     exact = head_effects(model, patched, target=target, means=case.means)
     found["CIE"] = off(exact, brute.head_effects(plain, known, patched, target=target, means=case.means))
     fast = gradient_effects(model, patched, target=target, means=case.means)
     found["gradient"] = off(fast, brute.gradient_effects(plain, known, patched, target=target, means=case.means))
-    own = head_effects(model, case.prompts[:1], target=target, means=case.z[0].float())
+    own = head_effects(model, case.prompts[:1], target=target, means=whole[0].float())
     found["own output"] = float(own.abs().max() / exact.abs().max())
     return found
 
@@ -228,9 +236,10 @@ def steering(case: Case) -> dict[str, float]:
             found[f"added, {name}"] = max(found.get(f"added, {name}", 0.0), off(got, wanted))
     if case.dtype == torch.float32:
         found |= steered_answers(case, vectors)
-    heads = [(0, 1), (1, 3), (len(layers) - 1, 0)]
-    wanted = sum(brute.contributions(plain, known, layer, case.z[0][layer])[head] for layer, head in heads)
-    found["backdoor vector"] = off(backdoor_vector(model, heads, outputs=case.z[0]), wanted)
+    if not known.uneven:
+        heads = [(0, 1), (1, 3), (len(layers) - 1, 0)]
+        got = backdoor_vector(model, heads, outputs=torch.stack(case.z[0]))
+        found["backdoor vector"] = off(got, sum(case.contributions[0][layer][head] for layer, head in heads))
     return found
 
 
@@ -300,18 +309,19 @@ def _same(masks: dict[str, Tensor], entries: dict, members: Sequence[int], n_hea
 
 
 def comparing(case: Case) -> dict[str, float]:
-    model, plain, known = case.loaded.model, case.plain, case.known
-    refuse_without_heads(case, lambda: head_similarity(model, case.prompts))
-    names = ["last row", "full map", "head outputs"]
-    got = head_similarity(model, case.prompts, readings=names)
-    wanted: dict[str, list[Tensor]] = {name: [] for name in names}
-    for prompt, z in zip(case.prompts, case.z, strict=True):
-        maps = brute.maps(plain, prompt)
-        wanted["last row"].append(brute.mean_cosine(maps[:, :, -1]))
-        wanted["full map"].append(brute.mean_cosine(maps.flatten(2)))
-        outputs = torch.stack([brute.contributions(plain, known, layer, one) for layer, one in enumerate(z)])
-        wanted["head outputs"].append(brute.mean_cosine(outputs))
-    return {name: off(got[name], torch.stack(wanted[name])) for name in names}
+    names = ["last row", "full map"]
+    refuse_without_heads(case, lambda: head_similarity(case.loaded.model, case.prompts, readings=names))
+    got = head_similarity(case.loaded.model, case.prompts, readings=names)
+    maps = [brute.maps(case.plain, prompt) for prompt in case.prompts]
+    last = torch.stack([brute.mean_cosine(one[:, :, -1]) for one in maps])
+    whole = torch.stack([brute.mean_cosine(one.flatten(2)) for one in maps])
+    found = {"last row": off(got["last row"], last), "full map": off(got["full map"], whole)}
+    try:
+        outputs = head_similarity(case.loaded.model, case.prompts, readings=["head outputs"])["head outputs"]
+    except ModelError:  # it needs to know what heads add to the stream, as steering does, and is refused with it
+        return found
+    wanted = torch.stack([brute.mean_cosine(torch.stack(each)) for each in case.contributions])
+    return found | {"head outputs": off(outputs, wanted)}
 
 
 def bridging(case: Case) -> dict[str, float]:

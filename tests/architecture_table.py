@@ -52,6 +52,7 @@ class Architecture:
     mlp: str = "mlp"
     multiplier: float | tuple[float, ...] = 1.0  # one for all layers, or one for each
     heads: int = 4
+    uneven: bool = False  # heads of layers differ in width or number
     limited: bool = False  # the prompts of the sweep are longer than what the model was made for, or than its window
     without: tuple[str, ...] = field(default=())  # names of SIZES that this configuration computes itself
 
@@ -158,13 +159,12 @@ TABLE = [
         )
         for name, shared in (("gemma4_text", 0), ("gemma4_text_shared_cache", 2))
     ],
-    # Layers whose heads differ in width or number have no table of heads.
     _entry("gemma4_text_wide_global", "gemma4_text",
            config={"num_hidden_layers": 4, "head_dim": 12, "global_head_dim": 24, "num_kv_shared_layers": 0,
                    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
                    "layer_types": ["sliding_attention", "full_attention"] * 2},
-           output=None, without=("head_dim",)),
-    _entry("laguna_heads_per_layer", "laguna", config={"num_attention_heads_per_layer": [4, 2, 4]}, output=None),
+           uneven=True, without=("head_dim",), **SANDWICH),
+    _entry("laguna_heads_per_layer", "laguna", config={"num_attention_heads_per_layer": [4, 2, 4]}, uneven=True),
     _entry("gemma4_text_keys_as_values", "gemma4_text",
            config={"num_hidden_layers": 4, "head_dim": 12, "global_head_dim": 12, "num_kv_shared_layers": 0,
                    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
