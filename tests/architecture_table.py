@@ -327,7 +327,6 @@ TABLE = [
     _entry("qwen4_exp_text", config={"layer_types": LINEAR["layer_types"], "indexer_n_heads": 2, "indexer_kv_heads": 1,
                                      "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4},
            **HYBRID),
-    _entry("inkling_text", **HYBRID),
     _entry("lfm2_moe", config={"layer_types": ["conv", "full_attention", "conv"]}, **HYBRID),
 ]
 # fmt: on
