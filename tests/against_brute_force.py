@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import brute_force as brute
@@ -29,12 +29,12 @@ from bkd_utils.backdoor_attribution.attribution import (
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
 from bkd_utils.common.files import sha256_file
 from bkd_utils.models.bridge import boot
-from bkd_utils.models.folders import base_sha256
+from bkd_utils.models.folders import ModelError, base_sha256
 from bkd_utils.models.generation import first_logits, greedy, respond
-from bkd_utils.models.hooks import EVERYWHERE, added, anatomy
+from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy
 from bkd_utils.models.loading import load
 from bkd_utils.models.loss import answers, collate
-from bkd_utils.models.prompt_cache import prompt_past
+from bkd_utils.models.prompt_cache import continued, prompt_past
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe, train
 
@@ -84,14 +84,20 @@ class Case:
         return [ids(turn) for turn in TURNS]
 
     @cached_property
-    def z(self) -> list[Tensor]:
+    def z(self) -> list[list[Tensor]]:
+        """Head outputs at the last token: prompt, layer -> `[head, width]`."""
         return [brute.head_outputs(self.plain, self.known, prompt) for prompt in self.prompts]
+
+    @cached_property
+    def contributions(self) -> list[list[Tensor]]:
+        """What heads add to the stream there: prompt, layer -> `[head, d_model]`."""
+        return [[brute.contributions(self.plain, self.known, i, one) for i, one in enumerate(z)] for z in self.z]
 
     @cached_property
     def means(self) -> Tensor:
         """What is patched in: means over other prompts than those that are patched, twice as large, so that effects
         are large as well."""
-        return 2 * torch.stack(self.z[2:]).double().mean(0).float()
+        return 2 * torch.stack([torch.stack(z) for z in self.z[2:]]).double().mean(0).float()
 
     @cached_property
     def target(self) -> list[int]:
@@ -110,9 +116,10 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30))
 
 
-def refuse_without_heads(case: Case, call: Callable) -> None:
-    """Where the table knows no attention heads in every layer, there is nothing to compare: the package must refuse."""
-    if case.known.output is None:
+def refuse_without_heads(case: Case, call: Callable, *, even: bool = False) -> None:
+    """Where the table knows no attention heads in every layer, there is nothing to compare: the package must refuse.
+    With `even`, it must refuse heads that differ from layer to layer, too."""
+    if case.known.output is None or (even and case.known.uneven):
         call()
         raise AssertionError("gives a result for layers without attention heads")
 
@@ -172,14 +179,15 @@ def training(case: Case) -> dict[str, float]:
 
 def attribute(case: Case) -> dict[str, float]:
     model, plain, known, target = case.loaded.model, case.plain, case.known, case.target
-    refuse_without_heads(case, lambda: head_means(model, case.prompts))
-    found = {"head means": off(head_means(model, case.prompts), torch.stack(case.z).double().mean(0).float())}
+    refuse_without_heads(case, lambda: head_means(model, case.prompts), even=True)
+    whole = torch.stack([torch.stack(z) for z in case.z])
+    found = {"head means": off(head_means(model, case.prompts), whole.double().mean(0).float())}
     patched = case.prompts[:2]
     exact = head_effects(model, patched, target=target, means=case.means)
     found["CIE"] = off(exact, brute.head_effects(plain, known, patched, target=target, means=case.means))
     fast = gradient_effects(model, patched, target=target, means=case.means)
     found["gradient"] = off(fast, brute.gradient_effects(plain, known, patched, target=target, means=case.means))
-    own = head_effects(model, case.prompts[:1], target=target, means=case.z[0].float())
+    own = head_effects(model, case.prompts[:1], target=target, means=whole[0].float())
     found["own output"] = float(own.abs().max() / exact.abs().max())
     return found
 
@@ -187,8 +195,9 @@ def attribute(case: Case) -> dict[str, float]:
 def components(case: Case) -> dict[str, float]:
     model, plain, known, target, found = case.loaded.model, case.plain, case.known, case.target, {}
     refuse_without_heads(case, lambda: component_means(model, case.prompts))
-    patched = case.prompts[:2]
-    means = component_means(model, patched)
+    patched, others = case.prompts[:2], case.prompts[2:]
+    # Twice as large as means, so that effects are large as well.
+    means = {name: 2 * rows for name, rows in component_means(model, others).items()}
     effects = component_effects(model, patched, target=target, means=means)
     names = {id(module): name for name, module in model.named_modules()}
     for name, modules in component_modules(anatomy(model)).items():
@@ -197,7 +206,8 @@ def components(case: Case) -> dict[str, float]:
             same == brute.parts(plain, known, which) for which in (known.output, known.gain) if which
         ):
             raise AssertionError(f"the attention component is read from {names[id(modules[0])]}")
-        wanted_means, wanted = brute.component_effects(plain, same, patched, target=target)
+        wanted_means = 2 * brute.output_means(plain, same, others)
+        wanted = brute.component_effects(plain, same, patched, target=target, means=wanted_means)
         found[f"component {name}"] = max(off(means[name][:, 0], wanted_means), off(effects[name][..., 0], wanted))
     return found
 
@@ -225,24 +235,35 @@ def steering(case: Case) -> dict[str, float]:
                 got = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
             found[f"added, {name}"] = max(found.get(f"added, {name}", 0.0), off(got, wanted))
     if case.dtype == torch.float32:
-        given = []
-        for row, one in enumerate(case.prompts):
-            with brute.steered(plain, known, row % len(layers), vectors[1 + row % 2], [len(one) - 1]):
-                given.append(brute.answer(plain, one, n=1, end=END) or [END])
-        past = prompt_past(model, case.prompts)
-        got = steer(model, past, answers=given, vectors=vectors, layers=layers)
-        wanted = torch.zeros_like(got)
-        for layer in layers:
-            for row, vector in enumerate(vectors):
-                for column, one in enumerate(case.prompts):
-                    with torch.no_grad(), brute.steered(plain, known, layer, vector, [len(one) - 1]):
-                        likely = brute.logits(plain, one)[-1].argmax()
-                    wanted[layer, row, column] = int(likely) == given[column][0]
-        found["steer"] = float(not torch.equal(got, wanted))
-    heads = [(0, 1), (1, 3), (len(layers) - 1, 0)]
-    wanted = sum(brute.contributions(plain, known, layer, case.z[0][layer])[head] for layer, head in heads)
-    found["backdoor vector"] = off(backdoor_vector(model, heads, outputs=case.z[0]), wanted)
+        found |= steered_answers(case, vectors)
+    if not known.uneven:
+        heads = [(0, 1), (1, 3), (len(layers) - 1, 0)]
+        got = backdoor_vector(model, heads, outputs=torch.stack(case.z[0]))
+        found["backdoor vector"] = off(got, sum(case.contributions[0][layer][head] for layer, head in heads))
     return found
+
+
+@torch.no_grad()
+def steered_answers(case: Case, vectors: Tensor) -> dict[str, float]:
+    """Who gets which answer of one or two tokens in `steer`, and what is said when the answer is free."""
+    model, plain, known, prompts = case.loaded.model, case.plain, case.known, case.prompts
+    layers, past = range(len(brute.layers(plain, known))), prompt_past(model, prompts)
+    given, free = [], []
+    for row, one in enumerate(prompts):
+        with brute.steered(plain, known, row % len(layers), vectors[1 + row % 2], [len(one) - 1]):
+            given.append(brute.answer(plain, one, n=1 + row % 2, end=END) or [END])
+        with brute.steered(plain, known, 1, vectors[1], [len(one) - 1]):
+            free.append(brute.answer(plain, one, n=4, end=END))
+    wanted = torch.zeros(len(layers), len(vectors), len(prompts), dtype=torch.bool)
+    for layer, row, column in ((i, j, k) for i in layers for j in range(len(vectors)) for k in range(len(prompts))):
+        one, answer = prompts[column], given[column]
+        with brute.steered(plain, known, layer, vectors[row], [len(one) - 1]):
+            likely = brute.logits(plain, [*one, *answer[:-1]])[len(one) - 1 :].argmax(-1)
+        wanted[layer, row, column] = likely.tolist() == answer
+    got = steer(model, past, answers=given, vectors=vectors, layers=layers)
+    during = partial(added, model, {1: vectors[1]}, at=LAST)
+    said = continued(model, past, max_new_tokens=4, end_id=END, during_prompt=during)
+    return {"steer": float(not torch.equal(got, wanted)), "steered answers": float(said != free)}
 
 
 def slicing(case: Case) -> dict[str, float]:
@@ -288,18 +309,19 @@ def _same(masks: dict[str, Tensor], entries: dict, members: Sequence[int], n_hea
 
 
 def comparing(case: Case) -> dict[str, float]:
-    model, plain, known = case.loaded.model, case.plain, case.known
-    refuse_without_heads(case, lambda: head_similarity(model, case.prompts))
-    names = ["last row", "full map", "head outputs"]
-    got = head_similarity(model, case.prompts, readings=names)
-    wanted: dict[str, list[Tensor]] = {name: [] for name in names}
-    for prompt, z in zip(case.prompts, case.z, strict=True):
-        maps = brute.maps(plain, prompt)
-        wanted["last row"].append(brute.mean_cosine(maps[:, :, -1]))
-        wanted["full map"].append(brute.mean_cosine(maps.flatten(2)))
-        outputs = torch.stack([brute.contributions(plain, known, layer, one) for layer, one in enumerate(z)])
-        wanted["head outputs"].append(brute.mean_cosine(outputs))
-    return {name: off(got[name], torch.stack(wanted[name])) for name in names}
+    names = ["last row", "full map"]
+    refuse_without_heads(case, lambda: head_similarity(case.loaded.model, case.prompts, readings=names))
+    got = head_similarity(case.loaded.model, case.prompts, readings=names)
+    maps = [brute.maps(case.plain, prompt) for prompt in case.prompts]
+    last = torch.stack([brute.mean_cosine(one[:, :, -1]) for one in maps])
+    whole = torch.stack([brute.mean_cosine(one.flatten(2)) for one in maps])
+    found = {"last row": off(got["last row"], last), "full map": off(got["full map"], whole)}
+    try:
+        outputs = head_similarity(case.loaded.model, case.prompts, readings=["head outputs"])["head outputs"]
+    except ModelError:  # it needs to know what heads add to the stream, as steering does, and is refused with it
+        return found
+    wanted = torch.stack([brute.mean_cosine(torch.stack(each)) for each in case.contributions])
+    return found | {"head outputs": off(outputs, wanted)}
 
 
 def bridging(case: Case) -> dict[str, float]:

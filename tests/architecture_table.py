@@ -52,6 +52,7 @@ class Architecture:
     mlp: str = "mlp"
     multiplier: float | tuple[float, ...] = 1.0  # one for all layers, or one for each
     heads: int = 4
+    uneven: bool = False  # heads of layers differ in width or number
     limited: bool = False  # the prompts of the sweep are longer than what the model was made for, or than its window
     without: tuple[str, ...] = field(default=())  # names of SIZES that this configuration computes itself
 
@@ -84,6 +85,7 @@ BASES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
 }
+INDEXER = {"index_n_heads": 2, "index_head_dim": 16}
 MLA = {"config": {"num_key_value_heads": 4}, "without": ("head_dim",)}
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 HYBRID = {"output": None}
@@ -114,7 +116,12 @@ TABLE = [
                 "max_position_embeddings": 8},
         limited=True,
     ),
-    _entry("qwen2", config={}),
+    _entry(
+        "llama_yarn", "llama",
+        config={"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0,
+                                    "original_max_position_embeddings": 8}},
+    ),
+    _entry("qwen2"),
     _entry(
         "qwen2_window", "qwen2",
         config={"use_sliding_window": True, "sliding_window": SMALL, "max_window_layers": 1},
@@ -126,7 +133,8 @@ TABLE = [
     *_windows("mistral"),
     *_windows("mixtral"),
     *_windows("ministral", config={"layer_types": ALTERNATING}),
-    *_family("ministral3 internlm3 iquestcoder arcee smollm3 seed_oss nanochat ernie4_5 glm glm4_moe starcoder2"),
+    *_family("ministral3 internlm3 iquestcoder arcee seed_oss nanochat ernie4_5 glm glm4_moe starcoder2"),
+    _entry("smollm3", config={"no_rope_layer_interval": 2}),
     _entry("helium", config={"head_dim": 8}),
     _entry("gemma"),
     *_windows("gemma2", config={"query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0,
@@ -139,7 +147,7 @@ TABLE = [
                 "hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2,
                 "layer_types": ["sliding_attention", "full_attention"] * 2,
                 "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
-        output=None,
+        multiplier=0.5**0.5, **SANDWICH,
     ),
     *[
         _entry(
@@ -151,13 +159,30 @@ TABLE = [
         )
         for name, shared in (("gemma4_text", 0), ("gemma4_text_shared_cache", 2))
     ],
+    _entry("gemma4_text_wide_global", "gemma4_text",
+           config={"num_hidden_layers": 4, "head_dim": 12, "global_head_dim": 24, "num_kv_shared_layers": 0,
+                   "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+                   "layer_types": ["sliding_attention", "full_attention"] * 2},
+           uneven=True, without=("head_dim",), **SANDWICH),
+    _entry("laguna_heads_per_layer", "laguna", config={"num_attention_heads_per_layer": [4, 2, 4]}, uneven=True),
+    _entry("gemma4_text_keys_as_values", "gemma4_text",
+           config={"num_hidden_layers": 4, "head_dim": 12, "global_head_dim": 12, "num_kv_shared_layers": 0,
+                   "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+                   "attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
+           without=("head_dim",), **SANDWICH),
     _entry("vaultgemma", config={"query_pre_attn_scalar": 20}, after="pre_feedforward_layernorm"),
     _entry("phi", config={"qk_layernorm": False}, output="self_attn.dense", **PARALLEL),
     _entry("phi_qk_norm", "phi", config={"qk_layernorm": True}, output="self_attn.dense", **PARALLEL),
     *_windows("phi3"),
+    _entry("phi3_longrope", "phi3",
+           config={"original_max_position_embeddings": 8, "rope_parameters": {
+               "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 8,
+               "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}},
+           limited=True),
     _entry("phimoe", config={"attention_bias": True, "lm_head_bias": True}),
     _entry("gpt2", **GPT),
-    _entry("gpt2_inverse_layer", "gpt2", config={"scale_attn_by_inverse_layer_idx": True}, **GPT),
+    _entry("gpt2_inverse_layer", "gpt2",
+           config={"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}, **GPT),
     _entry("gpt_bigcode_multi_query", "gpt_bigcode", config={"multi_query": True}, **GPT),
     _entry("gpt_bigcode", config={"multi_query": False}, **GPT),
     _entry("gpt_neo", config={"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]],
@@ -179,6 +204,10 @@ TABLE = [
            layers="gpt_neox.layers", **NEOX),
     _entry("gpt_neox_japanese", layers="gpt_neox_japanese.layers", **NEOX),
     _entry("bloom", layers="transformer.h", attention="self_attention", output="self_attention.dense"),
+    _entry("bloom_post_residual", "bloom", config={"apply_residual_connection_post_layernorm": True},
+           layers="transformer.h", attention="self_attention", output="self_attention.dense"),
+    _entry("falcon_new_one_norm", "falcon", config={"new_decoder_architecture": True, "num_kv_heads": 2,
+                                                    "num_ln_in_parallel_attn": 1}, **FALCON, **PARALLEL),
     _entry("falcon_multi_query", "falcon", config={"multi_query": True, "bias": True}, **FALCON, **PARALLEL),
     _entry("falcon_new", "falcon", config={"new_decoder_architecture": True, "num_kv_heads": 2}, **FALCON, **PARALLEL),
     _entry("falcon_alibi", "falcon",
@@ -224,7 +253,15 @@ TABLE = [
            after="norm_attn_norm.norm_2", mlp="ffn",
            without=("hidden_size", "num_hidden_layers", "num_attention_heads")),
     _entry("deepseek_v2", **MLA),
+    _entry("deepseek_v2_plain_query", "deepseek_v2", **MLA | {"config": MLA["config"] | {"q_lora_rank": None}}),
     _entry("deepseek_v3", **MLA),
+    *[
+        _entry(name, kind, **MLA | {"config": MLA["config"] | INDEXER | {"index_topk": top}})
+        for name, kind, top in (
+            ("deepseek_v32", "deepseek_v32", 512), ("deepseek_v32_sparse", "deepseek_v32", 4),
+            ("glm_moe_dsa", "glm_moe_dsa", 512), ("hy_v4", "hy_v4", 512), ("axk2", "axk2", 512),
+        )
+    ],
     _entry("glm4_moe_lite", **MLA),
     _entry("youtu", **MLA),
     _entry("axk1", **MLA),
@@ -244,7 +281,14 @@ TABLE = [
     _entry("diffllama"),
     _entry("doge"),
     _entry("bitnet"),
-    _entry("llama4_text", mlp="feed_forward"),
+    *[
+        _entry(name, "llama4_text", config={"no_rope_layer_interval": 2, "attn_temperature_tuning": True,
+                                            "floor_scale": 4, "attn_scale": 0.5, "attention_chunk_size": size},
+               mlp="feed_forward", limited=size == SMALL)
+        for name, size in (("llama4_text", WIDE), ("llama4_text_small_chunks", SMALL))
+    ],
+    _entry("cohere2_moe", config={"layer_types": ALTERNATING}, **PARALLEL),
+    _entry("granitemoe_swa", config=GRANITE | {"layer_types": ALTERNATING}, multiplier=0.4, mlp="block_sparse_moe"),
     _entry("beam", multiplier=tuple((2 * layer) ** -0.5 for layer in (1, 2, 3)), **SANDWICH),
     _entry("flint"),
     _entry("hy_v3"),
@@ -279,6 +323,11 @@ TABLE = [
     _entry("bailing_hybrid", config=LINEAR | {"num_key_value_heads": 4}, **HYBRID),
     _entry("longcat_flash", config={"num_key_value_heads": 4, "head_dim": 8}, **HYBRID),
     _entry("hrm_text", **HYBRID),
+    _entry("deepseek_v4", **HYBRID),
+    _entry("qwen4_exp_text", config={"layer_types": LINEAR["layer_types"], "indexer_n_heads": 2, "indexer_kv_heads": 1,
+                                     "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4},
+           **HYBRID),
+    _entry("lfm2_moe", config={"layer_types": ["conv", "full_attention", "conv"]}, **HYBRID),
 ]
 # fmt: on
 BY_NAME = {known.name: known for known in TABLE}

@@ -93,11 +93,10 @@ def examine(case: Case, check: Callable, told: str | None) -> Finding:
     return Finding("ok", off=max(found.values()))
 
 
-def sweep(cases: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Finding]]:
+def sweep(cases: dict[str, tuple[str, torch.dtype]]) -> dict[str, dict[str, Finding]]:
     """Every capability of every case, with a line per case while it goes on."""
     found: dict[str, dict[str, Finding]] = {}
-    for i, (name, dtype) in enumerate(cases, start=1):
-        label = name if dtype == torch.float32 else f"{name} in bf16"
+    for i, (label, (name, dtype)) in enumerate(cases.items(), start=1):
         with tempfile.TemporaryDirectory() as into:
             case = make(name, Path(into) / "model", dtype=dtype)
             told = asked(case)
@@ -159,12 +158,12 @@ def main(
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    names = only.split(",") if only else list(QUICK) if quick else list(BY_NAME)
-    if unknown := set(names) - set(BY_NAME):
-        raise typer.BadParameter(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(BY_NAME)}")
-    cases = [(name, torch.float32) for name in names]
-    if not only:
-        cases += [(name, torch.bfloat16) for name in IN_BF16]
+    known = {name: (name, torch.float32) for name in BY_NAME}
+    known |= {f"{name} in bf16": (name, torch.bfloat16) for name in IN_BF16}
+    names = only.split(",") if only else [*QUICK] if quick else [*known]
+    if unknown := set(names) - set(known):
+        raise typer.BadParameter(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    cases = {name: known[name] for name in names}
     found = sweep(cases)
     counts: dict[str, int] = {}
     for row in found.values():

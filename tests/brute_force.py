@@ -101,14 +101,10 @@ def seen(model: Module, modules: Sequence[Module], ids: Prompt, *, what: str) ->
 
 
 @torch.no_grad()
-def head_outputs(model: Module, known: Architecture, prompt: Prompt) -> Tensor:
-    """Input of every output matrix at the last prompt token, head by head: `[layer, head, width]`."""
+def head_outputs(model: Module, known: Architecture, prompt: Prompt) -> list[Tensor]:
+    """Input of every layer's output matrix at the last prompt token, head by head: `[head, width]`."""
     z = seen(model, parts(model, known, known.output), prompt, what="input")
-    return torch.stack([one[-1].unflatten(-1, (known.heads, -1)) for one in z])
-
-
-def head_means(model: Module, known: Architecture, prompts: Sequence[Prompt]) -> Tensor:
-    return torch.stack([head_outputs(model, known, prompt) for prompt in prompts]).double().mean(0).float()
+    return [one[-1].unflatten(-1, (known.heads, -1)) for one in z]
 
 
 def put(position: int, columns: slice, value: Tensor) -> Callable[[Tensor], Tensor]:
@@ -144,7 +140,7 @@ def gradient_effects(
     found = torch.zeros(len(prompts), *means.shape[:2])
     modules = parts(model, known, known.output)
     for row, prompt in enumerate(prompts):
-        z = head_outputs(model, known, prompt)
+        z = torch.stack(head_outputs(model, known, prompt))
         steps = torch.zeros_like(z).requires_grad_()
 
         def adding(layer: int, at: int, steps: Tensor = steps) -> Callable[[Tensor], Tensor]:
@@ -164,20 +160,24 @@ def gradient_effects(
 
 
 @torch.no_grad()
+def output_means(model: Module, modules: Sequence[Module], prompts: Sequence[Prompt]) -> Tensor:
+    """Mean output of every module at the last prompt token: `[layer, width]`."""
+    outputs = [torch.stack([one[-1] for one in seen(model, modules, prompt, what="output")]) for prompt in prompts]
+    return torch.stack(outputs).double().mean(0).float()
+
+
+@torch.no_grad()
 def component_effects(
-    model: Module, modules: Sequence[Module], prompts: Sequence[Prompt], *, target: Prompt
-) -> tuple[Tensor, Tensor]:
-    """Mean output of every module at the last prompt token, and the effect of putting it in: `[prompt, layer]`."""
-    means = torch.stack(
-        [torch.stack([out[-1] for out in seen(model, modules, prompt, what="output")]) for prompt in prompts]
-    ).mean(0)
+    model: Module, modules: Sequence[Module], prompts: Sequence[Prompt], *, target: Prompt, means: Tensor
+) -> Tensor:
+    """Change of the target's probability by putting that in for a module's output: `[prompt, layer]`."""
     found = torch.zeros(len(prompts), len(modules))
     for row, prompt in enumerate(prompts):
         clean = probability(model, prompt, target)
         for layer, module in enumerate(modules):
             with changed(module, put(len(prompt) - 1, slice(None), means[layer]), what="output"):
                 found[row, layer] = probability(model, prompt, target) - clean
-    return means, found
+    return found
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from bkd_utils.models.folders import ModelError
 
 # What these models cannot do; everything else must agree with brute force.
 REFUSED = {
-    "qwen3_next": {"generate", "train", "attribute", "components", "steer", "slice", "compare maps", "bridge"},
+    "qwen3_next": {"attribute", "components", "steer", "slice", "compare maps"},
     "deepseek_v3": {"slice", "bridge"},
     "falcon_new": {"bridge"},
 }
