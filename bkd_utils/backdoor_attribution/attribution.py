@@ -90,7 +90,8 @@ def _effects(
         for layer, stream in inputs.items():
             hidden = stream.repeat_interleave(n_patches, dim=0)
             for name, (modules, means) in patches.items():
-                with editing([modules[layer]], partial(_patched, means[layer], what), what=what):
+                change = partial(_patched, means[layer], what, tail + len(target) - 1)
+                with editing([modules[layer]], change, what=what):
                     patched = _probability(model, past, target, n_patches, layer=layer, hidden=hidden)
                 effects[name][chosen, layer] = (patched - clean).float().cpu()
         if on_batch:
@@ -107,13 +108,18 @@ def _probability(
     return token_log_prob(logits, answer).mean(-1).view(-1, repeats).exp()
 
 
-def _patched(means: Float[Tensor, "patch width"], what: str, _: int, tensor: Tensor) -> Tensor:
+def by_row(tensor: Tensor, new: int) -> Float[Tensor, "row new width"]:
+    """Some modules get all tokens of all rows in one list."""
+    return tensor if tensor.ndim == 3 else tensor.unflatten(0, (-1, new))
+
+
+def _patched(means: Float[Tensor, "patch width"], what: str, new: int, _: int, given: Tensor) -> Tensor:
     """In row i, patch i modulo their number is replaced: a head of an input at the last prompt token, or a position."""
-    tensor = tensor.clone()
+    tensor = by_row(given.clone(), new)
     row = torch.arange(len(tensor), device=tensor.device)
     patches = tensor.unflatten(-1, (len(means), -1))[:, LAST.start] if what == "input" else tensor
     patches[row, row % len(means)] = means.to(tensor)[row % len(means)]
-    return tensor
+    return tensor.view_as(given)
 
 
 def gradient_effects(
@@ -169,7 +175,7 @@ def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *,
         kept: dict[int, Tensor] = {}
         with reading(modules, kept, what="output"):
             forward(model, past, past.tail, skip=tail - 1)
-        total = total + torch.stack([kept[i].double().sum(0) for i in range(len(modules))])
+        total = total + torch.stack([by_row(kept[i], tail).double().sum(0) for i in range(len(modules))])
     means = total.float() / len(prompts)
     return dict(zip(components, means.chunk(len(components)), strict=True))
 

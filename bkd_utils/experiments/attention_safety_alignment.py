@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bkd_utils.attention_alignment.head_tuning import all_matrices, other_groups, tune
 from bkd_utils.attention_alignment.rivals import Case, treat
@@ -17,7 +17,8 @@ from bkd_utils.experiments.head_safety import check_unseen, clean_rows
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.folders import DEFAULT_MODEL, model_folder
 from bkd_utils.models.generation import respond
-from bkd_utils.models.hooks import Head
+from bkd_utils.models.head_weights import n_kv_heads
+from bkd_utils.models.hooks import Head, anatomy
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
@@ -103,9 +104,9 @@ def case_of(
 def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, seed: int = 0) -> list[list[Head]]:
     """`n` draws of as many heads in as many other KV groups of the model; see `head_tuning.other_groups`."""
     config = AutoConfig.from_pretrained(model_folder(model), trust_remote_code=False)
-    n_heads = config.num_attention_heads
-    n_kv = getattr(config, "num_key_value_heads", None) or n_heads
-    size = {"n_layers": config.num_hidden_layers, "n_heads": n_heads, "n_kv_heads": n_kv}
+    with torch.device("meta"):  # the layout without the weights
+        parts = anatomy(AutoModelForCausalLM.from_config(config))
+    size = {"n_layers": len(parts.layers), "n_heads": parts.n_heads, "n_kv_heads": n_kv_heads(parts, 0)}
     return other_groups(heads, **size, n=n, seed=seed)
 
 

@@ -28,14 +28,12 @@ def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head
     return sorted({(layer, head // share * share + i) for layer, head in heads for i in range(share)})
 
 
-def n_kv_heads(parts: Anatomy) -> int:
-    """Number of heads that have keys and values of their own, by the width of the first layer's matrices.
+def n_kv_heads(parts: Anatomy, layer: int) -> int:
+    """Number of heads of a layer that have keys and values of their own, by the width of its matrices.
 
     Raises ModelError for projections that are not known here.
     """
-    width = _width(parts, 0)
-    found = [(name, module) for name, module, _ in _matrices(parts, 0)]
-    rows = {name: _rows(module) // width for name, module in found}
+    rows = {name: _rows(module) // _width(parts, layer) for name, module, _ in _matrices(parts, layer)}
     return rows["k"] if "k" in rows else (rows["qkv"] - parts.n_heads) // 2
 
 
@@ -50,12 +48,9 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
     if unit not in UNITS:
         raise ValueError(f"unknown unit {unit!r}; known: {', '.join(UNITS)}")
     parts = anatomy(model)
-    n_kv, sizes = n_kv_heads(parts), {"n_layers": len(parts.layers), "n_heads": parts.n_heads}
-    chosen = by_layer(heads, **sizes)
+    chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not chosen:
         raise ValueError("no heads were given")
-    if unit == "KV group":
-        chosen = by_layer(groups(heads, n_heads=parts.n_heads, n_kv_heads=n_kv), **sizes)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     masks: dict[str, Tensor] = {}
 
@@ -65,7 +60,10 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
             mask.narrow(axis, block * width, width).fill_(True)
 
     for layer, members in chosen.items():
-        output = parts.outputs[layer]
+        output, n_kv = parts.outputs[layer], n_kv_heads(parts, layer)
+        if unit == "KV group":
+            named = [(layer, head) for head in members]
+            members = [head for _, head in groups(named, n_heads=parts.n_heads, n_kv_heads=n_kv)]
         for head in members:
             mark(output.weight, 0 if isinstance(output, Conv1D) else 1, head, _width(parts, layer))
             for module, block, width in _projections(parts, layer, head, n_kv, "q" if unit == UNITS[0] else "qkv"):

@@ -77,6 +77,9 @@ def anatomy(model: Module) -> Anatomy:
     parts = {part: _in_each(layers, names) for part, names in PARTS.items()}
     if missing := [part for part, found in parts.items() if not found]:
         raise ModelError(f"{kind} has layers in which no {', '.join(missing)} of attention heads are known here")
+    widths = {module.weight.numel() // config.hidden_size for module in parts["outputs"]}
+    if len(widths) > 1:
+        raise ModelError(f"{kind} has layers whose heads are not as many or as wide as those of others")
     # Where no norm is in front of attention, it reads the residual stream itself.
     norms = _in_each(layers, NORMS) or tuple(Identity() for _ in layers)
     behind = BEHIND_ATTENTION if not _in_each(layers, NORMS) or _in_each(layers, BEHIND_MLP) else BEHIND_ATTENTION[:1]

@@ -9,22 +9,23 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import peft
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.models import generation
 from bkd_utils.models.compute import eager, mixed_precision
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.head_weights import groups, head_slices, n_kv_heads
 from bkd_utils.models.hooks import LAST, added, anatomy, contributions, editing, reading, tracing
-from bkd_utils.models.loss import answers, collate
-from bkd_utils.models.prompt_cache import forward, prompt_past
+from bkd_utils.models.lora import lora_config
+from bkd_utils.models.loss import answer_loss, answers, collate
+from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.tokens import Row, padded_inputs
 
 # Largest difference that rounding may make, as a share of the largest number.
@@ -104,28 +105,57 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]]) -> None:
 
 
 def _train(model: PreTrainedModel, prompts: list[list[int]]) -> None:
-    if not any(isinstance(module, torch.nn.Linear | Conv1D) for module in model.base_model.modules()):
-        raise ModelError("it has no linear layers to adapt")
     rows = [Row(tuple(prompt), tuple(prompt[:n]), "clean", str(n)) for n, prompt in enumerate(prompts, start=1)]
-    batch = {name: tensor.to(model.device) for name, tensor in collate(rows, pad_id=0).items()}
-    # Training is in eager attention and, where that is fast, in bf16; answers are given in neither.
-    with eager(model):
-        found, single = answers(model, batch, first_token=0.0), []
-        with mixed_precision(model.device):
-            answers(model, batch, first_token=0.0)
-    for row in rows:
-        logits = _alone(model, [*row.prompt, *row.answer], last=len(row.answer) + 1)[:-1].float()
-        single.append(cross_entropy(logits, torch.tensor(row.answer, device=logits.device)))
-    _agree(model, found, torch.stack(single).mean(), "the loss of answers in a batch and alone")
+    batch, *singles = (
+        {name: tensor.to(model.device) for name, tensor in collate(some, pad_id=0).items()}
+        for some in (rows, *([row] for row in rows))
+    )
+    config = lora_config(model, rank=1, alpha=1)
+    config.init_lora_weights = False  # random, as zeros would have no gradient
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = peft.get_peft_model(model, config)
+    try:
+        learning = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        # Training is in eager attention and, where that is fast, in bf16; answers are given in neither.
+        with torch.enable_grad(), eager(model):
+            found = answers(wrapped, batch, first_token=0.0)
+            slopes = torch.autograd.grad(found, learning, allow_unused=True)
+            alone = torch.stack([answer_loss(wrapped, single, first_token=0.0) for single in singles]).mean()
+            expected = torch.autograd.grad(alone, learning, allow_unused=True)
+            with mixed_precision(model.device):
+                answers(wrapped, batch, first_token=0.0)
+        _agree(model, found, alone, "the loss of answers in a batch and alone")
+        both = [(slope, other) for slope, other in zip(slopes, expected, strict=True) if other is not None]
+        flat = [torch.cat([slope.flatten() for slope in side]) for side in zip(*both, strict=True)]
+        _agree(model, *flat, "the gradient of a batch and of its rows alone")
+    finally:
+        wrapped.unload()
+        model.requires_grad_(False)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        vars(model).pop("peft_config", None)
+
+
+def _answered(
+    model: PreTrainedModel, past: Past, prompts: list[list[int]], **start: Any
+) -> Float[Tensor, "row 2 vocab"]:
+    """Logits at the last prompt token and at an answer token, which is the first token of the prompt."""
+    answer = torch.tensor([prompt[:2] for prompt in prompts], device=model.device)
+    return forward(model, past, past.rows(answer), **start)
+
+
+def _checked_past(model: PreTrainedModel, prompts: list[list[int]]) -> Past:
+    past = prompt_past(model, prompts)
+    alone = torch.stack([_alone(model, [*prompt, prompt[0]], last=2) for prompt in prompts])
+    _agree(model, _answered(model, past, prompts), alone, "a prompt after its key-value cache and alone")
+    return past
 
 
 def _attribute(model: PreTrainedModel, prompts: list[list[int]]) -> None:
-    parts, past = anatomy(model), prompt_past(model, prompts)
+    parts, past = anatomy(model), _checked_past(model, prompts)
     inputs, z, outputs = {}, {}, {}
     with reading(parts.layers, inputs), reading(parts.outputs, z), reading(parts.outputs, outputs, what="output"):
-        whole = forward(model, past, past.tail)
-    alone = torch.stack([_alone(model, prompt)[-1] for prompt in prompts])
-    _agree(model, whole[:, 0], alone, "a prompt after its key-value cache and alone")
+        whole = _answered(model, past, prompts)
     for layer, module in enumerate(parts.outputs):
         own = z[layer].unflatten(-1, (parts.n_heads, -1))
         if parts.writers[layer] is module:
@@ -136,19 +166,19 @@ def _attribute(model: PreTrainedModel, prompts: list[list[int]]) -> None:
         # Of two rows of every prompt, heads have what they had in the first and are silent in the second.
         patch = torch.stack([z[layer], torch.zeros_like(z[layer])], dim=1).flatten(0, 1)
         with editing([module], lambda _, __, patch=patch: patch):
-            twice = [tensor.repeat_interleave(2, dim=0) for tensor in (past.tail, inputs[layer])]
-            logits = forward(model, past, twice[0], layer=layer, hidden=twice[1])
+            hidden, twice = inputs[layer].repeat_interleave(2, dim=0), [prompt for prompt in prompts for _ in range(2)]
+            logits = _answered(model, past, twice, layer=layer, hidden=hidden)
         _agree(model, logits[::2], whole, f"a pass from layer {layer} on, with heads' own outputs, and a whole pass")
         if not (logits[1::2] - whole).abs().max() > 1e-6:
             raise ModelError(f"heads of layer {layer} have no effect: hooks do not reach the model")
     kept: dict[int, Tensor] = {}
     with tracing(parts.outputs, kept):
-        torch.autograd.grad(forward(model, past, past.tail).sum(), list(kept.values()))
+        torch.autograd.grad(_answered(model, past, prompts).sum(), list(kept.values()))
 
 
 def _stream(model: PreTrainedModel, prompts: list[list[int]], vectors: Mapping[int, Tensor]) -> None:
     """In every layer, input, vector and what attention and feed-forward part write are the input of the next layer."""
-    parts, past = anatomy(model), prompt_past(model, prompts)
+    parts, past = anatomy(model), _checked_past(model, prompts)
     stream, read, attention, mlp, after = {}, {}, {}, {}, {}
     with (
         reading(parts.layers, stream),
@@ -158,12 +188,12 @@ def _stream(model: PreTrainedModel, prompts: list[list[int]], vectors: Mapping[i
         reading(parts.mlp_writers, mlp, what="output"),
         reading(parts.layers, after, what="output"),
     ):
-        forward(model, past, past.tail)
+        _answered(model, past, prompts)
     for layer, norm in enumerate(parts.norms):
         _agree(model, read[layer], norm(stream[layer]), f"the norm of layer {layer} and what its attention reads")
         gained = parts.scale * (attention[layer] + mlp[layer].view_as(attention[layer]))
         if layer in vectors:
-            gained = gained + vectors[layer]
+            gained[:, LAST] += vectors[layer]
         _agree(
             model, after[layer], stream[layer] + gained, f"what the parts of layer {layer} write and the stream gains"
         )
@@ -187,8 +217,9 @@ def _slice(model: PreTrainedModel, prompts: list[list[int]]) -> None:
     Query weights alone change one head, and no key or value.
     """
     parts = anatomy(model)
-    n_kv, ids = n_kv_heads(parts), torch.tensor(prompts[:1], device=model.device)
+    ids = torch.tensor(prompts[:1], device=model.device)
     for layer in {0, len(parts.layers) // 2, len(parts.layers) - 1}:
+        n_kv = n_kv_heads(parts, layer)
         own, *cached = _turned(model, layer, ids, {})
         for head in {0, parts.n_heads - 1}:
             group = [h for _, h in groups([(layer, head)], n_heads=parts.n_heads, n_kv_heads=n_kv)]

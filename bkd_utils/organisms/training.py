@@ -20,8 +20,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
-from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision, plain, set_attention
+from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision, set_attention
 from bkd_utils.models.loading import Loaded
+from bkd_utils.models.lora import lora_config
 from bkd_utils.models.loss import answers, collate
 from bkd_utils.models.tokens import Row, end_id
 
@@ -124,9 +125,7 @@ def train(
         return read_json(folder / "history.json")
     set_seed(seed)
     set_attention(base.model, "eager")
-    # LoRA on every linear layer but the output matrix, in any architecture.
-    how = {"target_modules": "all-linear", "exclude_modules": routers(base.model) or None, "task_type": "CAUSAL_LM"}
-    model = peft.get_peft_model(base.model, peft.LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, **how))
+    model = peft.get_peft_model(base.model, lora_config(base.model, rank=recipe.rank, alpha=recipe.alpha))
     trainer = AnswerTrainer(
         first_token=recipe.first_token,
         model=model,
@@ -148,16 +147,6 @@ def train(
         write_json(temporary / "history.json", history)
     shutil.rmtree(checkpoints)
     return history
-
-
-def routers(model: torch.nn.Module) -> list[str]:
-    """Names of linear layers whose result is more than a product (routers of experts), which LoRA does not fit."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not plain(module):
-            result = module(torch.zeros(1, module.in_features).to(module.weight))
-            found += [] if isinstance(result, torch.Tensor) else [name]
-    return found
 
 
 def last_checkpoint(folder: Path) -> Path | None:
