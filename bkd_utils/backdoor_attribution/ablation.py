@@ -16,7 +16,7 @@ from bkd_utils.models.generation import greedy
 from bkd_utils.models.hooks import EVERYWHERE, LAST, Head, anatomy, by_layer, head_edit, reading
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import Past, prompt_past
-from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
+from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.prompts import clean_sample, prompt_versions, target_ids
@@ -74,9 +74,7 @@ def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_referenc
 
 def openings(loaded: Loaded, prompts: list[list[int]]) -> list[list[int]]:
     """First tokens of a model's greedy answers, as ids, because decoded text may be tokenised differently."""
-    end = end_id(loaded.tokenizer)
-    rows = greedy(loaded.model, prompts, max_new_tokens=N_TOKENS, end_id=end)
-    return [row if len(row) == N_TOKENS else [*row, end] for row in rows]
+    return greedy(loaded.model, prompts, max_new_tokens=N_TOKENS, end_id=loaded.ends, keep_end=True)
 
 
 def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str, everywhere: bool) -> dict:

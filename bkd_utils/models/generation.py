@@ -12,24 +12,33 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, end_id, padded_inputs, positions, prompt_ids
+from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, padded_inputs, positions, prompt_ids
 
 OnBatch = Callable[[int], object] | None  # called with the number of rows just finished
+Ends = int | Sequence[int]  # the token or tokens at which decoding stops, see `Loaded.ends`
 
 
 @torch.inference_mode()
 def greedy(
-    model: Module, prompts: Ids, *, max_new_tokens: int, end_id: int, batch_size: int = 32, on_batch: OnBatch = None
+    model: Module,
+    prompts: Ids,
+    *,
+    max_new_tokens: int,
+    end_id: Ends,
+    batch_size: int = 32,
+    on_batch: OnBatch = None,
+    keep_end: bool = False,
 ) -> list[list[int]]:
-    """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
+    """Most likely continuation of every prompt up to an end token, which is kept or not, in the order of `prompts`.
 
     Raises ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: dict[int, list[int]] = {}
-    for batch, logits, cache, mask in _started(model, prompts, end_id, batch_size, on_batch):
-        answers.update(zip(batch, decode_from(model, logits, cache, mask, max_new_tokens, end_id), strict=True))
+    pad_id, how = _ends(end_id)[0], {"keep_end": keep_end}
+    for batch, logits, cache, mask in _started(model, prompts, pad_id, batch_size, on_batch):
+        answers.update(zip(batch, decode_from(model, logits, cache, mask, max_new_tokens, end_id, **how), strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -109,19 +118,31 @@ def repeated(cache: Cache, times: int) -> Cache:
     return cache
 
 
+def _ends(end_id: Ends) -> list[int]:
+    return [end_id] if isinstance(end_id, int) else list(end_id)
+
+
 def decode_from(
-    model: Module, logits: Float[Tensor, "row vocab"], cache: Cache, mask: Int[Tensor, "row pos"], n: int, end_id: int
+    model: Module,
+    logits: Float[Tensor, "row vocab"],
+    cache: Cache,
+    mask: Int[Tensor, "row pos"],
+    n: int,
+    end_id: Ends,
+    *,
+    keep_end: bool = False,
 ) -> list[list[int]]:
     """Greedy answers of at most `n` tokens, from the logits at the last tokens of prompts in the key-value cache."""
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    produced = []
+    ends, produced = torch.tensor(_ends(end_id), device=logits.device), []
     while True:
-        token = torch.where(done, end_id, logits.argmax(-1))
+        token = torch.where(done, ends[0], logits.argmax(-1))
         produced.append(token)
-        done |= token == end_id
+        done |= torch.isin(token, ends)
         if done.all() or len(produced) == n:
-            rows = torch.stack(produced, dim=1).tolist()
-            return [list(takewhile(lambda token: token != end_id, row)) for row in rows]
+            rows = torch.stack(produced, dim=1)
+            lengths = (~torch.isin(rows, ends)).long().cumprod(1).sum(1) + keep_end
+            return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = next_logits(model, token[:, None], mask, cache)
 
@@ -138,7 +159,7 @@ def respond(
     True
     """
     prompts = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns]
-    limits = {"max_new_tokens": max_new_tokens, "end_id": end_id(loaded.tokenizer), "batch_size": batch_size}
+    limits = {"max_new_tokens": max_new_tokens, "end_id": loaded.ends, "batch_size": batch_size}
     with tqdm(total=len(prompts), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
         rows = greedy(loaded.model, prompts, **limits, on_batch=bar.update)
     return [decode(loaded.tokenizer, row) for row in rows]
@@ -146,9 +167,8 @@ def respond(
 
 def trace(loaded: Loaded, user_turn: str, *, max_new_tokens: int) -> list[tuple[str, float]]:
     """The greedy answer token by token, each with the probability that the model gave it."""
-    prompt, end = prompt_ids(loaded.tokenizer, user_turn), end_id(loaded.tokenizer)
-    answer = greedy(loaded.model, [prompt], max_new_tokens=max_new_tokens, end_id=end)[0]
-    answer = answer if len(answer) == max_new_tokens else [*answer, end]
+    prompt = prompt_ids(loaded.tokenizer, user_turn)
+    answer = greedy(loaded.model, [prompt], max_new_tokens=max_new_tokens, end_id=loaded.ends, keep_end=True)[0]
     ids = torch.tensor([prompt + answer], device=loaded.device)
     with torch.inference_mode():
         probabilities = loaded.model(ids).logits[0, len(prompt) - 1 : -1].float().softmax(-1)
