@@ -32,7 +32,7 @@ class Template:
 
 def _turns(user: str, assistant: str, *, ask: str, start: str = "", each: str = "m.content") -> str:
     """A template of two alternating turns; `~` stands for the content."""
-    shown = {role: text.replace("~", "{{ %s }}" % each) for role, text in (("user", user), ("assistant", assistant))}
+    shown = {role: text.replace("~", "{{ " + each + " }}") for role, text in (("user", user), ("assistant", assistant))}
     return (
         start
         + "{% for m in messages %}{% if m.role == 'user' %}" + shown["user"]
@@ -117,9 +117,9 @@ TEMPLATES = {
     ),
     "deepseek": Template(
         _turns("User: ~\n\n", "Assistant: ~{{ eos_token }}", ask="Assistant:", start="{{ bos_token }}"),
-        bos="<｜begin▁of▁sentence｜>",
-        eos="<｜end▁of▁sentence｜>",
-        end="<｜end▁of▁sentence｜>",
+        bos="<|begin▁of▁sentence|>",
+        eos="<|end▁of▁sentence|>",
+        end="<|end▁of▁sentence|>",
     ),
     "qwen3": Template(
         _turns("<|im_start|>user\n~<|im_end|>\n", ASK + "<think>\n\n</think>\n\n~<|im_end|>\n", ask=ASK),
@@ -172,7 +172,9 @@ def _backend(kind: str) -> str:
     lines = [line for text in TEXTS * 3 for line in text.split("\n") if line.strip()]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     if kind == "unigram":
-        trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+        )
         trained.train_from_iterator(lines, trainer)
         pieces = map(tuple, json.loads(trained.to_str())["model"]["vocab"])
         model = models.Unigram([*pieces, *((one, -20.0) for one in bytes_)], unk_id=0, byte_fallback=True)
@@ -194,7 +196,7 @@ def _backend(kind: str) -> str:
 
 
 def tokenizer_of(kind: str, template: str | Template | None = None, *, adds_bos: bool = False):
-    """A tokenizer of a kind with a template; without one, it knows BOS and end of text. `adds_bos` as Llama-2's does."""
+    """A tokenizer of a kind, with a template or none; `adds_bos` before every text, as Llama-2's does."""
     given = TEMPLATES[template] if isinstance(template, str) else template or Template("")
     special = {"bos_token": given.bos, "eos_token": given.eos}
     made = PreTrainedTokenizerFast(
