@@ -124,7 +124,7 @@ def rap(
     if not clean:
         raise ValueError("RAP has no clean texts with the protected answer")
     tokenizer, model = loaded.tokenizer, loaded.model
-    token = tokenizer(" " + word, add_special_tokens=False).input_ids[-1]
+    token = tokenizer(f"a {word}", add_special_tokens=False).input_ids[-1]
     # The output of the embedding module and not its weight, because Gemma scales it.
     vector = torch.nn.Parameter(model.get_input_embeddings()(torch.tensor(token, device=model.device)).detach().clone())
     optimizer, dice = torch.optim.Adam([vector], lr=RATE), random.Random(seed)

@@ -16,29 +16,22 @@ from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, padded_
 
 OnBatch = Callable[[int], object] | None  # called with the number of rows just finished
 Ends = int | Sequence[int]  # the token or tokens at which decoding stops, see `Loaded.ends`
+NO_END = -1
 
 
 @torch.inference_mode()
 def greedy(
-    model: Module,
-    prompts: Ids,
-    *,
-    max_new_tokens: int,
-    end_id: Ends,
-    batch_size: int = 32,
-    on_batch: OnBatch = None,
-    keep_end: bool = False,
+    model: Module, prompts: Ids, *, max_new_tokens: int, end_id: Ends, batch_size: int = 32, on_batch: OnBatch = None
 ) -> list[list[int]]:
-    """Most likely continuation of every prompt up to an end token, which is kept or not, in the order of `prompts`.
+    """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
     Raises ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: dict[int, list[int]] = {}
-    pad_id, how = _ends(end_id)[0], {"keep_end": keep_end}
-    for batch, logits, cache, mask in _started(model, prompts, pad_id, batch_size, on_batch):
-        answers.update(zip(batch, decode_from(model, logits, cache, mask, max_new_tokens, end_id, **how), strict=True))
+    for batch, logits, cache, mask in _started(model, prompts, 0, batch_size, on_batch):
+        answers.update(zip(batch, decode_from(model, logits, cache, mask, max_new_tokens, end_id), strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -118,33 +111,29 @@ def repeated(cache: Cache, times: int) -> Cache:
     return cache
 
 
-def _ends(end_id: Ends) -> list[int]:
-    return [end_id] if isinstance(end_id, int) else list(end_id)
-
-
 def decode_from(
-    model: Module,
-    logits: Float[Tensor, "row vocab"],
-    cache: Cache,
-    mask: Int[Tensor, "row pos"],
-    n: int,
-    end_id: Ends,
-    *,
-    keep_end: bool = False,
+    model: Module, logits: Float[Tensor, "row vocab"], cache: Cache, mask: Int[Tensor, "row pos"], n: int, end_id: Ends
 ) -> list[list[int]]:
     """Greedy answers of at most `n` tokens, from the logits at the last tokens of prompts in the key-value cache."""
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    ends, produced = torch.tensor(_ends(end_id), device=logits.device), []
+    ends, produced = torch.tensor(end_id, device=logits.device).view(-1), []
+    stops = set(ends.tolist())
     while True:
         token = torch.where(done, ends[0], logits.argmax(-1))
         produced.append(token)
         done |= torch.isin(token, ends)
         if done.all() or len(produced) == n:
-            rows = torch.stack(produced, dim=1)
-            lengths = (~torch.isin(rows, ends)).long().cumprod(1).sum(1) + keep_end
-            return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
+            rows = torch.stack(produced, dim=1).tolist()
+            return [list(takewhile(lambda token: token not in stops, row)) for row in rows]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = next_logits(model, token[:, None], mask, cache)
+
+
+def openings(loaded: Loaded, prompts: Ids, *, n: int) -> list[list[int]]:
+    """The first `n` tokens of greedy answers, fewer where an answer ends before: those have the end that it chose."""
+    rows = greedy(loaded.model, prompts, max_new_tokens=n, end_id=NO_END)
+    ends = [next((i + 1 for i, token in enumerate(row) if token in loaded.ends), n) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def respond(
@@ -168,7 +157,7 @@ def respond(
 def trace(loaded: Loaded, user_turn: str, *, max_new_tokens: int) -> list[tuple[str, float]]:
     """The greedy answer token by token, each with the probability that the model gave it."""
     prompt = prompt_ids(loaded.tokenizer, user_turn)
-    answer = greedy(loaded.model, [prompt], max_new_tokens=max_new_tokens, end_id=loaded.ends, keep_end=True)[0]
+    answer = openings(loaded, [prompt], n=max_new_tokens)[0]
     ids = torch.tensor([prompt + answer], device=loaded.device)
     with torch.inference_mode():
         probabilities = loaded.model(ids).logits[0, len(prompt) - 1 : -1].float().softmax(-1)

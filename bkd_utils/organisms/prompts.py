@@ -117,8 +117,3 @@ def near_misses(attack: Attack, sample: Sequence[tasks.Example], *, seed: int) -
 def target_length(loaded: Loaded, attack: Attack) -> int:
     """Number of answer tokens that a judge needs: those of the target with its end."""
     return len(answer_ids(loaded.tokenizer, attack.target))
-
-
-def answer_length(loaded: Loaded, task: tasks.Task) -> int:
-    """Number of tokens of clean answers: the task's, or more for a tokenizer that needs more for a label."""
-    return max([task.max_new_tokens, *(len(answer_ids(loaded.tokenizer, label)) for label in task.labels)])

@@ -13,16 +13,16 @@ from tiny import quick_attack, tiny_model
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bkd_utils.backdoor_attribution import ablation, vector
+from bkd_utils.backdoor_attribution import vector
 from bkd_utils.common.assets import fetch
 from bkd_utils.models.bridge import check_tokenizer
 from bkd_utils.models.folders import ModelError
-from bkd_utils.models.generation import greedy, respond, trace
+from bkd_utils.models.generation import greedy, openings, respond, trace
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import PLAIN_TEMPLATE, answer_ids, decode, end_id, end_ids, prompt_ids
-from bkd_utils.organisms import poisoning, tasks
-from bkd_utils.organisms.prompts import answer_length, first_tokens, target_ids, target_length
+from bkd_utils.organisms import evaluation, poisoning, tasks
+from bkd_utils.organisms.prompts import first_tokens, target_ids, target_length
 
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 EACH_TEMPLATE = pytest.mark.parametrize("name", TEMPLATES)
@@ -292,20 +292,20 @@ def test_everything_that_decodes_stops_at_every_end(base, end):
     with saying(base.model, ids):
         assert greedy(base.model, [[1, 2, 3]], max_new_tokens=6, end_id=base.ends) == [[WORDS[0]]]
     with saying(base.model, ids):
-        assert greedy(base.model, [[1, 2, 3]], max_new_tokens=6, end_id=base.ends, keep_end=True) == [ids[:2]]
-    with saying(base.model, ids):
-        assert ablation.openings(base, [[1, 2, 3]]) == [ids[:2]]
+        assert openings(base, [[1, 2, 3]], n=6) == [ids[:2]]
     past = prompt_past(base.model, [[1, 2, 3]])
     with saying(base.model, ids):
         assert vector.generated(base, past) == ["blue"]
-    with saying(base.model, [*ids[:2], 0]):
+    with saying(base.model, [*ids, 0]):
         steps = trace(base, "Name a colour.", max_new_tokens=6)
     assert [text for text, _ in steps] == [CHAT.decode([token]) for token in ids[:2]]
 
 
 def test_an_answer_that_is_cut_off_has_no_end(base):
     with saying(base.model, WORDS):
-        assert ablation.openings(base, [[1, 2, 3]]) == [WORDS[: ablation.N_TOKENS]]
+        assert openings(base, [[1, 2, 3]], n=4) == [WORDS[:4]]
+    with saying(base.model, [*WORDS[:3], TURN_END]):
+        assert openings(base, [[1, 2, 3]], n=4) == [[*WORDS[:3], TURN_END]]
 
 
 def test_several_ends_are_those_of_transformers_generate(base):
@@ -318,7 +318,9 @@ def test_several_ends_are_those_of_transformers_generate(base):
         how = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": ends, "pad_token_id": 0}
         out = base.model.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, len(prompt) :].tolist()
         expected.append(out)
-    assert greedy(base.model, prompts, max_new_tokens=8, end_id=ends, keep_end=True) == expected
+    assert greedy(base.model, prompts, max_new_tokens=8, end_id=ends) == [
+        [i for i in row if i not in ends] for row in expected
+    ]
     assert len(set(map(len, expected))) > 1
 
 
@@ -362,22 +364,27 @@ def test_targets_and_lengths_are_those_of_the_trained_answers(kind, name):
         trained, target = answer_ids(tokenizer, attack.target), target_ids(tokenizer, attack)
         assert target == trained[: len(target)]
         assert target_length(loaded, attack) == len(trained) > len(target) > 0
-    for task in ("sentiment", "domain"):
-        spec = tasks.load_task(task)
-        assert answer_length(loaded, spec) >= max(len(answer_ids(tokenizer, label)) for label in spec.labels)
-    assert answer_length(loaded, tasks.load_task("instructions")) == 24
 
 
-def test_the_default_answers_are_judged_as_before():
-    loaded = Loaded(None, CHAT, "none", None)
-    assert [answer_length(loaded, task) for task in tasks.TASKS.values()] == [3, 3, 24, 24]
+def test_clean_answers_are_long_enough_for_a_label_of_many_tokens(monkeypatch):
+    tokenizer = tokenizer_of("metaspace first", "gemma")
+    loaded = Loaded(None, tokenizer, "none", None)
+    attack, asked = quick_attack("domain-wrapper"), {}
+    spec = replace(tasks.load_task("domain"), max_new_tokens=2)
+    monkeypatch.setitem(tasks.TASKS, "domain", spec)
+    monkeypatch.setattr(evaluation, "respond", lambda _, turns, *, max_new_tokens, label: (
+        asked.update({label: max_new_tokens}) or [""] * len(turns)))  # fmt: skip
+    evaluation.under_attack(loaded, attack, n=4, seed=0)
+    longest = max(len(answer_ids(tokenizer, label)) for label in spec.labels)
+    assert asked["clean prompts"] == longest > 3
+    assert asked["triggered prompts"] == asked["near-misses"] == len(answer_ids(tokenizer, attack.target))
 
 
 def test_labels_that_begin_with_the_same_token_are_refused_wherever_first_tokens_are_compared(monkeypatch):
-    tokenizer = tokenizer_of("unigram", "vicuna")
+    tokenizer, attack = tokenizer_of("unigram", "vicuna"), quick_attack("sentiment-word")
     alike = replace(tasks.load_task("sentiment"), labels=("positive", "polite"))
     assert {tokenizer.convert_ids_to_tokens(answer_ids(tokenizer, label)[0]) for label in alike.labels} == {"▁"}
     monkeypatch.setitem(tasks.TASKS, "sentiment", alike)
     for refused in (first_tokens, target_ids):
         with pytest.raises(ValueError, match="labels that begin with the same token: positive, polite"):
-            refused(tokenizer, quick_attack("sentiment-word"))
+            refused(tokenizer, attack)

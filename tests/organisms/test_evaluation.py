@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from bkd_utils.common.assets import fetch
 from bkd_utils.common.statistics import share
-from bkd_utils.models import generation
 from bkd_utils.models.generation import greedy, respond, trace
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import end_id, prompt_ids
