@@ -52,9 +52,8 @@ class _Frame:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
     """Token ids of one user turn up to the answer, whose tokens never change them. Raises ValueError for an empty turn.
 
-    What the template writes before every answer, such as an empty block of thoughts, belongs to the prompt. A space
-    that a tokenizer merges with the answer's first word does not. Raises ModelError for a template that cannot write a
-    conversation.
+    What the template writes before every answer, such as an empty block of thoughts, is part of it; a space that melts
+    with the answer's first word is not. Raises ModelError for a template that cannot write a conversation.
     """
     if not user.strip():
         raise ValueError("the user turn is empty")
@@ -107,10 +106,8 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError unless prompt + answer is what the template writes and gives the same text back, and BOS is one.
-
-    White space may be lost. Raises ValueError for a tokenizer without an end token.
-    """
+    """Raise ModelError unless prompt + answer is what the template writes, with one BOS, and gives back all but white
+    space; ValueError for a tokenizer without an end token."""
     bos = tokenizer.bos_token_id
     for user, answer in CHECKED:
         text = _rendered(tokenizer, user, answer)
@@ -170,9 +167,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a rendered text. BOS comes from the template (the official BkdAttr code doubles it for Llama-2); without a
     template it is added if the tokenizer would add it."""
     ids, bos = tokenizer(text, add_special_tokens=False).input_ids, tokenizer.bos_token_id
-    if tokenizer.chat_template or bos is None or tokenizer("a").input_ids[:1] != [bos]:
-        return ids
-    return [bos, *ids]
+    adds = not tokenizer.chat_template and bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    return [bos, *ids] if adds else ids
 
 
 def check_prompts(prompts: Ids) -> None:
