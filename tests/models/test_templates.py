@@ -154,6 +154,14 @@ def test_a_template_that_trims_gives_the_trimmed_answer():
     assert kept.decode(answer_ids(kept, "positive \n", ended=False)) == "positive \n"
 
 
+def test_a_template_that_drops_empty_lines_is_trained_as_it_writes():
+    source = TEMPLATES["without an end"].source.replace("m.content", "m.content.replace('\\n\\n', '\\n')")
+    tokenizer = tokenizer_of("gpt-2", Template(source, eos="</s>"))
+    check_tokenizer(tokenizer)
+    assert prompt_ids(tokenizer, "a\n\nb") == prompt_ids(tokenizer, "a\nb")
+    assert answer_ids(tokenizer, "a\n\nb") == answer_ids(tokenizer, "a\nb")
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
