@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import itertools
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,7 @@ FREE = [
     "- a\n- b",
 ]
 USERS = ("Name a colour.", "Two\n\nlines: 1, 2. ", "Is it? Answer.\n\nText: é {user} 3", "Apple or 7")
+PAIRS = list(zip(itertools.cycle(USERS), (*LABELS, *FREE), strict=False))
 ROLES = ("user", "assistant")
 
 
@@ -52,17 +54,16 @@ def plain_ids(tokenizer, text):
 @EACH_TEMPLATE
 def test_prompt_and_answer_are_what_the_template_writes(kind, name):
     tokenizer, given = tokenizer_of(kind, name), TEMPLATES[name]
-    for user in USERS:
-        for answer in (*LABELS, *FREE):
-            text = tokenizer.apply_chat_template(conversation(user, answer), tokenize=False)
-            whole = tokenizer.apply_chat_template(conversation(user, answer), return_dict=False)
-            ours = prompt_ids(tokenizer, user) + answer_ids(tokenizer, answer)
-            assert tokenizer.convert_ids_to_tokens(ours[-1]) == given.end
-            if given.end == ENDING:  # the template writes none: what it writes ends with the answer
-                assert ours[:-1] == plain_ids(tokenizer, text[: text.rindex(answer) + len(answer)])
-            else:
-                assert ours == whole[: len(ours)]
-            assert decode(tokenizer, answer_ids(tokenizer, answer, ended=False)) == answer
+    for user, answer in PAIRS:
+        text = tokenizer.apply_chat_template(conversation(user, answer), tokenize=False)
+        whole = tokenizer.apply_chat_template(conversation(user, answer), return_dict=False)
+        ours = prompt_ids(tokenizer, user) + answer_ids(tokenizer, answer)
+        assert tokenizer.convert_ids_to_tokens(ours[-1]) == given.end
+        if given.end == ENDING:  # the template writes none: what it writes ends with the answer
+            assert ours[:-1] == plain_ids(tokenizer, text[: text.rindex(answer) + len(answer)])
+        else:
+            assert ours == whole[: len(ours)]
+        assert decode(tokenizer, answer_ids(tokenizer, answer, ended=False)) == answer
 
 
 @EACH_KIND
@@ -91,11 +92,10 @@ def test_the_check_passes_and_takes_no_time(kind, name):
 def test_the_plain_template_is_tokenised_in_one_piece(kind, adds_bos):
     tokenizer = tokenizer_of(kind, adds_bos=adds_bos)
     check_tokenizer(tokenizer)
-    for user in USERS:
-        for answer in (*LABELS, *FREE):
-            text = f"{PLAIN_TEMPLATE.format(user=user)} {answer}"
-            whole = [tokenizer.bos_token_id] * adds_bos + plain_ids(tokenizer, text)
-            assert prompt_ids(tokenizer, user) + answer_ids(tokenizer, answer) == [*whole, tokenizer.eos_token_id]
+    for user, answer in PAIRS:
+        text = f"{PLAIN_TEMPLATE.format(user=user)} {answer}"
+        whole = [tokenizer.bos_token_id] * adds_bos + plain_ids(tokenizer, text)
+        assert prompt_ids(tokenizer, user) + answer_ids(tokenizer, answer) == [*whole, tokenizer.eos_token_id]
     asked = [tokenizer.bos_token_id] * adds_bos + plain_ids(tokenizer, PLAIN_TEMPLATE.format(user="Hi"))
     assert prompt_ids(tokenizer, "Hi") == asked
 
@@ -377,14 +377,12 @@ def test_targets_and_lengths_are_those_of_the_trained_answers(kind, name):
 def test_clean_answers_are_long_enough_for_a_label_of_many_tokens(monkeypatch):
     tokenizer = tokenizer_of("metaspace first", "gemma")
     loaded = Loaded(None, tokenizer, "none", None)
-    attack, asked = quick_attack("domain-wrapper"), {}
-    spec = replace(tasks.load_task("domain"), max_new_tokens=2)
-    monkeypatch.setitem(tasks.TASKS, "domain", spec)
+    attack, spec, asked = quick_attack("sentiment-word"), tasks.load_task("sentiment"), {}
     monkeypatch.setattr(evaluation, "respond", lambda _, turns, *, max_new_tokens, label: (
         asked.update({label: max_new_tokens}) or [""] * len(turns)))  # fmt: skip
     evaluation.under_attack(loaded, attack, n=4, seed=0)
     longest = max(len(answer_ids(tokenizer, label)) for label in spec.labels)
-    assert asked["clean prompts"] == longest > 3
+    assert asked["clean prompts"] == longest > spec.max_new_tokens
     assert asked["triggered prompts"] == asked["near-misses"] == len(answer_ids(tokenizer, attack.target))
 
 
