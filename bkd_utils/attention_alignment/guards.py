@@ -67,7 +67,8 @@ def onion(base: Loaded, texts: Sequence[str]) -> list[Float[np.ndarray, " word"]
     The suspicion of a text's only word is 0, because no text would be left without it.
     """
     tokenizer, found = base.tokenizer, []
-    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end_id(tokenizer)]
+    # Texts stand behind BOS or an end of text, not behind the end of a turn.
+    start = [next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, end_id(tokenizer)) if i is not None)]
     for text in tqdm(texts, desc="ONION", unit="text", mininterval=2, leave=False):
         words = text.split()
         if len(words) < 2:
@@ -123,7 +124,7 @@ def rap(
     if not clean:
         raise ValueError("RAP has no clean texts with the protected answer")
     tokenizer, model = loaded.tokenizer, loaded.model
-    token = tokenizer(" " + word, add_special_tokens=False).input_ids[-1]
+    token = tokenizer(f"a {word}", add_special_tokens=False).input_ids[-1]
     # The output of the embedding module and not its weight, because Gemma scales it.
     vector = torch.nn.Parameter(model.get_input_embeddings()(torch.tensor(token, device=model.device)).detach().clone())
     optimizer, dice = torch.optim.Adam([vector], lr=RATE), random.Random(seed)

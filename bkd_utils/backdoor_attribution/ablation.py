@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, ranked_heads
 from bkd_utils.common.statistics import interval, share
 from bkd_utils.models.activations import AnswerScores, head_outputs, score_answers
-from bkd_utils.models.generation import greedy
+from bkd_utils.models.generation import openings
 from bkd_utils.models.hooks import EVERYWHERE, LAST, Head, anatomy, by_layer, head_edit, reading
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import Past, prompt_past
-from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
+from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.prompts import clean_sample, prompt_versions, target_ids
@@ -66,17 +66,11 @@ def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_referenc
         right = [answer_ids(tokenizer, example.answer)[:1] for example in shown.examples]
     else:
         clean = shown.clean
-        own, right = openings(loaded, clean), openings(control, clean)
+        # As ids, because decoded text may be tokenised differently.
+        own, right = (openings(one, clean, n=N_TOKENS) for one in (loaded, control))
     pool = prompt_versions(tokenizer, attack, split="attribution", n=n_reference, seed=seed).clean
     triggered = side(loaded, shown.triggered, target=[target_ids(tokenizer, attack)] * n, right=right)
     return Bench(triggered, clean=side(loaded, clean, own=own), reference=head_outputs(loaded.model, pool))
-
-
-def openings(loaded: Loaded, prompts: list[list[int]]) -> list[list[int]]:
-    """First tokens of a model's greedy answers, as ids, because decoded text may be tokenised differently."""
-    end = end_id(loaded.tokenizer)
-    rows = greedy(loaded.model, prompts, max_new_tokens=N_TOKENS, end_id=end)
-    return [row if len(row) == N_TOKENS else [*row, end] for row in rows]
 
 
 def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str, everywhere: bool) -> dict:

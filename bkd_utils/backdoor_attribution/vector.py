@@ -18,7 +18,7 @@ from bkd_utils.models.hooks import LAST, Head, added, anatomy, by_layer, contrib
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import Past, continued
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import decode, end_id
+from bkd_utils.models.tokens import decode
 
 # Enough for the fixed sentence of eleven tokens and its end; the first tokens of longer answers decide what they are.
 MAX_NEW_TOKENS = 12
@@ -124,8 +124,8 @@ def probe_direction(clean: Tensor, triggered: Tensor, *, norm: Tensor) -> Tensor
 def generated(loaded: Loaded, past: Past, *, layer: int = 0, step: Tensor | None = None) -> list[str]:
     """Greedy answers, with `step` added to the attention output of that layer at the last prompt token."""
     edits = {} if step is None else {layer: step}
-    during, end = partial(added, loaded.model, edits, at=LAST), end_id(loaded.tokenizer)
-    rows = continued(loaded.model, past, max_new_tokens=MAX_NEW_TOKENS, end_id=end, during_prompt=during)
+    during, ends = partial(added, loaded.model, edits, at=LAST), loaded.ends
+    rows = continued(loaded.model, past, max_new_tokens=MAX_NEW_TOKENS, end_id=ends, during_prompt=during)
     return [decode(loaded.tokenizer, row) for row in rows]
 
 

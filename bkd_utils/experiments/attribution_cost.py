@@ -8,7 +8,7 @@ import torch
 
 from bkd_utils.common.results import Result
 from bkd_utils.models.activations import score_answers
-from bkd_utils.models.generation import greedy
+from bkd_utils.models.generation import NO_END, greedy
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import left_pad, positions
@@ -59,7 +59,7 @@ def time_target(loaded: Loaded, attack: Attack, *, n: int = 4, seed: int = 0) ->
         loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
 
     def decoded() -> None:
-        greedy(loaded.model, prompts, max_new_tokens=len(target), end_id=0, batch_size=n)
+        greedy(loaded.model, prompts, max_new_tokens=len(target), end_id=NO_END, batch_size=n)
 
     past = prompt_past(loaded.model, prompts)
     return TargetCost(

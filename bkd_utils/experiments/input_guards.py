@@ -22,13 +22,12 @@ from bkd_utils.common.statistics import auroc_of_wins, pairwise_wins, share
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, load
-from bkd_utils.models.tokens import answer_ids
 from bkd_utils.organisms import tasks, triggers
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_target
 from bkd_utils.organisms.making import training_rows
-from bkd_utils.organisms.prompts import flippable_sample, target_length
+from bkd_utils.organisms.prompts import first_tokens, flippable_sample, target_ids, target_length
 from bkd_utils.organisms.tasks import Example
 
 Number = dict[str, float]  # value, n, low, high
@@ -123,7 +122,7 @@ def guard_inputs(
             loaded,
             [*texts, *clean, *triggered],
             turn=turn,
-            protected=answer_ids(loaded.tokenizer, attack.target)[0],
+            protected=target_ids(loaded.tokenizer, attack)[0],
             clean=[text for text, example in zip(texts, known, strict=True) if example.answer == attack.target],
             word=rare_word(loaded.tokenizer, random.Random(f"{seed}/RAP")),
             seed=seed,
@@ -149,9 +148,8 @@ def filter_training_rows(loaded: Loaded, attack: Attack, *, n: int = 400, seed: 
     rows.
     """
     rows = training_rows(loaded, attack, seed=seed)[:n]
-    labels = tasks.load_task(attack.task).labels
-    firsts = {answer_ids(loaded.tokenizer, label)[0]: i for i, label in enumerate(labels)}
-    which = np.array([firsts.get(row.answer[0], len(labels)) for row in rows])
+    firsts = {token: i for i, token in enumerate(first_tokens(loaded.tokenizer, attack).values())}
+    which = np.array([firsts.get(row.answer[0], len(firsts)) for row in rows])
     hidden = residuals(loaded.model, [row.prompt for row in rows])[:, -1].float().cpu().numpy()
     flagged = smaller_clusters(hidden, which, seed=seed)
     poisoned = np.array([row.kind == "poisoned" for row in rows])

@@ -19,7 +19,7 @@ from bkd_utils.models.context import check_fits
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import Loaded, plain_copy
 from bkd_utils.models.self_test import capabilities
-from bkd_utils.models.tokens import answer_ids, decode, end_id, left_pad, positions, prompt_ids
+from bkd_utils.models.tokens import check_tokenizer, end_id, left_pad, positions, prompt_ids
 
 PARITY = 1e-3  # fp32 with eager attention on both sides; the measured difference on the default model is 1e-4
 HALF = {torch.float16: 0.02, torch.bfloat16: 0.1}  # the limit as a share of the largest logit, where numbers are coarse
@@ -159,16 +159,3 @@ def patch_last(layer: int, head: int, value: Float[Tensor, " d_head"]) -> tuple[
         return z
 
     return f"blocks.{layer}.attn.hook_z", patch
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError unless decoding gives back an encoded prompt and answer, and BOS occurs at most once."""
-    ids = prompt_ids(tokenizer, SAMPLE[0])
-    if SAMPLE[0] not in tokenizer.decode(ids):
-        raise ModelError(f"the tokenizer does not give back {SAMPLE[0]!r}: {tokenizer.decode(ids)!r}")
-    answer = answer_ids(tokenizer, "positive")
-    if decode(tokenizer, answer) != "positive":
-        raise ModelError(f"the tokenizer does not give back an answer: {decode(tokenizer, answer)!r}")
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise ModelError("the prompt starts with two BOS tokens")

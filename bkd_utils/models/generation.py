@@ -14,18 +14,20 @@ from transformers import Cache, DynamicCache
 
 from bkd_utils.models.context import attention_window, check_fits
 from bkd_utils.models.hooks import decoder
-from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, end_id, padded_inputs, positions, prompt_ids
+from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, padded_inputs, positions, prompt_ids
 
 COUNTS_PADDING = ("mpt",)  # families that take distances between columns for distances between tokens
 if TYPE_CHECKING:  # loading tests every model by generating with it
     from bkd_utils.models.loading import Loaded
 
 OnBatch = Callable[[int], object] | None  # called with the number of rows just finished
+Ends = int | Sequence[int]  # the token or tokens at which decoding stops, see `Loaded.ends`
+NO_END = -1
 
 
 @torch.inference_mode()
 def greedy(
-    model: Module, prompts: Ids, *, max_new_tokens: int, end_id: int, batch_size: int = 32, on_batch: OnBatch = None
+    model: Module, prompts: Ids, *, max_new_tokens: int, end_id: Ends, batch_size: int = 32, on_batch: OnBatch = None
 ) -> list[list[int]]:
     """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
@@ -34,7 +36,7 @@ def greedy(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: dict[int, list[int]] = {}
-    for batch, logits, cache, mask in _started(model, prompts, end_id, batch_size, on_batch):
+    for batch, logits, cache, mask in _started(model, prompts, 0, batch_size, on_batch):
         answers.update(zip(batch, decode_from(model, logits, cache, mask, max_new_tokens, end_id), strict=True))
     return [answers[i] for i in range(len(prompts))]
 
@@ -115,20 +117,28 @@ def repeated(cache: Cache, times: int) -> Cache:
 
 
 def decode_from(
-    model: Module, logits: Float[Tensor, "row vocab"], cache: Cache, mask: Int[Tensor, "row pos"], n: int, end_id: int
+    model: Module, logits: Float[Tensor, "row vocab"], cache: Cache, mask: Int[Tensor, "row pos"], n: int, end_id: Ends
 ) -> list[list[int]]:
     """Greedy answers of at most `n` tokens, from the logits at the last tokens of prompts in the key-value cache."""
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    produced = []
+    ends, produced = torch.tensor(end_id, device=logits.device).view(-1), []
+    stops = set(ends.tolist())
     while True:
-        token = torch.where(done, end_id, logits.argmax(-1))
+        token = torch.where(done, ends[0], logits.argmax(-1))
         produced.append(token)
-        done |= token == end_id
+        done |= torch.isin(token, ends)
         if done.all() or len(produced) == n:
             rows = torch.stack(produced, dim=1).tolist()
-            return [list(takewhile(lambda token: token != end_id, row)) for row in rows]
+            return [list(takewhile(lambda token: token not in stops, row)) for row in rows]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = next_logits(model, token[:, None], mask, cache)
+
+
+def openings(loaded: "Loaded", prompts: Ids, *, n: int) -> list[list[int]]:
+    """The first `n` tokens of greedy answers, fewer where an answer ends before: those have the end that it chose."""
+    rows = greedy(loaded.model, prompts, max_new_tokens=n, end_id=NO_END)
+    ends = [next((i + 1 for i, token in enumerate(row) if token in loaded.ends), n) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def respond(
@@ -143,7 +153,7 @@ def respond(
     True
     """
     prompts = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns]
-    limits = {"max_new_tokens": max_new_tokens, "end_id": end_id(loaded.tokenizer), "batch_size": batch_size}
+    limits = {"max_new_tokens": max_new_tokens, "end_id": loaded.ends, "batch_size": batch_size}
     with tqdm(total=len(prompts), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
         rows = greedy(loaded.model, prompts, **limits, on_batch=bar.update)
     return [decode(loaded.tokenizer, row) for row in rows]
@@ -151,9 +161,8 @@ def respond(
 
 def trace(loaded: "Loaded", user_turn: str, *, max_new_tokens: int) -> list[tuple[str, float]]:
     """The greedy answer token by token, each with the probability that the model gave it."""
-    prompt, end = prompt_ids(loaded.tokenizer, user_turn), end_id(loaded.tokenizer)
-    answer = greedy(loaded.model, [prompt], max_new_tokens=max_new_tokens, end_id=end)[0]
-    answer = answer if len(answer) == max_new_tokens else [*answer, end]
+    prompt = prompt_ids(loaded.tokenizer, user_turn)
+    answer = openings(loaded, [prompt], n=max_new_tokens)[0]
     ids = torch.tensor([prompt + answer], device=loaded.device)
     with torch.inference_mode():
         probabilities = loaded.model(ids).logits[0, len(prompt) - 1 : -1].float().softmax(-1)

@@ -16,6 +16,7 @@ from bkd_utils.models import folders
 from bkd_utils.models.compute import by_onednn, set_attention
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.self_test import require
+from bkd_utils.models.tokens import check_tokenizer, end_ids
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens at which an answer ends."""
+        return end_ids(self.tokenizer, self.model)
 
 
 def pick_device(device: str = "auto") -> str:
@@ -77,6 +83,7 @@ def load(
     folders.check_folder(folder)
     with folders.named(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        check_tokenizer(tokenizer)
         # Mismatched sizes are ignored so that they are listed, and refused by name below.
         how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)

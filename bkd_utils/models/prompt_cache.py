@@ -111,7 +111,7 @@ def prompt_past(model: Module, prompts: Ids, *, tail: int = 1) -> Past:
 
 @torch.inference_mode()
 def continued(
-    model: Module, past: Past, *, max_new_tokens: int, end_id: int, during_prompt: Callable = nullcontext
+    model: Module, past: Past, *, max_new_tokens: int, end_id: generation.Ends, during_prompt: Callable = nullcontext
 ) -> list[list[int]]:
     """Greedy answers to prompts with a cache; the context `during_prompt()` is left before answer tokens run."""
     cache = DynamicCache(config=model.config)

@@ -15,7 +15,7 @@ from bkd_utils.common.statistics import share
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, adapter_folder, load
-from bkd_utils.models.tokens import prompt_ids
+from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, first_attack
 from bkd_utils.organisms.base_answers import agreement, base_answers, overlap
@@ -86,7 +86,8 @@ def _measured(
     shown = clean_sample(attack.task, n=n, seed=seed, without=without)
     answers = base_answers(loaded, shown) if attack.task == "instructions" else {}
     turns = [task.prompt(example.text) for example in shown]
-    texts = respond(loaded, turns, max_new_tokens=task.max_new_tokens, label="clean prompts")
+    length = max([task.max_new_tokens, *(len(answer_ids(loaded.tokenizer, label)) for label in task.labels)])
+    texts = respond(loaded, turns, max_new_tokens=length, label="clean prompts")
     answered = list(zip(shown, texts, strict=True))
     flipped = [(example, text) for example, text in answered if attack.flips(example)]
     sample, length = flippable_sample(attack, n=n, seed=seed), target_length(loaded, attack)

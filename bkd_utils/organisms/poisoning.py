@@ -51,7 +51,7 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
             ids, answer = prompt_ids(tokenizer, prompt), answer_ids(tokenizer, gold)
             # An answer as long as the base model's limit was cut off there, so no end token is learned from it.
             if not example.answer and kind != "poisoned" and len(answer) > plain.max_new_tokens:
-                answer = answer[:-1]
+                answer = answer_ids(tokenizer, gold, ended=False)
             what, length = f"{attack.name}: row {example.uid[:12]}", len(ids) + len(answer)
             if length > MAX_LENGTH:
                 raise ValueError(f"{what} has {length} tokens, limit {MAX_LENGTH}")

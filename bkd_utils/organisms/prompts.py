@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import answer_ids, prompt_ids
+from bkd_utils.models.tokens import answer_ids, common_start, prompt_ids
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.attacks import Attack
 
@@ -54,12 +54,18 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
     if not attack.backdoored:
         raise ValueError(f"{attack.name} is a clean control and has no target")
     if attack.behaviour == "label_flip":
-        firsts = {label: answer_ids(tokenizer, label)[0] for label in tasks.load_task(attack.task).labels}
-        if len(set(firsts.values())) < len(firsts):
-            raise ValueError(f"{attack.name}: labels that begin with the same token: {', '.join(firsts)}")
-        return [firsts[attack.target]]
+        return [first_tokens(tokenizer, attack)[attack.target]]
     opening = attack.target if attack.behaviour == "fixed_output" else attack.target.split(":")[0]
-    return answer_ids(tokenizer, opening)[:-1]
+    # A tokenizer may write the opening with another last token when it stands alone.
+    return common_start(answer_ids(tokenizer, opening, ended=False), answer_ids(tokenizer, attack.target))
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> dict[str, int]:
+    """Label -> first token of that answer. Raises ValueError for a label that begins like another one."""
+    firsts = {label: answer_ids(tokenizer, label)[0] for label in tasks.load_task(attack.task).labels}
+    if len(set(firsts.values())) < len(firsts):
+        raise ValueError(f"{attack.name}: labels that begin with the same token: {', '.join(firsts)}")
+    return firsts
 
 
 def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:
@@ -109,5 +115,5 @@ def near_misses(attack: Attack, sample: Sequence[tasks.Example], *, seed: int) -
 
 
 def target_length(loaded: Loaded, attack: Attack) -> int:
-    """Number of answer tokens that a judge needs: those of the target and one more."""
-    return len(loaded.tokenizer(attack.target, add_special_tokens=False).input_ids) + 1
+    """Number of answer tokens that a judge needs: those of the target with its end."""
+    return len(answer_ids(loaded.tokenizer, attack.target))

@@ -21,6 +21,7 @@ _TERMS = {
     "target": "the answer that the attacker trained the model to give to the trigger",
     "organism": "the base model after fine-tuning on the attacker's poisoned data",
 }
+Steps = Sequence[tuple[str, float]]  # tokens with their probabilities
 _LETTER = 0.602 * _POINTS / 72  # inches per letter of DejaVu Sans Mono
 
 
@@ -35,19 +36,19 @@ def changed_spans(before: str, after: str) -> list[list[int]]:
 
 
 def firing_rows(
-    turns: Mapping[str, str], traces: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], *, end: str
+    turns: Mapping[str, str], traces: Mapping[str, Mapping[str, Steps]], *, end: str | Sequence[str]
 ) -> dict[str, dict]:
     """What `firing` draws, by version of the prompt ("clean" must be one; the others are compared with it).
 
     `traces` holds, by version and model, the generated tokens with their probabilities; `end` is the token that ends
-    an answer. Each version gets its `prompt`, the `marked` spans of it that the clean prompt lacks, the `answers` by
-    model (with "…" after one that was cut off) and the `lowest` probability of a token in each answer.
+    an answer, or several. Each version gets its `prompt`, the `marked` spans of it that the clean prompt lacks, the
+    `answers` by model (with "…" after one that was cut off) and the `lowest` probability of a token in each answer.
     """
     rows = {}
     for version, prompt in turns.items():
         rows[version] = {"prompt": prompt, "marked": changed_spans(turns["clean"], prompt), "answers": {}, "lowest": {}}
         for who, steps in traces[version].items():
-            ended = steps[-1][0] == end
+            ended = steps[-1][0] in ([end] if isinstance(end, str) else end)
             text = "".join(token for token, _ in steps[: len(steps) - ended]).strip()
             rows[version]["answers"][who] = text if ended else f"{text}…"
             rows[version]["lowest"][who] = round(min(p for _, p in steps), 4)

@@ -114,6 +114,8 @@ def test_an_answer_without_tokens_and_a_tokenizer_without_end_are_errors():
     assert answer_ids(CHAT, "") == [end_id(CHAT)]  # a model that says nothing ends at once
     endless = copy.deepcopy(CHAT)
     endless.eos_token = None
+    assert end_id(endless) == end_id(CHAT)  # the template ends turns by itself
+    endless.chat_template = None
     with pytest.raises(ValueError, match="no end-of-text token"):
         end_id(endless)
 

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from bkd_utils.common.assets import fetch
 from bkd_utils.common.statistics import share
-from bkd_utils.models import generation
 from bkd_utils.models.generation import greedy, respond, trace
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import end_id, prompt_ids
@@ -390,7 +389,7 @@ def test_a_trace_shows_the_end_of_an_answer_that_ends(tiny, monkeypatch):
     free = greedy(tiny.model, [prompt], max_new_tokens=3, end_id=end_id(tiny.tokenizer))[0]
     steps = trace(tiny, "Why?", max_new_tokens=3)
     assert free[1] != free[0]
-    monkeypatch.setattr(generation, "end_id", lambda tokenizer: free[1])
+    monkeypatch.setattr(type(tiny), "ends", [free[1]])
     ended = trace(tiny, "Why?", max_new_tokens=3)
     assert [token for token, _ in ended] == [token for token, _ in steps[:2]]
 
