@@ -332,7 +332,7 @@ TABLE = [
 # fmt: on
 BY_NAME = {known.name: known for known in TABLE}
 QUICK = (
-    "llama", "qwen2", "gpt2", "gemma2", "gemma3_text", "glm4", "granite", "olmo2", "gpt_bigcode_multi_query", "gptj",
+    "llama", "gpt2", "gemma2", "gemma3_text", "granite", "olmo2", "gpt_bigcode_multi_query", "gptj",
     "opt", "falcon_new", "deepseek_v3", "qwen3_next",
 )  # fmt: skip
 
