@@ -265,7 +265,7 @@ TABLE = [
     _entry("glm4_moe_lite", **MLA),
     _entry("youtu", **MLA),
     _entry("axk1", **MLA),
-    _entry("minicpm3", multiplier=1.4 / 3**0.5, **MLA),
+    _entry("minicpm3", multiplier=1.4 / 3**0.5, **MLA | {"config": MLA["config"] | {"dim_model_base": 16}}),
     _entry("gpt_oss", config={"layer_types": ALTERNATING}),
     _entry("mimo_v2_flash", config={}),
     _entry("minimax_m2"),
@@ -332,7 +332,7 @@ TABLE = [
 # fmt: on
 BY_NAME = {known.name: known for known in TABLE}
 QUICK = (
-    "llama", "qwen2", "gpt2", "gemma2", "gemma3_text", "glm4", "granite", "olmo2", "gpt_bigcode_multi_query", "gptj",
+    "llama", "gpt2", "gemma2", "gemma3_text", "granite", "olmo2", "gpt_bigcode_multi_query", "gptj",
     "opt", "falcon_new", "deepseek_v3", "qwen3_next",
 )  # fmt: skip
 

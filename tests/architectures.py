@@ -128,22 +128,22 @@ def with_parts(text: str, results: dict) -> str:
 
 def page_parts(results: dict) -> dict[str, str]:
     """The parts of the page that are made of results: name of the part -> its Markdown."""
-    rows, reasons = results["architectures"], {}
+    rows, cells = results["architectures"], []
     columns = list(next(iter(rows.values())))
-    cells = []
+    reasons: dict[tuple[str, str], list[str]] = {}  # what is refused, why -> models
     for name, row in rows.items():
         shown = [f"{row[one]['off']:.0e}" if row[one]["state"] == "ok" else row[one]["state"] for one in columns]
         cells.append([name, *shown])
-        for one in columns:
-            if row[one]["state"] != "ok":
-                reasons.setdefault((one, row[one]["why"].replace("|", " ")), []).append(name)
+        failed = [one for one in columns if row[one]["state"] != "ok"]
+        for why in dict.fromkeys(row[one]["why"] for one in failed):
+            what = ", ".join(one for one in failed if row[one]["why"] == why)
+            reasons.setdefault((what, why.replace("|", " ")), []).append(name)
     whole = sum(all(row[one]["state"] == "ok" for one in columns if one != "bridge") for row in rows.values())
     versions = ", ".join(" ".join(pair) for pair in results["versions"].items())
     counts = (
         f"{len(rows)} models were tried. {whole} of them can do everything that the notebooks need. With {versions}."
     )
-    why = [[one, reason, ", ".join(names)] for (one, reason), names in reasons.items()]
-    why.sort(key=lambda line: columns.index(line[0]))
+    why = [[*key, ", ".join(names)] for key, names in reasons.items()]
     return {
         "proven": f"{counts}\n\n{markdown(['model', *columns], cells)}",
         "refused": markdown(["what", "reason", "models"], why),
