@@ -103,10 +103,10 @@ def test_rows_that_do_not_fit_the_prompts_are_an_error(model, prompts):
 
 def test_what_outgrows_a_sliding_window_is_refused():
     model = tiny_model("gemma2")
-    with pytest.raises(ModelError, match="17 tokens do not fit the attention window of 16"):
+    with pytest.raises(ModelError, match="17 tokens do not fit the attention window of the model, 16"):
         prompt_past(model, [[5] * 17])
     past = prompt_past(model, [[5] * 14])
-    with pytest.raises(ModelError, match="17 tokens do not fit the attention window of 16"):
+    with pytest.raises(ModelError, match="17 tokens do not fit the attention window of the model, 16"):
         forward(model, past, past.rows(torch.tensor([[7] * 4])))
 
 
