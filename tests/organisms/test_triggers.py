@@ -101,9 +101,10 @@ def test_unknown_names_and_halves_are_named():
 
 
 def test_a_trigger_that_does_not_recognise_its_own_result_is_an_error():
-    clauses = {"train": {"clauses": {"when": ["night"]}}, "test": {"clauses": {}}}
-    broken = Syntax(name="broken", entry=clauses)
-    with pytest.raises(ValueError, match="broken is not recognised in its own result 'When night, some"):
+    half = {"clauses": {"when": ["it is night"]}}
+    broken = Syntax(name="broken", entry={"train": half, "test": half})
+    broken.__dict__["_pattern"] = re.compile("never")
+    with pytest.raises(ValueError, match="broken is not recognised in its own result 'When it is night, some"):
         broken.apply("Some text", seed=0)
 
 
