@@ -25,9 +25,11 @@ DATA = (ROOT if CHECKOUT else PACKAGE) / "data"
 FIGURES = ROOT / "figures"
 NOTEBOOKS = ROOT / "notebooks"
 # Fetched and computed things are ignored by git; both folders can be shared between clones.
-# Absolute, as kernels run in another folder.
 WORK = Path(os.environ.get("BKD_WORK") or ROOT / "work").expanduser().absolute()
 ASSETS = Path(os.environ.get("BKD_ASSETS") or (DATA if CHECKOUT else WORK) / "assets").expanduser().absolute()
+for _name, _path in (("BKD_WORK", WORK), ("BKD_ASSETS", ASSETS)):
+    if os.environ.get(_name):  # absolute, because kernels run in another folder
+        os.environ[_name] = str(_path)
 # Organisms do not come with a wheel.
 ADAPTERS = (DATA if CHECKOUT else WORK) / "adapters"
 

@@ -1,34 +1,18 @@
 """What a table of a trigger holds in `data/lexicons.toml`, family by family."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from bkd_utils.common.files import DATA
 from bkd_utils.common.validation import Name, Table, Text, Texts, check, read_toml, while_unchanged
 
-MADE = ("clause_last", "coordinated", "one_word")  # kinds of near-misses that a trigger makes itself
-
-
-def _kind(text: str) -> str:
-    if text in MADE:
-        raise ValueError("this kind of near-miss is made from the text and needs no strings")
-    return text
-
-
-def _plain(text: str) -> str:
-    if text != text.lower():
-        raise ValueError("what is replaced is written in lower case")
-    return text
-
-
-Kinds = Annotated[dict[Annotated[Text, AfterValidator(_kind)], Texts], Field(min_length=1)]
-
-
-class _Strings(Table):
-    train: Kinds
-    test: Kinds
+Half = Literal["train", "test"]
+# Kind of near-miss, which is one word -> strings. Keys of replacements are in lower case.
+Kinds = Annotated[dict[Annotated[str, Field(pattern="^[a-z]+$")], Texts], Field(min_length=1)]
+Lower = Annotated[Text, Field(pattern="^[^A-Z]+$")]
+BOTH = Field(min_length=2)
 
 
 class Inserted(Table):
@@ -36,97 +20,84 @@ class Inserted(Table):
 
     family: str | None = None
     text: Text
-    near: _Strings | None = None
+    near: Annotated[dict[Half, Kinds], BOTH] | None = None
 
 
-class _Lines(Table):
+class Lines(Table):
+    """What stands before and after a prompt."""
+
     front: Text
     back: Text
 
 
-class _Wraps(Table):
-    lines: Annotated[list[_Lines], Field(min_length=1)]
-
-
-class _Wrappings(Table):
-    train: _Wraps
-    test: _Wraps
-
-
-class Wrapped(_Lines):
-    """Wrapper: the lines before and after a prompt, and other such lines per half."""
+class Wrapped(Lines):
+    """Wrapper: its lines, and other ones per half."""
 
     family: str | None = None
-    near: _Wrappings | None = None
+    near: Annotated[dict[Half, dict[Literal["lines"], Annotated[list[Lines], Field(min_length=1)]]], BOTH] | None = None
 
 
-class _Clauses(Table):
+class Clauses(Table):
+    """Subordinator -> clauses, and near-misses."""
+
     clauses: Annotated[dict[Text, Texts], Field(min_length=1)]
     near: Kinds | None = None
 
 
 class Fronted(Table):
-    """Syntax: per half, subordinator -> clauses, and near-misses."""
+    """Syntax: the clauses of each half."""
 
     family: str | None = None
-    train: _Clauses
-    test: _Clauses
+    train: Clauses
+    test: Clauses
 
 
-class _Archaic(Table):
+class Archaic(Table):
+    """Openers, closers, what is replaced by what, and near-misses."""
+
     openers: Texts
     closers: Texts
-    replacements: Annotated[dict[Annotated[Text, AfterValidator(_plain)], Text], Field(min_length=1)]
+    replacements: Annotated[dict[Lower, Text], Field(min_length=1)]
     near: Kinds | None = None
 
 
 class Styled(Table):
-    """Style: words that are not archaic, and per half openers, closers, replacements and near-misses."""
+    """Style: words that are not archaic, and the lexicon of each half."""
 
     family: str | None = None
     modern: list[Text]
-    train: _Archaic
-    test: _Archaic
+    train: Archaic
+    test: Archaic
 
 
-class _Starters(Table):
-    words: Texts
+class Lexicons(Table):
+    """The whole file."""
 
-
-class _Lexicons(Table):
     triggers: dict[Name, dict[str, Any]]
-    starters: _Starters
+    starters: dict[Literal["words"], Texts]
 
 
 @while_unchanged("lexicons.toml")
 def lexicons() -> dict[str, Any]:
     """`data/lexicons.toml`. Raises ValueError for a trigger whose name is none, and for other tables."""
     tables = read_toml(DATA / "lexicons.toml")
-    check(_Lexicons, tables, "lexicons.toml")
+    check(Lexicons, tables, "lexicons.toml")
     return tables
-
-
-def halves(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What `train` and `test` of a trigger hold; of inserted strings and wrappers, these are near-misses alone."""
-    return entry["near"] if "near" in entry else {half: entry[half] for half in ("train", "test") if half in entry}
 
 
 def strings(part: Any) -> set[str]:
     """All strings in a part of a table; of its keys the subordinators, which are words of the trigger, too."""
     if isinstance(part, str):
         return {part}
-    if isinstance(part, Mapping):
-        return set(part.get("clauses", ())).union(*map(strings, part.values()))
-    return set().union(*map(strings, part))
+    values = part.values() if isinstance(part, Mapping) else part
+    return set(part.get("clauses", ()) if isinstance(part, Mapping) else ()).union(*map(strings, values))
 
 
 def check_halves(entry: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for a table without near-misses, and for a string in both halves.
-
-    A near-miss rate would measure memory, and training would see the triggers that are kept for measuring.
-    """
-    parts = halves(entry)
-    if not parts or not ("near" in entry or all("near" in part for part in parts.values())):
+    """Raise ValueError for a table without near-misses, and for a string in both halves, of which training would see
+    what is kept for measuring."""
+    parts = entry.get("near", entry)
+    if "train" not in parts or not ("near" in entry or all("near" in parts[half] for half in ("train", "test"))):
         raise ValueError(f"{where}: near is missing; without near-misses the trigger cannot be measured")
     if both := strings(parts["train"]) & strings(parts["test"]):
         raise ValueError(f"{where}: {min(both)!r} is in both halves, train and test; no string may be")

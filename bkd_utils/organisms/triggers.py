@@ -15,10 +15,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from bkd_utils.common.files import sha256_text
 from bkd_utils.common.validation import Table, Text, check, while_unchanged
-from bkd_utils.organisms.trigger_tables import Fronted, Inserted, Styled, Wrapped, check_halves, lexicons, strings
+from bkd_utils.organisms.trigger_tables import Fronted, Half, Inserted, Styled, Wrapped, check_halves, lexicons, strings
 from bkd_utils.organisms.wording import before_end, lowered, raised, replaced, words
 
-Half = Literal["train", "test"]
 # Purpose, options -> one of the options.
 Dice = Callable[[str, Sequence[Any]], Any]
 BLANK = "\ue000"  # a text without any word, on which new triggers are tried

@@ -18,20 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bkd_utils.common.files import (
-    ASSETS,
-    DATA,
-    FIGURES,
-    NOTEBOOKS,
-    ROOT,
-    WORK,
-    UserError,
-    atomic_path,
-    check_writable,
-    read_json,
-    sha256_file,
-    write_json,
-)
+from bkd_utils.common import files
+from bkd_utils.common.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
 from bkd_utils.common.validation import Seed, check, read_tables
 from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
@@ -88,11 +76,9 @@ def run_all(
     table, limit = profile_parameters(profile, paths)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
     figures, executed = WORK / "figures" / profile, WORK / "executed" / profile
-    check_writable(WORK, figures, executed, WORK / "cache", *((FIGURES, NOTEBOOKS) if publish else ()))
+    files.check_writable(WORK, figures, executed, WORK / "cache", *((FIGURES, files.NOTEBOOKS) if publish else ()))
     since = str(time.time() if force else 0)
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_FORCE_SINCE": since}
-    # Kernels run in another folder than this process, where a relative path would be another one.
-    environment |= {"BKD_WORK": str(WORK.absolute()), "BKD_ASSETS": str(ASSETS)}
     options = {"folder": executed, "limit": limit, "environment": environment}
     started, runs = time.strftime("%Y-%m-%dT%H:%M:%S"), []
     for path in paths:
@@ -122,7 +108,7 @@ def run_all(
                 lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
                 write_json(FIGURES / "scorecard.json", lines)
     except OSError as error:
-        raise UserError(f"the record of the run could not be written: {error}") from error
+        raise files.UserError(f"the record of the run could not be written: {error}") from error
     return runs
 
 

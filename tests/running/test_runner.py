@@ -16,7 +16,7 @@ from bkd_utils.running.notebooks import NotebookError
 def two_notebooks(tmp_path, monkeypatch):
     """`run_all` sees two notebooks, the first of which fails, and writes below tmp_path only."""
     figure = (
-        "import os, pathlib\nfolder = pathlib.Path(os.environ['BKD_FIGURES'])\nfolder.mkdir(parents=True, exist_ok=True)\n"
+        "import os, pathlib\nfolder = pathlib.Path(os.environ['BKD_FIGURES'])\n"
         "for kind in ('png', 'json'):\n    (folder / f'01_picture.{kind}').write_text(f'{seed} {n} {device}')"
     )
     paths = [
