@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from bkd_utils.common.files import DATA, FIGURES, UserError, read_json, write_json
-from bkd_utils.common.validation import read_toml
+from bkd_utils.common.validation import read_tables
 from bkd_utils.reports import style
 
 KEYS = {"paper", "claim", "published", "source", "provenance", "measure", "unit", "criterion"}
@@ -38,7 +38,7 @@ MARKS = {True: "✓", False: "✗", None: "?"}
 
 def _published(*, papers: bool) -> dict[str, dict[str, str]]:
     """The tables of papers or of claims in `published.toml`. Raises UserError unless each has the keys of its kind."""
-    claims = read_toml(DATA / "published.toml")
+    claims = read_tables(DATA / "published.toml")
     of_papers = claims.pop("papers", {})
     found, keys, prefix = (of_papers, PAPER_KEYS, "papers.") if papers else (claims, KEYS, "")
     for name, entry in found.items():
