@@ -206,7 +206,7 @@ def component_effects(
         raise ValueError(
             f"unknown components {sorted(unknown)}" if means else "no components; known: " + ", ".join(modules)
         )
-    tail, width = next(iter(means.values())).shape[1], model.config.hidden_size
+    tail, width = next(iter(means.values())).shape[1], model.config.get_text_config().hidden_size
     for name, rows in means.items():
         check_shape(f"means of {name}", rows, layer=len(modules[name]), tail=tail, d_model=width)
     patches = {name: (modules[name], rows) for name, rows in means.items()}

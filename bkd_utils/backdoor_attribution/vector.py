@@ -80,7 +80,7 @@ def steer(
     """
     parts, longest = anatomy(model), max(map(len, answers), default=0)
     check(Count, batch_size, "batch_size")
-    check_shape("vectors", vectors, vector=None, d_model=model.config.hidden_size)
+    check_shape("vectors", vectors, vector=None, d_model=model.config.get_text_config().hidden_size)
     if len(answers) != len(past) or not all(map(len, answers)):
         raise ValueError(f"{len(past)} prompts need as many non-empty answers, got {len(answers)}")
     if not layers or not set(layers) <= set(range(len(parts.layers))):
