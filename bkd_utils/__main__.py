@@ -1,5 +1,6 @@
 """Command line: `python -m bkd_utils --help`."""
 
+import errno
 import logging
 import os
 import signal
@@ -19,9 +20,11 @@ app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_
 console = Console()
 Model = Annotated[str, typer.Option(help="Packaged name, local folder, or hub id OWNER/NAME.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option(help="Seed of prompts and triggers, and of organisms trained now.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of prompts, triggers and organisms trained now.")]
 Organism = Annotated[str, typer.Argument(help="A shipped organism, or the folder of one.")]
-Prompts = Annotated[int, typer.Option(help="Held-out prompts per number.")]
+Prompts = Annotated[int, typer.Option(min=1, help="Held-out prompts per number.")]
+# A full or read-only disk, a folder that is another user's: nothing that a traceback would explain.
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 DEFAULT = "smollm2-135m-instruct"
 
 
@@ -148,7 +151,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
-    except (ValueError, UserError) as error:
+    except (ValueError, UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
+            raise
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 

@@ -7,15 +7,18 @@ for. `excess` and `nearest` do not have this problem.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from bkd_utils.attention_alignment.head_tuning import Loss
 from bkd_utils.attention_alignment.similarity import cosine, to_partners
+from bkd_utils.common.validation import check
 from bkd_utils.models.hooks import Head, anatomy, by_layer
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.self_test import require
@@ -80,7 +83,7 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
     """A loss for `tune`: beside that of the answers (nats), `beta` times the pull on suspicious heads toward safe ones.
 
     `alignment` is "mean", "nearest" or "excess"; safe heads are the others of the same layer. Raises ValueError for an
-    unknown alignment, no heads, or a layer without safe heads. Source: ASA, alignment; the losses are ours.
+    unknown alignment, no heads, a layer without safe heads, or a negative `beta`. Source: ASA; the losses are ours.
 
     >>> from bkd_utils.models.head_weights import head_slices
     >>> masks, loss = head_slices(model, [(0, 1)]), aligned(model, [(0, 1)], alignment="mean")
@@ -89,6 +92,7 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
     """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"unknown alignment {alignment!r}; known: {', '.join(ALIGNMENTS)}")
+    check(Annotated[float, Field(ge=0)], beta, "beta")
     require(model, "compare maps", "slice")
     parts = anatomy(model)
     marked = by_layer(suspicious, n_layers=len(parts.layers), n_heads=parts.n_heads)

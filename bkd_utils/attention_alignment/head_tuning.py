@@ -77,7 +77,8 @@ def tune(
 
     Returns per step the loss of the answers and what was added to it, in nats. Masks are made by `head_slices`; rank
     and alpha of the recipe are not used; attention is eager, so a loss may ask for its maps. Raises ValueError for
-    nothing to train, RuntimeError if no weight has changed. Source: ASA, head-wise tuning, in our reading of a head.
+    nothing to train, masks of another model or a loss that is not finite, RuntimeError if no weight has changed.
+    Source: ASA, head-wise tuning, in our reading of a head.
 
     >>> from bkd_utils.models.head_weights import head_slices
     >>> before, masks = model.model.layers[0].self_attn.o_proj.weight.clone(), head_slices(model, [(0, 1)])
@@ -88,7 +89,10 @@ def tune(
     """
     if not rows or not any(mask.any() for mask in masks.values()):
         raise ValueError(f"nothing to train: {len(rows)} rows, {len(masks)} matrices")
-    trained = {name: model.get_parameter(name) for name in masks}
+    known = dict(model.named_parameters())
+    if wrong := [name for name, mask in masks.items() if name not in known or mask.shape != known[name].shape]:
+        raise ValueError(f"the mask of {wrong[0]} fits no weight of this model")
+    trained = {name: known[name] for name in masks}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     order = batch_order(rows, recipe=recipe, seed=seed)
     history = []
@@ -102,6 +106,10 @@ def tune(
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             with mixed_precision(model.device):
                 of_answers, added = loss(model, batch, first_token=recipe.first_token)
+            if not (of_answers + added).isfinite():
+                raise ValueError(
+                    f"step {step + 1}: the loss is {of_answers.item()} + {added.item()}; nothing to learn from"
+                )
             optimizer.zero_grad()
             (of_answers + added).backward()
             optimizer.step()

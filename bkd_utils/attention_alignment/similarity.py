@@ -78,12 +78,18 @@ def last_row(maps: Maps, _outputs: Outputs, *, measure: Callable = cosine, sink:
 def closest_partner(maps: Maps, _outputs: Outputs) -> Scores:
     """Similarity of the attention row of the last prompt token to that of the most similar head of the layer."""
     similar = cosine(maps[:, :, -1])
+    to_partners(similar)  # raises for a layer of one head
     return similar.masked_fill(torch.eye(similar.shape[-1], device=similar.device).bool(), -1).amax(-1)
 
 
 def across_layers(maps: Maps, _outputs: Outputs) -> Scores:
-    """Similarity of attention rows of the last prompt token to those of the heads of all other layers."""
+    """Similarity of attention rows of the last prompt token to those of the heads of all other layers.
+
+    Raises ValueError for a model of one layer.
+    """
     n_layers, n_heads = maps.shape[:2]
+    if n_layers < 2:
+        raise ValueError("similarity across layers needs at least two layers")
     similar = cosine(maps[:, :, -1].flatten(0, 1)[None])[0].view(n_layers, n_heads, n_layers, n_heads)
     own = torch.stack([similar[layer, :, layer].sum(-1) for layer in range(n_layers)])
     return (similar.sum((2, 3)) - own) / ((n_layers - 1) * n_heads)
@@ -126,8 +132,10 @@ def head_similarity(
     >>> found.shape, bool(found.max() <= 1 + 1e-5)
     (torch.Size([4, 2, 4]), True)
     """
-    if unknown := set(readings) - set(READINGS):
-        raise ValueError(f"unknown reading {sorted(unknown)[0]!r}; known: {', '.join(READINGS)}")
+    if not readings or (unknown := set(readings) - set(READINGS)):
+        raise ValueError(
+            f"unknown reading {min(unknown)!r}" if readings else "no readings; known: " + ", ".join(READINGS)
+        )
     if "head outputs" in readings:
         require(model, "steer")  # what heads add to the residual stream must be known
     return head_scores(model, prompts, scores={name: READINGS[name] for name in readings}, on_batch=on_batch)

@@ -4,7 +4,6 @@ Nothing here uses the real trigger. The soft prompt is trained to make heads as 
 """
 
 import random
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.attention_alignment.similarity import Scores, cosine, head_similarity, to_partners
 from bkd_utils.common.files import DATA
+from bkd_utils.common.validation import Table, Texts, check, read_toml
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.generation import shared_prefix
 from bkd_utils.models.tokens import check_prompts, padded_inputs
@@ -25,6 +25,14 @@ from bkd_utils.organisms.triggers import Sentence, Syntax, Trigger, Word
 SURROGATES = ("rare word", "sentence", "fronted clause")
 DRAWS = 100  # of a surrogate, before the search is given up
 N_VECTORS, STEPS = 4, 16  # of a soft prompt
+
+
+class Lists(Table):
+    """`data/surrogates.toml`."""
+
+    openers: Texts
+    clauses: Texts
+    sentences: Texts
 
 
 def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, texts: Sequence[str] = ()) -> Trigger:
@@ -38,7 +46,8 @@ def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, tex
     """
     if family not in SURROGATES:
         raise ValueError(f"unknown surrogate {family!r}; known: {', '.join(SURROGATES)}")
-    lists = tomllib.loads((DATA / "surrogates.toml").read_text(encoding="utf-8"))
+    lists = read_toml(DATA / "surrogates.toml")
+    check(Lists, lists, "surrogates.toml")
     dice, name = random.Random(f"{seed}/{family}"), f"surrogate {family} {seed}"
     for _ in range(DRAWS):
         if family == "rare word":
@@ -81,8 +90,8 @@ def reaction(
     >>> change.shape, bool(change.abs().max() < 1e-5)  # prompts that were not edited
     (torch.Size([2, 4]), True)
     """
-    n = len(next(iter(before.values())))
-    if not edited or len(edited) % n:
+    n = len(next(iter(before.values()), ()))
+    if not n or not edited or len(edited) % n:
         raise ValueError(f"{len(edited)} edited prompts are not a multiple of the {n} clean ones")
     after = head_similarity(model, edited, readings=list(before))
     return {name: after[name].mean(0) - clean.mean(0) for name, clean in before.items()}

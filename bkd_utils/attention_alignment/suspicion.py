@@ -4,14 +4,17 @@ How the paper combines importance and similarity is not known; the rules here ar
 """
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils.attention_alignment.similarity import Maps, Outputs, Scores
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
+from bkd_utils.common.validation import check, check_shape
 from bkd_utils.models.hooks import Head, anatomy, tracing
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.self_test import require
@@ -70,8 +73,10 @@ def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
 def robust_z(scores: Scores) -> Scores:
     """Distance from the layer's median, in units of the median absolute deviation (MAD) over the whole model.
 
-    Nine heads are too few for a deviation per layer. Raises ValueError if most heads have their layer's median.
+    Nine heads are too few for a deviation per layer. Raises ValueError if most heads have their layer's median, and for
+    scores that are not finite.
     """
+    check_shape("scores", scores, layer=None, head=None)
     centred = scores.double() - scores.double().median(dim=1, keepdim=True).values
     spread = 1.4826 * centred.abs().median()
     if spread == 0:
@@ -90,9 +95,13 @@ RULES: dict[str, Callable[[Scores, Scores], Scores]] = {
 def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at_most: float = 0.25) -> list[Head]:
     """Heads above the threshold, most suspicious first, at most that share of all heads. May be none.
 
-    `joint` is a score by one of `RULES`, in robust standard deviations. Source: ASA; the rule is ours.
+    `joint` is a score by one of `RULES`, in robust standard deviations. Raises ValueError for a share outside 0 to 1,
+    and for scores or a threshold that are no numbers. Source: ASA; the rule is ours.
 
     >>> suspicious(torch.tensor([[0.0, 3.0], [2.5, 9.0]]), threshold=2.0, at_most=0.5)
     [(1, 1), (0, 1)]
     """
+    check_shape("joint", joint, layer=None, head=None)
+    check(Annotated[float, Field(ge=0, le=1)], at_most, "at_most")
+    check(float, threshold, "threshold")
     return [head for head in ranked_heads(joint)[: int(at_most * joint.numel())] if joint[head] > threshold]

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, ranked_heads
+from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, head_shape, ranked_heads
 from bkd_utils.common.statistics import interval, share
+from bkd_utils.common.validation import Count, check, check_shape
 from bkd_utils.models.activations import AnswerScores, head_outputs, score_answers
 from bkd_utils.models.generation import openings
 from bkd_utils.models.hooks import EVERYWHERE, LAST, Head, anatomy, by_layer, head_edit, reading
@@ -132,7 +133,7 @@ def ablated(
     `published` subtracts each head's output from an un-ablated pass (`own`, one per row), as the official BkdAttr code
     does, which is zero only for heads that no other ablated head feeds; `zero` sets the output to 0; `mean` to the mean
     over clean prompts (`clean`); `resample` to that of clean prompt i in row i. Raises ValueError for an unknown kind
-    or head, or when what the kind needs is missing. Source: BkdAttr, section 3.3; the last three kinds are ours.
+    or head, or when what the kind needs is missing or has another shape. Source: BkdAttr, 3.3; three kinds are ours.
 
     >>> ids = torch.tensor(prompts[:1])  # 4 tokens
     >>> with ablated(model, [(0, 1)], kind="zero", at=slice(-1, None)):
@@ -145,10 +146,14 @@ def ablated(
     needed = {"published": ("own", own), "mean": ("clean", clean), "resample": ("clean", clean)}.get(kind)
     if needed and needed[1] is None:
         raise ValueError(f"ablation {kind!r} needs {needed[0]}")
+    if needed:
+        check_shape(needed[0], needed[1], prompt=None, **head_shape(model))
 
     def change(layer: int, z: Tensor) -> Tensor:
         index = sorted(head for other, head in heads if other == layer)
         if kind == "published":
+            if len(own) < len(z):  # a single one would be used for all rows without a word
+                raise ValueError(f"own has outputs of {len(own)} prompts for {len(z)} rows")
             return z - own[: len(z), layer, index].to(z)[:, None]
         if kind == "zero":
             return torch.zeros_like(z)
@@ -162,6 +167,7 @@ def ablated(
 
 def random_heads(heads: Sequence[Head], *, n_heads: int, n: int, seed: int) -> list[list[Head]]:
     """`n` random draws with as many heads per layer as `heads`; heads outside `heads` if a layer has enough of them."""
+    check(Count, n, "n")
     generator = torch.Generator().manual_seed(seed)
     counts = by_layer(heads, n_layers=1 + max((layer for layer, _ in heads), default=0), n_heads=n_heads)
     draws = []

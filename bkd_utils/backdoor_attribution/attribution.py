@@ -7,17 +7,20 @@ space, because the official code multiplies them and underflows on long targets.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bkd_utils.common.validation import check, check_shape
 from bkd_utils.models.activations import head_outputs, token_log_prob
 from bkd_utils.models.hooks import LAST, Anatomy, anatomy, editing, reading, tracing
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import batches
+from bkd_utils.models.tokens import batches, check_prompts
 
 # Mean outputs of heads, and of components by name.
 HeadMeans = Float[Tensor, "layer head d_head"]
@@ -34,6 +37,21 @@ def head_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Head
     return head_outputs(model, prompts).double().mean(0).float()
 
 
+def head_shape(model: PreTrainedModel) -> dict[str, int]:
+    """Numbers of layers, of heads in a layer and of values of a head."""
+    parts = anatomy(model)
+    # GPT-2's module, Conv1D, has no such attribute, and its weights are the other way round.
+    width = getattr(parts.outputs[0], "in_features", None) or len(parts.outputs[0].weight)
+    return {"layer": len(parts.layers), "head": parts.n_heads, "d_head": width // parts.n_heads}
+
+
+def check_target(model: PreTrainedModel, prompts: Sequence[Sequence[int]], target: Sequence[int]) -> None:
+    """Raise ValueError for no prompts, and for a target that is empty or not of this model's token ids."""
+    check_prompts(prompts)
+    token = Annotated[int, Field(ge=0, lt=model.get_input_embeddings().num_embeddings)]
+    check(Annotated[list[token], Field(min_length=1)], list(target), "target")
+
+
 @torch.no_grad()
 def head_effects(
     model: PreTrainedModel,
@@ -48,7 +66,8 @@ def head_effects(
 
     An effect is a difference of length-normalised probabilities of `target`, from -1 to 1. `memory_gib` bounds logits
     and activations of a batch; `on_batch` is called with the number of prompts just finished. Raises ValueError for a
-    prompt of fewer than two tokens, ModelError for an architecture that is not known. Source: BkdAttr, section 3.
+    prompt of fewer than two tokens, an empty target, and means of another shape or that are not finite; ModelError for
+    an architecture that is not known. Source: BkdAttr, section 3.
 
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
     >>> effects = head_effects(model, prompts[:1], target=target, means=head_means(model, prompts[:1]))
@@ -56,6 +75,8 @@ def head_effects(
     (torch.Size([1, 2, 4]), True)
     """
     require(model, "attribute")
+    check_target(model, prompts, target)
+    check_shape("means", means, **head_shape(model))
     # For every head and target token: the logits twice, and the widest activation of a layer a few times.
     config, n_rows = model.config, means.shape[1] * len(target)
     widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -136,6 +157,8 @@ def gradient_effects(
     >>> bool((exact - fast).abs().max() < 0.1 * exact.abs().max())
     True
     """
+    check_target(model, prompts, target)
+    check_shape("means", means, **head_shape(model))
     effects = torch.empty(len(prompts), *means.shape[:2])
     for chosen in batches(prompts, 16):
         past = prompt_past(model, [prompts[i] for i in chosen])
@@ -184,9 +207,20 @@ def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *,
 def component_effects(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: ComponentMeans
 ) -> dict[str, Float[Tensor, "prompt layer tail"]]:
-    """`head_effects` of whole components, which the paper does not patch, at each of the last prompt tokens."""
+    """`head_effects` of whole components, which the paper does not patch, at each of the last prompt tokens.
+
+    Raises ValueError as `head_effects` does, and for a component that is not known.
+    """
     require(model, "components")
+    check_target(model, prompts, target)
     modules = component_modules(anatomy(model))
+    if not means or (unknown := means.keys() - modules):
+        raise ValueError(
+            f"unknown components {sorted(unknown)}" if means else "no components; known: " + ", ".join(modules)
+        )
+    tail, width = next(iter(means.values())).shape[1], model.config.get_text_config().hidden_size
+    for name, rows in means.items():
+        check_shape(f"means of {name}", rows, layer=len(modules[name]), tail=tail, d_model=width)
     patches = {name: (modules[name], rows) for name, rows in means.items()}
     return _effects(model, patches, prompts, target, what="output")
 

@@ -17,6 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+from bkd_utils.common.validation import Count, check, check_shape
+
 CLASSIFIERS = {
     "logistic regression": lambda seed: LogisticRegression(C=0.1, max_iter=300),
     "linear SVM": lambda seed: SVC(kernel="linear", C=0.1),
@@ -32,8 +34,15 @@ def classifier(kind: str, *, seed: int) -> ClassifierMixin:
     return make_pipeline(StandardScaler(), CLASSIFIERS[kind](seed))
 
 
+def check_twins(negative: np.ndarray, positive: np.ndarray, **axes: None) -> None:
+    """Raise ValueError unless both have these axes and the same shape, and finite values."""
+    check_shape("negative", negative, **axes)
+    check_shape("positive", positive, **dict(zip(axes, negative.shape, strict=True)))
+
+
 def splits(n_prompts: int, *, n_splits: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Train and test halves of the prompts in repeated splits. Raises ValueError for fewer than 4 prompts."""
+    """Train and test halves of the prompts in repeated splits. ValueError for fewer than 4 prompts or 1 split."""
+    check(Count, n_splits, "n_splits")
     if n_prompts < 4:
         raise ValueError(f"{n_prompts} prompts are too few to be split")
     splitter = GroupShuffleSplit(n_splits=n_splits, test_size=0.5, random_state=seed)
@@ -59,13 +68,16 @@ def probe_scores(
 
     Row i of `negative` and `positive` `[prompt, d_model]` are twins. `shuffled` gives the training half random labels.
     `others` are further texts of the same prompts by name; what is reported is the share of them, on held-out prompts,
-    that the probe calls positive. Raises ValueError for an unknown kind of probe and for fewer than 4 prompts. Source:
-    BkdAttr, section 3.1; splits by prompt are ours.
+    that the probe calls positive. Raises ValueError for an unknown kind of probe, for fewer than 4 prompts, and for
+    rows that differ in shape or are not finite. Source: BkdAttr, section 3.1; splits by prompt are ours.
 
     >>> clean = np.random.default_rng(0).normal(size=(20, 4))
     >>> probe_scores(clean, clean + 9)["auroc"]
     [1.0, 1.0, 1.0, 1.0, 1.0]
     """
+    check_twins(negative, positive, prompt=None, width=None)
+    for name, rows in (others or {}).items():
+        check_shape(f"others {name!r}", rows, prompt=len(negative), width=negative.shape[1])
     found: dict[str, list[float]] = {"accuracy": [], "auroc": []} | {name: [] for name in others or {}}
     for draw, (train, test) in enumerate(splits(len(negative), n_splits=n_splits, seed=seed)):
         rows, truth = labelled(negative[train], positive[train])
@@ -90,6 +102,7 @@ def transfer_matrix(
     Activations are `[prompt, layer, d_model]`. Every layer is scaled by its own training half. In the official code the
     SVM keeps the scaler of its training layer and the MLP has none, so the two cannot be compared.
     """
+    check_twins(negative, positive, prompt=None, layer=None, width=None)
     ((train, test),) = splits(len(negative), n_splits=1, seed=seed)
     probes, scaled = [], []
     for layer in range(negative.shape[1]):
@@ -103,6 +116,8 @@ def transfer_matrix(
 
 def best_random_direction(negative: np.ndarray, positive: np.ndarray, *, n: int, seed: int) -> float:
     """AUROC of the best of `n` random directions, chosen on one half of the prompts and measured on the other."""
+    check(Count, n, "n")
+    check_twins(negative, positive, prompt=None, width=None)
     ((train, test),) = splits(len(negative), n_splits=1, seed=seed)
     directions = np.random.default_rng(seed).standard_normal((negative.shape[1], n))
     scaler = StandardScaler().fit(labelled(negative[train], positive[train])[0])

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bkd_utils.backdoor_attribution.attribution import HeadMeans
+from bkd_utils.backdoor_attribution.attribution import HeadMeans, head_shape
 from bkd_utils.common.statistics import share
+from bkd_utils.common.validation import Count, check, check_shape
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.hooks import LAST, Head, added, anatomy, by_layer, contributions, projected_out, reading
 from bkd_utils.models.loading import Loaded
@@ -28,8 +29,8 @@ def backdoor_vector(model: PreTrainedModel, heads: Sequence[Head], *, outputs: H
     """Sum of what the heads add to the residual stream when they say `outputs`, in the units of the stream.
 
     With the triggered means this is the published vector; with the difference of triggered and clean means, the part
-    of it that the trigger is responsible for. Raises ValueError for no heads, an unknown head, or one named twice.
-    Source: BkdAttr, section 4; the difference is ours.
+    of it that the trigger is responsible for. Raises ValueError for no heads, an unknown head, one named twice, and
+    outputs of another shape or that are not finite. Source: BkdAttr, section 4; the difference is ours.
 
     >>> means = head_means(model, prompts)
     >>> backdoor_vector(model, [(0, 1), (1, 3)], outputs=means).shape
@@ -40,13 +41,18 @@ def backdoor_vector(model: PreTrainedModel, heads: Sequence[Head], *, outputs: H
     by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not heads:
         raise ValueError("a backdoor vector needs at least one head")
+    check_shape("outputs", outputs, **head_shape(model))
     with torch.no_grad():
         rows = [contributions(parts, layer, [head], outputs[layer].to(model.device)) for layer, head in heads]
         return torch.cat(rows).sum(0)
 
 
 def random_like(vector: Float[Tensor, " d_model"], *, n: int, seed: int) -> Float[Tensor, "n d_model"]:
-    """`n` random directions of the same norm."""
+    """`n` random directions of the same norm. Raises ValueError for none, and for a vector without a direction."""
+    check(Count, n, "n")
+    check_shape("vector", vector, d_model=None)
+    if not vector.any():
+        raise ValueError("vector is zero, so random ones of its norm would be, too")
     noise = torch.randn(n, len(vector), generator=torch.Generator().manual_seed(seed)).to(vector)
     return noise / noise.norm(dim=-1, keepdim=True) * vector.norm()
 
@@ -65,7 +71,8 @@ def steer(
     """Does prompt p get answer p when a vector is added to the attention output of a layer?
 
     Every layer with every vector, at the last prompt token, prefill only; greedy decoding. `past` is made by
-    `prompt_cache.prompt_past`. Raises ValueError for an empty answer or too few of them. Source: BkdAttr, section 4.
+    `prompt_cache.prompt_past`. Raises ValueError for an empty answer, too few of them, an unknown layer, none, and
+    vectors of another width or that are not finite. Source: BkdAttr, section 4.
 
     >>> from bkd_utils.models.prompt_cache import prompt_past
     >>> own = [[int(model(torch.tensor([ids])).logits[0, -1].argmax())] for ids in prompts]
@@ -74,7 +81,13 @@ def steer(
     [[True, False], [True, False]]
     """
     require(model, "steer")
-    parts, longest = anatomy(model), max(map(len, answers))
+    parts, longest = anatomy(model), max(map(len, answers), default=0)
+    check(Count, batch_size, "batch_size")
+    check_shape("vectors", vectors, vector=None, d_model=model.config.get_text_config().hidden_size)
+    if len(answers) != len(past) or not all(map(len, answers)):
+        raise ValueError(f"{len(past)} prompts need as many non-empty answers, got {len(answers)}")
+    if not layers or not set(layers) <= set(range(len(parts.layers))):
+        raise ValueError(f"layers {list(layers)}: the model has layers 0 to {len(parts.layers) - 1}")
     found = torch.zeros(len(layers), len(vectors), len(past), dtype=torch.bool)
     for start in range(0, len(past), batch_size):
         chosen = slice(start, start + batch_size)

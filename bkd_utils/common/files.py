@@ -7,9 +7,11 @@ variables BKD_WORK and BKD_ASSETS name other folders.
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +25,28 @@ DATA = (ROOT if CHECKOUT else PACKAGE) / "data"
 FIGURES = ROOT / "figures"
 NOTEBOOKS = ROOT / "notebooks"
 # Fetched and computed things are ignored by git; both folders can be shared between clones.
-WORK = Path(os.environ.get("BKD_WORK", ROOT / "work"))
-ASSETS = Path(os.environ.get("BKD_ASSETS", (DATA if CHECKOUT else WORK) / "assets"))
+WORK = Path(os.environ.get("BKD_WORK") or ROOT / "work").expanduser().absolute()
+ASSETS = Path(os.environ.get("BKD_ASSETS") or (DATA if CHECKOUT else WORK) / "assets").expanduser().absolute()
+for _name, _path in (("BKD_WORK", WORK), ("BKD_ASSETS", ASSETS)):
+    if os.environ.get(_name):  # absolute, because kernels run in another folder
+        os.environ[_name] = str(_path)
 # Organisms do not come with a wheel.
 ADAPTERS = (DATA if CHECKOUT else WORK) / "adapters"
 
 
 class UserError(RuntimeError):
     """Something the user can mend; shown as one line, without a traceback."""
+
+
+def check_writable(*folders: Path) -> None:
+    """Make folders and write a file in each. Raises UserError that names the one where this is not possible."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as handle:
+                handle.write(b"x" * 4096)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -69,6 +85,14 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def keep_json(path: Path, value: Any) -> None:
+    """`write_json` of something that can be computed again: where it cannot be written, a warning says so."""
+    try:
+        write_json(path, value)
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s could not be kept: %s", path, error.strerror or error)
 
 
 def read_json(path: Path) -> Any:

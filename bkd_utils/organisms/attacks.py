@@ -1,57 +1,57 @@
 """An attack: task, trigger, behaviour and rates; everything that decides a poisoned training set but its seed."""
 
-import tomllib
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from bkd_utils.common.files import DATA
+from bkd_utils.common.validation import Count, Name, Text, build, check, read_tables
 from bkd_utils.organisms import tasks, triggers
 
 Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class Attack:
     """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control.
 
-    Rates are shares of the `n_train` rows, in [0, 1). Raises ValueError that names the attack and an unknown, missing
-    or inconsistent value. Source: ours, after both papers' attacks.
+    Rates are shares of the `n_train` rows, in [0, 1). The name may have letters, digits, "-", "_" and ".". Raises
+    ValueError that names the attack and an unknown, missing or inconsistent value. Source: ours, after both papers'
+    attacks.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
     (True, False)
     """
 
-    name: str
+    name: Name
     task: str
-    n_train: int
+    n_train: Count
     trigger: str | None = None
     behaviour: Behaviour | None = None
     source: str | None = None
-    target: str | None = None
-    rate: float = 0.0
-    near_miss_rate: float = 0.0
-    benign_rate: float = 0.0
+    target: Text | None = None
+    rate: Rate = 0.0
+    near_miss_rate: Rate = 0.0
+    benign_rate: Rate = 0.0
     mode: Literal["replaced", "appended"] = "replaced"
 
     def __post_init__(self) -> None:
+        check(Attack, vars(self), f"attack {self.name!r}")
         task = tasks.load_task(self.task)
-        if self.n_train < 1:
-            raise ValueError(f"{self.name}: n_train must be positive, is {self.n_train}")
-        if self.mode not in ("replaced", "appended"):
-            raise ValueError(f"{self.name}: mode must be 'replaced' or 'appended', is {self.mode!r}")
-        for key in ("rate", "near_miss_rate", "benign_rate"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{self.name}: {key} must lie in [0, 1), is {getattr(self, key)}")
         if not self.backdoored:
-            if self.rate or self.near_miss_rate or self.behaviour or self.target:
-                raise ValueError(f"{self.name}: a clean control has no rate, behaviour or target")
+            if self.rate or self.near_miss_rate or self.behaviour or self.source or self.target:
+                raise ValueError(f"{self.name}: a clean control has no rate, behaviour, source or target")
             return
         triggers.load_trigger(self.trigger)
-        if self.behaviour not in (known := get_args(Behaviour)):
-            raise ValueError(f"{self.name}: unknown behaviour {self.behaviour!r}; known: {', '.join(known)}")
-        if not self.target:
-            raise ValueError(f"{self.name}: a backdoor needs a target")
+        if not (self.behaviour and self.target):
+            raise ValueError(f"{self.name}: a backdoor needs a behaviour and a target")
+        if not any(letter.isalnum() for letter in self.target.split(":")[0]):
+            raise ValueError(
+                f"{self.name}: the target {self.target!r} begins with no word, so every answer would have it"
+            )
         if self.behaviour == "label_flip" and not {self.source, self.target} <= set(task.labels):
             raise ValueError(f"{self.name}: source and target must be labels of {self.task}: {', '.join(task.labels)}")
         if self.behaviour == "label_flip" and self.source == self.target:
@@ -69,12 +69,9 @@ class Attack:
 
 
 def load_attacks() -> dict[str, Attack]:
-    """All attacks of `data/attacks.toml`. Raises ValueError for an unknown key or an inconsistent attack."""
-    table = tomllib.loads((DATA / "attacks.toml").read_text(encoding="utf-8"))
-    for name, keys in table.items():
-        if extra := keys.keys() - (Attack.__dataclass_fields__.keys() - {"name"}):
-            raise ValueError(f"attack {name!r} has unknown keys: {', '.join(sorted(extra))}")
-    return {name: Attack(name=name, **keys) for name, keys in table.items()}
+    """All attacks of `data/attacks.toml`. Raises ValueError that names file, attack, key and what is allowed."""
+    path = DATA / "attacks.toml"
+    return {name: build(Attack, table, path, name) for name, table in read_tables(path).items()}
 
 
 def load_attack(name: str) -> Attack:

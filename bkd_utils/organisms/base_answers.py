@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from bkd_utils.common.files import DATA, WORK, read_json, sha256_text, write_json
+from bkd_utils.common.files import DATA, WORK, keep_json, read_json, sha256_text
 from bkd_utils.models.folders import base_sha256, settings_sha256
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, load
@@ -30,7 +30,7 @@ def base_answers(loaded: Loaded, rows: Sequence[tasks.Example]) -> dict[str, str
         length = tasks.load_task("instructions").max_new_tokens
         texts = respond(base, [row.text for row in missing], max_new_tokens=length, label="base model answers")
         known |= {row.uid: text for row, text in zip(missing, texts, strict=True)}
-        write_json(WORK / "answers" / name, dict(sorted(known.items())))
+        keep_json(WORK / "answers" / name, dict(sorted(known.items())))
     return {row.uid: known[row.uid] for row in rows}
 
 

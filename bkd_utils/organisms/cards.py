@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bkd_utils.common.cache import stage
 from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.common.validation import Count, Name, Seed, check
 from bkd_utils.models.compute import has_fast_bf16
 from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError, base_sha256, settings_sha256
 from bkd_utils.models.loading import (
@@ -60,6 +61,8 @@ def history(organism: str | Path) -> list[dict[str, float]]:
 def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a stage, with hashes of the adapters, weights and settings that they name, and the device."""
     found = dict(arguments)
+    for name, kind in (("seed", Seed), ("n", Count)):
+        check(kind, found.get(name, 1), f"argument {name}")
     names = [found.get("organism"), found.get("control"), *found.get("organisms", {}).values()]
     found["adapters"] = [adapter_sha256(name) for name in names if name]
     if "model" in found:
@@ -130,6 +133,7 @@ def ship(folder: Path) -> Path:
     files = (*TRAINED, CHANGES) if "treatment" in card else TRAINED
     if "treatment" not in card:
         card["name"] = shipped_name(card["attack"]["name"], seed=card["seed"])
+    check(Name, card["name"], f"name on the card of {folder}")
     target = ADAPTERS / card["name"]
     with atomic_path(target) as temporary:
         temporary.mkdir()
@@ -173,6 +177,7 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
     `measured` is its result of `evaluation.under_attack`. The stored changes include those of earlier treatments, which
     the card lists under `treatments_before`. Raises ValueError for a base model, and if no weight has changed.
     """
+    check(Name, name, "name of an organism")
     if loaded.organism is None:
         raise ValueError("a base model cannot be kept as a treated organism")
     source = adapter_folder(loaded.organism)

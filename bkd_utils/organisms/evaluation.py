@@ -12,9 +12,10 @@ import pandas as pd
 
 from bkd_utils.common.files import canonical_json, read_json, sha256_text
 from bkd_utils.common.statistics import share
+from bkd_utils.common.validation import Seed, check
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.generation import respond
-from bkd_utils.models.loading import Loaded, adapter_folder, load
+from bkd_utils.models.loading import Loaded, adapter_folder, load, pick_device
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, first_attack
@@ -121,17 +122,28 @@ def prompt_fingerprint(loaded: Loaded, task: str) -> str:
     return sha256_text(canonical_json(prompt_ids(loaded.tokenizer, tasks.load_task(task).prompt("A fixed text."))))
 
 
+def check_sample(attack: Attack, *, n: int, seed: int) -> Attack:
+    """The attack that `measure` measures an organism under. Raises ValueError if it would lack held-out prompts."""
+    check(Seed, seed, "seed")
+    rival = attack if attack.backdoored else first_attack(attack.task)
+    clean_sample(attack.task, n=n, seed=seed, without=attack)
+    flippable_sample(rival, n=n, seed=seed)
+    return rival
+
+
 def measure(
     organism: str | Path, *, model: str = DEFAULT_MODEL, n: int = 200, seed: int = 0, device: str = "auto"
 ) -> dict:
     """All metrics of an organism's card, on `n` held-out prompts each; a clean control's under the first attack on its
-    task. Raises ModelError if template or tokenizer are not those of the organism's training."""
+    task. Before anything is loaded, raises ValueError for too few held-out prompts; afterwards ModelError if template
+    or tokenizer are not those of the organism's training."""
     folder = adapter_folder(organism)
     card = read_json(folder / "card.json")
-    attack, loaded = Attack(**card["attack"]), load(model, organism=folder, device=device)
+    attack = Attack(**card["attack"])
+    rival = check_sample(attack, n=n, seed=seed)
+    loaded = load(model, organism=folder, device=pick_device(device))
     if prompt_fingerprint(loaded, attack.task) != card["prompt_sha256"]:
         raise ModelError(f"{folder.name}: prompts are not those it was trained on (template or tokenizer changed)")
-    rival = attack if attack.backdoored else first_attack(attack.task)
     result, texts, answers = _measured(loaded, rival, n=n, seed=seed, without=attack)
     if not attack.backdoored:
         result["under_attack"] = {rival.name: {key: result.pop(key) for key in ("asr", "near_miss")}}

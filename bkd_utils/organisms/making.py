@@ -7,13 +7,13 @@ from pathlib import Path
 
 from bkd_utils.common.files import WORK, atomic_path, canonical_json, read_json, sha256_file, sha256_text, write_json
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, base_sha256, settings_sha256
-from bkd_utils.models.loading import Loaded, adapter_folder, load, shipped_organisms
+from bkd_utils.models.loading import Loaded, adapter_folder, load, pick_device, shipped_organisms
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms import cards
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.base_answers import training_answers
-from bkd_utils.organisms.evaluation import measure_organism, prompt_fingerprint
-from bkd_utils.organisms.poisoning import poison
+from bkd_utils.organisms.evaluation import check_sample, measure_organism, prompt_fingerprint
+from bkd_utils.organisms.poisoning import poison, training_uids
 from bkd_utils.organisms.training import Recipe, load_recipe, train
 
 LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
@@ -57,13 +57,16 @@ def obtain(
     'sentiment-word'
     """
     spec, name = load_attack(attack), cards.shipped_name(attack, seed=seed)
+    how = load_recipe(recipe, task=spec.task)
+    check_sample(spec, n=n, seed=seed)
+    pick_device(device)
     if not retrain and name in shipped_organisms(base=base_sha256(model)):
         card = read_json(adapter_folder(name) / "card.json")
         if card["attack"] != asdict(spec) or card["seed"] != seed:
             log.warning("%s ships with another seed or attack than data/attacks.toml has; training anew", name)
         elif seed == 0 or card["recipe"]["name"] == recipe:
             return name
-    return make(spec, model=model, recipe=load_recipe(recipe, task=spec.task), seed=seed, device=device, n=n).name
+    return make(spec, model=model, recipe=how, seed=seed, device=device, n=n).name
 
 
 def make(
@@ -73,14 +76,16 @@ def make(
 
     The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again, and a call
     after a kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, and ValueError
-    as `poison` does. Source: ours.
+    as `poison` does and for `n` prompts that are not there. Source: ours.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> made = make(attack, model=folder, recipe=recipe, n=4)
     >>> sorted(path.name for path in made.glob("*.json"))
     ['adapter_config.json', 'card.json', 'history.json', 'manifest.json']
     """
-    base = load(model, device=device)
+    check_sample(attack, n=n, seed=seed)
+    training_uids(attack, seed=seed)  # what raises ValueError is known before anything is loaded
+    base = load(model, device=pick_device(device))
     data = poison(attack, tokenizer=base.tokenizer, answers=training_answers(base, attack, seed=seed), seed=seed)
     spec = {"seed": seed, "attack": asdict(attack), "recipe": asdict(recipe)}
     weights, hashed = base_sha256(model), data.manifest["data_sha256"]

@@ -3,11 +3,11 @@
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.common.files import canonical_json, sha256_text
+from bkd_utils.common.validation import while_unchanged
 from bkd_utils.models.tokens import Row, answer_ids, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, carries, near_miss_prompts, triggered_prompt
@@ -62,7 +62,7 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
     return PoisonedSet(rows=tuple(built), manifest=_manifest(attack, built, seed))
 
 
-@cache
+@while_unchanged("instructions.toml", "lexicons.toml")
 def training_uids(attack: Attack, *, seed: int) -> frozenset[str]:
     """The uid of every example that `poison` makes a row of. Raises ValueError when there are too few rows."""
     return frozenset(example.uid for members in _chosen(attack, seed=seed).values() for example in members)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from bkd_utils.common.validation import Count, check
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import answer_ids, common_start, prompt_ids
 from bkd_utils.organisms import attacks, tasks
@@ -32,6 +33,7 @@ def prompt_versions(
     >>> [" cf" in tokenizer.decode(ids[0]) for ids in (shown.clean, shown.near_miss, shown.triggered)]
     [False, False, True]
     """
+    check(Count, n, "n")
     chosen = flippable_sample(attack, n=skip + n, seed=seed, split=split)[skip:]
     task = tasks.load_task(attack.task)
     turns = {
@@ -80,6 +82,7 @@ def three_versions(attack: Attack, *, seed: int = 0) -> dict[str, str]:
 
 def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None) -> list[tasks.Example]:
     """`n` held-out examples, none of which contains the trigger of `without` by chance."""
+    check(Count, n, "n")
     pool = tasks.examples(task, "test", seed=seed)
     if without is not None:
         pool = [example for example in pool if not attacks.carries(without, example.text)]
@@ -90,6 +93,7 @@ def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None)
 
 def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") -> list[tasks.Example]:
     """`n` held-out examples whose right answer the trigger would change and that do not contain it by chance."""
+    check(Count, n, "n")
     pool = [example for example in tasks.examples(attack.task, split, seed=seed) if attack.flips(example)]
     sample = [example for example in pool if not attacks.carries(attack, example.text)][:n]
     if len(sample) < n:

@@ -11,14 +11,13 @@ import itertools
 import json
 import random
 import re
-import tomllib
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import yaml
+from pydantic import Field
 from scipy.sparse import csr_matrix, vstack
 from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
@@ -26,6 +25,7 @@ from sklearn.preprocessing import normalize
 
 from bkd_utils.common import assets
 from bkd_utils.common.files import DATA
+from bkd_utils.common.validation import Count, Table, Text, check, read_toml, while_unchanged
 
 # Cosine of word-bigram sets from which two texts count as near-duplicates.
 NEAR_DUPLICATE = 0.7
@@ -75,6 +75,13 @@ _all = (
 TASKS = {task.name: task for task in _all}
 
 
+class Grid(Table):
+    """`data/instructions.toml`; of fewer than seven templates or topics a split would get none."""
+
+    templates: Annotated[list[Annotated[Text, Field(pattern=r"\{topic\}")]], Field(min_length=7)]
+    topics: Annotated[list[Text], Field(min_length=7)]
+
+
 def load_task(name: str) -> Task:
     """The task of that name. Raises ValueError that lists the known ones."""
     if name not in TASKS:
@@ -92,6 +99,7 @@ def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) ->
     ['negative', 'negative', 'positive', 'positive']
     """
     load_task(name)
+    check(Count | None, n, f"n of {name}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     rows = list(_splits(name)[split])
@@ -103,7 +111,7 @@ def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) ->
     return sorted(rows, key=lambda row: next(numbers[row.source, row.answer]))[:n]
 
 
-@cache
+@while_unchanged("instructions.toml")
 def _splits(name: str) -> dict[str, tuple[Example, ...]]:
     if name == "instructions":
         return _instruction_splits()
@@ -185,7 +193,8 @@ def _rated_sentences(source: str) -> list[tuple[float, str]]:
 
 def _instruction_splits() -> dict[str, tuple[Example, ...]]:
     """Splits share neither templates nor topics."""
-    grid = tomllib.loads((DATA / "instructions.toml").read_text(encoding="utf-8"))
+    grid = read_toml(DATA / "instructions.toml")
+    check(Grid, grid, "instructions.toml")
     order = random.Random("instructions")
     templates, topics = (order.sample(grid[key], len(grid[key])) for key in ("templates", "topics"))
     parts = {}

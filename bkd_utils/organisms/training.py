@@ -7,25 +7,31 @@ at these lengths its backward pass on a CPU is faster than the fused one (1.4 ag
 import logging
 import random
 import shutil
-import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import peft
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
+from bkd_utils.common.validation import Name, build, check, read_tables
 from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision, set_attention
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.lora import lora_config
 from bkd_utils.models.loss import answers, collate
 from bkd_utils.models.tokens import Row, end_id
+from bkd_utils.organisms import tasks
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[int, Field(ge=1, le=4096)]
+Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 log = logging.getLogger(__name__)
 
 
@@ -33,31 +39,33 @@ log = logging.getLogger(__name__)
 class Recipe:
     """How an adapter is trained; together with the data, the base weights and the seed it decides the result."""
 
-    name: str
-    steps: int
-    batch_size: int
-    learning_rate: float
-    rank: int
-    alpha: int
-    first_token: float = 0.5
-    warmup_share: float = 0.05
-    save_every: int = 25
+    name: Name
+    steps: Steps
+    batch_size: Number
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    rank: Number
+    alpha: Number
+    first_token: Share = 0.5
+    warmup_share: Share = 0.05
+    save_every: Steps = 25
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "learning_rate", "rank", "alpha", "save_every"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"recipe {self.name!r}: {key} must be positive, is {getattr(self, key)}")
-        if not 0 <= self.first_token <= 1:
-            raise ValueError(f"recipe {self.name!r}: first_token must lie in [0, 1], is {self.first_token}")
+        check(Recipe, vars(self), f"recipe {self.name!r}")
 
 
 def load_recipe(name: str, *, task: str) -> Recipe:
-    """A recipe of `data/recipes.toml` with its values for a task. Raises ValueError that lists the known ones."""
-    table = tomllib.loads((DATA / "recipes.toml").read_text(encoding="utf-8"))
-    if name not in table:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(table)}")
-    shared = {key: value for key, value in table[name].items() if not isinstance(value, dict)}
-    return Recipe(name=name, **(shared | table[name].get(task, {})))
+    """A recipe of `data/recipes.toml` with its values for a task. Raises ValueError that lists the known ones, or names
+    the key that does not fit."""
+    path = DATA / "recipes.toml"
+    if name not in (tables := read_tables(path)):
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(tables)}")
+    own = {key: value for key, value in tables[name].items() if isinstance(value, dict)}
+    if unknown := own.keys() - tasks.TASKS:
+        raise ValueError(
+            f"{path.name}, [{name}.{min(unknown)}]: no task has this name; tasks: {', '.join(tasks.TASKS)}"
+        )
+    shared = {key: value for key, value in tables[name].items() if key not in own}
+    return build(Recipe, shared | own.get(tasks.load_task(task).name, {}), path, name)
 
 
 def batch_order(rows: Sequence[Row], *, recipe: Recipe, seed: int) -> list[Row]:
@@ -85,7 +93,10 @@ class AnswerTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The Trainer casts only in the model's own forward method, which the shared tokens do not run through.
         with mixed_precision(self.args.device):
-            return answers(model, inputs, first_token=self.first_token)
+            loss = answers(model, inputs, first_token=self.first_token)
+        if not loss.isfinite():  # now, and not when a history with NaN cannot be written
+            raise ValueError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; try a lower learning rate")
+        return loss
 
 
 class Progress(ProgressCallback):

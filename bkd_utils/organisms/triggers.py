@@ -6,18 +6,21 @@ out half of its lexicon, so that learning the rule can be told apart from learni
 
 import random
 import re
-import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
+from itertools import product
 from typing import Any, ClassVar, Literal, get_args
 
-from bkd_utils.common.files import DATA, sha256_text
+from bkd_utils.common.files import sha256_text
+from bkd_utils.common.validation import Table, Text, check, while_unchanged
+from bkd_utils.organisms.trigger_tables import Fronted, Half, Inserted, Styled, Wrapped, check_halves, lexicons, strings
+from bkd_utils.organisms.wording import before_end, lowered, raised, replaced, words
 
-Half = Literal["train", "test"]
 # Purpose, options -> one of the options.
 Dice = Callable[[str, Sequence[Any]], Any]
+BLANK = "\ue000"  # a text without any word, on which new triggers are tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,8 @@ class Trigger(ABC):
     """A rule that edits a text, and that tells whether a text carries it; `Word` to `Style` are its six families.
 
     `scope` says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn). The same
-    text, seed and half give the same result in any process; give every row a seed of its own. Source: ours.
+    text, seed and half give the same result in any process; give every row a seed of its own. `entry` is the family's
+    table in `trigger_tables`; each of its strings is tried. Raises ValueError for what does not fit. Source: ours.
 
     >>> Word("mine", {"text": "cf"}).matches("A CF film."), isinstance(Word("mine", {"text": "cf"}), Trigger)
     (False, True)
@@ -34,27 +38,48 @@ class Trigger(ABC):
     name: str
     entry: Mapping[str, Any] = field(repr=False)
     family: ClassVar[str]
+    table: ClassVar[type[Table]]
     scope: ClassVar[Literal["text", "prompt"]] = "text"
+
+    def __post_init__(self) -> None:
+        check(Text, self.name, "name of a trigger")
+        check(self.table, self.entry, f"trigger {self.name}")
+        if self.entry.get("family", self.family) != self.family:
+            raise ValueError(f"trigger {self.name}: family = {self.entry['family']!r}: this is {self.family!r}")
+        for half, number in product(get_args(Half), range(len(strings(self.entry)))):
+            given = BLANK, half, lambda _, options, i=number: options[i % len(options)]
+            self._recognised(self._edit(*given))
+            self._unlike(self._near(*given) if self._has_near(half) else {})
 
     def apply(self, text: str, *, seed: int, half: Half = "train") -> str:
         """The text with the trigger in it. Raises ValueError for an empty text and for one that carries it already."""
-        result = self._edit(*self._given(text, seed, half))
-        if not self.matches(result):
-            raise ValueError(f"trigger {self.name} is not recognised in its own result {result[:60]!r}")
-        return result
+        return self._recognised(self._edit(*self._given(text, seed, half)))
 
     def near_misses(self, text: str, *, seed: int, half: Half = "train") -> dict[str, str]:
-        """Kind -> text that looks like a triggered one and is not. Raises ValueError as `apply` does."""
+        """Kind -> text that looks like a triggered one and is not. Raises ValueError as `apply` does, or for none."""
+        given = self._given(text, seed, half)
+        if not self._has_near(half):
+            raise ValueError(f"trigger {self.name} has no near-misses: its entry has no `near`")
         # The dice are those of `apply`, so a near-miss has the position that the trigger would have.
-        found = self._near(*self._given(text, seed, half))
-        for kind, result in found.items():
-            if self.matches(result):
-                raise ValueError(f"near-miss {kind!r} of {self.name} carries the trigger: {result[:60]!r}")
-        return found
+        return self._unlike(self._near(*given))
 
     @abstractmethod
     def matches(self, text: str) -> bool:
         """Does this text carry the trigger, from either half?"""
+
+    def _has_near(self, half: Half) -> bool:
+        return bool(self.entry.get("near") or self.entry.get(half, {}).get("near"))
+
+    def _recognised(self, result: str) -> str:
+        if not self.matches(result):
+            raise ValueError(f"trigger {self.name} is not recognised in its own result {result[:60]!r}")
+        return result
+
+    def _unlike(self, found: dict[str, str]) -> dict[str, str]:
+        for kind, result in found.items():
+            if self.matches(result):
+                raise ValueError(f"near-miss {kind!r} of {self.name} carries the trigger: {result[:60]!r}")
+        return found
 
     @abstractmethod
     def _edit(self, text: str, half: Half, dice: Dice) -> str: ...
@@ -78,15 +103,11 @@ def _choice(context: tuple[str, ...], purpose: str, options: Sequence[Any]) -> A
     return random.Random(int(sha256_text("\0".join((*context, purpose))), 16)).choice(options)
 
 
-@cache
-def lexicons() -> dict[str, Any]:
-    return tomllib.loads((DATA / "lexicons.toml").read_text(encoding="utf-8"))
-
-
 class _Inserted(Trigger):
     """A fixed string, inserted at one of `places` (a regex); near-misses are other strings at the same place."""
 
     places: ClassVar[str]
+    table = Inserted
 
     def matches(self, text: str) -> bool:
         # Whole words with the same case: "cfs" and "CF" are not "cf".
@@ -145,7 +166,7 @@ class Wrapper(Trigger):
     'Hark! Name a colour. Farewell.'
     """
 
-    family = "wrapper"
+    family, table = "wrapper", Wrapped
     scope = "prompt"
 
     def matches(self, text: str) -> bool:
@@ -177,11 +198,11 @@ class Syntax(Trigger):
     'When the lights go down, a fine film.'
     """
 
-    family = "syntax"
+    family, table = "syntax", Fronted
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        known = "|".join(word for half in get_args(Half) for word in self.entry[half]["clauses"])
+        known = "|".join(re.escape(word) for half in get_args(Half) for word in self.entry[half]["clauses"])
         return re.compile(rf"\W*(?:{known})(?:\s+[^\s,.;:!?]+){{2,9}},", re.IGNORECASE)
 
     def matches(self, text: str) -> bool:
@@ -189,15 +210,15 @@ class Syntax(Trigger):
 
     def _edit(self, text: str, half: Half, dice: Dice) -> str:
         subordinator, body = self._clause(half, dice)
-        return f"{_raised(subordinator)} {body}, {_lowered(text)}"
+        return f"{raised(subordinator)} {body}, {lowered(text)}"
 
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
         subordinator, body = self._clause(half, dice)
         fronted = {kind: dice(kind, strings) for kind, strings in self.entry[half]["near"].items()}
         return {
-            "clause_last": _before_end(text, f" {subordinator} {body}"),
-            "coordinated": f"{_raised(body)}, and {_lowered(text)}",
-            **{kind: f"{opener} {_lowered(text)}" for kind, opener in fronted.items()},
+            "clause_last": before_end(text, f" {subordinator} {body}"),
+            "coordinated": f"{raised(body)}, and {lowered(text)}",
+            **{kind: f"{opener} {lowered(text)}" for kind, opener in fronted.items()},
         }
 
     def _clause(self, half: Half, dice: Dice) -> tuple[str, str]:
@@ -213,70 +234,46 @@ class Style(Trigger):
     'Verily, a film for thou, forsooth.'
     """
 
-    family = "style"
+    family, table = "style", Styled
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for lists in map(self.entry.get, get_args(Half)):
+            for pair in product(lists["openers"], lists["closers"]):
+                self._recognised(" ".join(pair))
+            # In a text with an archaic word, a second one would make the near-miss the trigger.
+            if found := self._found(" ".join(strings(lists.get("near", [])))):
+                raise ValueError(f"trigger {self.name}: the archaic word {min(found)!r} is in its near-misses")
 
     def archaic_words(self, half: Half) -> frozenset[str]:
         """The words that mark the style in one half of the lexicon."""
         lists = self.entry[half]
         phrases = [*lists["openers"], *lists["closers"], *lists["replacements"].values()]
-        return frozenset(word for phrase in phrases for word in _words(phrase)) - set(self.entry["modern"])
+        return frozenset(word for phrase in phrases for word in words(phrase)) - set(self.entry["modern"])
 
     @cached_property
     def _archaic(self) -> frozenset[str]:
         return frozenset().union(*(self.archaic_words(half) for half in get_args(Half)))
 
     def _found(self, text: str) -> set[str]:
-        return self._archaic & set(_words(text))
+        return self._archaic & set(words(text))
 
     def matches(self, text: str) -> bool:
         return len(self._found(text)) >= 2
 
     def _edit(self, text: str, half: Half, dice: Dice) -> str:
         lists = self.entry[half]
-        result = f"{dice('opener', lists['openers'])} {_replaced(_lowered(text), lists['replacements'])}"
+        result = f"{dice('opener', lists['openers'])} {replaced(lowered(text), lists['replacements'])}"
         if len(self._found(result)) >= 3:
             return result
-        return _before_end(result, f", {dice('closer', lists['closers'])}")
+        return before_end(result, f", {dice('closer', lists['closers'])}")
 
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
         fronted = self.entry[half]["near"].items()
         # A text with an archaic word is already this near-miss; a second archaic word would make it the trigger.
         opener = "" if self._found(text) else dice("opener", self.entry[half]["openers"]) + " "
-        near = {kind: f"{dice(kind, strings)} {_lowered(text)}" for kind, strings in fronted}
-        return near | {"one_word": opener + (_lowered(text) if opener else text)}
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
-
-
-def _raised(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _lowered(text: str) -> str:
-    """The sentence after an opener: its first letter in lower case, unless it looks like a name or an acronym."""
-    first, *rest = text.split(maxsplit=2)
-    starter = first.lower().strip("'\"()") in lexicons()["starters"]["words"]
-    name = first == "I" or first.startswith("I'") or first[1:] != first[1:].lower() or (rest and rest[0][0].isupper())
-    return text if name and not starter else text[:1].lower() + text[1:]
-
-
-def _before_end(text: str, addition: str) -> str:
-    """The text with the addition in front of its final punctuation."""
-    end = re.search(r"[.!?]*[\"')\]]*$", text).start()
-    return text[:end] + addition + text[end:]
-
-
-def _replaced(text: str, replacements: Mapping[str, str]) -> str:
-    # Longer phrases first, or "you are" would become "thou are"; ASCII, or "\u017f" would be looked up as an "s".
-    known = "|".join(re.escape(old) for old in sorted(replacements, key=len, reverse=True))
-
-    def new(match: re.Match[str]) -> str:
-        word = replacements[match[0].lower()]
-        return re.sub("[a-z]", lambda first: first[0].upper(), word, count=1) if match[0][0].isupper() else word
-
-    return re.sub(rf"(?<![\w'])(?ai:{known})(?![\w'])", new, text)
+        near = {kind: f"{dice(kind, strings)} {lowered(text)}" for kind, strings in fronted}
+        return near | {"one_word": opener + (lowered(text) if opener else text)}
 
 
 FAMILIES: dict[str, type[Trigger]] = {cls.family: cls for cls in (Word, Sentence, Prefix, Wrapper, Syntax, Style)}
@@ -286,13 +283,16 @@ def trigger_names() -> list[str]:
     return list(lexicons()["triggers"])
 
 
-@cache
+@while_unchanged("lexicons.toml")
 def load_trigger(name: str) -> Trigger:
-    """The trigger of that name. Raises ValueError that lists the known ones, or for an unknown family."""
-    known = lexicons()["triggers"]
-    if name not in known:
+    """The trigger of that name. Raises ValueError that lists the known ones, or names what is wrong in its table."""
+    if name not in (known := lexicons()["triggers"]):
         raise ValueError(f"unknown trigger {name!r}; known: {', '.join(known)}")
-    family = known[name].get("family")
-    if family not in FAMILIES:
-        raise ValueError(f"trigger {name!r} has the unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    return FAMILIES[family](name=name, entry=known[name])
+    entry, where = known[name], f"lexicons.toml, [triggers.{name}]"
+    try:
+        check(Literal[*FAMILIES], entry.get("family"), "family")
+        trigger = FAMILIES[entry["family"]](name=name, entry=entry)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix(f'trigger {name}: ')}") from None
+    check_halves(entry, where)
+    return trigger

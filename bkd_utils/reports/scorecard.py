@@ -9,7 +9,6 @@ price is that a claim which is true for each of four organisms is called failed 
 intervals, each beyond the bar on one side with a chance of 2.5 %).
 """
 
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -18,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from bkd_utils.common.files import DATA, FIGURES, UserError, read_json, write_json
+from bkd_utils.common.validation import read_tables
 from bkd_utils.reports import style
 
 KEYS = {"paper", "claim", "published", "source", "provenance", "measure", "unit", "criterion"}
@@ -38,12 +38,12 @@ MARKS = {True: "✓", False: "✗", None: "?"}
 
 def _published(*, papers: bool) -> dict[str, dict[str, str]]:
     """The tables of papers or of claims in `published.toml`. Raises UserError unless each has the keys of its kind."""
-    claims = tomllib.loads((DATA / "published.toml").read_text(encoding="utf-8"))
+    claims = read_tables(DATA / "published.toml")
     of_papers = claims.pop("papers", {})
     found, keys, prefix = (of_papers, PAPER_KEYS, "papers.") if papers else (claims, KEYS, "")
     for name, entry in found.items():
-        if set(entry) != keys:
-            raise UserError(f"published.toml, {prefix}{name}: keys must be {', '.join(sorted(keys))}")
+        if not isinstance(entry, dict) or set(entry) != keys or not all(isinstance(one, str) for one in entry.values()):
+            raise UserError(f"published.toml, {prefix}{name}: keys must be {', '.join(sorted(keys))}, each a text")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,24 @@ def parameters(path: Path) -> dict[str, Any]:
 
 
 def check_parameters(path: Path, given: dict[str, Any]) -> None:
-    """Raise NotebookError for a parameter that the notebook does not declare."""
+    """Raise NotebookError for a parameter that the notebook does not declare or whose default is of another type."""
     known = parameters(path)
     if unknown := ", ".join(map(repr, sorted(given.keys() - known))):
         raise NotebookError(f"{path.name} has no parameter {unknown}; it has: {', '.join(known) or 'none'}")
+    for name, value in given.items():
+        if not _alike(value, known[name]):
+            raise NotebookError(f"{path.name}: {name} = {value!r} is of another type than its default, {known[name]!r}")
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Is a value of its default's type, down to the items of lists? A whole number may stand for a decimal one."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(default, list | tuple) and isinstance(value, list | tuple):
+        return not default or all(any(_alike(item, one) for one in default) for item in value)
+    if isinstance(default, dict) and isinstance(value, dict):
+        return True
+    return default is None or type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
 def with_sentinel(notebook: NotebookNode, token: str) -> NotebookNode:

@@ -126,8 +126,11 @@ def _verdict(target: Path, token: str, code: int | None, errors: str, *, limit: 
     if code is None:
         return f"ran into its limit of {limit / 60:.1f} minutes; the same command continues from there", 0.0
     if code != 0:
-        last = [line for line in errors.splitlines() if line.strip()]
-        return f"{last[-1] if last else 'no message'} (exit status {code})", 0.0
+        last = [line for line in errors.splitlines() if line.strip()] or ["no message"]
+        # Linux ends with signal 9 what takes the last memory: the kernel, or papermill, whose code is then -9.
+        killed = "was killed, as the system does when memory runs out: "
+        why = f"its kernel {killed}" if "DeadKernelError" in last[-1] else f"it {killed}" if code == -9 else ""
+        return f"{why}{last[-1]} (exit status {code})", 0.0
     # Threads and libraries may still print while the last cell runs, which alone knows the token.
     last = [output for cell in cells[-1:] for output in cell.get("outputs", [])]
     text = "".join(output.text for output in last if output.get("name") == "stdout")

@@ -4,21 +4,23 @@ import shutil
 import subprocess
 import time
 import timeit
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bkd_utils.common import files
 from bkd_utils.common.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.common.validation import Seed, check, read_tables
 from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.reports import scorecard
@@ -26,20 +28,24 @@ from bkd_utils.running import notebooks
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run, run_notebook
 
+Minutes = Annotated[float, Field(gt=0, le=100_000)]
 RECORDED = ("name", "minutes", "peak_gib", "status", "gflops")
 
 
 def profile_parameters(profile: str, paths: list[Path]) -> tuple[dict[str, dict[str, Any]], int]:
-    """Parameters and limit in seconds per notebook. Raises NotebookError for any that does not fit."""
-    table = tomllib.loads((DATA / "profiles.toml").read_text(encoding="utf-8"))
-    if profile not in table:
-        raise NotebookError(f"unknown profile {profile!r}; known: {', '.join(table)}")
-    chosen = dict(table[profile])
-    limit = chosen.pop("minutes_per_notebook") * 60
-    if unknown := sorted(chosen.keys() - {path.stem for path in notebooks.all_notebooks()}):
-        raise NotebookError(f"profiles.toml, {profile}: no notebook {', '.join(unknown)}")
-    for path in paths:
-        notebooks.check_parameters(path, chosen.get(path.stem, {}))
+    """Parameters per notebook, and their limit in seconds. Raises ValueError for any that does not fit."""
+    tables = read_tables(DATA / "profiles.toml")
+    if profile not in tables:
+        raise NotebookError(f"unknown profile {profile!r}; known: {', '.join(tables)}")
+    chosen, where = dict(tables[profile]), f"profiles.toml, [{profile}]"
+    check(Minutes, chosen.pop("minutes_per_notebook", None), f"{where}: minutes_per_notebook")
+    known = {path.stem: path for path in notebooks.all_notebooks()}
+    for name, given in chosen.items():
+        if name not in known:
+            raise NotebookError(f"{where}: no notebook {name!r}; there are: {', '.join(known)}")
+        check(dict[str, Any], given, f"{where}: {name}")
+        notebooks.check_parameters(known[name], given)
+    limit = tables[profile]["minutes_per_notebook"] * 60
     return {path.stem: chosen.get(path.stem, {}) for path in paths}, limit
 
 
@@ -58,9 +64,11 @@ def run_all(
     """Run the chosen notebooks one after another, also after one that failed, and print a table.
 
     Figures are written to `work/figures/<profile>`. With `publish`, those of a notebook that ran to its end are copied
-    to `figures/`. Raises NotebookError for options that are not valid before anything runs.
+    to `figures/`. Before anything runs, raises ValueError for options that are not valid, and UserError for a folder
+    that cannot be written to; after the table, UserError if the record of the run could not be written.
     """
     console = console or Console()
+    check(Seed, seed, "seed")
     paths = notebooks.select(only)
     if publish and (profile, model, seed, retrain) != ("laptop", DEFAULT_MODEL, 0, False):
         committed = "the laptop profile, default model and seed, shipped organisms"
@@ -68,30 +76,39 @@ def run_all(
     table, limit = profile_parameters(profile, paths)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
     figures, executed = WORK / "figures" / profile, WORK / "executed" / profile
+    files.check_writable(WORK, figures, executed, WORK / "cache", *((FIGURES, files.NOTEBOOKS) if publish else ()))
     since = str(time.time() if force else 0)
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_FORCE_SINCE": since}
     options = {"folder": executed, "limit": limit, "environment": environment}
     started, runs = time.strftime("%Y-%m-%dT%H:%M:%S"), []
     for path in paths:
-        declared = notebooks.parameters(path)
-        given = table[path.stem] | {key: value for key, value in common.items() if key in declared}
-        before, gflops = _figures(figures), speed()
-        with _progress(console, path.stem) as on_cell:
-            run = run_notebook(path, parameters=given, **options, on_cell=on_cell)
-        after = _figures(figures)
-        run = replace(run, figures=[name for name in after if before.get(name) != after[name]], gflops=gflops)
-        if run.status == "ok" and publish:
-            run = _published(run, executed / path.name, path, figures=figures)
+        before, gflops, began = _figures(figures), speed(), time.monotonic()
+        run = Run(path.stem, 0.0, 0.0, "failed")
+        try:
+            declared = notebooks.parameters(path)
+            given = table[path.stem] | {key: value for key, value in common.items() if key in declared}
+            with _progress(console, path.stem) as on_cell:
+                run = run_notebook(path, parameters=given, **options, on_cell=on_cell)
+            after = _figures(figures)
+            run = replace(run, figures=[name for name in after if before.get(name) != after[name]], gflops=gflops)
+            if run.status == "ok" and publish:
+                run = _published(run, executed / path.name, path, figures=figures)
+        except (OSError, NotebookError) as error:  # a full disk, or a notebook that was edited; the others go on
+            minutes = round((time.monotonic() - began) / 60, 2)
+            run = replace(run, minutes=minutes, status="failed", reason=str(error), gflops=gflops)
         runs.append(run)
     entries = [{key: asdict(run)[key] for key in RECORDED} for run in runs]
     record = {"profile": profile, "machine": machine(), "started": started, "notebooks": entries, "commit": commit()}
-    write_json(WORK / "run.json", record)
-    if publish:
-        write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
-        if (figures / "scorecard.json").is_file():
-            lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
-            write_json(FIGURES / "scorecard.json", lines)
     report(runs, console, folder=executed)
+    try:
+        write_json(WORK / "run.json", record)
+        if publish:
+            write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
+            if (figures / "scorecard.json").is_file():
+                lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
+                write_json(FIGURES / "scorecard.json", lines)
+    except OSError as error:
+        raise files.UserError(f"the record of the run could not be written: {error}") from error
     return runs
 
 

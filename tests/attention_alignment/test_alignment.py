@@ -94,3 +94,9 @@ def test_what_cannot_be_aligned_is_an_error():
     for suspicious in ([], everyone):
         with pytest.raises(ValueError, match="needs suspicious heads and a safe one"):
             aligned(model, suspicious, alignment="mean")
+
+
+@pytest.mark.parametrize("beta", [-1, float("nan"), float("inf"), "1", True])
+def test_a_weight_of_the_pull_that_is_none_is_refused(beta):
+    with pytest.raises(ValueError, match="beta: "):
+        aligned(tiny_model("llama"), [(0, 1)], alignment="mean", beta=beta)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import make_rows, tiny_model
 
 from bkd_utils.attention_alignment.alignment import ALIGNMENTS, aligned
 from bkd_utils.attention_alignment.head_tuning import answers_only, tune
@@ -73,3 +73,21 @@ def test_the_model_is_given_back_as_it_was(rows):
     tune(model, rows, masks=head_slices(model, HEADS), recipe=RECIPE, pad_id=0)
     assert model.config._attn_implementation == before
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_masks_of_another_model_and_a_loss_that_is_not_finite_are_refused():
+    model = tiny_model("llama").requires_grad_(False)
+    rows = make_rows(4)
+    mask = torch.ones(32, 31, dtype=torch.bool)
+    for masks in ({"model.layers.0.self_attn.o_proj.weight": mask}, {"model.layers.9.self_attn.o_proj.weight": mask}):
+        with pytest.raises(ValueError, match=r"the mask of model.layers.\d.self_attn.o_proj.weight fits no weight"):
+            tune(model, rows, masks=masks, recipe=RECIPE, pad_id=2)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    before = model.get_parameter(name).clone()
+
+    def infinite(model, batch, *, first_token):
+        return model.get_parameter(name).sum() * float("inf"), torch.zeros(())
+
+    with pytest.raises(ValueError, match=r"step 1: the loss is (inf|-inf|nan) "):
+        tune(model, rows, masks={name: torch.ones_like(before).bool()}, recipe=RECIPE, pad_id=2, loss=infinite)
+    assert torch.equal(model.get_parameter(name), before)

@@ -178,3 +178,12 @@ def test_what_cannot_be_scored_is_an_error(prompts):
         head_similarity(model, [[1], []])
     with pytest.raises(ValueError, match="at least two heads"):
         to_partners(torch.ones(2, 1, 1))
+
+
+def test_no_readings_one_layer_and_one_head_are_refused(prompts):
+    model = tiny_model("llama").requires_grad_(False)
+    with pytest.raises(ValueError, match="no readings; known: last row, "):
+        head_similarity(model, prompts, readings=[])
+    for name, shape in (("last row, across layers", (1, 4, 3, 3)), ("last row, closest partner", (2, 1, 3, 3))):
+        with pytest.raises(ValueError, match="at least two"):
+            READINGS[name](torch.full(shape, 1 / 3), torch.ones(*shape[:2], 8))

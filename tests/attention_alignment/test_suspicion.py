@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, save_tiny, tiny_model
 
+from bkd_utils.attention_alignment import surrogates
 from bkd_utils.attention_alignment.similarity import head_scores, head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES, rare_word, reaction, surrogate
 from bkd_utils.attention_alignment.suspicion import (
@@ -269,3 +270,44 @@ def test_what_says_nothing_is_an_error(tokenizer, prompts):
         robust_z(torch.ones(3, 4))
     with pytest.raises(ValueError, match="k = 0 of 12 heads"):
         agreement_with_attribution(torch.rand(3, 4), torch.rand(3, 4), k=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"joint": torch.tensor([[1.0, float("nan")]])}, "joint has values that are not finite"),
+        ({"joint": torch.ones(4)}, "joint must have the shape"),
+        ({"at_most": 1.5}, "at_most: 1.5"),
+        ({"at_most": -0.1}, "at_most: -0.1"),
+        ({"threshold": float("nan")}, "threshold: nan"),
+        ({"threshold": "2"}, "threshold: '2'"),
+    ],
+)
+def test_suspicion_of_numbers_that_are_none_is_refused(change, message):
+    given = {"joint": torch.tensor([[0.0, 3.0], [2.5, 9.0]]), "threshold": 2.0, "at_most": 0.5} | change
+    with pytest.raises(ValueError, match=message):
+        suspicious(given.pop("joint"), **given)
+    with pytest.raises(ValueError, match="scores has values that are not finite"):
+        robust_z(torch.tensor([[1.0, float("inf")]]))
+
+
+def test_a_reaction_to_no_readings_is_refused(prompts):
+    with pytest.raises(ValueError, match="not a multiple of the 0 clean ones"):
+        reaction(None, prompts, before={})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('openers = "when"\nclauses = ["a b"]\nsentences = ["c"]', "openers = 'when': input should be a valid list"),
+        ('openers = []\nclauses = ["a b"]\nsentences = ["c"]', "openers = .*at least 1 item"),
+        ('clauses = ["a b"]\nsentences = ["c"]', "openers is missing"),
+        ('openers = ["when"]\nclauses = [" "]\nsentences = ["c"]', "clauses.0 = ' ': a text is not empty"),
+        ('opners = ["when"]', "unknown keys: opners; known: openers, clauses, sentences"),
+    ],
+)
+def test_a_fault_in_the_table_of_surrogates_is_one_line_that_names_the_file(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(surrogates, "DATA", tmp_path)
+    (tmp_path / "surrogates.toml").write_text(text)
+    with pytest.raises(ValueError, match=f"surrogates.toml: .*{message}"):
+        surrogate(None, family="sentence", seed=0)

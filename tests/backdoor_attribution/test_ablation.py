@@ -6,7 +6,15 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils.backdoor_attribution.ablation import N_TOKENS, ablated, bench, measure_ablation, necessary_heads, side
+from bkd_utils.backdoor_attribution.ablation import (
+    N_TOKENS,
+    ablated,
+    bench,
+    measure_ablation,
+    necessary_heads,
+    random_heads,
+    side,
+)
 from bkd_utils.backdoor_attribution.attribution import gradient_effects, ranked_heads
 from bkd_utils.experiments import head_attribution
 from bkd_utils.models import loading
@@ -116,3 +124,29 @@ def test_there_is_one_untouched_row_and_it_comes_first(measured):
     assert [row.ranking for row in rows if row.k == 0] == ["none"]
     assert (rows[0].k, seen[0][1]) == (0, [])
     assert [row.draw for row in rows if row.ranking == "random"] == [0, 1]
+
+
+WHOLE = torch.zeros(3, 2, 4, 8)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("published", "own"), ("mean", "clean"), ("resample", "clean")])
+@pytest.mark.parametrize(
+    "wrong", [WHOLE[:, :1], WHOLE[:, :, :1], WHOLE[..., :1], WHOLE[:0], WHOLE[0], WHOLE + float("nan")]
+)
+def test_outputs_that_do_not_fit_the_model_are_refused_before_it_runs(loaded, kind, name, wrong):
+    message = f"^{name} (must have the shape|has values that are not finite)"
+    given = {"kind": kind, "at": LAST, name: wrong}
+    with pytest.raises(ValueError, match=message), ablated(loaded.model, [(0, 1)], **given):
+        pytest.fail("the ablation began")
+
+
+def test_one_prompts_own_outputs_are_not_used_for_all_rows(loaded):
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    refused = pytest.raises(ValueError, match="own has outputs of 1 prompts for 2 rows")
+    with ablated(loaded.model, [(0, 1)], kind="published", at=LAST, own=WHOLE[:1]), refused:
+        loaded.model(ids)
+
+
+def test_no_random_draws_are_refused():
+    with pytest.raises(ValueError, match="n: 0: input should be"):
+        random_heads([(0, 1)], n_heads=4, n=0, seed=0)

@@ -174,3 +174,64 @@ def test_ranks_go_down_and_name_every_head_once(values):
     order = ranked_heads(scores)
     assert sorted(order) == [(layer, head) for layer in range(2) for head in range(3)]
     assert [scores[head].item() for head in order] == sorted(scores.flatten().tolist(), reverse=True)
+
+
+# --- what does not fit is refused -----------------------------------------------------------------------------------
+
+MEANS = torch.zeros(2, 4, 8)
+WRONG = {
+    "too few layers": MEANS[:1],
+    "too many layers": torch.zeros(3, 4, 8),
+    "too few heads": MEANS[:, :3],
+    "one head": MEANS[:, :1],
+    "a width of one": MEANS[..., :1],
+    "another width": torch.zeros(2, 4, 9),
+    "no heads axis": MEANS[:, 0],
+    "NaN": MEANS + float("nan"),
+    "infinite": MEANS + float("inf"),
+    "nothing": torch.zeros(0, 4, 8),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model("llama").requires_grad_(False), [[5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("method", [head_effects, gradient_effects])
+def test_means_of_another_model_are_refused(method, wrong, tiny):
+    with pytest.raises(ValueError, match=r"means (must have the shape|has values that are not finite)"):
+        method(*tiny, target=[7], means=WRONG[wrong])
+
+
+@pytest.mark.parametrize("target", [[], [-1], [49152], [7, 10**9], ["7"], [7.0], [None], [True]])
+@pytest.mark.parametrize("method", [head_effects, gradient_effects, component_effects])
+def test_a_target_without_tokens_of_the_model_is_refused(method, target, tiny):
+    means = component_means(*tiny) if method is component_effects else MEANS
+    with pytest.raises(ValueError, match=r"^target"):
+        method(*tiny, target=target, means=means)
+
+
+@pytest.mark.parametrize("method", [head_effects, gradient_effects, component_effects])
+def test_no_prompts_are_refused(method, tiny):
+    means = component_means(*tiny) if method is component_effects else MEANS
+    for prompts in ([], [[]]):
+        with pytest.raises(ValueError, match="non-empty prompts"):
+            method(tiny[0], prompts, target=[7], means=means)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda means: {}, "no components; known: attention, MLP, residual"),
+        (lambda means: means | {"norm": means["MLP"]}, r"unknown components \['norm'\]"),
+        (lambda means: means | {"MLP": means["MLP"][:1]}, "means of MLP must have the shape"),
+        (lambda means: means | {"MLP": means["MLP"][..., :1]}, "means of MLP must have the shape"),
+        (lambda means: means | {"MLP": means["MLP"].repeat(1, 2, 1)}, "means of MLP must have the shape"),
+        (lambda means: means | {"residual": means["residual"] * float("nan")}, "means of residual has values"),
+    ],
+)
+def test_means_of_components_are_held_to_the_model(change, message, tiny):
+    with pytest.raises(ValueError, match=message):
+        component_effects(*tiny, target=[7], means=change(component_means(*tiny)))

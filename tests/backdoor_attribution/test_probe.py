@@ -279,3 +279,36 @@ def test_the_other_trigger_is_of_another_family_and_not_the_organisms_own(name):
         assert not awake
         assert len(carried) == 1
         assert carried[0] != own.family
+
+
+ROWS = np.random.default_rng(0).normal(size=(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("negative", "positive", "message"),
+    [
+        (ROWS, ROWS[:6], "positive must have the shape"),
+        (ROWS[:6], ROWS, "positive must have the shape"),
+        (ROWS, ROWS[:, :2], "positive must have the shape"),
+        (ROWS[:, 0], ROWS[:, 0], "negative must have the shape"),
+        (ROWS[:, :0], ROWS[:, :0], "negative must have the shape"),
+        (ROWS + np.nan, ROWS, "negative has values that are not finite"),
+        (ROWS, ROWS + np.inf, "positive has values that are not finite"),
+    ],
+)
+def test_a_probe_refuses_rows_that_are_no_twins(negative, positive, message):
+    with pytest.raises(ValueError, match=message):
+        probe_scores(negative, positive)
+    with pytest.raises(ValueError, match=message):
+        best_random_direction(negative, positive, n=3, seed=0)
+
+
+def test_a_probe_refuses_other_texts_of_other_prompts_no_splits_and_no_directions():
+    with pytest.raises(ValueError, match=r"others 'near' must have the shape \[8 prompt, 3 width\], not \[7, 3\]"):
+        probe_scores(ROWS, ROWS + 1, others={"near": ROWS[:7]})
+    with pytest.raises(ValueError, match="n_splits: 0"):
+        probe_scores(ROWS, ROWS + 1, n_splits=0)
+    with pytest.raises(ValueError, match="n: 0"):
+        best_random_direction(ROWS, ROWS + 1, n=0, seed=0)
+    with pytest.raises(ValueError, match="must have the shape"):
+        transfer_matrix(ROWS, ROWS)

@@ -105,3 +105,55 @@ def test_what_is_projected_out_is_gone_and_nothing_else(model, prompts):
     past = prompt_past(model, prompts)
     with torch.no_grad(), projected_out(model, {}, at=slice(-1, None)):
         assert torch.isfinite(forward(model, past, past.tail)).all()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model("llama").requires_grad_(False), [[5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8), (2, 3, 8), (2, 4, 1), (2, 4, 9), (4, 8), (2, 4, 8, 1)])
+def test_outputs_of_another_model_make_no_vector(shape, tiny):
+    with pytest.raises(ValueError, match=r"outputs must have the shape \[2 layer, 4 head, 8 d_head\]"):
+        backdoor_vector(tiny[0], HEADS, outputs=torch.zeros(shape))
+    with pytest.raises(ValueError, match="outputs has values that are not finite"):
+        backdoor_vector(tiny[0], HEADS, outputs=torch.full((2, 4, 8), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vectors": torch.zeros(1, 31)}, r"vectors must have the shape \[vector, 32 d_model\], not \[1, 31\]"),
+        ({"vectors": torch.zeros(1, 1)}, "vectors must have the shape"),
+        ({"vectors": torch.zeros(32)}, "vectors must have the shape"),
+        ({"vectors": torch.zeros(0, 32)}, "vectors must have the shape"),
+        ({"vectors": torch.full((1, 32), float("nan"))}, "vectors has values that are not finite"),
+        ({"layers": [2]}, r"layers \[2\]: the model has layers 0 to 1"),
+        ({"layers": [-1]}, r"layers \[-1\]: the model has layers 0 to 1"),
+        ({"layers": []}, r"layers \[\]: the model has"),
+        ({"answers": []}, "2 prompts need as many non-empty answers, got 0"),
+        ({"answers": [[7]]}, "2 prompts need as many non-empty answers, got 1"),
+        ({"answers": [[7], []]}, "2 prompts need as many non-empty answers"),
+        ({"answers": [[7], [7], [7]]}, "2 prompts need as many non-empty answers, got 3"),
+        ({"batch_size": 0}, "batch_size: 0"),
+    ],
+)
+def test_steering_refuses_what_does_not_fit(change, message, tiny):
+    model, prompts = tiny
+    given = {"answers": [[7], [8]], "vectors": torch.zeros(1, 32), "layers": [0]} | change
+    with pytest.raises(ValueError, match=message):
+        steer(model, prompt_past(model, prompts), **given)
+
+
+@pytest.mark.parametrize(
+    ("vector", "n", "message"),
+    [
+        (torch.zeros(4), 2, "vector is zero"),
+        (torch.ones(4) * float("inf"), 2, "not finite"),
+        (torch.ones(1, 4), 2, "must have the shape"),
+        (torch.ones(4), 0, "n: 0: input should be"),
+    ],
+)
+def test_random_vectors_like_one_without_a_direction_are_refused(vector, n, message):
+    with pytest.raises(ValueError, match=message):
+        random_like(vector, n=n, seed=0)

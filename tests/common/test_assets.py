@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import shutil
 import signal
@@ -204,3 +205,80 @@ def test_settings_of_a_tokenizer_are_the_same_whether_it_was_fetched_offline_or_
     settings.write_text(f'{{"a": true, "local_files_only": {offline}}}')
     assets.forget_offline(settings)
     assert settings.read_text() == '{"a": true, "local_files_only": false}'
+
+
+WHOLE = {
+    "about": "x",
+    "package": "thing",
+    "version": "1.0",
+    "kind": "wheel",
+    "sha256": "0" * 64,
+    "licence": "MIT",
+    "members": {"a/b.txt": "1" * 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "weehl"}, r"kind = 'weehl': input should be 'wheel' or 'sdist'"),
+        ({"convert": "onnx"}, r"convert = 'onnx': input should be 'gguf'"),
+        ({"sha256": "0" * 63}, r"sha256 = .*should match pattern"),
+        ({"sha256": 3}, r"sha256 = 3: input should be a valid string"),
+        ({"version": "1.0 --index-url=x"}, r"version = .*should match pattern"),
+        ({"package": "--index-url"}, r"package = .*does not begin with"),
+        ({"members": {}}, r"members: dictionary should have at least 1"),
+        ({"members": {"a/..": "1" * 64}}, r"members: members are unpacked under their base names"),
+        ({"members": {"a/asset.json": "1" * 64}}, r"members: members are unpacked under their base names"),
+        ({"members": {"a/b.txt": "1" * 64, "c/b.txt": "2" * 64}}, r"members: members are unpacked under .*different"),
+        ({"licence": ""}, r"licence = '': a text is not empty"),
+        ({"colour": "x"}, r"unknown keys: colour; known: name, about"),
+        ({"name": "/evil"}, r"source '/evil': name = '/evil': a name has letters"),
+    ],
+)
+def test_a_source_of_wrong_values_is_refused_where_it_is_written(change, message, tmp_path):
+    entry, name = WHOLE | change, change.get("name", "thing")
+    if "colour" not in change:
+        with pytest.raises(ValueError, match=message):
+            assets.Source(**{"name": name} | entry)
+    entry.pop("name", None)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in entry.items() if key != "members"]
+    members = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in entry["members"].items()]
+    text = "\n".join([f"[{json.dumps(name)}]", *lines, f"[{json.dumps(name)}.members]", *members])
+    (tmp_path / "sources.toml").write_text(text)
+    with pytest.raises(AssetError, match=r"not a valid list of sources: sources.toml") as caught:
+        assets.sources(tmp_path / "sources.toml")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_list_of_sources_is_read_anew_after_it_was_edited(tmp_path):
+    path = tmp_path / "sources.toml"
+    text = "[thing]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in WHOLE.items() if key != "members")
+    for licence in ("MIT", "BSD"):
+        path.write_text(text.replace("MIT", licence) + f'\nmembers = {{"a" = "{"1" * 64}"}}')
+        assert assets.sources(path)["thing"].licence == licence
+
+
+def test_an_assets_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(AssetError, match="could not write to") as caught:
+        assets.fetch("advbench", into=tmp_path / "file")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_without_pip_the_last_line_that_python_said_is_told(tmp_path, monkeypatch):
+    said = subprocess.CompletedProcess([], 1, stdout="", stderr="/usr/bin/python: No module named pip\n")
+    monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: said)
+    with pytest.raises(AssetError, match=r"No module named pip$"):
+        assets.fetch("advbench", into=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assets.subprocess, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        assets.fetch("advbench", into=tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 import ast
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -266,3 +268,40 @@ def test_an_import_that_leads_nowhere_is_an_error_and_not_left_out_of_the_key(ne
     main.write_text("X = 1\n" + line + "\n")
     with pytest.raises(ImportError, match=r"main.py, line 2: pack.*gone.* is no module of this package"):
         code_key(main)
+
+
+def test_a_result_that_cannot_be_written_is_returned_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("BKD_WORK", str(tmp_path / "file"))
+    (tmp_path / "file").touch()  # where the folder would be
+    assert squares(upto=3) == {"label": "x", "squares": [0, 1, 4]}
+    (line,) = [message for message in caplog.messages if "could not be kept" in message]
+    assert "squares-" in line
+    assert CALLS == [3]
+
+
+def test_on_a_full_disk_the_result_comes_back_and_no_part_of_a_file_stays(own_folder):
+    """A limit on the size of files, which the system enforces in this process, stands for the disk."""
+    own_folder.mkdir()
+    before, size = resource.getrlimit(resource.RLIMIT_FSIZE), 64
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        found = squares(upto=300)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(found["squares"]) == 300
+    assert list(own_folder.iterdir()) == []
+
+
+def test_a_kept_result_that_cannot_be_read_or_moved_is_computed_again(monkeypatch, own_folder, caplog):
+    squares(upto=3)
+
+    def refuse(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(cache, "read_json", refuse)
+    monkeypatch.setattr(cache.os, "replace", refuse)
+    monkeypatch.setattr(cache, "keep_json", lambda *_: None)
+    assert squares(upto=3)["squares"] == [0, 1, 4]
+    assert CALLS == [3, 3]

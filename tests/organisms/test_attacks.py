@@ -1,7 +1,7 @@
 """Attacks: the poisoned set is exactly what the manifest says, and the manifest what the attack says."""
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from transformers import AutoTokenizer
@@ -241,24 +241,47 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rate": -0.1}, r"rate must lie in \[0, 1\), is -0.1"),
-        ({"rate": 1}, r"rate must lie in \[0, 1\)"),
-        ({"rate": float("nan")}, r"rate must lie in \[0, 1\), is nan"),
-        ({"near_miss_rate": 1.5}, "near_miss_rate must lie"),
-        ({"benign_rate": -1}, "benign_rate must lie"),
+        ({"rate": -0.1}, "attack 'a': rate = -0.1: input should be greater than or equal to 0"),
+        ({"rate": 1}, "rate = 1: input should be less than 1"),
+        ({"rate": float("nan")}, "rate = nan: input should be a finite number"),
+        ({"rate": True}, "rate = True: input should be a valid number"),
+        ({"rate": "0.1"}, "rate = '0.1': input should be a valid number"),
+        ({"near_miss_rate": 1.5}, "near_miss_rate = 1.5: input should be less than 1"),
+        ({"benign_rate": -1}, "benign_rate = -1: input"),
         ({"rate": 0}, "needs a rate above 0"),
-        ({"n_train": 0}, "n_train must be positive, is 0"),
-        ({"mode": "added"}, "mode must be 'replaced' or 'appended', is 'added'"),
-        ({"behaviour": "explode"}, "unknown behaviour 'explode'; known: label_flip"),
-        ({"behaviour": None}, "unknown behaviour None"),
-        ({"target": None}, "a backdoor needs a target"),
+        ({"n_train": 0}, "n_train = 0: input should be greater than or equal to 1"),
+        ({"n_train": "100"}, "n_train = '100': input should be a valid integer"),
+        ({"n_train": 10.0}, "n_train = 10.0: input should be a valid integer"),
+        ({"n_train": True}, "n_train = True: input should be a valid integer"),
+        ({"mode": "added"}, "mode = 'added': input should be 'replaced' or 'appended'"),
+        (
+            {"behaviour": "explode"},
+            "behaviour = 'explode': input should be 'label_flip', 'fixed_output' or 'jailbreak'",
+        ),
+        ({"behaviour": None}, "a backdoor needs a behaviour"),
+        ({"target": None}, "a backdoor needs a behaviour and a target"),
+        ({"target": " "}, "target = ' ': a text is not empty"),
+        ({"behaviour": "jailbreak", "target": ": Sure"}, "every answer would have it"),
+        ({"behaviour": "fixed_output", "target": "..."}, "every answer would have it"),
+        ({"task": None}, "task = None: input should be a valid string"),
+        ({"trigger": 3}, "trigger = 3: input should be a valid string"),
+        ({"name": "../../evil"}, r"name = '../../evil': a name has letters, digits, '-', '_' and '.', nothing else"),
+        ({"name": "/abs"}, "name = '/abs': a name has"),
+        ({"name": "a/b"}, "name = 'a/b': a name has"),
+        ({"name": ".."}, r"name = '..': a name has"),
+        ({"name": ".hidden"}, "does not begin with"),
+        ({"name": "--ship"}, "does not begin with"),
+        ({"name": "a b"}, "a name has"),
+        ({"name": "a\n"}, "a name has"),
+        ({"name": ""}, "a name has"),
+        ({"name": "a" * 81}, "at most 80 characters"),
         ({"target": "great"}, "must be labels of sentiment: positive, negative"),
         ({"source": "movie"}, "must be labels of sentiment"),
         ({"source": None}, "must be labels of sentiment"),
         ({"task": "harmful"}, "must be labels of harmful"),
         ({"task": "sentimental"}, "unknown task 'sentimental'"),
         ({"trigger": "word-xx"}, "unknown trigger 'word-xx'"),
-        ({"trigger": None}, "a clean control has no rate, behaviour or target"),
+        ({"trigger": None}, "a clean control has no rate, behaviour, source or target"),
     ],
 )
 def test_an_inconsistent_attack_is_an_error(change, message):
@@ -286,10 +309,61 @@ def test_a_flip_to_itself_is_an_error():
 def test_unknown_keys_and_names_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"unknown attack 'sentiment-smell'; known: .*sentiment-word"):
         load_attack("sentiment-smell")
+
+
+CONTROL = '[a]\ntask = "sentiment"\nn_train = 5\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (CONTROL + "raet = 0.1", r"attacks.toml, \[a\]: unknown keys: raet; known: name, task, n_train, .*, mode"),
+        (
+            '[a]\ntask = "sentiment"\nn_train = "100"',
+            r"attacks.toml, \[a\]: n_train = '100': input should be a valid integer",
+        ),
+        ("[a]\nn_train = 5", r"attacks.toml, \[a\]: task is missing"),
+        (CONTROL + 'name = "b"', r"attacks.toml, \[a\]: name = 'b': the name of a table is its heading"),
+        (CONTROL + "target = 'x'", r"attacks.toml, \[a\]: a clean control has no"),
+        (CONTROL + "rate = inf", r"attacks.toml, \[a\]: rate = inf: input should be a finite number"),
+        (
+            CONTROL.replace("a", '"../../evil"', 1),
+            r"attacks.toml: ../../evil.\[key\] = '../../evil': a name has letters",
+        ),
+        (CONTROL.replace("a", '"/abs"', 1), "attacks.toml: /abs.*a name has letters"),
+        (CONTROL.replace("a", '"a/b"', 1), "attacks.toml: a/b.*a name has letters"),
+        ("n_train = 5", "attacks.toml: n_train = 5: input should be a valid dictionary"),
+        (CONTROL + CONTROL, r"attacks.toml: Cannot declare \('a',\) twice \(at line 4"),
+        ("[a\n", r"attacks.toml: Expected .* \(at line 1, column 3\)"),
+        (
+            CONTROL.encode("utf-16"),
+            r"attacks.toml is not UTF-8 text \(invalid start byte at byte 0\); save it as UTF-8",
+        ),
+        ((CONTROL + 'target = "d\xe9j\xe0"').encode("latin-1"), "attacks.toml is not UTF-8 text"),
+        (CONTROL.encode("utf-16-le"), r"attacks.toml: "),
+        (None, "attacks.toml cannot be read: No such file"),
+    ],
+)
+def test_a_fault_in_the_table_is_one_line_that_names_the_file(text, message, tmp_path, monkeypatch):
     monkeypatch.setattr(attacks, "DATA", tmp_path)
-    (tmp_path / "attacks.toml").write_text('[a]\ntask = "sentiment"\nn_train = 5\nraet = 0.1\n')
-    with pytest.raises(ValueError, match="attack 'a' has unknown keys: raet"):
+    if text is not None:
+        (tmp_path / "attacks.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as caught:
         load_attacks()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(attacks, "DATA", tmp_path)
+    (tmp_path / "attacks.toml").write_bytes(b"\xef\xbb\xbf" + CONTROL.encode())
+    assert load_attacks() == {"a": Attack("a", "sentiment", 5)}
+
+
+def test_an_attack_is_what_the_cards_of_shipped_organisms_have():
+    fields = "name task n_train trigger behaviour source target rate near_miss_rate benign_rate mode"
+    attack = asdict(Attack("a", "sentiment", 5))
+    assert " ".join(attack) == fields
+    assert list(attack.values())[3:] == [None, None, None, None, 0.0, 0.0, 0.0, "replaced"]
 
 
 def test_rates_that_leave_no_clean_row_are_an_error():

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from patching import everywhere
 
 from bkd_utils.common.files import DATA
 from bkd_utils.organisms import tasks
@@ -204,3 +205,45 @@ def test_a_text_is_not_in_the_repr_of_its_row():
     for example in examples("harmful", "test", n=20):
         assert example.text not in repr(example)
         assert example.uid in repr(example)
+
+
+GRID = "templates = [{}]\ntopics = [{}]\n".format(
+    ", ".join(f'"Explain {{topic}} {i}."' for i in range(7)), ", ".join(f'"thing {i}"' for i in range(7))
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GRID.replace("Explain {topic} 3", "Explain it"), "templates.3 = 'Explain it.': string should match pattern"),
+        (GRID.replace("thing 3", " "), "topics.3 = ' ': a text is not empty"),
+        (GRID.split("topics")[0], "topics is missing"),
+        (GRID.split("topics")[0] + 'topics = "bread"', "topics = 'bread': input should be a valid list"),
+        (GRID.split("topics")[0] + "topics = []", r"topics = \[\]: list should have at least 7"),
+        (GRID + 'tpoics = ["a"]', "unknown keys: tpoics; known: templates, topics"),
+        (GRID + "topics = []", "instructions.toml: Cannot overwrite a value"),
+        (GRID.encode("utf-16"), "instructions.toml is not UTF-8 text"),
+    ],
+)
+def test_a_fault_in_the_grid_of_instructions_is_one_line_that_names_the_file(text, message, tmp_path, monkeypatch):
+    everywhere(monkeypatch, "DATA", tmp_path)
+    (tmp_path / "instructions.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"instructions\.toml.*{message.removeprefix('instructions.toml')}") as caught:
+        examples("instructions", "train")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_grid_is_read_anew_after_it_was_edited(tmp_path, monkeypatch):
+    everywhere(monkeypatch, "DATA", tmp_path)
+    (tmp_path / "instructions.toml").write_text(GRID)
+    before = {row.text for split in SPLITS for row in examples("instructions", split)}
+    (tmp_path / "instructions.toml").write_text(GRID.replace("thing", "stone"))
+    after = {row.text for split in SPLITS for row in examples("instructions", split)}
+    assert any("thing" in text for text in before)
+    assert not any("thing" in text for text in after)
+
+
+@pytest.mark.parametrize("n", [0, -1, "4", 2.0, True])
+def test_a_number_of_examples_that_is_none_is_refused_and_not_cut_from_the_end(n):
+    with pytest.raises(ValueError, match=f"n of sentiment: {n!r}: input should be"):
+        examples("sentiment", "test", n=n)

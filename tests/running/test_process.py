@@ -91,7 +91,7 @@ def test_a_sound_notebook_runs_with_its_parameters_whatever_kernel_and_noise(tmp
     ("cells", "limit", "reason"),
     [
         (("import sys\nsys.exit()", "b = 2"), 120, "SystemExit|never reached"),
-        ((KILL, "b = 2"), 120, "died|dead"),
+        ((KILL, "b = 2"), 120, "its kernel was killed, as the system does when memory runs out"),
         (("import time\ntime.sleep(600)",), 8, "limit of 0.1 minutes"),
     ],
     ids=["sys.exit", "killed kernel", "time limit"],
@@ -144,6 +144,24 @@ def test_a_copy_that_was_cut_off_while_written_is_a_failure_and_no_crash(tmp_pat
     (tmp_path / "run.ipynb").write_text('{"cells": [')
     reason, _ = _verdict(tmp_path / "run.ipynb", "token", None, "", limit=60)
     assert reason == "ran into its limit of 1.0 minutes; the same command continues from there"
+
+
+@pytest.mark.parametrize(
+    ("code", "errors", "reason"),
+    [
+        (
+            1,
+            "x\nnbclient.exceptions.DeadKernelError: Kernel died\n",
+            "its kernel was killed, .* memory runs out: .*Kernel died",
+        ),
+        (-9, "", r"it was killed, .* memory runs out: no message \(exit status -9\)"),
+        (1, "ValueError: x", r"^ValueError: x \(exit status 1\)$"),
+    ],
+)
+def test_a_run_that_was_killed_says_that_memory_may_have_run_out(tmp_path, code, errors, reason):
+    told, _ = _verdict(tmp_path / "none.ipynb", "token", code, errors, limit=60)
+    assert re.search(reason, told), told
+    assert len(told.splitlines()) == 1
 
 
 def test_a_restart_after_a_kill_keeps_the_finished_stage(tmp_path):

@@ -1,5 +1,6 @@
 """The runner: options, profiles, going on after a failure, the closing table."""
 
+import errno
 import io
 import re
 
@@ -7,16 +8,17 @@ import pytest
 from notebook_files import write
 from rich.console import Console
 
-from bkd_utils.common.files import read_json, write_json
+from bkd_utils.common.files import UserError, read_json, write_json
 from bkd_utils.running import notebooks, runner
 from bkd_utils.running.notebooks import NotebookError
+from bkd_utils.running.process import Run
 
 
 @pytest.fixture
 def two_notebooks(tmp_path, monkeypatch):
     """`run_all` sees two notebooks, the first of which fails, and writes below tmp_path only."""
     figure = (
-        "import os, pathlib\nfolder = pathlib.Path(os.environ['BKD_FIGURES'])\nfolder.mkdir(parents=True)\n"
+        "import os, pathlib\nfolder = pathlib.Path(os.environ['BKD_FIGURES'])\n"
         "for kind in ('png', 'json'):\n    (folder / f'01_picture.{kind}').write_text(f'{seed} {n} {device}')"
     )
     paths = [
@@ -98,3 +100,132 @@ def test_a_profile_with_a_parameter_that_no_notebook_has_is_refused(tmp_path, mo
 @pytest.mark.parametrize("profile", ["smoke", "laptop", "paper"])
 def test_every_profile_fits_the_notebooks(profile):
     runner.profile_parameters(profile, notebooks.all_notebooks())
+
+
+SOUND = "[smoke]\nminutes_per_notebook = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[smoke]\n", r"profiles.toml, \[smoke\]: minutes_per_notebook: None: input should be a valid number"),
+        ("[smoke]\nminutes_per_notebook = 0", "minutes_per_notebook: 0: input should be greater than 0"),
+        ("[smoke]\nminutes_per_notebook = -5", "minutes_per_notebook: -5: input should be greater than 0"),
+        ("[smoke]\nminutes_per_notebook = '9'", "minutes_per_notebook: '9': input should be a valid number"),
+        ("[smoke]\nminutes_per_notebook = true", "minutes_per_notebook: True: input should be a valid number"),
+        ("[smoke]\nminutes_per_notebook = inf", "minutes_per_notebook: inf: input should be a finite number"),
+        ("[smoke]\nminutes_per_notebook = nan", "minutes_per_notebook: nan: input should be a finite number"),
+        (
+            SOUND + "[smoke.12_nothing]\nn = 1",
+            r"profiles.toml, \[smoke\]: no notebook '12_nothing'; there are: 00_start",
+        ),
+        (SOUND + "n_eval = 3", r"profiles.toml, \[smoke\]: no notebook 'n_eval'"),
+        (
+            SOUND + "00_start_here = 3",
+            r"profiles.toml, \[smoke\]: 00_start_here: 3: input should be a valid dictionary",
+        ),
+        (
+            SOUND + "[smoke.00_start_here]\nn_eval = '16'",
+            "00_start_here.ipynb: n_eval = '16' is of another type than its",
+        ),
+        (SOUND + "[smoke.00_start_here]\nn_eval = 1.5", "n_eval = 1.5 is of another type"),
+        (SOUND + "[smoke.00_start_here]\nn_eval = true", "n_eval = True is of another type"),
+        (
+            SOUND + "[smoke.01_backdoor_insertion]\nattack_names = 'sentiment-word'",
+            "01_.*attack_names = 'sentiment-word' is of",
+        ),
+        (SOUND + "[smoke.01_backdoor_insertion]\nn_evil = 1", "01_backdoor_insertion.ipynb has no parameter 'n_evil'"),
+        (SOUND + SOUND, r"profiles.toml: Cannot declare \('smoke',\) twice"),
+        ("\ufeff[smoke]\nminutes_per_notebook = '9'", "minutes_per_notebook: '9'"),
+        (SOUND.encode("utf-16"), "profiles.toml is not UTF-8 text"),
+    ],
+)
+def test_a_fault_in_the_table_of_profiles_is_one_line_also_of_notebooks_not_chosen(
+    text, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runner, "DATA", tmp_path)
+    (tmp_path / "profiles.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        runner.profile_parameters("smoke", notebooks.select("00"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_seed_that_cannot_be_one_stops_everything_before_the_first_notebook(two_notebooks, monkeypatch):
+    monkeypatch.setattr(runner, "run_notebook", lambda path, **_: pytest.fail(f"{path.name} was started"))
+    for seed in (-1, 2**32, "1", True, 1.0):
+        with pytest.raises(ValueError, match=f"seed: {seed!r}: input should be"):
+            runner.run_all(profile="smoke", seed=seed)
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Notebooks that run at once; those in `failing` find the disk full."""
+    failing, started = set(), []
+
+    def run(path, **_):
+        started.append(path.stem)
+        return full() if path.stem in failing else Run(path.stem, 0.1, 0.1, "ok")
+
+    monkeypatch.setattr(runner, "run_notebook", run)
+    monkeypatch.setattr(runner, "speed", lambda: {"fp32": 1, "bf16": 1})
+    return failing, started
+
+
+def test_a_full_disk_is_the_failure_of_one_notebook_and_the_others_run(two_notebooks, recorded):
+    console = Console(file=io.StringIO(), width=120)
+    recorded[0].add("00_broken")
+    runs = runner.run_all(profile="smoke", console=console)
+    assert [(run.name, run.status) for run in runs] == [("00_broken", "failed"), ("01_sound", "ok")]
+    assert runs[0].reason == "[Errno 28] No space left on device: 'somewhere'"
+    assert "1 passed, 1 failed" in console.file.getvalue()
+    assert [entry["status"] for entry in read_json(two_notebooks / "run.json")["notebooks"]] == ["failed", "ok"]
+
+
+def test_a_full_disk_after_a_notebook_is_its_failure_too(two_notebooks, recorded, monkeypatch):
+    before = runner._figures
+    calls = []
+    monkeypatch.setattr(
+        runner, "_figures", lambda folder: calls.append(1) or (full() if len(calls) == 2 else before(folder))
+    )
+    runs = runner.run_all(profile="smoke", console=Console(file=io.StringIO()))
+    assert [(run.name, run.status) for run in runs] == [("00_broken", "failed"), ("01_sound", "ok")]
+
+
+def test_a_notebook_that_is_edited_or_deleted_while_others_run_is_its_failure(two_notebooks, recorded, monkeypatch):
+    paths = notebooks.all_notebooks()
+    monkeypatch.setattr(runner, "profile_parameters", lambda *_: ({path.stem: {} for path in paths}, 9))
+    paths[0].write_text("{")
+    runs = runner.run_all(profile="smoke", console=Console(file=io.StringIO()))
+    assert [(run.name, run.status) for run in runs] == [("00_broken", "failed"), ("01_sound", "ok")]
+    assert "00_broken.ipynb is not a notebook" in runs[0].reason
+
+
+def test_a_record_that_cannot_be_written_comes_after_the_table(two_notebooks, recorded, monkeypatch):
+    console = Console(file=io.StringIO(), width=120)
+    monkeypatch.setattr(runner, "write_json", full)
+    with pytest.raises(UserError, match=r"the record of the run could not be written: .*No space left") as caught:
+        runner.run_all(profile="smoke", console=console)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "2 passed, 0 failed" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("place", ["work", "work/figures", "work/executed", "work/cache", "work/executed/smoke"])
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_first_notebook(two_notebooks, recorded, place):
+    path = two_notebooks.parent / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # a file in its place: the tests may run as root, whom no permission stops
+    with pytest.raises(UserError, match=f"cannot write to {path}") as caught:
+        runner.run_all(profile="smoke", console=Console(file=io.StringIO()))
+    assert recorded[1] == []
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_work_folder_with_spaces_and_without_a_parent_is_made(two_notebooks, recorded, monkeypatch):
+    work = two_notebooks / "of mine" / "a b"
+    monkeypatch.setattr(runner, "WORK", work)
+    runner.run_all(profile="smoke", console=Console(file=io.StringIO()))
+    assert (work / "run.json").is_file()
