@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from bkd_utils.common.files import canonical_json, read_json, sha256_text
+from bkd_utils.common.files import canonical_json, sha256_text
 from bkd_utils.common.statistics import share
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.generation import respond
-from bkd_utils.models.loading import Loaded, adapter_folder, load
+from bkd_utils.models.loading import Loaded, adapter_folder, load, read_card
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, first_attack
@@ -126,7 +126,7 @@ def measure(
     """All metrics of an organism's card, on `n` held-out prompts each; a clean control's under the first attack on its
     task. Raises ModelError if template or tokenizer are not those of the organism's training."""
     folder = adapter_folder(organism)
-    card = read_json(folder / "card.json")
+    card = read_card(folder, "attack", "prompt_sha256")
     attack, loaded = Attack(**card["attack"]), load(model, organism=folder, device=device)
     if prompt_fingerprint(loaded, attack.task) != card["prompt_sha256"]:
         raise ModelError(f"{folder.name}: prompts are not those it was trained on (template or tokenizer changed)")
