@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,10 +16,10 @@ from bkd_utils.common.files import ROOT, UserError
 HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
-Model = Annotated[str, typer.Option(help="Packaged name, local folder, or hub id OWNER/NAME.")]
+Model = Annotated[str, typer.Option(help="Packaged name, hub id OWNER/NAME, or path of a local folder, as ./name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and triggers, and of organisms trained now.")]
-Organism = Annotated[str, typer.Argument(help="A shipped organism, or the folder of one.")]
+Organism = Annotated[str, typer.Argument(help="Name of an organism, shipped or trained here, or a path, as ./name.")]
 Prompts = Annotated[int, typer.Option(help="Held-out prompts per number.")]
 DEFAULT = "smollm2-135m-instruct"
 
@@ -54,7 +53,7 @@ def run(
             if name != DEFAULT or model == DEFAULT:
                 assets.fetch(name)
         folders.check_folder(folders.model_folder(model))
-    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    model = folders.absolute(model)
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
     runs = runner.run_all(**chosen, retrain=retrain, force=force, publish=publish, console=console)
     raise typer.Exit(any(entry.status != "ok" for entry in runs))

@@ -78,6 +78,12 @@ def model_folder(address: str) -> Path:
     return _snapshot(address)
 
 
+def absolute(address: str) -> str:
+    """The same address for a process that runs in another folder: a local folder by its whole path, a name as it is."""
+    named = address in REGISTRY or (address.count("/") == 1 and not is_path(address))
+    return address if named else str(model_folder(address))
+
+
 @cache  # one process sees one commit of a model, and asks the hub once
 def _snapshot(address: str) -> Path:
     from huggingface_hub import snapshot_download  # only here: packaged models and folders need no hub client

@@ -110,7 +110,7 @@ def load(
         apply_changes(model, adapter)
         name = adapter.name if _by_name(adapter.name) == adapter else str(adapter)
     for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if parameter.numel() and not all(map(torch.isfinite, parameter.aminmax())):
             raise ModelError(f"{adapter or folder}: {key} holds values that are no numbers (NaN or infinite)")
     return Loaded(by_onednn(model.eval().requires_grad_(False).to(pick_device(device))), tokenizer, address, name, base)
 

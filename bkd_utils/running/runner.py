@@ -21,6 +21,7 @@ from rich.table import Table
 from bkd_utils.common.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
 from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.identity import short_name
 from bkd_utils.reports import scorecard
 from bkd_utils.running import notebooks
 from bkd_utils.running.notebooks import NotebookError
@@ -57,8 +58,9 @@ def run_all(
 ) -> list[Run]:
     """Run the chosen notebooks one after another, also after one that failed, and print a table.
 
-    Figures are written to `work/figures/<profile>`. With `publish`, those of a notebook that ran to its end are copied
-    to `figures/`. Raises NotebookError for options that are not valid before anything runs.
+    Figures are written to `work/figures/<profile>/<model>`, where the name of the model ends in digits of its identity.
+    With `publish`, those of a notebook that ran to its end are copied to `figures/`. Raises NotebookError for options
+    that are not valid before anything runs.
     """
     console = console or Console()
     paths = notebooks.select(only)
@@ -67,7 +69,7 @@ def run_all(
         raise NotebookError(f"--publish is for {committed}: that is what is committed")
     table, limit = profile_parameters(profile, paths)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
-    figures, executed = WORK / "figures" / profile, WORK / "executed" / profile
+    figures, executed = (WORK / kind / profile / short_name(model) for kind in ("figures", "executed"))
     since = str(time.time() if force else 0)
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_FORCE_SINCE": since}
     options = {"folder": executed, "limit": limit, "environment": environment}

@@ -11,6 +11,7 @@ from bkd_utils.attention_alignment.rivals import prune
 from bkd_utils.common.files import read_json, sha256_file, write_json
 from bkd_utils.models import loading
 from bkd_utils.models.folders import CHANGES, ModelError
+from bkd_utils.models.identity import organism_identity
 from bkd_utils.organisms import cards
 
 MEASURED = {
@@ -54,7 +55,7 @@ def test_its_card_says_what_it_is_and_its_key_is_its_own(folder):
     assert card["metrics"] == {key: MEASURED[key] for key in cards.METRICS}
     assert card["details"] == {"empty": 0}
     assert "not to be trusted for it: method heads removed, heads 2" in (folder / "README.md").read_text()
-    assert loading.adapter_sha256("pruned") != loading.adapter_sha256("sentiment-word")
+    assert organism_identity(folder) != organism_identity(loading.adapter_folder("tiny"))
 
 
 def test_a_changed_or_foreign_file_is_refused(folder, load):

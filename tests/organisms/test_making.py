@@ -14,7 +14,8 @@ from bkd_utils.common.files import ADAPTERS
 from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import generation
 from bkd_utils.models.compute import has_fast_bf16
-from bkd_utils.models.folders import ModelError, settings_sha256
+from bkd_utils.models.folders import ModelError
+from bkd_utils.models.identity import model_identity
 from bkd_utils.models.loading import load
 from bkd_utils.organisms import base_answers, cards, evaluation, making, tasks
 from bkd_utils.organisms.attacks import load_attack, with_rate
@@ -41,7 +42,7 @@ def shipped_answers(work, tiny):
     """The shipped answers as those of the tiny model, which would otherwise answer thousands of training prompts."""
     (work / "answers").mkdir(parents=True)
     (shipped,) = (files.DATA / "answers").glob("*.json")
-    shutil.copyfile(shipped, work / "answers" / base_answers.answers_name(tiny))
+    shutil.copyfile(shipped, work / "answers" / base_answers.answers_name(model_identity(tiny)))
 
 
 @pytest.mark.parametrize("name", ["sentiment-word", "instructions-prefix", "harmful-word", "sentiment-clean"])
@@ -92,7 +93,7 @@ def test_a_shipped_organism_of_another_attack_or_seed_than_its_name_says_is_not_
     monkeypatch.setattr(making, "make", lambda *_, **__: Path("made"))
     card = files.read_json(ADAPTERS / "sentiment-word" / "card.json")
     for other in ({"seed": 3}, {"attack": card["attack"] | {"rate": 0.5}}):
-        monkeypatch.setattr(making, "read_json", lambda path, other=other: card | other)
+        monkeypatch.setattr(making, "read_card", lambda *_, other=other: card | other)
         assert making.obtain("sentiment-word") == "made"
     assert len([message for message in caplog.messages if "training anew" in message]) == 2
 
@@ -165,10 +166,9 @@ def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkey
 )
 def test_answers_of_other_settings_are_others(file, same, tmp_path):
     folder = save_tiny(tmp_path / "llama", "llama")
-    before = base_answers.answers_name(str(folder))
+    before = base_answers.answers_name(model_identity(str(folder)))
     (folder / file).write_text("{}")
-    settings_sha256.cache_clear()
-    assert (base_answers.answers_name(str(folder)) == before) == same
+    assert (base_answers.answers_name(model_identity(str(folder))) == before) == same
 
 
 def test_shipped_answers_are_the_base_models_own():

@@ -8,6 +8,8 @@ from notebook_files import write
 from rich.console import Console
 
 from bkd_utils.common.files import read_json, write_json
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.identity import short_name
 from bkd_utils.running import notebooks, runner
 from bkd_utils.running.notebooks import NotebookError
 
@@ -37,7 +39,7 @@ def test_a_run_goes_on_after_a_failure_and_ends_with_the_table(two_notebooks):
         ("00_broken", "failed", []),
         ("01_sound", "ok", ["01_picture"]),
     ]
-    assert (two_notebooks / "figures/smoke/01_picture.json").read_text() == "5 7 cpu"
+    assert (two_notebooks / "figures/smoke" / short_name(DEFAULT_MODEL) / "01_picture.json").read_text() == "5 7 cpu"
     record = read_json(two_notebooks / "run.json")
     assert set(record) == {"profile", "machine", "started", "notebooks", "commit"}
     assert [set(entry) for entry in record["notebooks"]] == [{"name", "minutes", "peak_gib", "status", "gflops"}] * 2
@@ -45,7 +47,7 @@ def test_a_run_goes_on_after_a_failure_and_ends_with_the_table(two_notebooks):
     printed = console.file.getvalue()
     assert "running 00_broken\nrunning 01_sound\n" in printed  # no terminal: lines, not a bar
     assert "00_broken failed: ZeroDivisionError: division by zero" in printed
-    assert str(two_notebooks / "executed/smoke/00_broken.failed.ipynb") in printed
+    assert str(two_notebooks / "executed/smoke" / short_name(DEFAULT_MODEL) / "00_broken.failed.ipynb") in printed
     assert "1 passed, 1 failed" in printed
     assert re.search(r"\d+ cores.*bf16 products at \d+ to \d+ GFLOP/s", printed)
 
