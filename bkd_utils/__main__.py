@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,8 +53,9 @@ def run(
         for name in assets.sources():
             if name != DEFAULT or model == DEFAULT:
                 assets.fetch(name)
-        folders.check_folder(folders.model_folder(model))
-    model = folders.absolute(model)
+        folder = folders.model_folder(model)
+        folders.check_folder(folder)
+    model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
     runs = runner.run_all(**chosen, retrain=retrain, force=force, publish=publish, console=console)
     raise typer.Exit(any(entry.status != "ok" for entry in runs))

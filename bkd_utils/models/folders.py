@@ -17,17 +17,11 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # A model's files other than its weights. They are all that is fetched from a hub, and all that a model's hash covers.
 SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.codes", "*.tokenizer")
 # Settings by which transformers would run code, or read other files than those that are hashed.
-CODE = "asks for remote code ({key}), which is never run here"
-ELSEWHERE = "makes other files be read ({key}), which is never done here"
-REFUSED = {
-    "auto_map": CODE,
-    "transformers_weights": ELSEWHERE,
-    "configuration_files": ELSEWHERE,
-    "fast_tokenizer_files": ELSEWHERE,
-    "init_inputs": ELSEWHERE,
-    "quantization_config": "is quantised ({key}): weights could be neither read nor merged; save it dequantised",
-}
-KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+CODE = "asks for remote code"
+OTHERS = "makes other files be read"
+REFUSED = dict.fromkeys(("transformers_weights", "configuration_files", "fast_tokenizer_files", "init_inputs"), OTHERS)
+REFUSED |= {"auto_map": CODE, "quantization_config": "is quantised, so that weights could be neither read nor merged"}
+KERNELS = {f"{start}{what}_implementation" for start in ("", "_") for what in ("attn", "experts")}
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
@@ -78,12 +72,6 @@ def model_folder(address: str) -> Path:
     return _snapshot(address)
 
 
-def absolute(address: str) -> str:
-    """The same address for a process that runs in another folder: a local folder by its whole path, a name as it is."""
-    named = address in REGISTRY or (address.count("/") == 1 and not is_path(address))
-    return address if named else str(model_folder(address))
-
-
 @cache  # one process sees one commit of a model, and asks the hub once
 def _snapshot(address: str) -> Path:
     from huggingface_hub import snapshot_download  # only here: packaged models and folders need no hub client
@@ -110,7 +98,7 @@ def check_folder(folder: Path) -> None:
     for file in ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
         if (folder / file).is_file():
             _check_settings(folder / file)
-    if not any("CausalLM" in str(name) or "LMHead" in str(name) for name in architectures or []):
+    if not any(end in str(architectures) for end in ("CausalLM", "LMHead")):
         raise ModelError(f"{folder} is not a causal language model: architectures = {architectures}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
@@ -119,17 +107,14 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_settings(path: Path) -> None:
-    """Raise ModelError for entries of a settings file that are in `REFUSED`, or that name code or files elsewhere."""
-    found = json_object(path)
-    for key, why in REFUSED.items():
-        if found.get(key):
-            raise ModelError(f"{path} {why.format(key=key)}")
-    for key in KERNELS:
-        if "/" in str(found.get(key)):
-            raise ModelError(f"{path} {CODE.format(key=key)}")
-    # In tokenizer_config.json such entries are common and left out on load; here they would be followed.
-    if path.name == "special_tokens_map.json" and (files := [key for key in found if key.endswith("_file")]):
-        raise ModelError(f"{path} {ELSEWHERE.format(key=files[0])}")
+    """Raise ModelError for entries in `REFUSED`, and for those that name a kernel of a hub or a file elsewhere."""
+    for key, value in json_object(path).items():
+        why = CODE if key in KERNELS and "/" in str(value) else REFUSED.get(key)
+        # In tokenizer_config.json such entries are common, and are left out on load; here they would be followed.
+        if path.name == "special_tokens_map.json" and key.endswith("_file"):
+            why = OTHERS
+        if why and value:
+            raise ModelError(f"{path} {why} ({key}), which is never done here")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -11,18 +11,10 @@ from functools import cache
 from pathlib import Path
 
 from bkd_utils.common.files import canonical_json, sha256_file, sha256_text
-from bkd_utils.models.folders import (
-    CHANGES,
-    INDEX,
-    SETTINGS,
-    WEIGHTS,
-    ModelError,
-    json_object,
-    model_folder,
-    weight_files,
-)
+from bkd_utils.models import folders
+from bkd_utils.models.folders import ModelError, model_folder
 
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json", CHANGES)
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json", folders.CHANGES)
 # Files beside a model that are not read when it is loaded: receipts, licences, reports of its training.
 BESIDE = re.compile(
     r"\..*|(readme|licen[cs]e|notice|requirements)\b.*|(asset|card|history|manifest|trainer_state|training_args"
@@ -47,22 +39,23 @@ def file_sha256(path: Path) -> str:
 def _content_sha256(path: Path, stamp: tuple[int, ...]) -> str:
     if not path.name.endswith("config.json"):
         return sha256_file(path)
-    entries = {key: value for key, value in json_object(path).items() if key not in NOISE and key[-5:] != "_file"}
-    return sha256_text(json.dumps(entries, sort_keys=True))
+    found = folders.json_object(path).items()
+    deciding = {key: value for key, value in found if key not in NOISE and not key.endswith("_file")}
+    return sha256_text(json.dumps(deciding, sort_keys=True))
 
 
 def base_sha256(address: str) -> str:
     """Hash of a model's weights alone."""
-    return sha256_text("\n".join(file_sha256(path) for path in weight_files(model_folder(address))))
+    return sha256_text("\n".join(file_sha256(path) for path in folders.weight_files(model_folder(address))))
 
 
 def settings(address: str) -> dict[str, str]:
     """Name -> hash of the files other than weights that decide a model's answers: config, tokenizer, templates."""
     folder = model_folder(address)
-    paths = {path for pattern in SETTINGS for path in folder.glob(pattern) if not BESIDE.fullmatch(path.name)}
+    paths = {path for pattern in folders.SETTINGS for path in folder.glob(pattern) if not BESIDE.fullmatch(path.name)}
     paths |= set(folder.glob("additional_chat_templates/*.jinja"))
-    if (folder / WEIGHTS).is_file():
-        paths.discard(folder / INDEX)
+    if (folder / folders.WEIGHTS).is_file():
+        paths.discard(folder / folders.INDEX)
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(paths) if path.is_file()}
 
 
@@ -82,7 +75,7 @@ def organism_identity(folder: Path) -> str:
 
 
 def adapter_files(folder: Path) -> dict[str, str]:
-    """Name -> hash of the files of an organism. Raises ModelError if adapter or config is missing."""
+    """Name -> hash of the files of an organism. ModelError without adapter or config."""
     if lacks := [name for name in ADAPTER[:2] if not (folder / name).is_file()]:
         raise ModelError(f"{folder} has no {lacks[0]}")
     return {name: file_sha256(folder / name) for name in ADAPTER if (folder / name).is_file()}

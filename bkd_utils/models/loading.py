@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bkd_utils.common.files import ADAPTERS, WORK, canonical_json
+from bkd_utils.common.files import ADAPTERS, WORK
 from bkd_utils.models import folders, identity
 from bkd_utils.models.compute import by_onednn
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
@@ -61,17 +61,11 @@ def pick_device(device: str = "auto") -> str:
 def load_tokenizer(address: str) -> PreTrainedTokenizerBase:
     folder = folders.model_folder(address)
     folders.check_folder(folder)
-    with folders.named(folder):
-        return _tokenizer(folder)
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     path = folder / "tokenizer_config.json"
-    found = folders.json_object(path) if path.is_file() else {}
     # Paths on the machine that saved it: transformers would read from them what the folder lacks.
-    return AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, **{key: None for key in found if key.endswith("_file")}
-    )
+    paths = [key for key in folders.json_object(path) if key.endswith("_file")] if path.is_file() else []
+    with folders.named(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **dict.fromkeys(paths))
 
 
 def load(
@@ -91,14 +85,12 @@ def load(
     >>> torch.equal(again.model.lm_head.weight, model.lm_head.weight), again.organism
     (True, None)
     """
-    folder = folders.model_folder(address)
+    folder, adapter, name = folders.model_folder(address), None if organism is None else adapter_folder(organism), None
     folders.check_folder(folder)
-    base, name = identity.model_identity(address), None
-    adapter = None if organism is None else adapter_folder(organism)
     if adapter is not None:
         check_adapter(adapter, base=address)
+    tokenizer, base = load_tokenizer(address), identity.model_identity(address)
     with folders.named(folder):
-        tokenizer = _tokenizer(folder)
         # Mismatched sizes are ignored so that they are listed, and refused by name below.
         how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
@@ -126,14 +118,15 @@ def adapter_folder(organism: str | Path) -> Path:
     A path is a `Path` or has a separator: `./name` is the folder here, whatever ships under that name. Raises
     ModelError that says where it was looked up.
     """
-    path, local = Path(organism).expanduser().absolute(), (Path(organism) / "card.json").is_file()
+    path = Path(organism).expanduser().absolute()
+    here = (path / "card.json").is_file() and organism != ""
     if isinstance(organism, Path) or "/" in organism or folders.is_path(organism):
-        if (path / "card.json").is_file():
+        if here:
             return path
         raise ModelError(f"no organism in {path}: it has no card.json")
     if organism and (folder := _by_name(organism)):
         return folder
-    hint = f"; for the folder here write ./{organism}" if organism and local else ""
+    hint = f"; for the folder here write ./{organism}" if here else ""
     where = f"neither in {ADAPTERS} nor in {WORK / 'organisms'}{hint}"
     raise ModelError(f"unknown organism {organism!r}, {where}; shipped: {', '.join(shipped_organisms()) or 'none'}")
 
@@ -142,10 +135,9 @@ def read_card(organism: str | Path, *needed: str) -> dict:
     """The card of an organism, by name or folder. Raises ModelError if it is broken or lacks a needed entry."""
     path = adapter_folder(organism) / "card.json"
     card = folders.json_object(path)
-    if lacks := [key for key in needed if key not in card]:
-        raise ModelError(f"{path} has no {', no '.join(lacks)}; fetch or train the organism again")
-    if not isinstance(card.get("base_files", {}), dict):
-        raise ModelError(f"{path}: base_files must be an object of file names and hashes")
+    lacks = [key for key in needed if key not in card]
+    if lacks or not isinstance(card.get("base_files", {}), dict):
+        raise ModelError(f"{path} has no {', no '.join(lacks or ['sound base_files'])}; fetch or train it again")
     return card
 
 
@@ -160,7 +152,7 @@ def shipped_organisms(*, base: str | None = None) -> list[str]:
             card = read_card(path.parent, *ON_CARD)
             if base in (None, identity.joined(card["base_sha256"], card["base_files"])):
                 found.append(path.parent.name)
-        except ModelError as error:
+        except (ModelError, ValueError) as error:
             _warn(f"left out: {error}")
     return found
 
@@ -168,46 +160,31 @@ def shipped_organisms(*, base: str | None = None) -> list[str]:
 _warn: Callable[[str], None] = cache(log.warning)  # once per text and process
 
 
-def identity_on_card(folder: Path, *, base: str) -> dict[str, str | Mapping[str, str]]:
+def identity_on_card(folder: Path, *, base: str) -> dict:
     """What a card says of the files of an organism, and of the model with address `base` that it was trained on."""
     files = identity.adapter_files(folder)
-    base_parts = {"base_sha256": identity.base_sha256(base), "base_files": identity.settings(base)}
-    return base_parts | {FILES_ON_CARD[name]: hashed for name, hashed in files.items()}
+    found = {"base_sha256": identity.base_sha256(base), "base_files": identity.settings(base)}
+    return found | {FILES_ON_CARD[name]: hashed for name, hashed in files.items()}
 
 
 def check_adapter(folder: Path, *, base: str) -> None:
     """Raise ModelError unless an organism has the files on its card and the model at address `base` is the one that it
     was trained on; the message names the files that differ."""
-    card = read_card(folder, *ON_CARD)
+    card, files, path = read_card(folder, *ON_CARD), identity.adapter_files(folder), folder / "adapter_config.json"
     for name, key in FILES_ON_CARD.items():
-        if (folder / name).is_file():
-            if name.endswith(".safetensors"):
-                folders.check_safetensors(folder / name)
-            if identity.file_sha256(folder / name) != card.get(key):
-                raise ModelError(f"{folder / name} does not match the sha256 on its card; fetch or train it again")
-        elif name != folders.CHANGES or key in card:
-            raise ModelError(f"{folder} has no {name}")
-    _check_config(folder / "adapter_config.json")
+        if name in files and name.endswith(".safetensors"):
+            folders.check_safetensors(folder / name)
+        if files.get(name) != card.get(key):
+            raise ModelError(f"{folder / name} does not match the sha256 on its card; fetch or train it again")
+    config = folders.json_object(path)
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # others read more files, or import code
+        raise ModelError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA without megatron_config is merged")
     if card["base_sha256"] != identity.base_sha256(base):
-        where = f"than those loaded ({card.get('base')})"
-        raise ModelError(f"organism {folder.name} was trained on other weights {where}")
+        raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
     said, found = card["base_files"], identity.settings(base)
     if differ := sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name)):
         has = ", ".join(differ)
         raise ModelError(f"organism {folder.name} was trained on the weights of {base}, but with another {has}")
-
-
-def _check_config(path: Path) -> None:
-    """Raise ModelError for an adapter's config with NaN, of another kind than LoRA, or that imports code."""
-    config = folders.json_object(path)
-    try:
-        canonical_json(config)
-    except ValueError as error:
-        raise ModelError(f"{path} holds values that are no numbers (NaN or infinite)") from error
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}, only LORA can be merged")
-    if config.get("megatron_config"):
-        raise ModelError(f"{path} {folders.CODE.format(key='megatron_config')}")
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -246,6 +223,14 @@ def apply_changes(model: PreTrainedModel, folder: Path) -> None:
             raise ModelError(f"{path}: {name} has another shape here")
         with torch.no_grad():
             parameter.view(-1)[where] = tensors[f"{name}:values"].to(parameter.dtype)
+
+
+def base_of(loaded: Loaded, *, device: str) -> Loaded:
+    """The base model of an organism, loaded anew. Raises ModelError if its folder holds another model by now."""
+    base = load(loaded.address, device=device)
+    if loaded.identity not in ("", base.identity):
+        raise ModelError(f"{loaded.address} holds another model than when {loaded.organism} was loaded")
+    return base
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -4,10 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from bkd_utils.common.files import DATA, WORK, read_json, write_json
-from bkd_utils.models.folders import ModelError
 from bkd_utils.models.generation import respond
 from bkd_utils.models.identity import model_identity
-from bkd_utils.models.loading import Loaded, load
+from bkd_utils.models.loading import Loaded, base_of
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.poisoning import benign_examples
@@ -19,21 +18,15 @@ def answers_name(identity: str) -> str:
 
 
 def base_answers(loaded: Loaded, rows: Sequence[tasks.Example]) -> dict[str, str]:
-    """uid -> the greedy answer of the model, or of an organism's base model; computed once per identity.
-
-    Raises ModelError if the base model of an organism has to be asked and its folder holds another model by now.
-    """
-    identity = loaded.identity or model_identity(loaded.address)
-    name = answers_name(identity)
+    """uid -> the greedy answer of the model, or of an organism's base model (`base_of`); computed once per identity."""
+    name = answers_name(loaded.identity or model_identity(loaded.address))
     known: dict[str, str] = {}
     for folder in (DATA / "answers", WORK / "answers"):
         if (folder / name).is_file():
             known |= read_json(folder / name)
     missing = [row for row in rows if row.uid not in known]
     if missing:
-        base = loaded if loaded.organism is None else load(loaded.address, device=str(loaded.device))
-        if base.identity != identity and loaded.organism is not None:
-            raise ModelError(f"{loaded.address} holds another model than when {loaded.organism} was loaded")
+        base = loaded if loaded.organism is None else base_of(loaded, device=str(loaded.device))
         length = tasks.load_task("instructions").max_new_tokens
         texts = respond(base, [row.text for row in missing], max_new_tokens=length, label="base model answers")
         known |= {row.uid: text for row, text in zip(missing, texts, strict=True)}

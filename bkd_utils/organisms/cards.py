@@ -18,6 +18,7 @@ from bkd_utils.models.identity import model_identity, organism_identity
 from bkd_utils.models.loading import (
     Loaded,
     adapter_folder,
+    base_of,
     changed_entries,
     identity_on_card,
     load,
@@ -184,10 +185,8 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
     if loaded.organism is None:
         raise ValueError("a base model cannot be kept as a treated organism")
     source = adapter_folder(loaded.organism)
-    base = load(loaded.address, device="cpu")
-    if loaded.identity not in ("", base.identity):
-        raise ModelError(f"{loaded.address} holds another model than when {loaded.organism} was loaded")
-    changes = changed_entries(loaded.model, merge_adapter(base.model, source))
+    base = base_of(loaded, device="cpu").model
+    changes = changed_entries(loaded.model, merge_adapter(base, source))
     before = load_file(source / CHANGES) if (source / CHANGES).is_file() else {}
     if changes.keys() == before.keys() and all(torch.equal(changes[key], before[key]) for key in changes):
         raise ValueError(f"{loaded.organism} has not been changed")

@@ -178,16 +178,19 @@ def nan_in(organism):
 
 
 HOSTILE = {
-    "NaN in the config": (ORGANISM["NaN"], "adapter_config.json holds values that are no numbers"),
+    "NaN in the config": (ORGANISM["NaN"], "holds values that are no numbers"),
     "infinity in the config": (
         lambda folder: (folder / CONFIG).write_text((folder / CONFIG).read_text().replace(": 8,", ": 1e999,")),
-        "adapter_config.json holds values that are no numbers",
+        "holds values that are no numbers",
     ),
-    "another kind": (lambda folder: edit(folder / CONFIG, peft_type="PROMPT_TUNING"), "peft_type is 'PROMPT_TUNING'"),
-    "no kind": (lambda folder: (folder / CONFIG).write_text("{}"), "peft_type is None"),
+    "another kind": (
+        lambda folder: edit(folder / CONFIG, peft_type="PROMPT_TUNING"),
+        "only LORA without",
+    ),
+    "no kind": (lambda folder: (folder / CONFIG).write_text("{}"), "peft_type None; only LORA"),
     "code": (
         lambda folder: edit(folder / CONFIG, megatron_config={"x": 1}, megatron_core="antigravity"),
-        "asks for remote code",
+        "only LORA without megatron_config is merged",
     ),
     "a rank that is none": (lambda folder: edit(folder / CONFIG, r=-4), "cannot be loaded"),
     "alpha that is a word": (lambda folder: edit(folder / CONFIG, lora_alpha="high"), "cannot be loaded"),
@@ -209,7 +212,7 @@ def test_a_hostile_adapter_is_one_line_even_with_a_card_that_fits(original, orga
 
 def test_changes_that_the_card_promises_must_be_there(original, organism):
     edit(organism / "card.json", changes_sha256="0" * 64)
-    with pytest.raises(ModelError, match=f"has no {CHANGES}"):
+    with pytest.raises(ModelError, match=f"{CHANGES} does not match the sha256 on its card"):
         load(str(original), organism=organism, device="cpu")
 
 
