@@ -104,6 +104,15 @@ def test_a_treated_organism_that_was_not_changed_since_is_not_kept_again(folder,
         cards.keep_treated(load("pruned"), name="same", treatment={}, measured=MEASURED)
 
 
+def test_a_treatment_is_measured_against_the_model_that_was_loaded(tiny_organism, load, tmp_path, monkeypatch):
+    """Were its folder to hold another model by now, every weight would count as changed."""
+    model = shutil.copytree(tiny_organism, tmp_path / "model")
+    loaded = loading.load(str(model), organism="tiny", device="cpu")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(ModelError, match="holds another model than when tiny was loaded"):
+        cards.keep_treated(loaded, name="treated", treatment={}, measured=MEASURED)
+
+
 def test_what_was_not_treated_is_not_kept(load):
     with pytest.raises(ValueError, match="tiny has not been changed"):
         cards.keep_treated(load("tiny"), name="same", treatment={}, measured=MEASURED)

@@ -6,6 +6,7 @@ import re
 import pytest
 from notebook_files import write
 from rich.console import Console
+from tiny import save_tiny
 
 from bkd_utils.common.files import read_json, write_json
 from bkd_utils.models.folders import DEFAULT_MODEL
@@ -50,6 +51,22 @@ def test_a_run_goes_on_after_a_failure_and_ends_with_the_table(two_notebooks):
     assert str(two_notebooks / "executed/smoke" / short_name(DEFAULT_MODEL) / "00_broken.failed.ipynb") in printed
     assert "1 passed, 1 failed" in printed
     assert re.search(r"\d+ cores.*bf16 products at \d+ to \d+ GFLOP/s", printed)
+
+
+def test_another_model_leaves_the_results_of_the_first(two_notebooks, tmp_path, monkeypatch):
+    """Also one in the same folder under the same name."""
+    monkeypatch.setattr(runner, "speed", dict)
+    model = save_tiny(tmp_path / "mine", "llama")
+    made = []
+    for change in (None, lambda: (model / "chat_template.jinja").write_text("{{ messages[0].content }}")):
+        if change:
+            change()
+        runner.run_all(profile="smoke", only="01", model=str(model), console=Console(file=io.StringIO()))
+        made.append(short_name(str(model)))
+    assert made[0][:5] == made[1][:5] == "mine-"
+    assert made[0] != made[1]
+    for kind, file in (("figures", "01_picture.json"), ("executed", "01_sound.ipynb")):
+        assert {path.parent.name for path in (two_notebooks / kind / "smoke").glob(f"*/{file}")} == set(made)
 
 
 def test_speed_is_that_of_the_product(monkeypatch):
