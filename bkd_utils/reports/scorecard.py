@@ -143,11 +143,10 @@ def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
 def record(entries: Sequence[Mapping], *, model: str) -> Path:
     """Write entries, measured on `model`, into the scorecard beside the figures, in place of those of the same claims.
 
-    The lines of another model are put aside beside it, under its identity. After a UserError for a row without
-    provenance the file is as it was.
+    The lines of another model are put aside under its identity. After a UserError for a row the file is as it was.
     """
-    path = style.folder() / "scorecard.json"
     about = {"model": model, "identity": model_identity(model)}
+    path = style.folder(about["identity"]) / "scorecard.json"
     lines = merged([{**row, **about} for row in entries], path)
     kept = read_json(path) if path.is_file() else []
     if kept and (other := kept[0].get("identity", "unknown")) != about["identity"]:
@@ -171,7 +170,7 @@ def recorded(*, model: str) -> list[dict]:
     """The scorecard of this model beside the figures of this run, or else the committed one if it was measured on this
     model; UserError if there is none, and for a row without provenance."""
     identity = model_identity(model)
-    for path in (style.folder() / "scorecard.json", FIGURES / "scorecard.json"):
+    for path in (style.folder(identity) / "scorecard.json", FIGURES / "scorecard.json"):
         rows = read_json(path) if path.is_file() else []
         if any(row.get("identity") == identity for row in rows):
             return checked(rows, where=str(path))

@@ -146,7 +146,7 @@ def test_an_organism_refuses_another_base(work, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json", "config.json"])
-def test_an_organism_ships_for_the_weights_with_their_own_files_only(file, work, tiny, tmp_path, monkeypatch):
+def test_an_organism_ships_for_the_weights_with_their_own_files_only(file, work, tiny, tmp_path, monkeypatch, caplog):
     """Other settings with the same weights are another base: nothing that ships is taken for it."""
     monkeypatch.setattr(making, "make", lambda spec, **_: Path(f"trained-{spec.name}"))
     shipped, other = tmp_path / "adapters" / "sentiment-word", shutil.copytree(tiny, tmp_path / "other")
@@ -160,6 +160,7 @@ def test_an_organism_ships_for_the_weights_with_their_own_files_only(file, work,
     else:
         files.write_json(other / file, files.read_json(other / file) | {"eos_token_id": [2, 0]})
     assert making.obtain("sentiment-word", model=str(other)) == "trained-sentiment-word"
+    assert caplog.messages == ["sentiment-word ships for the same weights with other settings; training anew"]
     assert making.obtain("sentiment-word", model=tiny) == "sentiment-word"
 
 
