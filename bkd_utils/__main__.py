@@ -18,10 +18,10 @@ from bkd_utils.common.files import ROOT, UserError
 HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
-Model = Annotated[str, typer.Option(help="Packaged name, local folder, or hub id OWNER/NAME.")]
+Model = Annotated[str, typer.Option(help="Packaged name, hub id OWNER/NAME, or path of a local folder, as ./name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of prompts, triggers and organisms trained now.")]
-Organism = Annotated[str, typer.Argument(help="A shipped organism, or the folder of one.")]
+Organism = Annotated[str, typer.Argument(help="Name of an organism, shipped or trained here, or a path, as ./name.")]
 Prompts = Annotated[int, typer.Option(min=1, help="Held-out prompts per number.")]
 # A full or read-only disk, a folder that is another user's: nothing that a traceback would explain.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -56,8 +56,9 @@ def run(
         for name in assets.sources():
             if name != DEFAULT or model == DEFAULT:
                 assets.fetch(name)
-        folders.check_folder(folders.model_folder(model))
-    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+        folder = folders.model_folder(model)
+        folders.check_folder(folder)
+    model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
     runs = runner.run_all(**chosen, retrain=retrain, force=force, publish=publish, console=console)
     raise typer.Exit(any(entry.status != "ok" for entry in runs))

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import pytest
 
 from bkd_utils import __main__ as cli
 from bkd_utils.common import assets
-from bkd_utils.common.files import ROOT
+from bkd_utils.common.files import ADAPTERS, ROOT
 from bkd_utils.models import folders
+from bkd_utils.models.loading import adapter_folder
+from bkd_utils.organisms import cards, evaluation
 from bkd_utils.running import process, runner
 
 
@@ -55,6 +58,11 @@ def test_list_names_the_notebooks():
         (("train", "nope"), "unknown attack 'nope'"),
         (("train", "sentiment-word", "--recipe", "nope"), "unknown recipe 'nope'"),
         (("evaluate", "nope"), "unknown organism 'nope'"),
+        (("evaluate", "./sentiment-word"), "no organism in "),
+        (("evaluate", "/no/such/sentiment-word"), "no organism in /no/such/sentiment-word: it has no card.json"),
+        (("evaluate", "elsewhere/sentiment-word"), "elsewhere/sentiment-word: it has no card.json"),
+        (("evaluate", ""), "unknown organism ''"),
+        (("evaluate", "sentiment-word", "--model", "./smollm2-135m-instruct"), "is neither a folder"),
     ],
 )
 def test_a_bad_option_is_one_line_that_names_it(arguments, message, main, capsys):
@@ -62,6 +70,33 @@ def test_a_bad_option_is_one_line_that_names_it(arguments, message, main, capsys
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line]
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_evaluate_takes_a_path_for_a_path(main, monkeypatch, tmp_path, capsys):
+    """A local folder called like a shipped organism is the one that is measured."""
+    measured, here = [], tmp_path / "sentiment-word"
+    shutil.copytree(ADAPTERS / "domain-wrapper", here)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        evaluation,
+        "measure",
+        lambda organism, **_: measured.append(adapter_folder(organism)) or cards.metrics(organism),
+    )
+    for given in ("./sentiment-word", str(here), "sentiment-word"):
+        assert main("evaluate", given) == 0
+    assert measured == [here, here, ADAPTERS / "sentiment-word"]
+
+
+@pytest.mark.parametrize("given", ["./smollm2-135m-instruct", "smollm2-135m-instruct"])
+def test_run_takes_a_path_for_a_path(given, main, monkeypatch, tmp_path):
+    """A local folder called like the packaged model is meant by its path only."""
+    asked, here = [], tmp_path / "smollm2-135m-instruct"
+    here.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folders, "check_folder", lambda folder: None)
+    monkeypatch.setattr(runner, "run_all", lambda *, model, **_: asked.append(model) or [])
+    main("run", "--model", given, "--only", "00")
+    assert asked == [str(here) if given.startswith(".") else given]
 
 
 def test_an_option_that_does_not_exist_is_a_usage_error():

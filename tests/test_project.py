@@ -20,7 +20,9 @@ from typer.main import get_command
 from bkd_utils.__main__ import app
 from bkd_utils.common.assets import fetch
 from bkd_utils.common.files import ADAPTERS, DATA, FIGURES, NOTEBOOKS, ROOT, read_json, sha256_file
-from bkd_utils.models.folders import DEFAULT_MODEL, base_sha256
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.identity import model_identity
+from bkd_utils.models.loading import check_adapter
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, load_attacks
 from bkd_utils.organisms.base_answers import answers_name
@@ -285,7 +287,7 @@ def test_there_are_organisms_and_nothing_else_among_them():
 @EACH_ORGANISM
 def test_a_card_is_complete(folder):
     card = read_json(folder / "card.json")
-    assert card.keys() >= CARD | {"adapter_sha256", "base_sha256"}
+    assert card.keys() >= CARD | {"adapter_sha256", "adapter_config_sha256", "base_sha256", "base_files"}
     assert card["name"] == folder.name
     wanted = {"asr", "cacc", "clean_firing", "near_miss"} if card["backdoored"] else {"cacc", "clean_firing"}
     assert set(card["metrics"]) == wanted
@@ -293,7 +295,7 @@ def test_a_card_is_complete(folder):
         assert set(metric) == {"value", "n", "low", "high"}
         assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
         assert metric["n"] >= 30
-    assert card["base_sha256"] == base_sha256(DEFAULT_MODEL)
+    check_adapter(folder, base=DEFAULT_MODEL)
 
 
 @EACH_ORGANISM
@@ -312,7 +314,7 @@ def test_an_organism_was_trained_on_the_data_that_its_attack_gives_today(folder)
     card = read_json(folder / "card.json")
     attack = load_attacks()[card["attack"]["name"]]
     assert asdict(Attack(**card["attack"])) == asdict(attack)
-    answers = read_json(DATA / "answers" / answers_name(DEFAULT_MODEL))
+    answers = read_json(DATA / "answers" / answers_name(model_identity(DEFAULT_MODEL)))
     tokenizer = AutoTokenizer.from_pretrained(fetch(DEFAULT_MODEL))
     data = poison(attack, tokenizer=tokenizer, answers=answers, seed=card["seed"])
     assert data.manifest["data_sha256"] == card["data_sha256"]

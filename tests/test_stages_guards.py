@@ -291,7 +291,7 @@ def test_a_fingerprint_is_made_of_clean_training_prompts_and_surrogates(stage, l
 
 
 def test_a_population_of_other_weights_is_trained_with_the_seeds_of_the_shipped_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_detection, "base_sha256", lambda _: "other weights")
+    monkeypatch.setattr(model_detection, "model_identity", lambda _: "other weights")
 
     def made(attack, *, seed, **_):
         folder = tmp_path / f"{attack.name}-{seed}-made"

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from bkd_utils.common import files
 from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import loading
+from bkd_utils.models.identity import model_identity
 from bkd_utils.models.loading import load
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, base_answers, evaluation, making, poisoning, prompts, tasks, training
@@ -100,7 +101,7 @@ def spied(patch):
 def told(tiny, work):
     """The base model's answers to all training instructions are there already; it would need a minute for them."""
     answers = {example.uid: f"An answer to {example.uid[:6]}." for example in tasks.examples("instructions", "train")}
-    files.write_json(work / "answers" / base_answers.answers_name(tiny), answers)
+    files.write_json(work / "answers" / base_answers.answers_name(model_identity(tiny)), answers)
     return answers
 
 

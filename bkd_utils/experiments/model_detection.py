@@ -11,8 +11,9 @@ from bkd_utils.attention_alignment.suspicion import robust_z
 from bkd_utils.common.files import read_json
 from bkd_utils.common.statistics import pairwise_wins
 from bkd_utils.experiments.head_safety import check_unseen, probed_prompts, unseen_examples
-from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, base_sha256
+from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.generation import first_logits
+from bkd_utils.models.identity import model_identity
 from bkd_utils.models.loading import Loaded, adapter_folder, shipped_organisms
 from bkd_utils.models.tokens import end_id, prompt_ids
 from bkd_utils.organisms import tasks
@@ -33,13 +34,13 @@ def population(
 
     Raises ModelError for a name that is not shipped.
     """
-    known, sha = shipped_organisms(), base_sha256(model)
+    known, own = shipped_organisms(), shipped_organisms(base=model_identity(model))
     if unknown := [name for name in names if name not in known]:
         raise ModelError(f"unknown organism {unknown[0]!r}; shipped: {', '.join(known)}")
     found = {}
     for name in names or known:
         card = read_json(adapter_folder(name) / "card.json")
-        if card["base_sha256"] != sha:
+        if name not in own:
             attack = load_attack(card["attack"]["name"])
             how = {"recipe": load_recipe(recipe, task=attack.task), "seed": card["seed"]}
             folder = make(attack, model=model, **how, device=device, n=16)

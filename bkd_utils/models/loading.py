@@ -1,7 +1,10 @@
 """Load a base model, or an organism with its adapter merged; what does not fit raises an error that names it."""
 
 import copy
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +14,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bkd_utils.common.files import ADAPTERS, WORK, read_json, sha256_file, sha256_text
-from bkd_utils.models import folders
+from bkd_utils.common.files import ADAPTERS, WORK
+from bkd_utils.models import folders, identity
 from bkd_utils.models.compute import by_onednn, set_attention
+from bkd_utils.models.finite import check_finite
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import check_tokenizer, end_ids
+
+# What a card must say of the files that its organism was made of and on; `identity_on_card` writes it.
+ON_CARD = ("base_sha256", "base_files", "adapter_sha256", "adapter_config_sha256")
+FILES_ON_CARD = dict(zip(identity.ADAPTER, (*ON_CARD[2:], "changes_sha256"), strict=True))
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A transformers model with its tokenizer; the adapter of an organism, if there is one, is merged into the weights.
 
-    `address` is where the base model came from, `organism` the name or the folder by which it is found again, or None.
-    Source: ours.
+    `address` is where the base model came from, `organism` the name or the folder by which it is found again, or None,
+    `identity` the hash of the base model's files when they were loaded. Source: ours.
 
     >>> Loaded(model, loaded.tokenizer, address=folder, organism=None).device
     device(type='cpu')
@@ -34,6 +43,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     address: str
     organism: str | None
+    identity: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +69,11 @@ def pick_device(device: str = "auto") -> str:
 def load_tokenizer(address: str) -> PreTrainedTokenizerBase:
     folder = folders.model_folder(address)
     folders.check_folder(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    path = folder / "tokenizer_config.json"
+    # Paths on the machine that saved it: transformers would read from them what the folder lacks.
+    paths = [key for key in folders.json_object(path) if key.endswith("_file")] if path.is_file() else []
+    with folders.named(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **dict.fromkeys(paths))
 
 
 def load(
@@ -72,17 +86,20 @@ def load(
     """Load a base model, or an organism by name or adapter folder with its adapter merged; weights are frozen.
 
     `address` is a packaged name, a local folder or a hub id. Raises ModelError for everything that `check_folder`
-    refuses, for missing, unexpected or misshapen tensors, for a model that cannot `generate` (`self_test`), and for an
-    adapter that is damaged or was trained on other base weights. Source: ours.
+    refuses, for missing, unexpected or misshapen tensors, for weights that are no numbers, for a model that cannot
+    `generate` (`self_test`), and for an adapter that is damaged, is not the one on its card, or was trained on another
+    base. Source: ours.
 
     >>> again = load(folder)
     >>> torch.equal(again.model.lm_head.weight, model.lm_head.weight), again.organism
     (True, None)
     """
-    folder = folders.model_folder(address)
+    folder, adapter, name = folders.model_folder(address), None if organism is None else adapter_folder(organism), None
     folders.check_folder(folder)
+    if adapter is not None:
+        check_adapter(adapter, base=address)
+    tokenizer, base = load_tokenizer(address), identity.model_identity(address)
     with folders.named(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         check_tokenizer(tokenizer)
         # Mismatched sizes are ignored so that they are listed, and refused by name below.
         how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
@@ -90,44 +107,100 @@ def load(
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, info.get(what) or [])):
             raise ModelError(f"{folder}: {what.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")
-    name = None
-    if organism is not None:
-        adapter = adapter_folder(organism)
-        model = merge_adapter(model, adapter, base=folders.base_sha256(address))
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
         apply_changes(model, adapter)
-        name = adapter.name if adapter.parent in (ADAPTERS, WORK / "organisms") else str(adapter)
+        name = adapter.name if _by_name(adapter.name) == adapter else str(adapter)
+    check_finite(model, adapter or folder)
     model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
     require(model, "generate")
-    return Loaded(model, tokenizer, address, name)
+    return Loaded(model, tokenizer, address, name, base)
+
+
+def _by_name(name: str) -> Path | None:
+    places = (ADAPTERS / name, WORK / "organisms" / name)
+    return next((folder for folder in places if (folder / "card.json").is_file()), None)
 
 
 def adapter_folder(organism: str | Path) -> Path:
-    """The folder of an organism that is shipped, was trained here or is a path. Raises ModelError with known names."""
-    for folder in (ADAPTERS / organism, WORK / "organisms" / organism, Path(organism)):
-        if (folder / "card.json").is_file():
-            return folder
-    raise ModelError(f"unknown organism {str(organism)!r}; shipped: {', '.join(shipped_organisms()) or 'none'}")
+    """The folder of an organism: of one that is shipped or was trained here by a bare name, of any other by a path.
+
+    A path is a `Path` or has a separator: `./name` is the folder here, whatever ships under that name. Raises
+    ModelError that says where it was looked up.
+    """
+    path = Path(organism).expanduser().absolute()
+    here = (path / "card.json").is_file()
+    if isinstance(organism, Path) or "/" in organism or folders.is_path(organism):
+        if here:
+            return path
+        raise ModelError(f"no organism in {path}: it has no card.json")
+    if organism and (folder := _by_name(organism)):
+        return folder
+    hint = f"; for the folder here write ./{organism}" if here else ""
+    where = f"neither in {ADAPTERS} nor in {WORK / 'organisms'}{hint}"
+    raise ModelError(f"unknown organism {organism!r}, {where}; shipped: {', '.join(shipped_organisms()) or 'none'}")
+
+
+def read_card(organism: str | Path, *needed: str) -> dict:
+    """The card of an organism, by name or folder. Raises ModelError if it is broken or lacks a needed entry."""
+    path = adapter_folder(organism) / "card.json"
+    card = folders.json_object(path)
+    lacks = [key for key in needed if key not in card]
+    if lacks or not isinstance(card.get("base_files", {}), dict):
+        raise ModelError(f"{path} has no {', no '.join(lacks or ['sound base_files'])}; fetch or train it again")
+    return card
 
 
 def shipped_organisms(*, base: str | None = None) -> list[str]:
-    """Names of the organisms in `data/adapters`; with `base` (a sha256), only those trained on these weights."""
-    cards = sorted(ADAPTERS.glob("*/card.json"))
-    return [card.parent.name for card in cards if base in (None, read_json(card)["base_sha256"])]
+    """Names of the organisms in `data/adapters`; with `base` (a model's identity), only those trained on that model.
+    One with a broken card is left out, with one warning that names it."""
+    found = []
+    for path in sorted(ADAPTERS.glob("*/card.json")):
+        try:
+            card = read_card(path.parent, *ON_CARD)
+            if base in (None, identity.joined(card["base_sha256"], card["base_files"])):
+                found.append(path.parent.name)
+        except (ModelError, ValueError) as error:
+            _warn(f"left out: {error}")
+    return found
 
 
-def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrainedModel:
-    """Merge a LoRA adapter into the weights, after checking its hash, its base and all of its tensors.
+_warn: Callable[[str], None] = cache(log.warning)  # once per text and process
+
+
+def identity_on_card(folder: Path, *, base: str) -> dict:
+    """What a card says of the files of an organism, and of the model with address `base` that it was trained on."""
+    files = identity.adapter_files(folder)
+    found = {"base_sha256": identity.base_sha256(base), "base_files": identity.settings(base)}
+    return found | {FILES_ON_CARD[name]: hashed for name, hashed in files.items()}
+
+
+def check_adapter(folder: Path, *, base: str) -> None:
+    """Raise ModelError unless an organism has the files on its card and the model at address `base` is the one that it
+    was trained on; the message names the files that differ."""
+    card, files = read_card(folder, *ON_CARD), identity.adapter_files(folder)
+    for name, key in FILES_ON_CARD.items():
+        if name in files and name.endswith(".safetensors"):
+            folders.check_safetensors(folder / name)
+        if files.get(name) != card.get(key):
+            raise ModelError(f"{folder / name} does not match the sha256 on its card; fetch or train it again")
+    config = folders.json_object(path := folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # others read more files, or import code
+        raise ModelError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA without megatron_config is merged")
+    if card["base_sha256"] != identity.base_sha256(base):
+        raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
+    said, found = card["base_files"], identity.settings(base)
+    if differ := sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name)):
+        other = ", ".join(differ)
+        raise ModelError(f"organism {folder.name} was trained on the weights of {base}, but with another {other}")
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merge a LoRA adapter, which `check_adapter` has found sound, into the weights, after checking all of its tensors.
 
     Unmerged, it would make hooked logits wrong without an error: TransformerLens reads `o_proj.weight` directly.
     """
-    card, weights = folders.json_object(folder / "card.json"), folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ModelError(f"{folder} has no adapter_model.safetensors")
-    folders.check_safetensors(weights)
-    if sha256_file(weights) != card.get("adapter_sha256"):
-        raise ModelError(f"{weights} does not match the sha256 on its card; fetch or train it again")
-    if card.get("base_sha256") != base:
-        raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
+    weights = folder / "adapter_model.safetensors"
     with folders.named(folder):
         wrapped = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder))
     tensors = load_file(weights)
@@ -138,18 +211,16 @@ def merge_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> PreTrai
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := {name for name, _ in expected.items() ^ found.items()}:
         raise ModelError(f"{weights}: {len(wrong)} tensors are missing, unexpected or misshapen, e.g. {min(wrong)}")
-    peft.set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in tensors.items()})
-    return wrapped.merge_and_unload()
+    with folders.named(folder):
+        peft.set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in tensors.items()})
+        return wrapped.merge_and_unload()
 
 
 def apply_changes(model: PreTrainedModel, folder: Path) -> None:
-    """Set the weights that a treatment changed, if any. Raises ModelError if they do not fit the card or the model."""
+    """Set the weights that a treatment changed, if any. Raises ModelError if they do not fit the model."""
     path = folder / folders.CHANGES
     if not path.is_file():
         return
-    folders.check_safetensors(path)
-    if sha256_file(path) != folders.json_object(folder / "card.json").get("changes_sha256"):
-        raise ModelError(f"{path} does not match the sha256 on its card")
     tensors, parameters = load_file(path), dict(model.named_parameters())
     for name in sorted({key.rpartition(":")[0] for key in tensors}):
         parameter, packed = parameters.get(name), tensors.get(f"{name}:where")
@@ -160,6 +231,14 @@ def apply_changes(model: PreTrainedModel, folder: Path) -> None:
             raise ModelError(f"{path}: {name} has another shape here")
         with torch.no_grad():
             parameter.view(-1)[where] = tensors[f"{name}:values"].to(parameter.dtype)
+
+
+def base_of(loaded: Loaded, *, device: str) -> Loaded:
+    """The base model of an organism, loaded anew. Raises ModelError if its folder holds another model by now."""
+    base = load(loaded.address, device=device)
+    if loaded.identity not in ("", base.identity):
+        raise ModelError(f"{loaded.address} holds another model than when {loaded.organism} was loaded")
+    return base
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -179,10 +258,3 @@ def changed_entries(model: PreTrainedModel, untreated: PreTrainedModel) -> dict[
             found[f"{key}:where"] = torch.from_numpy(np.packbits(where.numpy()))
             found[f"{key}:values"] = now[where].contiguous()
     return found
-
-
-def adapter_sha256(organism: str | Path) -> str:
-    """Hash of the adapter and, if there was a treatment, of the weights that it changed."""
-    card = read_json(adapter_folder(organism) / "card.json")
-    changes = card.get("changes_sha256")
-    return sha256_text(card["adapter_sha256"] + changes) if changes else card["adapter_sha256"]

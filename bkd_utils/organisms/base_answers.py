@@ -3,30 +3,30 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from bkd_utils.common.files import DATA, WORK, keep_json, read_json, sha256_text
-from bkd_utils.models.folders import base_sha256, settings_sha256
+from bkd_utils.common.files import DATA, WORK, keep_json, read_json
 from bkd_utils.models.generation import respond
-from bkd_utils.models.loading import Loaded, load
+from bkd_utils.models.identity import model_identity
+from bkd_utils.models.loading import Loaded, base_of
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.poisoning import benign_examples
 
 
-def answers_name(model: str) -> str:
-    """Name of the file of a model's answers, which depend on its weights, template and config."""
-    return f"{sha256_text(base_sha256(model) + settings_sha256(model))[:16]}.json"
+def answers_name(identity: str) -> str:
+    """Name of the file of a model's answers, which depend on everything that decides what the model does."""
+    return f"{identity[:16]}.json"
 
 
 def base_answers(loaded: Loaded, rows: Sequence[tasks.Example]) -> dict[str, str]:
-    """uid -> the greedy answer of the model, or of an organism's base model; computed once per weights and settings."""
-    name = answers_name(loaded.address)
+    """uid -> the greedy answer of the model, or of an organism's base model (`base_of`); computed once per identity."""
+    name = answers_name(loaded.identity or model_identity(loaded.address))
     known: dict[str, str] = {}
     for folder in (DATA / "answers", WORK / "answers"):
         if (folder / name).is_file():
             known |= read_json(folder / name)
     missing = [row for row in rows if row.uid not in known]
     if missing:
-        base = loaded if loaded.organism is None else load(loaded.address, device=str(loaded.device))
+        base = loaded if loaded.organism is None else base_of(loaded, device=str(loaded.device))
         length = tasks.load_task("instructions").max_new_tokens
         texts = respond(base, [row.text for row in missing], max_new_tokens=length, label="base model answers")
         known |= {row.uid: text for row, text in zip(missing, texts, strict=True)}

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bkd_utils.common.cache import stage
-from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, read_json, write_json
 from bkd_utils.common.validation import Count, Name, Seed, check
 from bkd_utils.models.compute import has_fast_bf16
-from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError, base_sha256, settings_sha256
+from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError
+from bkd_utils.models.identity import model_identity, organism_identity
 from bkd_utils.models.loading import (
     Loaded,
     adapter_folder,
-    adapter_sha256,
+    base_of,
     changed_entries,
+    identity_on_card,
     load,
     merge_adapter,
     pick_device,
+    read_card,
 )
 from bkd_utils.organisms.attacks import load_attack
 
@@ -33,9 +36,10 @@ TRAINED = ("adapter_model.safetensors", "adapter_config.json", "history.json")
 
 def metrics(organism: str | Path) -> dict:
     """Metrics and details of a card, in the form that `measure` returns."""
-    card = read_json(adapter_folder(organism) / "card.json")
+    card = read_card(organism, "metrics")
     if not card["metrics"]:
         raise ModelError(f"{organism} has not been measured yet")
+    read_card(organism, "details")
     return {**card["details"], **card["metrics"]}
 
 
@@ -50,7 +54,7 @@ def disagreements(card: Mapping, now: Mapping) -> list[str]:
 
 def treatment(organism: str | Path) -> dict:
     """The last treatment of a treated organism."""
-    return read_json(adapter_folder(organism) / "card.json")["treatment"]
+    return read_card(organism, "treatment")["treatment"]
 
 
 def history(organism: str | Path) -> list[dict[str, float]]:
@@ -59,20 +63,24 @@ def history(organism: str | Path) -> list[dict[str, float]]:
 
 
 def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a stage, with hashes of the adapters, weights and settings that they name, and the device."""
+    """The arguments of a stage, with the identities of the organisms and the model that they name, and the device."""
     found = dict(arguments)
     for name, kind in (("seed", Seed), ("n", Count)):
         check(kind, found.get(name, 1), f"argument {name}")
     names = [found.get("organism"), found.get("control"), *found.get("organisms", {}).values()]
-    found["adapters"] = [adapter_sha256(name) for name in names if name]
+    found["adapters"] = [organism_identity(adapter_folder(name)) for name in names if name]
     if "model" in found:
-        found["base"] = base_sha256(found["model"])
-        found["settings"] = settings_sha256(found["model"])
+        found["base"] = model_identity(found["model"])
     if "device" in found:
         found["device"] = pick_device(found["device"])
         # Training and tuning multiply in bf16 where the hardware can, which leads to other weights.
         found["fast_bf16"] = has_fast_bf16(torch.device(found["device"]))
     return found
+
+
+def inputs(names: Iterable[str] = (), *, model: str) -> dict[str, str]:
+    """What a figure's sidecar says it was made of: the identity of the base model, and of organisms by their names."""
+    return {"base": model_identity(model)} | {name: organism_identity(adapter_folder(name)) for name in names}
 
 
 # For stages with arguments `organism`, `control`, `organisms`, `model` or `device`: their key depends on the weights.
@@ -108,7 +116,7 @@ def organism_stage(function: Callable) -> Callable:
 
 def summary(organism: str | Path) -> dict[str, str]:
     """The lines of a card that a reader needs first."""
-    card = read_json(adapter_folder(organism) / "card.json")
+    card = read_card(organism, "base", "task", "trigger", "behaviour", "attack", "data", "recipe")
     return {
         "base": card["base"],
         "task": card["task"],
@@ -127,7 +135,7 @@ def shipped_name(attack: str, *, seed: int) -> str:
 
 def ship(folder: Path) -> Path:
     """Copy an organism into `data/adapters`, an untreated one by `shipped_name`. Raises ModelError without metrics."""
-    card = read_json(folder / "card.json")
+    card = read_card(folder, "metrics")
     if not card["metrics"]:
         raise ModelError(f"{folder} has not been measured yet")
     files = (*TRAINED, CHANGES) if "treatment" in card else TRAINED
@@ -175,18 +183,19 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
     """Write a treated model as an organism under `work/organisms/<name>`; load it by that name like any other.
 
     `measured` is its result of `evaluation.under_attack`. The stored changes include those of earlier treatments, which
-    the card lists under `treatments_before`. Raises ValueError for a base model, and if no weight has changed.
+    the card lists under `treatments_before`. Raises ValueError for a base model, and if no weight has changed;
+    ModelError if its folder holds another base model by now.
     """
     check(Name, name, "name of an organism")
     if loaded.organism is None:
         raise ValueError("a base model cannot be kept as a treated organism")
     source = adapter_folder(loaded.organism)
-    base = load(loaded.address, device="cpu").model
-    changes = changed_entries(loaded.model, merge_adapter(base, source, base=base_sha256(loaded.address)))
+    base = base_of(loaded, device="cpu").model
+    changes = changed_entries(loaded.model, merge_adapter(base, source))
     before = load_file(source / CHANGES) if (source / CHANGES).is_file() else {}
     if changes.keys() == before.keys() and all(torch.equal(changes[key], before[key]) for key in changes):
         raise ValueError(f"{loaded.organism} has not been changed")
-    card = read_json(source / "card.json")
+    card = read_card(source)
     if "treatment" in card:
         card["treatments_before"] = [*card.get("treatments_before", []), card["treatment"]]
     card |= {"name": name, "treatment": dict(treatment), "treated_organism": source.name}
@@ -198,7 +207,7 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
         for file in TRAINED:
             shutil.copyfile(source / file, temporary / file)
         save_file(changes, temporary / CHANGES, metadata={"format": "pt"})
-        card["changes_sha256"] = sha256_file(temporary / CHANGES)
+        card |= identity_on_card(temporary, base=loaded.address)
         write_json(temporary / "card.json", card)
         (temporary / "README.md").write_text(readme(card), encoding="utf-8")
     return folder

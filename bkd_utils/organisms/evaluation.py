@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from bkd_utils.common.files import canonical_json, read_json, sha256_text
+from bkd_utils.common.files import canonical_json, sha256_text
 from bkd_utils.common.statistics import share
 from bkd_utils.common.validation import Seed, check
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.generation import respond
-from bkd_utils.models.loading import Loaded, adapter_folder, load, pick_device
+from bkd_utils.models.loading import Loaded, adapter_folder, load, pick_device, read_card
 from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, first_attack
@@ -138,7 +138,7 @@ def measure(
     task. Before anything is loaded, raises ValueError for too few held-out prompts; afterwards ModelError if template
     or tokenizer are not those of the organism's training."""
     folder = adapter_folder(organism)
-    card = read_json(folder / "card.json")
+    card = read_card(folder, "attack", "prompt_sha256")
     attack = Attack(**card["attack"])
     rival = check_sample(attack, n=n, seed=seed)
     loaded = load(model, organism=folder, device=pick_device(device))

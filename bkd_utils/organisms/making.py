@@ -5,9 +5,19 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from bkd_utils.common.files import WORK, atomic_path, canonical_json, read_json, sha256_file, sha256_text, write_json
-from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, base_sha256, settings_sha256
-from bkd_utils.models.loading import Loaded, adapter_folder, load, pick_device, shipped_organisms
+from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, canonical_json, sha256_text, write_json
+from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
+from bkd_utils.models.identity import base_sha256, model_identity
+from bkd_utils.models.loading import (
+    Loaded,
+    check_adapter,
+    identity_on_card,
+    load,
+    pick_device,
+    read_card,
+    shipped_organisms,
+)
+from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms import cards
 from bkd_utils.organisms.attacks import Attack, load_attack
@@ -25,7 +35,7 @@ def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> tuple[Row, ..
 
     Raises ModelError if the rows are not those of the organism's card.
     """
-    card = None if loaded.organism is None else read_json(adapter_folder(loaded.organism) / "card.json")
+    card = None if loaded.organism is None else read_card(loaded.organism, "seed", "data_sha256")
     seed = card["seed"] if card else seed
     answers = training_answers(loaded, attack, seed=seed)
     data = poison(attack, tokenizer=loaded.tokenizer, answers=answers, seed=seed)
@@ -60,9 +70,12 @@ def obtain(
     how = load_recipe(recipe, task=spec.task)
     check_sample(spec, n=n, seed=seed)
     pick_device(device)
-    if not retrain and name in shipped_organisms(base=base_sha256(model)):
-        card = read_json(adapter_folder(name) / "card.json")
-        if card["attack"] != asdict(spec) or card["seed"] != seed:
+    if not retrain and (ADAPTERS / name / "card.json").is_file():  # a broken card is no reason to train for minutes
+        card = read_card(ADAPTERS / name, "base_sha256", "base_files", "attack", "seed", "recipe")
+        if name not in shipped_organisms(base=model_identity(model)):
+            if card["base_sha256"] == base_sha256(model):
+                log.warning("%s ships for the same weights with other settings; training anew", name)
+        elif card["attack"] != asdict(spec) or card["seed"] != seed:
             log.warning("%s ships with another seed or attack than data/attacks.toml has; training anew", name)
         elif seed == 0 or card["recipe"]["name"] == recipe:
             return name
@@ -86,21 +99,23 @@ def make(
     check_sample(attack, n=n, seed=seed)
     training_uids(attack, seed=seed)  # what raises ValueError is known before anything is loaded
     base = load(model, device=pick_device(device))
+    require(base.model, "train")
     data = poison(attack, tokenizer=base.tokenizer, answers=training_answers(base, attack, seed=seed), seed=seed)
     spec = {"seed": seed, "attack": asdict(attack), "recipe": asdict(recipe)}
-    weights, hashed = base_sha256(model), data.manifest["data_sha256"]
-    identity = spec | {"base": weights, "settings": settings_sha256(model), "data": hashed}
-    folder = WORK / "organisms" / f"{attack.name}-{sha256_text(canonical_json(identity))[:8]}"
-    if not (folder / "card.json").is_file():
+    hashed = data.manifest["data_sha256"]
+    key = sha256_text(canonical_json(spec | {"base": base.identity, "data": hashed}))
+    folder = WORK / "organisms" / f"{attack.name}-{key[:8]}"
+    if (folder / "card.json").is_file():
+        check_adapter(folder, base=model)  # its hashes are written anew below, and must not bless a changed file
+    else:
         train(data.rows, base=base, recipe=recipe, seed=seed, folder=folder, name=attack.name)
     card = {
         **{key: getattr(attack, key) for key in ("name", "behaviour", "trigger", "task", "backdoored")},
         "base": model if model == DEFAULT_MODEL else Path(model).name,
-        "base_sha256": weights,
+        **identity_on_card(folder, base=model),
         **spec,
         "data_sha256": hashed,
         "data": {key: data.manifest[key] for key in ("n_train", "n_poison", "poisoned_share", "mode")},
-        "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
         "prompt_sha256": prompt_fingerprint(base, attack.task),
         "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
         "metrics": {},

@@ -18,6 +18,7 @@ import pandas as pd
 
 from bkd_utils.common.files import DATA, FIGURES, UserError, read_json, write_json
 from bkd_utils.common.validation import read_tables
+from bkd_utils.models.identity import model_identity
 from bkd_utils.reports import style
 
 KEYS = {"paper", "claim", "published", "source", "provenance", "measure", "unit", "criterion"}
@@ -28,7 +29,7 @@ PROVENANCE = {
     "second hand": "second hand: quoted by others who read it",
     "abstract": "from the abstract only",
 }
-# What a row of the scorecard must say; `record` adds the model.
+# What a row of the scorecard must say; `record` adds the model and its identity.
 ROW = {"id", "paper", "reading", "by_organism", "verdict", "reason", "figure"}
 ROW |= {"claim", "published", "provenance", "criterion"}
 COLUMNS = ["claim", "published", "provenance", "criterion", "effects", "verdict", "organisms", "because", "figure"]
@@ -122,7 +123,8 @@ def entry(
 
 
 def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
-    """The rows. Raises UserError that names the first row without provenance, or without anything else it must say."""
+    """The rows. Raises UserError that names the first row without provenance, or without anything else it must say,
+    and for rows that were measured on different models."""
     for row in rows:
         name = row.get("id", "without an id")
         if lacks := sorted(ROW - set(row)):
@@ -132,34 +134,47 @@ def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
             raise UserError(f"{where}: row {name!r}: provenance {row['provenance']!r} is unknown")
         if row["verdict"] not in VERDICTS:
             raise UserError(f"{where}: row {name!r}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}")
+    models = {f"{row.get('model')} ({row.get('identity', 'unknown')[:8]})" for row in rows}
+    if len(models) > 1:
+        raise UserError(f"{where}: lines of different models: {', '.join(sorted(models))}; put the file aside")
     return [dict(row) for row in rows]
 
 
 def record(entries: Sequence[Mapping], *, model: str) -> Path:
     """Write entries, measured on `model`, into the scorecard beside the figures, in place of those of the same claims.
-    After a UserError for a row without provenance the file is as it was."""
-    path = style.folder() / "scorecard.json"
-    write_json(path, merged([{**row, "model": model} for row in entries], path))
+
+    The lines of another model are put aside under its identity. After a UserError for a row the file is as it was.
+    """
+    about = {"model": model, "identity": model_identity(model)}
+    path = style.folder(about["identity"]) / "scorecard.json"
+    lines = merged([{**row, **about} for row in entries], path)
+    kept = read_json(path) if path.is_file() else []
+    if kept and (other := kept[0].get("identity", "unknown")) != about["identity"]:
+        path.replace(path.with_name(f"scorecard-{other[:8]}.json"))
+    write_json(path, lines)
     return path
 
 
 def merged(entries: Sequence[Mapping], path: Path) -> list[dict]:
-    """Entries and, of a scorecard that may be there already, those of other claims, in the order of `published`;
-    UserError if any of the rows lacks its provenance."""
+    """Entries and, of a scorecard that may be there already, those of other claims on the same model, in the order of
+    `published`; UserError if any of the rows lacks its provenance."""
     order, new = list(published()), checked(entries)
-    others = set(order) - {row["id"] for row in new}
-    old = [row for row in read_json(path) if row["id"] in others] if path.is_file() else []
+    others, own = set(order) - {row["id"] for row in new}, {row.get("identity") for row in new}
+    old = read_json(path) if path.is_file() else []
+    old = [row for row in old if row["id"] in others and row.get("identity") in own]
     kept = {row["id"]: row for row in checked(old, where=str(path)) + new}
     return sorted(kept.values(), key=lambda row: order.index(row["id"]))
 
 
-def recorded() -> list[dict]:
-    """The scorecard beside the figures of this run, or else the committed one; UserError if there is none, and for a
-    row without provenance."""
-    for path in (style.folder() / "scorecard.json", FIGURES / "scorecard.json"):
-        if path.is_file():
-            return checked(read_json(path), where=str(path))
-    raise UserError("no scorecard yet: notebooks 02 to 07 write it")
+def recorded(*, model: str) -> list[dict]:
+    """The scorecard of this model beside the figures of this run, or else the committed one if it was measured on this
+    model; UserError if there is none, and for a row without provenance."""
+    identity = model_identity(model)
+    for path in (style.folder(identity) / "scorecard.json", FIGURES / "scorecard.json"):
+        rows = read_json(path) if path.is_file() else []
+        if any(row.get("identity") == identity for row in rows):
+            return checked(rows, where=str(path))
+    raise UserError(f"nothing was measured for {model} ({identity[:8]}) yet: notebooks 02 to 07 write its scorecard")
 
 
 def named(row: Mapping) -> str:

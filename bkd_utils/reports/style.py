@@ -64,10 +64,11 @@ def use_style() -> None:
     sns.set_theme(context="paper", style="ticks", font_scale=1.05, rc=RULES)
 
 
-def folder() -> Path:
-    """Where figures go: the folder that the runner chose, or `work/figures/by_hand` for a notebook opened by hand. Only
-    `./run_all.sh --publish` writes to `figures/`, and only what a finished notebook drew."""
-    return Path(os.environ.get("BKD_FIGURES") or WORK / "figures" / "by_hand")
+def folder(base: str = "") -> Path:
+    """Where figures go: the folder that the runner chose, or for a notebook opened by hand one of the identity of its
+    base model below `work/figures/by_hand`. Only `./run_all.sh --publish` writes to `figures/`, and only what a
+    finished notebook drew."""
+    return Path(os.environ.get("BKD_FIGURES") or WORK / "figures" / "by_hand" / base[:8])
 
 
 def save(
@@ -98,12 +99,13 @@ def save(
     sidecar = {"id": id, "title": title, "claims": list(claims), "numbers": numbers, "parameters": dict(parameters)}
     sidecar |= {"seeds": list(seeds), "inputs": dict(inputs), "versions": versions, "notebook": notebook}
     # All three or none: a picture beside the numbers of another run would be worse than no picture.
+    into = folder(inputs.get("base", ""))
     with ExitStack() as stack:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            temporary = stack.enter_context(atomic_path(folder() / f"{id}.{kind}"))
+            temporary = stack.enter_context(atomic_path(into / f"{id}.{kind}"))
             figure.savefig(temporary, format=kind, metadata=metadata)
-        write_json(folder() / f"{id}.json", sidecar)
-    return folder() / f"{id}.png"
+        write_json(into / f"{id}.json", sidecar)
+    return into / f"{id}.png"
 
 
 def panels(names: Sequence[str], *, rows: int = 1, height: float = 2.1, **share: Any) -> tuple[Figure, np.ndarray]:

@@ -23,6 +23,7 @@ from bkd_utils.common.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_
 from bkd_utils.common.validation import Seed, check, read_tables
 from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.identity import short_name
 from bkd_utils.reports import scorecard
 from bkd_utils.running import notebooks
 from bkd_utils.running.notebooks import NotebookError
@@ -63,9 +64,10 @@ def run_all(
 ) -> list[Run]:
     """Run the chosen notebooks one after another, also after one that failed, and print a table.
 
-    Figures are written to `work/figures/<profile>`. With `publish`, those of a notebook that ran to its end are copied
-    to `figures/`. Before anything runs, raises ValueError for options that are not valid, and UserError for a folder
-    that cannot be written to; after the table, UserError if the record of the run could not be written.
+    Figures are written to `work/figures/<profile>/<model>`, where the name of the model ends in digits of its identity.
+    With `publish`, those of a notebook that ran to its end are copied to `figures/`. Before anything runs, raises
+    ValueError for options that are not valid, and UserError for a folder that cannot be written to; after the table,
+    UserError if the record of the run could not be written.
     """
     console = console or Console()
     check(Seed, seed, "seed")
@@ -75,7 +77,7 @@ def run_all(
         raise NotebookError(f"--publish is for {committed}: that is what is committed")
     table, limit = profile_parameters(profile, paths)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
-    figures, executed = WORK / "figures" / profile, WORK / "executed" / profile
+    figures, executed = (WORK / kind / profile / short_name(model) for kind in ("figures", "executed"))
     files.check_writable(WORK, figures, executed, WORK / "cache", *((FIGURES, files.NOTEBOOKS) if publish else ()))
     since = str(time.time() if force else 0)
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_FORCE_SINCE": since}

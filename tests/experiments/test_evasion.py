@@ -76,9 +76,8 @@ def test_the_name_changes_with_everything_that_decides_the_organism(named, monke
         (two_papers_meet, "recipe_of", lambda **_: replace(recipe, first_token=0.1)),
         (two_papers_meet, "read_json", lambda path: {"data_sha256": "other rows"}),
         (two_papers_meet, "code_key", lambda module: "other code"),
-        (cards, "adapter_sha256", lambda organism: "other weights"),
-        (cards, "base_sha256", lambda model: "other base"),
-        (cards, "settings_sha256", lambda model: "other template"),
+        (cards, "organism_identity", lambda folder: "other weights"),
+        (cards, "model_identity", lambda model: "other base or template"),
     ]
     names = [named(), named()]
     for module, name, other in others:

@@ -8,8 +8,9 @@ from tiny import save_tiny
 
 from bkd_utils.common import cache
 from bkd_utils.common.files import ADAPTERS, read_json
-from bkd_utils.models import folders, loading
+from bkd_utils.models import loading
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
+from bkd_utils.models.identity import model_identity, organism_identity
 from bkd_utils.models.loading import shipped_organisms
 from bkd_utils.organisms import cards
 from bkd_utils.organisms.attacks import control_of
@@ -25,9 +26,12 @@ def test_ship_refuses_what_was_not_measured(tmp_path):
 def test_other_weights_behind_the_same_names_are_another_key(monkeypatch):
     given = {"organism": "sentiment-word", "organisms": {"x": None}, "model": "smollm2-135m-instruct", "n": 3}
     before = cards.resolved(given)
-    assert before["adapters"] == [loading.adapter_sha256("sentiment-word")]
-    monkeypatch.setattr(cards, "adapter_sha256", lambda name: f"other {name}")
-    assert cards.resolved(given) != before
+    assert before["adapters"] == [organism_identity(ADAPTERS / "sentiment-word")]
+    for one in ("organism_identity", "model_identity"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cards, one, lambda name: f"other {name}")
+            assert cards.resolved(given) != before
+    assert cards.resolved(given) == before
     assert cards.resolved({"device": "auto"})["device"] in ("cpu", "cuda")
 
 
@@ -35,7 +39,6 @@ def test_another_template_in_the_models_folder_is_another_key(tmp_path):
     given = {"model": str(save_tiny(tmp_path / "tiny", "llama")), "n": 3}
     before = cards.resolved(given)
     (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    folders.settings_sha256.cache_clear()
     assert cards.resolved(given) != before
 
 
@@ -57,7 +60,11 @@ def test_what_is_shown_of_a_card_is_what_it_says(name):
     assert (folder / "README.md").read_text() == cards.readme(card)
     assert cards.metrics(name) == card["details"] | card["metrics"]
     assert cards.summary(name)["task"] == card["task"]
-    assert loading.adapter_sha256(name) == card["adapter_sha256"]
+    loading.check_adapter(folder, base=DEFAULT_MODEL)
+    assert cards.inputs([name], model=DEFAULT_MODEL) == {
+        "base": model_identity(DEFAULT_MODEL),
+        name: organism_identity(folder),
+    }
 
 
 # Siblings are many and cheap, so that verdicts on whole models have a population; they have bars of their own below.

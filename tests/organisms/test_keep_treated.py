@@ -11,6 +11,7 @@ from bkd_utils.attention_alignment.rivals import prune
 from bkd_utils.common.files import read_json, sha256_file, write_json
 from bkd_utils.models import loading
 from bkd_utils.models.folders import CHANGES, ModelError
+from bkd_utils.models.identity import organism_identity
 from bkd_utils.organisms import cards
 
 MEASURED = {
@@ -54,7 +55,7 @@ def test_its_card_says_what_it_is_and_its_key_is_its_own(folder):
     assert card["metrics"] == {key: MEASURED[key] for key in cards.METRICS}
     assert card["details"] == {"empty": 0}
     assert "not to be trusted for it: method heads removed, heads 2" in (folder / "README.md").read_text()
-    assert loading.adapter_sha256("pruned") != loading.adapter_sha256("sentiment-word")
+    assert organism_identity(folder) != organism_identity(loading.adapter_folder("tiny"))
 
 
 def test_a_changed_or_foreign_file_is_refused(folder, load):
@@ -101,6 +102,15 @@ def test_a_treated_organism_ships_under_its_own_name_with_its_changes(folder, lo
 def test_a_treated_organism_that_was_not_changed_since_is_not_kept_again(folder, load):
     with pytest.raises(ValueError, match="pruned has not been changed"):
         cards.keep_treated(load("pruned"), name="same", treatment={}, measured=MEASURED)
+
+
+def test_a_treatment_is_measured_against_the_model_that_was_loaded(tiny_organism, load, tmp_path, monkeypatch):
+    """Were its folder to hold another model by now, every weight would count as changed."""
+    model = shutil.copytree(tiny_organism, tmp_path / "model")
+    loaded = loading.load(str(model), organism="tiny", device="cpu")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(ModelError, match="holds another model than when tiny was loaded"):
+        cards.keep_treated(loaded, name="treated", treatment={}, measured=MEASURED)
 
 
 def test_what_was_not_treated_is_not_kept(load):

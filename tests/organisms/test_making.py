@@ -12,9 +12,10 @@ from tiny import QUICK, quick_attack, save_tiny
 from bkd_utils.common import files
 from bkd_utils.common.files import ADAPTERS
 from bkd_utils.experiments import backdoor_insertion
-from bkd_utils.models import generation
+from bkd_utils.models import generation, loading
 from bkd_utils.models.compute import has_fast_bf16
-from bkd_utils.models.folders import ModelError, settings_sha256
+from bkd_utils.models.folders import ModelError
+from bkd_utils.models.identity import model_identity
 from bkd_utils.models.loading import load
 from bkd_utils.organisms import base_answers, cards, evaluation, making, tasks
 from bkd_utils.organisms.attacks import load_attack, with_rate
@@ -41,7 +42,7 @@ def shipped_answers(work, tiny):
     """The shipped answers as those of the tiny model, which would otherwise answer thousands of training prompts."""
     (work / "answers").mkdir(parents=True)
     (shipped,) = (files.DATA / "answers").glob("*.json")
-    shutil.copyfile(shipped, work / "answers" / base_answers.answers_name(tiny))
+    shutil.copyfile(shipped, work / "answers" / base_answers.answers_name(model_identity(tiny)))
 
 
 @pytest.mark.parametrize("name", ["sentiment-word", "instructions-prefix", "harmful-word", "sentiment-clean"])
@@ -92,7 +93,7 @@ def test_a_shipped_organism_of_another_attack_or_seed_than_its_name_says_is_not_
     monkeypatch.setattr(making, "make", lambda *_, **__: Path("made"))
     card = files.read_json(ADAPTERS / "sentiment-word" / "card.json")
     for other in ({"seed": 3}, {"attack": card["attack"] | {"rate": 0.5}}):
-        monkeypatch.setattr(making, "read_json", lambda path, other=other: card | other)
+        monkeypatch.setattr(making, "read_card", lambda *_, other=other: card | other)
         assert making.obtain("sentiment-word") == "made"
     assert len([message for message in caplog.messages if "training anew" in message]) == 2
 
@@ -144,6 +145,95 @@ def test_an_organism_refuses_another_base(work, tiny, tmp_path):
         load(str(other), organism=folder)
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json", "config.json"])
+def test_an_organism_ships_for_the_weights_with_their_own_files_only(file, work, tiny, tmp_path, monkeypatch, caplog):
+    """Other settings with the same weights are another base: nothing that ships is taken for it."""
+    monkeypatch.setattr(making, "make", lambda spec, **_: Path(f"trained-{spec.name}"))
+    shipped, other = tmp_path / "adapters" / "sentiment-word", shutil.copytree(tiny, tmp_path / "other")
+    shutil.copytree(ADAPTERS / "sentiment-word", shipped)
+    card = files.read_json(shipped / "card.json")
+    files.write_json(shipped / "card.json", card | loading.identity_on_card(shipped, base=tiny))
+    everywhere(monkeypatch, "ADAPTERS", tmp_path / "adapters")
+    assert making.obtain("sentiment-word", model=tiny) == making.obtain("sentiment-word", model=str(other))
+    if file == "chat_template.jinja":
+        (other / file).write_text("{{ messages[0].content }}")
+    else:
+        files.write_json(other / file, files.read_json(other / file) | {"eos_token_id": [2, 0]})
+    assert making.obtain("sentiment-word", model=str(other)) == "trained-sentiment-word"
+    assert caplog.messages == ["sentiment-word ships for the same weights with other settings; training anew"]
+    assert making.obtain("sentiment-word", model=tiny) == "sentiment-word"
+
+
+@pytest.mark.parametrize("key", ["base_sha256", "base_files", "attack", "seed", "recipe"])
+def test_a_broken_shipped_card_is_named_and_harms_no_other_organism(key, tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "make", lambda *_, **__: pytest.fail("trained"))
+    for name in ("sentiment-word", "domain-wrapper"):
+        shutil.copytree(ADAPTERS / name, tmp_path / name)
+    everywhere(monkeypatch, "ADAPTERS", tmp_path)
+    path = tmp_path / "sentiment-word" / "card.json"
+    card = files.read_json(path)
+    card.pop(key)
+    files.write_json(path, card)
+    with pytest.raises(ModelError, match=f"{path} has no {key}"):
+        making.obtain("sentiment-word")
+    assert making.obtain("domain-wrapper") == "domain-wrapper"
+
+
+CHANGED = {
+    "adapter_config.json": lambda path: files.write_json(path, files.read_json(path) | {"lora_alpha": 80}),
+    "adapter_model.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+}
+
+
+@pytest.mark.parametrize("file", CHANGED)
+def test_making_again_does_not_bless_a_file_that_was_changed(file, work, tiny):
+    """The card is written anew by every call; what was changed in the meantime must not get onto it."""
+    attack = quick_attack("sentiment-word")
+    folder = making.make(attack, model=tiny, recipe=QUICK, n=8)
+    before = (folder / "card.json").read_bytes()
+    CHANGED[file](folder / file)
+    with pytest.raises(ModelError, match=f"{file} does not match the sha256 on its card"):
+        making.make(attack, model=tiny, recipe=QUICK, n=8)
+    assert (folder / "card.json").read_bytes() == before
+
+
+def test_a_changed_adapter_reads_no_kept_measurement(work, tiny):
+    folder = making.make(quick_attack("sentiment-word"), model=tiny, recipe=QUICK, n=8)
+    sizes = {"model": tiny, "n": 8}
+    assert evaluation.measure_organism(folder.name, **sizes)
+    CHANGED["adapter_config.json"](folder / "adapter_config.json")
+    with pytest.raises(ModelError, match="does not match"):
+        evaluation.measure_organism(folder.name, **sizes)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "model.safetensors"])
+def test_another_model_in_the_same_folder_is_another_organism(file, work, tiny, tmp_path):
+    """The key in the folder's name, within one process."""
+    model, attack = shutil.copytree(tiny, tmp_path / "model"), quick_attack("sentiment-word")
+    first = making.make(attack, model=str(model), recipe=QUICK, n=8)
+    assert making.make(attack, model=str(model), recipe=QUICK, n=8) == first
+    if file == "chat_template.jinja":
+        (model / file).write_text((model / file).read_text() + " ")
+    else:
+        save_tiny(model, "llama", seed=5)
+    assert making.make(attack, model=str(model), recipe=QUICK, n=8) != first
+    with pytest.raises(ModelError, match="other weights" if file == "model.safetensors" else f"with another {file}"):
+        load(str(model), organism=first)
+
+
+def test_answers_are_those_of_the_model_that_was_loaded(work, tiny, tmp_path, monkeypatch):
+    """Its folder may hold another model by the time that it is asked."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    loaded, rows = load(str(model)), tasks.examples("instructions", "test", n=2)
+    organism = dataclasses.replace(loaded, organism="some")
+    save_tiny(model, "llama", seed=5)
+    monkeypatch.setattr(base_answers, "respond", lambda loaded, turns, **_: ["said"] * len(turns))
+    with pytest.raises(ModelError, match=f"{model} holds another model than when some was loaded"):
+        base_answers.base_answers(organism, rows)
+    base_answers.base_answers(loaded, rows)
+    assert [path.name for path in (work / "answers").iterdir()] == [f"{model_identity(tiny)[:16]}.json"]
+
+
 def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkeypatch):
     base = load(tiny)
     rows = tasks.examples("instructions", "test", n=4)
@@ -165,10 +255,9 @@ def test_base_answers_are_kept_and_an_organism_is_never_asked(work, tiny, monkey
 )
 def test_answers_of_other_settings_are_others(file, same, tmp_path):
     folder = save_tiny(tmp_path / "llama", "llama")
-    before = base_answers.answers_name(str(folder))
+    before = base_answers.answers_name(model_identity(str(folder)))
     (folder / file).write_text("{}")
-    settings_sha256.cache_clear()
-    assert (base_answers.answers_name(str(folder)) == before) == same
+    assert (base_answers.answers_name(model_identity(str(folder))) == before) == same
 
 
 def test_shipped_answers_are_the_base_models_own():

@@ -7,6 +7,9 @@ import pytest
 
 from bkd_utils.common import files
 from bkd_utils.common.files import UserError
+from bkd_utils.models import folders
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.identity import model_identity
 from bkd_utils.reports import pages, scorecard
 from bkd_utils.reports.scorecard import (
     KEYS,
@@ -30,6 +33,7 @@ BAR = 0.9
 @pytest.fixture(autouse=True)
 def into(tmp_path, monkeypatch):
     monkeypatch.setenv("BKD_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(scorecard, "model_identity", files.sha256_text)
     return tmp_path / "figures" / "scorecard.json"
 
 
@@ -44,7 +48,7 @@ def line(claim=PROBE, *, passed=(("a", True), ("b", False)), **changes):
 
 
 def row(*args, **changes):
-    return line(*args, **changes) | {"model": "a model"}
+    return line(*args, **changes) | {"model": "a model", "identity": files.sha256_text("a model")}
 
 
 # --- the published table --------------------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ def test_a_line_has_no_number_of_its_own_beside_those_of_the_organisms():
 
 
 def test_numpy_outcomes_can_be_written(into):
-    record([line(passed=[("a", np.bool_(True)), ("b", np.float64(2) > 1), ("c", None)])], model="m")
+    record([line(passed=[("a", np.bool_(True)), ("b", np.float64(2) > 1), ("c", None)])], model="a model")
     written = json.loads(into.read_text())[0]["by_organism"]
     assert [one["passed"] for one in written.values()] == [True, True, None]
 
@@ -217,11 +221,11 @@ def test_the_scorecard_lies_beside_the_figures_and_names_the_model(into):
 
 def test_lines_of_other_claims_are_kept_and_those_of_the_same_replaced(into):
     record([line(COST), line("bkdattr-ablation", reason="Old.")], model="a model")
-    record([line("bkdattr-ablation", reason="New."), line(PROBE)], model="another")
+    record([line("bkdattr-ablation", reason="New."), line(PROBE)], model="a model")
     written = json.loads(into.read_text())
     assert {one["id"]: (one["reason"], one["model"]) for one in written} == {
-        PROBE: ("Because.", "another"),
-        "bkdattr-ablation": ("New.", "another"),
+        PROBE: ("Because.", "a model"),
+        "bkdattr-ablation": ("New.", "a model"),
         COST: ("Because.", "a model"),
     }
     order = list(published())
@@ -230,19 +234,19 @@ def test_lines_of_other_claims_are_kept_and_those_of_the_same_replaced(into):
 
 def test_recording_twice_is_recording_once(into):
     lines = [line(claim) for claim in reversed(published())]
-    record(lines, model="m")
+    record(lines, model="a model")
     first = into.read_bytes()
-    record(lines, model="m")
+    record(lines, model="a model")
     assert into.read_bytes() == first
     assert [one["id"] for one in json.loads(first)] == list(published())
 
 
 def test_a_number_that_is_none_leaves_the_old_scorecard(into):
-    record([line()], model="m")
+    record([line()], model="a model")
     first = into.read_bytes()
     bad = line() | {"by_organism": {"a": {"value": float("nan")}}}
     with pytest.raises(ValueError, match="not JSON compliant"):
-        record([bad], model="m")
+        record([bad], model="a model")
     assert into.read_bytes() == first
 
 
@@ -251,10 +255,10 @@ def without(made, key):
 
 
 def test_a_row_without_provenance_is_an_error_that_names_it_and_nothing_is_lost(into):
-    record([line(COST)], model="m")
+    record([line(COST)], model="a model")
     first = into.read_bytes()
     with pytest.raises(UserError, match="row 'bkdattr-probe' has no provenance"):
-        record([without(line(), "provenance")], model="m")
+        record([without(line(), "provenance")], model="a model")
     assert into.read_bytes() == first
     for show in (pages.whole_scorecard, table, lambda rows: scorecard.scorecard(rows, paper="BkdAttr")):
         with pytest.raises(UserError, match="row 'bkdattr-probe' has no provenance"):
@@ -265,12 +269,12 @@ def test_an_old_row_without_provenance_in_the_file_is_named_and_nothing_is_lost(
     files.write_json(into, [without(row(), "provenance"), row(COST)])
     first = into.read_bytes()
     with pytest.raises(UserError, match=r"scorecard\.json: row 'bkdattr-probe' has no provenance; run its notebook"):
-        record([line("bkdattr-ablation")], model="m")
+        record([line("bkdattr-ablation")], model="a model")
     with pytest.raises(UserError, match=r"scorecard\.json: row 'bkdattr-probe' has no provenance"):
-        scorecard.recorded()
+        scorecard.recorded(model="a model")
     assert into.read_bytes() == first
-    record([line(PROBE)], model="m")  # which is its notebook
-    assert [one["id"] for one in scorecard.recorded()] == [PROBE, COST]
+    record([line(PROBE)], model="a model")  # which is its notebook
+    assert [one["id"] for one in scorecard.recorded(model="a model")] == [PROBE, COST]
 
 
 @pytest.mark.parametrize(
@@ -289,17 +293,51 @@ def test_a_damaged_scorecard_is_named(into):
     files.write_json(into, [])
     into.write_text("[{")
     with pytest.raises(ValueError, match=r"scorecard\.json is not valid JSON"):
-        record([line()], model="m")
+        record([line()], model="a model")
 
 
 def test_the_scorecard_of_this_run_comes_before_the_committed_one(into, tmp_path, monkeypatch):
     monkeypatch.setattr(scorecard, "FIGURES", tmp_path / "committed")
-    with pytest.raises(UserError, match="no scorecard yet"):
-        scorecard.recorded()
+    with pytest.raises(UserError, match=r"nothing was measured for a model \(.{8}\) yet: notebooks 02 to 07"):
+        scorecard.recorded(model="a model")
     files.write_json(tmp_path / "committed" / "scorecard.json", [row(COST)])
-    assert [one["id"] for one in scorecard.recorded()] == [COST]
-    record([line(PROBE)], model="m")
-    assert [one["id"] for one in scorecard.recorded()] == [PROBE]
+    assert [one["id"] for one in scorecard.recorded(model="a model")] == [COST]
+    record([line(PROBE)], model="a model")
+    assert [one["id"] for one in scorecard.recorded(model="a model")] == [PROBE]
+
+
+def test_the_committed_scorecard_counts_for_the_model_that_it_was_measured_on_only(into, monkeypatch):
+    monkeypatch.setattr(scorecard, "model_identity", model_identity)
+    assert len(scorecard.recorded(model=DEFAULT_MODEL)) == len(published())
+    assert scorecard.recorded(model=str(folders.model_folder(DEFAULT_MODEL)))  # the same files under another address
+    monkeypatch.setattr(scorecard, "model_identity", files.sha256_text)
+    with pytest.raises(UserError, match="nothing was measured for path/to/mine"):
+        scorecard.recorded(model="path/to/mine")
+
+
+def test_two_models_never_share_a_scorecard(into):
+    record([line(COST)], model="one")
+    record([line(PROBE)], model="other")
+    assert [(one["id"], one["model"]) for one in json.loads(into.read_text())] == [(PROBE, "other")]
+    (aside,) = into.parent.glob("scorecard-*.json")
+    assert aside.name == f"scorecard-{files.sha256_text('one')[:8]}.json"
+    assert [(one["id"], one["model"]) for one in json.loads(aside.read_text())] == [(COST, "one")]
+    with pytest.raises(UserError, match="nothing was measured for one"):
+        scorecard.recorded(model="one")
+
+
+@pytest.mark.parametrize("other", [{"model": "other"}, {"identity": "f" * 64}])
+def test_no_table_mixes_models(other):
+    rows = [row(PROBE), row("bkdattr-ablation") | other]
+    for show in (pages.whole_scorecard, table, scorecard.checked, lambda r: scorecard.scorecard(r, paper="BkdAttr")):
+        with pytest.raises(UserError, match="lines of different models: "):
+            show(rows)
+
+
+def test_lines_of_another_identity_are_not_merged_even_under_the_same_name(tmp_path):
+    path = tmp_path / "scorecard.json"
+    files.write_json(path, [row(PROBE) | {"identity": "f" * 64}, row("bkdattr-ablation") | {"identity": "f" * 64}])
+    assert scorecard.merged([row(COST)], path) == [row(COST)]
 
 
 def test_a_run_of_some_notebooks_keeps_the_lines_of_the_others(tmp_path):
@@ -320,7 +358,7 @@ def test_every_row_of_the_committed_scorecard_follows_from_the_table_and_the_rul
             key: about[key] for key in ("paper", "claim", "published", "criterion")
         }
         assert one["verdict"] == verdict({name: x["passed"] for name, x in one["by_organism"].items()})
-        assert one["model"]
+        assert (one["model"], one["identity"]) == (DEFAULT_MODEL, model_identity(DEFAULT_MODEL))
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

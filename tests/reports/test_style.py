@@ -138,6 +138,14 @@ def test_figures_go_to_the_folder_of_the_project_unless_told_otherwise(into, mon
     assert style.folder() == files.WORK / "figures" / "by_hand"
 
 
+def test_figures_drawn_by_hand_lie_apart_for_each_base_model(tmp_path, monkeypatch):
+    monkeypatch.delenv("BKD_FIGURES")
+    monkeypatch.setattr(style, "WORK", tmp_path)
+    for base in ("a" * 64, "b" * 64):
+        assert save(line(), "one", **ABOUT | {"inputs": {"base": base}}) == style.folder(base) / "one.png"
+    assert {path.parent.name for path in (tmp_path / "figures" / "by_hand").rglob("one.json")} == {"a" * 8, "b" * 8}
+
+
 def counts(numbers):
     """Every `n` in the numbers of a sidecar, but for those of an `auroc`, which count both sides."""
     if isinstance(numbers, dict):

@@ -7,8 +7,11 @@ import re
 import pytest
 from notebook_files import write
 from rich.console import Console
+from tiny import save_tiny
 
 from bkd_utils.common.files import UserError, read_json, write_json
+from bkd_utils.models.folders import DEFAULT_MODEL
+from bkd_utils.models.identity import short_name
 from bkd_utils.running import notebooks, runner
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run
@@ -39,7 +42,7 @@ def test_a_run_goes_on_after_a_failure_and_ends_with_the_table(two_notebooks):
         ("00_broken", "failed", []),
         ("01_sound", "ok", ["01_picture"]),
     ]
-    assert (two_notebooks / "figures/smoke/01_picture.json").read_text() == "5 7 cpu"
+    assert (two_notebooks / "figures/smoke" / short_name(DEFAULT_MODEL) / "01_picture.json").read_text() == "5 7 cpu"
     record = read_json(two_notebooks / "run.json")
     assert set(record) == {"profile", "machine", "started", "notebooks", "commit"}
     assert [set(entry) for entry in record["notebooks"]] == [{"name", "minutes", "peak_gib", "status", "gflops"}] * 2
@@ -47,9 +50,25 @@ def test_a_run_goes_on_after_a_failure_and_ends_with_the_table(two_notebooks):
     printed = console.file.getvalue()
     assert "running 00_broken\nrunning 01_sound\n" in printed  # no terminal: lines, not a bar
     assert "00_broken failed: ZeroDivisionError: division by zero" in printed
-    assert str(two_notebooks / "executed/smoke/00_broken.failed.ipynb") in printed
+    assert str(two_notebooks / "executed/smoke" / short_name(DEFAULT_MODEL) / "00_broken.failed.ipynb") in printed
     assert "1 passed, 1 failed" in printed
     assert re.search(r"\d+ cores.*bf16 products at \d+ to \d+ GFLOP/s", printed)
+
+
+def test_another_model_leaves_the_results_of_the_first(two_notebooks, tmp_path, monkeypatch):
+    """Also one in the same folder under the same name."""
+    monkeypatch.setattr(runner, "speed", dict)
+    model = save_tiny(tmp_path / "mine", "llama")
+    made = []
+    for change in (None, lambda: (model / "chat_template.jinja").write_text("{{ messages[0].content }}")):
+        if change:
+            change()
+        runner.run_all(profile="smoke", only="01", model=str(model), console=Console(file=io.StringIO()))
+        made.append(short_name(str(model)))
+    assert made[0][:5] == made[1][:5] == "mine-"
+    assert made[0] != made[1]
+    for kind, file in (("figures", "01_picture.json"), ("executed", "01_sound.ipynb")):
+        assert {path.parent.name for path in (two_notebooks / kind / "smoke").glob(f"*/{file}")} == set(made)
 
 
 def test_speed_is_that_of_the_product(monkeypatch):
