@@ -27,21 +27,16 @@ from bkd_utils.backdoor_attribution.attribution import (
     head_means,
 )
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
-from bkd_utils.common.files import sha256_file
 from bkd_utils.models.bridge import boot
-from bkd_utils.models.folders import ModelError, base_sha256
+from bkd_utils.models.folders import ModelError
 from bkd_utils.models.generation import first_logits, greedy, respond
+from bkd_utils.models.head_weights import head_slices
 from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy
-from bkd_utils.models.loading import load
+from bkd_utils.models.loading import identity_on_card, load
 from bkd_utils.models.loss import answers, collate
 from bkd_utils.models.prompt_cache import continued, prompt_past
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe, train
-
-try:
-    from bkd_utils.models.head_weights import head_slices
-except ImportError:
-    from bkd_utils.attention_alignment.head_tuning import head_slices
 
 END = 2
 TURNS = (
@@ -165,8 +160,8 @@ def training(case: Case) -> dict[str, float]:
     base, into = load(str(case.folder)), case.folder.parent / f"{case.folder.name}-adapter"
     shutil.rmtree(into, ignore_errors=True)
     train(rows, base=base, recipe=recipe, seed=0, folder=into, name="one")
-    card = {"adapter_sha256": sha256_file(into / "adapter_model.safetensors"), "base": str(case.folder)}
-    (into / "card.json").write_text(json.dumps(card | {"base_sha256": base_sha256(str(case.folder))}))
+    card = {"base": "tiny"} | identity_on_card(into, base=str(case.folder))
+    (into / "card.json").write_text(json.dumps(card))
     merged = load(str(case.folder), organism=into).model
     unmerged = peft.PeftModel.from_pretrained(brute.load_plain(case.folder), into).eval()
     with torch.no_grad():

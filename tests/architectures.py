@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from bkd_utils.common.files import ROOT, read_json, write_json
 from bkd_utils.models.folders import ModelError
+from bkd_utils.models.self_test import capabilities
 from bkd_utils.reports.tables import markdown
 
 # What the sweep found: ok, refused (by a ModelError or by the self-test), or one of the last three, which are failures.
@@ -58,11 +59,7 @@ def short(error: Exception) -> str:
 
 
 def asked(case: Case) -> dict[str, str]:
-    """What the self-test says: capability -> why not, or an empty text. Nothing where there is no self-test."""
-    try:
-        from bkd_utils.models.self_test import capabilities
-    except ImportError:
-        return {}
+    """What the self-test says: capability -> why not, or an empty text."""
     try:
         return capabilities(case.loaded.model)
     except ModelError as error:  # refused at load
@@ -70,7 +67,7 @@ def asked(case: Case) -> dict[str, str]:
 
 
 def examine(case: Case, check: Callable, told: str | None) -> Finding:
-    """Run one check; `told` is what the self-test says: why not, an empty text, or None where there is no self-test."""
+    """Run one check; `told` is what the self-test says: why not, an empty text, or None where it does not test this."""
     try:
         found = check(case)
     except ModelError as error:
@@ -136,7 +133,8 @@ def page_parts(results: dict) -> dict[str, str]:
         cells.append([name, *shown])
         failed = [one for one in columns if row[one]["state"] != "ok"]
         for why in dict.fromkeys(row[one]["why"] for one in failed):
-            what = ", ".join(one for one in failed if row[one]["why"] == why)
+            which = [one for one in failed if row[one]["why"] == why]
+            what = ", ".join(which) if which != columns else "everything, when it is loaded"
             reasons.setdefault((what, why.replace("|", " ")), []).append(name)
     whole = sum(all(row[one]["state"] == "ok" for one in columns if one != "bridge") for row in rows.values())
     versions = ", ".join(" ".join(pair) for pair in results["versions"].items())

@@ -17,6 +17,7 @@ def check_finite(model: Module, where: str | Path) -> None:
             continue
         seen.add(tensor.data_ptr())
         # The norm is fast, and not finite if any value is not; of huge values it may overflow, so these are counted.
-        suspect = not torch.linalg.vector_norm(tensor, dtype=torch.float32).isfinite()
+        coarse = torch.float32 if tensor.element_size() < 4 else None
+        suspect = not torch.linalg.vector_norm(tensor, dtype=coarse).isfinite()
         if suspect and (bad := int((~tensor.isfinite()).sum())):
             raise ModelError(f"{where}: {name} has {bad} values of {tensor.numel()} that are NaN or infinite")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from architecture_table import BY_NAME, QUICK, TABLE, folder, small_tokenizer
 
-from bkd_utils.common.files import read_json
+from bkd_utils.common.files import ROOT, read_json
 from bkd_utils.models.folders import ModelError
 
 # What these models cannot do; everything else must agree with brute force.
@@ -117,3 +117,10 @@ def test_the_page_holds_the_results():
     assert architectures.with_parts(text, results) == text
     states = {row["state"] for rows in results["architectures"].values() for row in rows.values()}
     assert states <= {"ok", "refused"}, "the record has failures; mend them and run the sweep again"
+
+
+def test_the_readme_says_what_the_sweep_shows():
+    rows = read_json(architectures.RESULTS)["architectures"].values()
+    whole = sum(all(one["state"] == "ok" for name, one in row.items() if name != "bridge") for row in rows)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Of {len(rows)} tiny models of all kinds, [{whole} can do everything](" in text

@@ -10,7 +10,7 @@ from bkd_utils.models.folders import ModelError
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sound_weights_pass_in_every_precision(architecture):
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         check_finite(tiny_model(architecture).to(dtype), "folder")
 
 
