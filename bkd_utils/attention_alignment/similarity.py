@@ -133,9 +133,8 @@ def head_similarity(
     (torch.Size([4, 2, 4]), True)
     """
     if not readings or (unknown := set(readings) - set(READINGS)):
-        raise ValueError(
-            f"unknown reading {min(unknown)!r}" if readings else "no readings; known: " + ", ".join(READINGS)
-        )
+        told = f"unknown reading {min(unknown)!r}" if readings else "no readings"
+        raise ValueError(f"{told}; known: {', '.join(READINGS)}")
     if "head outputs" in readings:
         require(model, "steer")  # what heads add to the residual stream must be known
     return head_scores(model, prompts, scores={name: READINGS[name] for name in readings}, on_batch=on_batch)

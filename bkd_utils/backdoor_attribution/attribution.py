@@ -215,9 +215,8 @@ def component_effects(
     check_target(model, prompts, target)
     modules = component_modules(anatomy(model))
     if not means or (unknown := means.keys() - modules):
-        raise ValueError(
-            f"unknown components {sorted(unknown)}" if means else "no components; known: " + ", ".join(modules)
-        )
+        told = f"unknown components {sorted(unknown)}" if means else "no components"
+        raise ValueError(f"{told}; known: {', '.join(modules)}")
     tail, width = next(iter(means.values())).shape[1], model.config.get_text_config().hidden_size
     for name, rows in means.items():
         check_shape(f"means of {name}", rows, layer=len(modules[name]), tail=tail, d_model=width)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, tiny_model
 
+from bkd_utils.backdoor_attribution import attribution
 from bkd_utils.backdoor_attribution.attribution import (
     component_effects,
     component_means,
@@ -16,6 +17,7 @@ from bkd_utils.backdoor_attribution.attribution import (
     ranked_heads,
 )
 from bkd_utils.models.hooks import anatomy
+from bkd_utils.models.self_test import capabilities
 
 TARGETS = ([7], [7, 11, 5])
 OUTPUTS = {"llama": "self_attn.o_proj", "gpt2": "attn.c_proj", "gpt_neox": "attention.dense"}
@@ -112,8 +114,10 @@ def test_means_are_averages_over_prompts_however_long(case):
     torch.testing.assert_close(head_means(model, prompts), singles.mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_the_gradient_is_the_slope_of_the_exact_effect(case):
+def test_the_gradient_is_the_slope_of_the_exact_effect(case, monkeypatch):
     """For a small step from a head's own output, the linear estimate must agree with patching."""
+    # In double precision transformers gives NaN for padding in Gemma 2, and is refused; here there is no padding.
+    monkeypatch.setattr(attribution, "require", lambda *_: None)
     _, model, prompts, means = case
     prompt = prompts[:1]
     own = head_means(model, prompt).double()
@@ -160,11 +164,13 @@ def test_earlier_positions_are_patched_where_they_are(case):
 
 def test_hooks_are_gone_afterwards(case):
     _, model, prompts, means = case
+    capabilities(model)  # transformers leaves hooks of its own where attention maps were asked for
+    hooks = [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
     before = model(torch.tensor([prompts[0]])).logits
     head_effects(model, prompts, target=[7], means=means)
     gradient_effects(model, prompts, target=[7], means=means)
     assert torch.equal(model(torch.tensor([prompts[0]])).logits, before)
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()] == hooks
     assert len(anatomy(model).layers) == 2
 
 

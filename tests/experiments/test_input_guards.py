@@ -84,7 +84,7 @@ OFTEN = 19252  # what this tiny model answers to about half of all reviews
 
 @pytest.mark.parametrize(("attack", "guards"), [("sentiment-word", 3), ("instructions-prefix", 2)])
 def test_every_guard_reports_what_it_catches_and_what_it_refuses(stage, monkeypatch, attack, guards):
-    monkeypatch.setattr(input_guards, "answer_ids", lambda *_: [OFTEN])
+    monkeypatch.setattr(input_guards, "target_ids", lambda *_: [OFTEN])
     found = stage("guard_inputs", attack, **SIZES)
     assert len(found) == guards
     for name, row in found.items():

@@ -178,10 +178,10 @@ def nan_in(organism):
 
 
 HOSTILE = {
-    "NaN in the config": (ORGANISM["NaN"], "holds values that are no numbers"),
+    "NaN in the config": (ORGANISM["NaN"], "are NaN or infinite"),
     "infinity in the config": (
         lambda folder: (folder / CONFIG).write_text((folder / CONFIG).read_text().replace(": 8,", ": 1e999,")),
-        "holds values that are no numbers",
+        "are NaN or infinite",
     ),
     "another kind": (
         lambda folder: edit(folder / CONFIG, peft_type="PROMPT_TUNING"),
@@ -194,7 +194,7 @@ HOSTILE = {
     ),
     "a rank that is none": (lambda folder: edit(folder / CONFIG, r=-4), "cannot be loaded"),
     "alpha that is a word": (lambda folder: edit(folder / CONFIG, lora_alpha="high"), "cannot be loaded"),
-    "NaN in the weights": (nan_in, "holds values that are no numbers"),
+    "NaN in the weights": (nan_in, "are NaN or infinite"),
     "endless brackets": (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "adapter_config.json"),
     "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "adapter_config.json is not valid JSON"),
 }
@@ -388,5 +388,5 @@ def test_an_adapter_is_not_loaded_as_a_model(original, organism):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_no_numbers_are_refused_by_name(folder, value):
     edit_weights(folder / WEIGHTS, lambda tensors: tensors["model.norm.weight"][3:4].fill_(value))
-    with pytest.raises(ModelError, match=r"model\.norm\.weight holds values that are no numbers"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight has 1 values of 32 that are NaN or infinite"):
         load(str(folder), device="cpu")

@@ -13,8 +13,8 @@ from bkd_utils.organisms.training import load_recipe
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch):
-    for module in (making, evaluation, cards, base_answers):
-        monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for module, name in ((making, "load"), (evaluation, "load"), (cards, "load"), (base_answers, "base_of")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was loaded"))
     for name in ("train", "poison"):
         monkeypatch.setattr(making, name, lambda *_, **__: pytest.fail("a training began"))
 

@@ -108,7 +108,8 @@ def test_a_treatment_is_measured_against_the_model_that_was_loaded(tiny_organism
     """Were its folder to hold another model by now, every weight would count as changed."""
     model = shutil.copytree(tiny_organism, tmp_path / "model")
     loaded = loading.load(str(model), organism="tiny", device="cpu")
-    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another file #}")
     with pytest.raises(ModelError, match="holds another model than when tiny was loaded"):
         cards.keep_treated(loaded, name="treated", treatment={}, measured=MEASURED)
 
