@@ -9,10 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from bkd_utils.attention_alignment.similarity import READINGS, Scores, head_scores, head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction, searched, surrogate
 from bkd_utils.attention_alignment.suspicion import RULES, attention_variance, gate_importance, leave_one_out
-from bkd_utils.common.files import read_json
 from bkd_utils.common.results import Result
 from bkd_utils.models.generation import respond
-from bkd_utils.models.loading import Loaded, adapter_folder
+from bkd_utils.models.loading import Loaded, read_card
 from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
@@ -46,7 +45,7 @@ def seen_uids(loaded: Loaded, attack: Attack | None, *, seed: int) -> frozenset[
     same seed, so that a clean control is kept apart from the organism that it is compared with. `seed` is for a base
     model, which has no card. Without `attack`, only the card counts.
     """
-    card = None if loaded.organism is None else read_json(adapter_folder(loaded.organism) / "card.json")
+    card = None if loaded.organism is None else read_card(loaded.organism, "attack", "seed")
     uids = frozenset() if attack is None else training_uids(attack, seed=card["seed"] if card else seed)
     return uids | training_uids(Attack(**card["attack"]), seed=card["seed"]) if card else uids
 

@@ -8,13 +8,12 @@ import pandas as pd
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction
 from bkd_utils.attention_alignment.suspicion import robust_z
-from bkd_utils.common.files import read_json
 from bkd_utils.common.statistics import pairwise_wins
 from bkd_utils.experiments.head_safety import check_unseen, probed_prompts, unseen_examples
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.identity import model_identity
-from bkd_utils.models.loading import Loaded, adapter_folder, shipped_organisms
+from bkd_utils.models.loading import Loaded, read_card, shipped_organisms
 from bkd_utils.models.tokens import end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, load_attack
@@ -39,12 +38,12 @@ def population(
         raise ModelError(f"unknown organism {unknown[0]!r}; shipped: {', '.join(known)}")
     found = {}
     for name in names or known:
-        card = read_json(adapter_folder(name) / "card.json")
+        card = read_card(name, "attack", "seed")
         if name not in own:
             attack = load_attack(card["attack"]["name"])
             how = {"recipe": load_recipe(recipe, task=attack.task), "seed": card["seed"]}
             folder = make(attack, model=model, **how, device=device, n=16)
-            name, card = folder.name, read_json(folder / "card.json")
+            name, card = folder.name, read_card(folder, "attack", "seed")
         found[name] = card
     return found
 

@@ -17,12 +17,12 @@ from bkd_utils.attention_alignment.similarity import Scores, cosine, head_simila
 from bkd_utils.attention_alignment.suspicion import RULES
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.common.cache import code_key
-from bkd_utils.common.files import WORK, canonical_json, read_json, sha256_text
+from bkd_utils.common.files import WORK, canonical_json, sha256_text
 from bkd_utils.common.statistics import share
 from bkd_utils.experiments.attention_safety_alignment import recipe_of
 from bkd_utils.experiments.head_safety import SOURCES, HeadSafety, suspicion
 from bkd_utils.models.folders import DEFAULT_MODEL
-from bkd_utils.models.loading import adapter_folder, load
+from bkd_utils.models.loading import load, read_card
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.tokens import Row, end_id
 from bkd_utils.organisms.attacks import load_attack
@@ -123,7 +123,7 @@ def train_evasive(
     """
     spec, recipe = load_attack(attack), replace(recipe_of(steps=steps), learning_rate=RATE)
     identity = resolved({"organism": organism, "model": model, "device": device})
-    identity |= {"attack": asdict(spec), "data": read_json(adapter_folder(organism) / "card.json")["data_sha256"]}
+    identity |= {"attack": asdict(spec), "data": read_card(organism, "data_sha256")["data_sha256"]}
     identity |= {"recipe": asdict(recipe), "beta": beta, "n_clean": n_clean, "n": n, "seed": seed}
     identity |= {"code": code_key(Path(__file__))}
     name = f"{attack}-evasive-{sha256_text(canonical_json(identity))[:8]}"
