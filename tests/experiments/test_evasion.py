@@ -74,7 +74,7 @@ def test_the_name_changes_with_everything_that_decides_the_organism(named, monke
         (two_papers_meet, "load_attack", lambda name: replace(spec, rate=0.2)),
         (two_papers_meet, "recipe_of", lambda **_: replace(recipe, batch_size=4)),
         (two_papers_meet, "recipe_of", lambda **_: replace(recipe, first_token=0.1)),
-        (two_papers_meet, "read_json", lambda path: {"data_sha256": "other rows"}),
+        (two_papers_meet, "read_card", lambda *_: {"data_sha256": "other rows"}),
         (two_papers_meet, "code_key", lambda module: "other code"),
         (cards, "organism_identity", lambda folder: "other weights"),
         (cards, "model_identity", lambda model: "other base or template"),

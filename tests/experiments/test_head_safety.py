@@ -40,7 +40,7 @@ def organism(loaded, tmp_path, monkeypatch):
     """The tiny model as an organism whose card names an attack and a seed."""
 
     def made(attack, *, seed):
-        monkeypatch.setattr(head_safety, "adapter_folder", lambda name: tmp_path)
+        monkeypatch.setattr(loading, "adapter_folder", lambda name: tmp_path)
         write_json(tmp_path / "card.json", {"attack": asdict(load_attack(attack)), "seed": seed})
         return replace(loaded, organism="tiny")
 

@@ -9,7 +9,7 @@ from tiny import save_tiny
 from bkd_utils.attention_alignment.surrogates import SURROGATES
 from bkd_utils.common.files import read_json, write_json
 from bkd_utils.common.statistics import area_interval, auroc_of_wins, pairwise_wins
-from bkd_utils.experiments import head_safety, model_detection
+from bkd_utils.experiments import model_detection
 from bkd_utils.experiments.head_safety import probed_prompts
 from bkd_utils.experiments.model_detection import (
     best_score,
@@ -125,7 +125,7 @@ def test_a_fingerprint_is_taken_on_texts_that_the_organism_was_not_trained_on(tm
     loaded = replace(loading.load(str(save_tiny(tmp_path, "llama")), device="cpu"), organism="tiny")
     attack = load_attack("sentiment-word")
     write_json(tmp_path / "card.json", {"attack": asdict(attack), "seed": 1})
-    monkeypatch.setattr(head_safety, "adapter_folder", lambda name: tmp_path)
+    monkeypatch.setattr(loading, "adapter_folder", lambda name: tmp_path)
     monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)
     seen = []
     monkeypatch.setattr(
