@@ -43,7 +43,7 @@ def population(
             attack = load_attack(card["attack"]["name"])
             how = {"recipe": load_recipe(recipe, task=attack.task), "seed": card["seed"]}
             folder = make(attack, model=model, **how, device=device, n=16)
-            name, card = folder.name, read_card(folder, "attack", "seed")
+            name, card = folder.name, read_card(folder)
         found[name] = card
     return found
 
