@@ -290,8 +290,9 @@ class Runner:
 def judged(
     mutations: Sequence[Mutation], *, root: Path, jobs: int, timeout: float, minutes: float = float("inf")
 ) -> dict[str, Outcome]:
-    """Name -> outcome, with a line of progress for each. After some minutes nothing more is started."""
-    until = time.monotonic() + 60 * minutes
+    """Name -> outcome, with a line of progress for each. After some minutes nothing more is started; half of them are
+    for the tests without any mutation."""
+    halfway, until = (time.monotonic() + seconds * minutes for seconds in (30, 60))
     tests = sorted({test for one in mutations for test in one.test})
     by_file = {file: list(group) for file, group in itertools.groupby(tests, key=_file)}
     print(f"{len(mutations)} mutations; their {len(tests)} tests without any mutation first", flush=True)
@@ -299,7 +300,7 @@ def judged(
     late = Outcome("not run", f"{minutes:g} minutes are over")
 
     def checked(file: str) -> dict[str, str] | None:
-        return runner.unmutated(file, by_file[file]) if time.monotonic() < until else None
+        return runner.unmutated(file, by_file[file]) if time.monotonic() < halfway else None
 
     def outcome(one: Mutation) -> Outcome:
         if time.monotonic() >= until or any(wrong[_file(test)] is None for test in one.test):
