@@ -4,6 +4,7 @@ The interventions of this companion act on the last prompt tokens, so running on
 edited one on, is exact. Rows that differ only in the edit share their prompt's keys and values.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -191,11 +192,17 @@ class _Skipped(Module):
         return (hidden_states, None) if self.as_tuple else hidden_states
 
 
+@functools.cache
+def _takes_tuples(decoder: type[Module]) -> bool:
+    """Does a decoder take the first of what each layer returns? Its source says so."""
+    source = inspect.getsource(decoder.forward)
+    return "= outputs[0]" in source or "= layer_outputs[0]" in source
+
+
 @contextmanager
 def _from_layer(parts: Anatomy, layer: int, hidden: Hidden) -> Iterator[None]:
     """While this lasts, the layers before `layer` do not run, and it starts with `hidden`."""
-    source = inspect.getsource(type(parts.owner).forward)
-    as_tuple = "= outputs[0]" in source or "= layer_outputs[0]" in source
+    as_tuple = _takes_tuples(type(parts.owner))
     skipped = [_Skipped(one, as_tuple=as_tuple) for one in parts.layers[:layer]]
     with ExitStack() as stack:
         stack.callback(setattr, parts.owner, parts.attribute, getattr(parts.owner, parts.attribute))

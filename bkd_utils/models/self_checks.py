@@ -131,7 +131,6 @@ def _stop(_: int, stream: Tensor) -> Tensor:
 def _from(case: Case, layer: int, hidden: Tensor) -> Tensor:
     """Of a pass that begins at a layer, with two rows a prompt: the stream two layers on, or logits at the end."""
     layers, repeats = anatomy(case.model).layers, len(hidden) // len(case.prompts)
-
     with editing(layers[layer + 2 : layer + 3], _stop):
         try:
             return case.answered(case.past, repeats, layer=layer, hidden=hidden)

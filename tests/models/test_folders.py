@@ -80,9 +80,9 @@ def test_what_is_not_there_says_where_it_was_looked_up(here, name, message):
         adapter_folder(name)
 
 
-@pytest.mark.parametrize("given", ["both", "./both", "sub/local", "trained", "{parent}/work/organisms/shipped"])
+@pytest.mark.parametrize("given", ["both", "./both", "sub/local", "trained", "{organisms}/shipped"])
 def test_a_loaded_organism_is_found_again_under_what_it_is_called(original, here, given):
-    given = given.format(parent=here.parent)
+    given = given.format(organisms=here.parent / "work" / "organisms")
     called = load(str(original), organism=given, device="cpu").organism
     assert adapter_folder(called).resolve() == adapter_folder(given).resolve()
     here.joinpath("elsewhere").mkdir()
