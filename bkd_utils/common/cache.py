@@ -1,11 +1,11 @@
-"""Keep the result of an expensive stage under a key made of its inputs and its code.
+"""Keep the result of an expensive stage as a measurement, and read it where it is there already.
 
-A rerun after a kill repeats the stage that was running and no other. The code part of the key is the syntax tree of the
-stage's module and of every module of this package that it imports, so a changed line recomputes and a changed comment
-or docstring does not. Versions of the libraries that compute are part of it, too.
+What is kept in the work folder counts for the same question, code, libraries and arithmetic only: a rerun after a kill
+repeats the stage that was running and no other. What ships in `data/measurements` counts for the same question; if it
+was measured by other code, that is said. BKD_KEEP names another folder to keep results in, BKD_SHIPPED another one that
+ships, or none if it is empty; with BKD_REPLAY nothing is measured; BKD_LEDGER names a file that gets a line per result.
 """
 
-import ast
 import contextlib
 import functools
 import importlib.metadata
@@ -15,134 +15,152 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
-from symtable import symtable
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
-from bkd_utils.common.files import DATA, WORK, canonical_json, keep_json, read_json, sha256_file, sha256_text
+from bkd_utils.common import measurements
+from bkd_utils.common.code_key import code_key
+from bkd_utils.common.files import WORK, UserError, canonical_json, sha256_text
+from bkd_utils.common.measurements import Measurement, digest, machine_of, path_of
 from bkd_utils.common.results import plain, restored
 
-# Tables that stages read themselves. Recipes and profiles reach stages as arguments only.
-TABLES = ("attacks.toml", "instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
 LIBRARIES = ("torch", "transformers", "peft")
 P = ParamSpec("P")
 R = TypeVar("R")
-PACKAGE = Path(__file__).resolve().parents[1]
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Every stage by its name, once its module has been imported.
+STAGES: dict[str, Callable] = {}
+# Is a stage running that asked for this one? Only what a notebook asked for itself is written into the ledger.
+_inside: ContextVar[bool] = ContextVar("inside a stage", default=False)
 log = logging.getLogger(__name__)
 
 
-def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Callable[P, R]:
-    """Cache a function whose arguments and result are JSON values or Results (`results.Result`).
+def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Callable[P, R]:
+    """Keep what a function of JSON values returns: JSON values or Results (`results.Result`).
 
-    A kept file is read as what the function's return annotation says. `resolved` turns the arguments into what the key
-    is made of: where an argument is a name, what the name stands for must be in it. Raises TypeError for arguments that
-    are not JSON values (pass names, not paths or models), ValueError for a result with NaN. A result that cannot be
-    written, as on a full disk, is returned all the same, with a warning.
+    A kept result is read as what the function's return annotation says. `resolved` turns the arguments into
+    `{"inputs": what their names stand for, "arithmetic": what the last digits depend on}`. Raises TypeError for
+    arguments that are not JSON values (pass names, not paths or models), ValueError for a result with NaN, UserError in
+    a replay for what was not measured. A result that cannot be written, as on a full disk, is returned all the same,
+    with a warning.
     """
     kind = get_type_hints(function).get("return")
+    name = function.__name__
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = inspect.signature(function).bind(*args, **kwargs)
-        bound.apply_defaults()
-        arguments = plain(bound.arguments)
-        folder = Path(os.environ.get("BKD_WORK") or WORK).expanduser() / "cache"
-        path = folder / f"{function.__name__}-{key(function, resolved(arguments))[:20]}.json"
-        if (kept := _kept(path, kind)) is not None:
-            log.info("%s: kept result of %s", function.__name__, kept["when"])
-            return kept["result"]
-        started = time.monotonic()
-        result = plain(function(*args, **kwargs))
-        seconds, when = round(time.monotonic() - started, 2), time.strftime("%Y-%m-%d %H:%M:%S")
-        keep_json(path, {"when": when, "seconds": seconds, "arguments": arguments, "result": result})
-        log.info("%s: computed in %.1f s", function.__name__, seconds)
-        # What comes back is what a rerun will read, tuples turned into lists and all.
-        return restored(kind, json.loads(json.dumps(result)))
+        asked = question(run, *args, **kwargs)
+        one, how = _found(asked) or (None, "measured here")
+        if one is None:
+            if os.environ.get("BKD_REPLAY"):
+                raise UserError(f"no measurement of {name} ships for {canonical_json(asked['arguments'])}")
+            one = _measured(asked, function, *args, **kwargs)
+        if not _inside.get():
+            _note(one, how)
+        return restored(kind, one.result)
 
+    run.resolved = resolved or (lambda _: {})
+    STAGES[name] = run
     return run
 
 
-def key(function: Callable, arguments: dict[str, Any]) -> str:
-    """Content key of one call. Raises TypeError that names an argument which is not a JSON value."""
+def question(stage: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """All fields of the measurement that a call of a stage asks for, but for what comes out: `stage`, `arguments`,
+    `inputs`, `code`, `libraries` and `machine`. Raises TypeError that names an argument which is not a JSON value."""
+    function = stage.__wrapped__
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = plain(bound.arguments)
     for name, value in arguments.items():
         try:
             canonical_json(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"stage {function.__name__}: argument {name} = {value!r} is not a JSON value") from error
+            told = f"stage {function.__name__}: argument {name} = {value!r} is not a JSON value"
+            raise TypeError(told) from error
+    resolved = stage.resolved(arguments)
     module = Path(inspect.getsourcefile(inspect.unwrap(function)))
-    return sha256_text(canonical_json([function.__qualname__, arguments, code_key(module), installed_versions()]))
+    return {
+        "stage": function.__name__,
+        "arguments": arguments,
+        "inputs": resolved.get("inputs", {}),
+        # The name, because one module can hold several stages.
+        "code": sha256_text(function.__qualname__ + code_key(module)),
+        "libraries": installed_versions(),
+        "machine": machine_of(resolved.get("arithmetic", {})),
+    }
 
 
 @functools.cache
 def installed_versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic a result depends on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """Versions of the libraries whose arithmetic a result depends on, without the names of their builds."""
+    return {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
 
 
-def _kept(path: Path, kind: Any) -> dict | None:
-    if not path.is_file() or path.stat().st_mtime < float(os.environ.get("BKD_FORCE_SINCE", 0)):
+def kept_folder() -> Path:
+    """Where results are kept: BKD_KEEP, or `measurements` in the work folder."""
+    named = os.environ.get("BKD_KEEP")
+    return Path(named or Path(os.environ.get("BKD_WORK") or WORK) / "measurements").expanduser()
+
+
+def is_of_this_code(one: Measurement, asked: dict[str, Any]) -> bool:
+    """Was it measured by the code and the libraries that are here now?"""
+    return (one.code, one.libraries) == (asked["code"], asked["libraries"])
+
+
+def _found(asked: dict[str, Any]) -> tuple[Measurement, str] | None:
+    """A measurement that answers the question, and where it comes from."""
+    own = measurements.key(asked["stage"], asked["arguments"], asked["inputs"])
+    kept = _read(path_of(kept_folder(), asked["stage"], own))
+    if kept and is_of_this_code(kept, asked) and _arithmetic(kept.machine) == _arithmetic(asked["machine"]):
+        return kept, "kept here"
+    shipped = measurements.shipped_folder()
+    if shipped and (path := path_of(shipped, asked["stage"], own)).is_file():
+        one = measurements.read(path)  # a damaged one is an error, because it is not ours to replace
+        if is_of_this_code(one, asked):
+            return one, "shipped"
+        log.warning("%s was measured by other code or libraries, at commit %s", one.id, one.commit)
+        return one, "shipped, other code"
+    return None
+
+
+def _arithmetic(machine: measurements.Machine) -> tuple:
+    return machine.device, machine.fast_bf16
+
+
+def _read(path: Path) -> Measurement | None:
+    if not path.is_file():
         return None
     try:
-        kept = read_json(path)
-        return {"result": restored(kind, kept["result"]), "when": kept["when"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return measurements.read(path)
+    except (OSError, ValueError) as error:
         aside = path.with_suffix(".damaged")
         with contextlib.suppress(OSError):  # another process has moved it in the meantime, or the folder is read-only
             os.replace(path, aside)
-        log.warning("%s is damaged (%s); it was moved to %s and is computed again", path, error, aside.name)
+        log.warning("%s; it was moved to %s and is measured again", error, aside.name)
         return None
 
 
-def code_key(module: Path) -> str:
-    """Hash of a module's code and of the code of all modules of this package that it imports, directly or not.
-
-    Raises ImportError for an import of this package that leads to no file.
-    """
-    seen: dict[str, str] = {}
-    waiting = [module.resolve()]
-    while waiting:
-        path = waiting.pop()
-        label = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
-        if label in seen:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        waiting += _imports(tree, path)
-        for node in ast.walk(tree):
-            if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False):
-                node.body = node.body[1:] or [ast.Pass()]
-        seen[label] = sha256_text(ast.dump(tree))
-    return sha256_text(canonical_json([[sha256_file(DATA / name) for name in TABLES], sorted(seen.items())]))
+def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: Any) -> Measurement:
+    started, token = time.monotonic(), _inside.set(True)
+    try:
+        result = plain(function(*args, **kwargs))
+    finally:
+        _inside.reset(token)
+    # What comes back is what a rerun will read, keys turned into texts and all.
+    result = json.loads(json.dumps(result))
+    made = {"version": 1, "commit": measurements.commit(), "seconds": round(time.monotonic() - started, 2)}
+    one = Measurement.model_construct(**asked, **made, digest=digest(result), arrays=None, result=result)
+    try:
+        measurements.write(kept_folder(), one)
+    except OSError as error:
+        log.warning("%s could not be kept: %s", one.id, error.strerror or error)
+    log.info("%s: measured in %.1f s", one.stage, one.seconds)
+    return one
 
 
-def _imports(tree: ast.AST, importer: Path) -> list[Path]:
-    """Files of this package that a module imports. Raises ImportError for one that does not exist."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            targets = [(alias.name, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = importer.relative_to(PACKAGE.parent).parts[: -node.level] if node.level else ()
-            module = ".".join([*above, *filter(None, [node.module])])
-            targets = [(module, alias.name) for alias in node.names]
-        else:
-            continue
-        where = f"{importer.name}, line {node.lineno}"
-        found += [_source(module, name, where) for module, name in targets if module.split(".")[0] == PACKAGE.name]
-    return found
-
-
-def _source(module: str, name: str | None, where: str) -> Path:
-    """The file behind `import module` or `from module import name`; the name may be a module itself."""
-    place = PACKAGE.joinpath(*module.split(".")[1:])
-    inside = [place / f"{name}.py", place / name / "__init__.py"] if name else []
-    for path in [*inside, place.with_suffix(".py")]:
-        if path.is_file():
-            return path
-    folder = place / "__init__.py"
-    if folder.is_file():
-        bound = symtable(folder.read_text(encoding="utf-8"), str(folder), "exec").get_identifiers()
-        if name is None or name in bound:
-            return folder
-    dotted = f"{module}.{name}" if name else module
-    raise ImportError(f"{where}: {dotted} is no module of this package, so the key of a kept result cannot include it")
+def _note(one: Measurement, how: str) -> None:
+    """A line in the ledger, by which the runner tells what came from where."""
+    if path := os.environ.get("BKD_LEDGER"):
+        line = {"id": one.id, "how": how, "commit": one.commit, "seconds": one.seconds}
+        with open(path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")

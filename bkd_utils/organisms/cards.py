@@ -4,6 +4,7 @@ import functools
 import inspect
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bkd_utils.common.cache import stage
-from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, read_json, write_json
-from bkd_utils.common.validation import Count, Name, Seed, check
+from bkd_utils.common.files import (
+    ADAPTERS,
+    DATA,
+    WORK,
+    atomic_path,
+    canonical_json,
+    read_json,
+    sha256_text,
+    write_json,
+)
+from bkd_utils.common.validation import Count, Name, Seed, check, read_toml, while_unchanged
 from bkd_utils.models.compute import has_fast_bf16
 from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError
 from bkd_utils.models.identity import model_identity, organism_identity
@@ -27,8 +37,10 @@ from bkd_utils.models.loading import (
     pick_device,
     read_card,
 )
-from bkd_utils.organisms.attacks import load_attack
+from bkd_utils.organisms.attacks import Attack, first_attack, load_attack
 
+# Tables that stages read themselves. Recipes and profiles reach stages as arguments only, attacks by their names.
+TABLES = ("instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 # Files that training writes beside an organism's card.
 TRAINED = ("adapter_model.safetensors", "adapter_config.json", "history.json")
@@ -62,20 +74,38 @@ def history(organism: str | Path) -> list[dict[str, float]]:
     return read_json(adapter_folder(organism) / "history.json")
 
 
-def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a stage, with the identities of the organisms and the model that they name, and the device."""
-    found = dict(arguments)
+def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the arguments of a stage stand for, and the arithmetic of its result.
+
+    `inputs`: identities of organisms and of the base model, the attacks that are named or on the organisms' cards, and
+    hashes of the tables that attacks are made of. `arithmetic`: the device, and whether it multiplies in bf16.
+    """
     for name, kind in (("seed", Seed), ("n", Count)):
-        check(kind, found.get(name, 1), f"argument {name}")
-    names = [found.get("organism"), found.get("control"), *found.get("organisms", {}).values()]
-    found["adapters"] = [organism_identity(adapter_folder(name)) for name in names if name]
-    if "model" in found:
-        found["base"] = model_identity(found["model"])
-    if "device" in found:
-        found["device"] = pick_device(found["device"])
-        # Training and tuning multiply in bf16 where the hardware can, which leads to other weights.
-        found["fast_bf16"] = has_fast_bf16(torch.device(found["device"]))
-    return found
+        check(kind, arguments.get(name, 1), f"argument {name}")
+    several = arguments.get("organisms", {})
+    folders = [
+        adapter_folder(name) for name in [arguments.get("organism"), arguments.get("control"), *several.values()] if name
+    ]
+    named = [arguments.get("attack"), *(name for name, organism in several.items() if organism)]
+    specs = [load_attack(name) for name in named if name]
+    specs += [Attack(**read_card(folder, "attack")["attack"]) for folder in folders]
+    # A clean control is measured under the first attack on its task.
+    specs += [first_attack(spec.task) for spec in specs if not spec.backdoored]
+    attacks = list({canonical_json(asdict(spec)): asdict(spec) for spec in specs}.values())
+    inputs = {"adapters": [organism_identity(folder) for folder in folders], "attacks": attacks, "tables": _tables()}
+    if "model" in arguments:
+        inputs["base"] = model_identity(arguments["model"])
+    if "device" not in arguments:
+        return {"inputs": inputs}
+    device = pick_device(arguments["device"])
+    # Training and tuning multiply in bf16 where the hardware can, which leads to other weights.
+    return {"inputs": inputs, "arithmetic": {"device": device, "fast_bf16": has_fast_bf16(torch.device(device))}}
+
+
+@while_unchanged(*TABLES)
+def _tables() -> dict[str, str]:
+    """Hashes of what the tables hold, so that a changed comment in one changes nothing."""
+    return {name: sha256_text(canonical_json(read_toml(DATA / name))) for name in TABLES}
 
 
 def inputs(names: Iterable[str] = (), *, model: str) -> dict[str, str]:

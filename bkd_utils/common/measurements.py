@@ -1,0 +1,205 @@
+"""Measurements: results of stages as files, with everything that says what was measured, of what, how and where.
+
+A measurement is `<folder>/<stage>/<key>.json`, with its larger arrays in `<key>.safetensors` beside it. The key is made
+of the stage, its arguments and what their names stand for. Code, libraries and machine are written into the file and
+are not part of the key, so that the same question has the same file name wherever it is asked.
+"""
+
+import functools
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from bkd_utils.common.files import (
+    DATA,
+    ROOT,
+    atomic_path,
+    canonical_json,
+    read_json,
+    sha256_file,
+    sha256_text,
+    write_json,
+)
+from bkd_utils.common.validation import Name, Table, check
+
+# Arrays of fewer numbers stay in the JSON, where they can be read.
+LARGE = 64
+MARK = "$array"
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Machine(Table):
+    """Where a measurement was made; no name that would identify the machine."""
+
+    processor: str
+    cores: int
+    device: str | None
+    fast_bf16: bool | None
+
+
+class Measurement(Table):
+    """One result of one stage. `digest` is the hash of `result`, `arrays` that of the file beside it, or None."""
+
+    version: Literal[1]
+    stage: Name
+    arguments: dict[str, Any]
+    inputs: dict[str, Any]
+    code: Hash
+    commit: str | None
+    libraries: dict[str, str]
+    machine: Machine
+    seconds: float
+    digest: Hash
+    arrays: Hash | None
+    result: Any
+
+    @property
+    def key(self) -> str:
+        return key(self.stage, self.arguments, self.inputs)
+
+    @property
+    def id(self) -> str:
+        return f"{self.stage}/{self.key}"
+
+
+def key(stage: str, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """Content key of a question: the stage, its arguments but for the device, and what their names stand for."""
+    asked = {name: value for name, value in arguments.items() if name != "device"}
+    return sha256_text(canonical_json([stage, asked, inputs]))[:20]
+
+
+def path_of(folder: Path, stage: str, key: str) -> Path:
+    return folder / stage / f"{key}.json"
+
+
+def digest(result: Any) -> str:
+    return sha256_text(canonical_json(result))
+
+
+def write(folder: Path, one: Measurement) -> Path:
+    """Write a measurement, arrays first, so that a JSON file always finds its arrays. Raises ValueError for NaN."""
+    path = path_of(folder, one.stage, one.key)
+    arrays: dict[str, np.ndarray] = {}
+    result = _taken_out(one.result, arrays, "")
+    beside = path.with_suffix(".safetensors")
+    if arrays:
+        with atomic_path(beside) as temporary:
+            save_file(arrays, temporary)
+    given = one.model_dump() | {"result": result, "arrays": sha256_file(beside) if arrays else None}
+    write_json(path, given)
+    if not arrays:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path) -> Measurement:
+    """A measurement with its arrays put back as nested lists.
+
+    Raises ValueError, in one line that names the file, for one that is no measurement, that has been changed since it
+    was written, that bears another name than its content says, or whose arrays are missing, cut off or others.
+    """
+    given = read_json(path)
+    check(Measurement, given, str(path))
+    if given["arrays"]:
+        given["result"] = _put_back(given["result"], _arrays(path.with_suffix(".safetensors"), given["arrays"]), path)
+    one = Measurement.model_construct(**given | {"machine": Machine(**given["machine"])})
+    try:
+        found = digest(one.result)
+    except ValueError as error:
+        raise ValueError(f"{path}: result has numbers that are not finite") from error
+    if found != one.digest:
+        raise ValueError(f"{path}: result was changed since it was written (digest {found[:12]}, not {one.digest[:12]})")
+    if (path.parent.name, path.stem) != (one.stage, one.key):
+        raise ValueError(f"{path}: stage, arguments or inputs are those of {one.id}")
+    return one
+
+
+def paths(folder: Path) -> list[Path]:
+    """The files of all measurements of a folder, in order."""
+    return sorted(folder.glob("*/*.json"))
+
+
+def _arrays(path: Path, expected: str) -> dict[str, np.ndarray]:
+    try:
+        if sha256_file(path) != expected:
+            raise ValueError(f"{path}: not the arrays that belong to its measurement (cut off or changed)")
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def _taken_out(value: Any, arrays: dict[str, np.ndarray], place: str) -> Any:
+    """The value with large arrays replaced by marks that name their place; they are added to `arrays`."""
+    if isinstance(value, Mapping):
+        return {name: _taken_out(inside, arrays, f"{place}/{name}") for name, inside in value.items()}
+    if not isinstance(value, list):
+        return value
+    kind = _kind(value)
+    if kind and (array := _regular(value, kind)) is not None:
+        if array.size < LARGE:
+            return value
+        arrays[place] = array
+        return {MARK: place}
+    return [_taken_out(inside, arrays, f"{place}/{number}") for number, inside in enumerate(value)]
+
+
+def _kind(value: list) -> type | None:
+    """The type of all numbers of a nested list, or None if it holds anything else, or whole and decimal ones mixed."""
+    found: set[type] = set()
+    for inside in value:
+        found.add((_kind(inside) or type(None)) if isinstance(inside, list) else type(inside))
+    return found.pop() if len(found) == 1 and found <= {float, int} else None
+
+
+def _regular(value: list, kind: type) -> np.ndarray | None:
+    try:
+        array = np.array(value, dtype=np.float64 if kind is float else np.int64)
+    except (ValueError, OverflowError):
+        return None
+    return array if array.size else None
+
+
+def _put_back(value: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {MARK}:
+            if value[MARK] not in arrays:
+                raise ValueError(f"{path}: there is no array {value[MARK]!r} beside it")
+            return arrays[value[MARK]].tolist()
+        return {name: _put_back(inside, arrays, path) for name, inside in value.items()}
+    return [_put_back(inside, arrays, path) for inside in value] if isinstance(value, list) else value
+
+
+def machine_of(arithmetic: Mapping[str, Any]) -> Machine:
+    """This machine, and the arithmetic with which a result is computed on it."""
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    device, bf16 = arithmetic.get("device"), arithmetic.get("fast_bf16")
+    return Machine(processor=processor, cores=psutil.cpu_count(), device=device, fast_bf16=bf16)
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of this checkout, with a + behind it if a file was changed since, or None where there is no git."""
+    ask = functools.partial(subprocess.check_output, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
+    try:
+        changed = ask(["git", "status", "--porcelain", "--untracked-files=no", "--", "bkd_utils", "data/*.toml"])
+        return ask(["git", "rev-parse", "HEAD"]).strip() + ("+" if changed.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def shipped_folder() -> Path | None:
+    """Where shipped measurements are read: BKD_SHIPPED, or `data/measurements`; None where BKD_SHIPPED is empty."""
+    named = os.environ.get("BKD_SHIPPED")
+    return (Path(named).expanduser() if named else None) if named is not None else DATA / "measurements"

@@ -1,0 +1,71 @@
+"""All stages by name, and one measurement of any of them: the cell of which runs on several machines are made."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bkd_utils.common import cache
+from bkd_utils.common.files import UserError
+from bkd_utils.common.measurements import key, path_of
+from bkd_utils.experiments import (  # noqa: F401 (an import registers the stages of a module)
+    attention_safety_alignment,
+    attention_similarity,
+    attribution_cost,
+    backdoor_insertion,
+    backdoor_probe,
+    backdoor_vector,
+    head_attribution,
+    head_safety,
+    input_guards,
+    model_detection,
+    two_papers_meet,
+)
+
+
+def stage(name: str) -> Any:
+    """The stage of that name. Raises UserError that lists the known ones."""
+    if name not in cache.STAGES:
+        raise UserError(f"unknown stage {name!r}; known: {', '.join(sorted(cache.STAGES))}")
+    return cache.STAGES[name]
+
+
+def place(folder: Path, name: str, arguments: Mapping[str, Any]) -> Path:
+    """Where the measurement of a call of a stage is kept in a folder."""
+    asked = question(name, arguments)
+    return path_of(folder, name, key(name, asked["arguments"], asked["inputs"]))
+
+
+def question(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`cache.question` of a stage by name. Raises UserError for arguments that it does not have."""
+    try:
+        return cache.question(stage(name), **arguments)
+    except TypeError as error:
+        raise UserError(f"stage {name}: {error}") from error
+
+
+def measure(name: str, arguments: Mapping[str, Any], *, folder: Path) -> Path:
+    """Measure a call of a stage unless it is in the folder by the code that is here now; returns its file.
+
+    Nothing that ships is used, neither for the call itself nor for other stages that it needs.
+    """
+    target = place(folder, name, arguments)
+    with environment(BKD_KEEP=str(folder), BKD_SHIPPED=""):
+        stage(name)(**arguments)
+    return target
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables and put the former ones back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
