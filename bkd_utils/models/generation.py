@@ -39,7 +39,8 @@ def greedy(
 ) -> list[list[int]]:
     """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
-    An answer ends where `settled` says so, too, and a batch when all of its answers have ended. Raises ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
+    An answer ends where `settled` says so, too, and a batch when all of its answers have ended. Raises ValueError for
+    no prompts, an empty prompt or `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
