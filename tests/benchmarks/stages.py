@@ -26,7 +26,6 @@ from bkd_utils.models.loading import load
 from bkd_utils.running import stages
 
 CASES = [
-    ("measure_organism", {"organism": "sentiment-word", "n": 80}),
     ("measure_organism", {"organism": "harmful-word", "n": 80}),
     ("measure_attacked", {"organism": "instructions-clean", "attack": "instructions-prefix", "n": 80}),
     ("guard_inputs", {"organism": "sentiment-word", "attack": "sentiment-word", "n": 12, "n_reference": 24}),
@@ -60,6 +59,7 @@ def measured(checkout: Path, case: int) -> dict[str, Any]:
 def main(
     other: Annotated[Path, typer.Argument(help="The other checkout.")],
     case: Annotated[int, typer.Option(hidden=True, help="Measure one case in this process.")] = -1,
+    first: Annotated[int, typer.Option(help="Only so many of the cases.")] = len(CASES),
 ) -> None:
     if case >= 0:
         load(organism="sentiment-word")  # which tests this kind of model, once per process
@@ -68,7 +68,7 @@ def main(
         print(json.dumps({"seconds": found.seconds, "result": found.result}))
         return
     rows = []
-    for number, (name, arguments) in enumerate(CASES):
+    for number, (name, arguments) in enumerate(CASES[:first]):
         there, here = (measured(checkout.resolve(), number) for checkout in (other, ROOT))
         row = {"case": f"{name} {' '.join(map(str, arguments.values()))}", "seconds": here["seconds"]}
         row |= {"baseline": "before", "baseline_seconds": there["seconds"]}
