@@ -35,7 +35,9 @@ _inside: ContextVar[bool] = ContextVar("inside a stage", default=False)
 log = logging.getLogger(__name__)
 
 
-def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Callable[P, R]:
+def stage(
+    function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Callable[P, R]:
     """Keep what a function of JSON values returns: JSON values or Results (`results.Result`).
 
     A kept result is read as what the function's return annotation says. `resolved` turns the arguments into
