@@ -28,6 +28,7 @@ from bkd_utils.common.results import plain, restored
 LIBRARIES = ("torch", "transformers", "peft")
 P = ParamSpec("P")
 R = TypeVar("R")
+Resolved = Callable[[dict[str, Any]], dict[str, Any]]
 # Every stage by its name, once its module has been imported.
 STAGES: dict[str, Callable] = {}
 # Is a stage running that asked for this one? Only what a notebook asked for itself is written into the ledger.
@@ -35,9 +36,7 @@ _inside: ContextVar[bool] = ContextVar("inside a stage", default=False)
 log = logging.getLogger(__name__)
 
 
-def stage(
-    function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-) -> Callable[P, R]:
+def stage(function: Callable[P, R], *, resolved: Resolved | None = None) -> Callable[P, R]:
     """Keep what a function of JSON values returns: JSON values or Results (`results.Result`).
 
     A kept result is read as what the function's return annotation says. `resolved` turns the arguments into

@@ -118,9 +118,7 @@ def read(path: Path) -> Measurement:
     except ValueError as error:
         raise ValueError(f"{path}: result has numbers that are not finite") from error
     if found != one.digest:
-        raise ValueError(
-            f"{path}: result was changed since it was written (digest {found[:12]}, not {one.digest[:12]})"
-        )
+        raise ValueError(f"{path}: result was changed since it was written (hash {found[:12]}, not {one.digest[:12]})")
     if (path.parent.name, path.stem) != (one.stage, one.key):
         raise ValueError(f"{path}: stage, arguments or inputs are those of {one.id}")
     return one

@@ -130,7 +130,7 @@ def measure_evasion(
     seed: int = 0,
     device: str = "auto",
 ) -> Evasion:
-    """Train an organism with `train_evasive`, and measure similarity (last row) on `n` prompts before and after; kept."""
+    """Train an organism with `train_evasive`; similarity (last row) on `n` prompts before and after it. Kept."""
     where = {"model": model, "seed": seed, "device": device}
     sly = train_evasive(organism, attack=attack, steps=steps, **where)
     seen = [similarity_by_version(name, attack=attack, readings=["last row"], n=n, **where) for name in (organism, sly)]
