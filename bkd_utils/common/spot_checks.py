@@ -30,10 +30,10 @@ class Spot(Table):
     further. `none` is the reason why a stage is not checked in a run.
     """
 
-    part: dict[str, Any] = {}
-    where: dict[str, Any] = {}
-    fields: list[str] = []
-    rows: list[str] = []
+    part: dict[str, Any] = Field(default_factory=dict)
+    where: dict[str, Any] = Field(default_factory=dict)
+    fields: list[str] = Field(default_factory=list)
+    rows: list[str] = Field(default_factory=list)
     tolerance: Annotated[float, Field(ge=0)] = 0.0
     flips: Part = 0.0
     none: str | None = None
@@ -42,7 +42,7 @@ class Spot(Table):
 @dataclass(frozen=True)
 class Checked:
     """One comparison: `numbers` were compared, `beyond` of them lie further apart than `tolerance`, and at `place` the
-    difference is the largest, `worst`. Values that are no numbers must be equal; `worst` is infinite if they are not."""
+    difference is the largest, `worst`. Other values must be equal; `worst` is infinite if they are not."""
 
     id: str
     numbers: int
