@@ -35,7 +35,9 @@ _inside: ContextVar[bool] = ContextVar("inside a stage", default=False)
 log = logging.getLogger(__name__)
 
 
-def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Callable[P, R]:
+def stage(
+    function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Callable[P, R]:
     """Keep what a function of JSON values returns: JSON values or Results (`results.Result`).
 
     A kept result is read as what the function's return annotation says. `resolved` turns the arguments into
@@ -50,7 +52,7 @@ def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         asked = question(run, *args, **kwargs)
-        one, how = _found(asked) or (None, "measured here")
+        one, how = _found(asked, kind) or (None, "measured here")
         if one is None:
             if os.environ.get("BKD_REPLAY"):
                 raise UserError(f"no measurement of {name} ships for {canonical_json(asked['arguments'])}")
@@ -107,8 +109,8 @@ def is_of_this_code(one: Measurement, asked: dict[str, Any]) -> bool:
     return (one.code, one.libraries) == (asked["code"], asked["libraries"])
 
 
-def _found(asked: dict[str, Any]) -> tuple[Measurement, str] | None:
-    """A measurement that answers the question, and where it comes from."""
+def _found(asked: dict[str, Any], kind: Any) -> tuple[Measurement, str] | None:
+    """A measurement that answers the question with a result of this kind, and where it comes from."""
     own = measurements.key(asked["stage"], asked["arguments"], asked["inputs"])
     kept = _read(path_of(kept_folder(), asked["stage"], own))
     if kept and is_of_this_code(kept, asked) and _arithmetic(kept.machine) == _arithmetic(asked["machine"]):
@@ -118,6 +120,11 @@ def _found(asked: dict[str, Any]) -> tuple[Measurement, str] | None:
         one = measurements.read(path)  # a damaged one is an error, because it is not ours to replace
         if is_of_this_code(one, asked):
             return one, "shipped"
+        try:
+            restored(kind, one.result)
+        except ValueError as error:
+            log.warning("%s: measured by code that knew another form of result: %s", path, error)
+            return None
         log.warning("%s was measured by other code or libraries, at commit %s", one.id, one.commit)
         return one, "shipped, other code"
     return None
@@ -146,8 +153,10 @@ def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: A
         result = plain(function(*args, **kwargs))
     finally:
         _inside.reset(token)
-    # What comes back is what a rerun will read, keys turned into texts and all.
-    result = json.loads(json.dumps(result))
+    try:  # what comes back is what a rerun will read, keys turned into texts and all
+        result = json.loads(json.dumps(result, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"stage {asked['stage']}: {error}") from error
     made = {"version": 1, "commit": measurements.commit(), "seconds": round(time.monotonic() - started, 2)}
     one = Measurement.model_construct(**asked, **made, digest=digest(result), arrays=None, result=result)
     try:

@@ -16,7 +16,7 @@ from bkd_utils.attention_alignment.head_tuning import Loss, all_matrices, tune
 from bkd_utils.attention_alignment.similarity import Scores, cosine, head_similarity, to_partners
 from bkd_utils.attention_alignment.suspicion import RULES
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
-from bkd_utils.common.cache import code_key
+from bkd_utils.common.code_key import code_key
 from bkd_utils.common.files import WORK, canonical_json, sha256_text
 from bkd_utils.common.statistics import share
 from bkd_utils.experiments.attention_safety_alignment import recipe_of
