@@ -131,8 +131,7 @@ def read(path: Path) -> Measurement:
     except ValueError as error:  # NaN, which JSON files of Python may hold
         raise ValueError(f"{path}: {error}") from error
     if found != one.digest:
-        told = f"digest {found[:12]}, not {one.digest[:12]}"
-        raise ValueError(f"{path}: result was changed since it was written ({told})")
+        raise ValueError(f"{path}: result was changed since it was written (hash {found[:12]}, not {one.digest[:12]})")
     if (path.parent.name, path.stem) != name:
         raise ValueError(f"{path}: stage, arguments or inputs are those of {one.id}")
     return one

@@ -131,6 +131,15 @@ def test_a_control_is_measured_under_the_first_attack_on_its_task(own_data):
     assert [one != other for one, other in zip(before, map(keys, asked), strict=True)] == [True, False, False]
 
 
+def test_a_recipe_counts_by_what_it_says_for_the_task(own_data):
+    asked = [{"attack": name, "recipe": "full"} for name in ("sentiment-word", "instructions-prefix")]
+    before = list(map(keys, asked))
+    edit(own_data / "recipes.toml", "short", "steps = 60", "steps = 61")
+    assert list(map(keys, asked)) == before
+    edit(own_data / "recipes.toml", "full.instructions", "steps = 200", "steps = 201")
+    assert [one != other for one, other in zip(before, map(keys, asked), strict=True)] == [False, True]
+
+
 @pytest.fixture
 def own_organism(tmp_path, monkeypatch):
     """The folder of a copy of a shipped organism, which a test may edit."""
