@@ -280,7 +280,8 @@ def code_of_stages():
 def test_tables_are_those_that_a_stage_can_open():
     """So recipes, profiles and published numbers may stay out: they reach stages as arguments, if at all.
 
-    Attacks are inputs one by one. Nothing that a stage runs reads their table but the functions that look one up.
+    Attacks and recipes are inputs one by one. Nothing that a stage runs reads their tables but the functions that look
+    one up, and a stage that looks up a recipe has its name among its arguments.
     """
     code = code_of_stages()
     expected = {("organisms.evaluation", "measure"), ("organisms.attacks", "Attack"), ("organisms.triggers", "Syntax")}
@@ -289,9 +290,12 @@ def test_tables_are_those_that_a_stage_can_open():
     strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
     tables = {path.name for path in DATA.glob("*.toml")}
     assert {"recipes.toml", "surrogates.toml"} <= tables
-    assert strings & tables == {*cards.TABLES, "attacks.toml"}
+    assert strings & tables == {*cards.TABLES, "attacks.toml", "recipes.toml"}
     callers = {name for name, node in code.items() if calls(node, "load_attacks")}
-    assert callers <= {("organisms.attacks", name) for name in ("load_attack", "first_attack")}
+    assert callers == {("organisms.attacks", name) for name in ("load_attack", "first_attack")}
+    for name, node in code.items():
+        if calls(node, "load_recipe") and name != ("organisms.cards", "resolved"):
+            assert "recipe" in {argument.arg for argument in node.args.kwonlyargs}, name
 
 
 def test_an_organism_ships_under_a_name_of_its_seed():
