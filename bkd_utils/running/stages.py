@@ -1,5 +1,6 @@
 """All stages by name, and one measurement of any of them: the cell of which runs on several machines are made."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,20 @@ def measure(name: str, arguments: Mapping[str, Any], *, folder: Path) -> Path:
     with environment(BKD_KEEP=str(folder), BKD_SHIPPED=""):
         stage(name)(**arguments)
     return target
+
+
+def read_arguments(text: str) -> dict[str, Any]:
+    """Arguments as people give them: a JSON object, or the path of a file with one. Raises UserError for others."""
+    named = text.endswith(".json")
+    try:
+        found = json.loads(Path(text).expanduser().read_text(encoding="utf-8") if named else text)
+    except OSError as error:
+        raise UserError(f"{text} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"arguments {text!r:.200} are no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f'arguments {text!r:.200} are no JSON object such as {{"organism": "sentiment-word"}}')
+    return found
 
 
 @contextmanager
