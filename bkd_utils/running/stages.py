@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bkd_utils.common import cache
-from bkd_utils.common.files import UserError
+from bkd_utils.common.files import UserError, check_writable
 from bkd_utils.common.measurements import key, path_of
 from bkd_utils.experiments import (  # noqa: F401 (an import registers the stages of a module)
     attention_safety_alignment,
@@ -49,11 +49,15 @@ def question(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def measure(name: str, arguments: Mapping[str, Any], *, folder: Path) -> Path:
     """Measure a call of a stage unless it is in the folder by the code that is here now; returns its file.
 
-    Nothing that ships is used, neither for the call itself nor for other stages that it needs.
+    Nothing that ships is used, neither for the call itself nor for other stages that it needs. Raises UserError for
+    a folder that cannot be written to.
     """
     target = place(folder, name, arguments)
     with environment(BKD_KEEP=str(folder), BKD_SHIPPED=""):
+        check_writable(folder)  # before anything is measured
         stage(name)(**arguments)
+    if not target.is_file():
+        raise UserError(f"{target} could not be written; is the disk full?")
     return target
 
 
