@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -195,6 +196,17 @@ def test_cells_come_in_order(source):
     names = [cell.id for cell in read_cells(None, source=source)]
     assert names == sorted(names)
     assert len(names) == 4
+
+
+def test_a_stage_on_an_organism_is_measured_again_while_the_organism_is_there(tiny_organism, tmp_path):
+    asked = {"organism": "tiny", "attack": "sentiment-word", "model": tiny_organism, "n": 2, "n_means": 2}
+    path = toys.measure(tmp_path / "shipped", stage="attribute_heads", changed={"code": "0" * 64}, **asked)
+    assert call(tmp_path / "shipped", tmp_path / "new")[0] == Remeasured(measured=1, already=0, failed=0)
+    assert toys.results(tmp_path / "new") == toys.results(tmp_path / "shipped")
+    shutil.rmtree(tmp_path / "organisms" / "tiny")
+    done, printed = call(tmp_path / "shipped", tmp_path / "two")
+    assert done == Remeasured(measured=0, already=0, failed=1)
+    assert f"attribute_heads/{path.stem} failed: unknown organism 'tiny'" in printed
 
 
 # --- a kill ---------------------------------------------------------------------------------------------------------
