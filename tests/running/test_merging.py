@@ -103,7 +103,7 @@ DAMAGED = {
     "other arrays": (other_arrays, "not the arrays"),
     "other arrays, hash and all": (other_arrays_with_their_hash, "was changed"),
     "another organism": (lambda path: toys.change(path, inputs={"organism": "7"}), "are those of"),
-    "another name": (lambda path: path.rename(path.with_name("0.json")), ""),
+    "another name": (lambda path: path.rename(path.with_name("0.json")), "0.safetensors is missing"),
 }
 
 
