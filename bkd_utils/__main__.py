@@ -140,6 +140,43 @@ def readme() -> None:
     pages.write()
 
 
+@app.command()
+def measure(
+    stage: Annotated[str, typer.Argument(help="Name of a stage, as attribute_heads.")],
+    arguments: Annotated[str, typer.Argument(help="Its arguments: a JSON object, or the path of a .json file.")],
+    folder: Annotated[Path | None, typer.Option(help="Where it is kept; work/measurements by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; as in the arguments by default.")] = None,
+) -> None:
+    """Measure one call of one stage, unless it is kept already, and print its file. Nothing that ships is used."""
+    from bkd_utils.common.cache import kept_folder
+    from bkd_utils.running import stages
+
+    given = stages.read_arguments(arguments) | ({"device": device} if device else {})
+    print(stages.measure(stage, given, folder=folder or kept_folder()))
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of measurements, as work/remeasured.")],
+    into: Annotated[Path | None, typer.Option(help="Where they are copied; work/measurements by default.")] = None,
+) -> None:
+    """Copy measurements of several folders into one. Two different results of one question are refused."""
+    from bkd_utils.common.cache import kept_folder
+    from bkd_utils.running import merging
+
+    target = into or kept_folder()
+    merged = merging.merge(folders, into=target)
+    console.print(f"{merged.copied} copied into {target}, {merged.already} there already", soft_wrap=True)
+
+
+@app.command()
+def restamp() -> None:
+    """Spot-check what ships and was measured by other code; what agrees counts as measured by the code of today."""
+    from bkd_utils.running import restamping
+
+    raise typer.Exit(bool(restamping.restamp(console=console).differing))
+
+
 def _show(frame) -> None:
     table = Table("", *map(str, frame.columns))
     for name, row in frame.iterrows():
