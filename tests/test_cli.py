@@ -40,7 +40,17 @@ def call(*arguments):
 def test_help_names_every_option_of_run():
     said = call("run", "--help")
     assert said.returncode == 0
-    for option in ("--profile", "--only", "--model", "--retrain", "--remeasure", "--shard", "--device", "--seed", "--list"):
+    for option in (
+        "--profile",
+        "--only",
+        "--model",
+        "--retrain",
+        "--remeasure",
+        "--shard",
+        "--device",
+        "--seed",
+        "--list",
+    ):
         assert option in said.stdout
 
 

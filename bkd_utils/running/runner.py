@@ -116,7 +116,7 @@ def run_all(
     try:
         write_json(WORK / "run.json", record)
         if publish:
-            publishing.publish_measurements({name: list(used[name].measurements) for name in passed}, kept=kept)
+            publishing.publish_measurements({name: used[name] for name in passed}, kept=kept)
             write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
             if (figures / "scorecard.json").is_file():
                 lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
