@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -61,9 +62,8 @@ def table(tmp_path, monkeypatch):
 )
 def test_a_fault_in_the_table_is_one_line_that_names_it(text, message, table):
     table(text)
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         spot_checks.spots()
-    assert str(caught.value).startswith(message)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -98,8 +98,19 @@ def test_every_value_has_its_place():
 
 @pytest.mark.parametrize(
     ("one", "other", "apart"),
-    [(1, 1.5, 0.5), (0.5, 0.25, 0.25), (True, 1, 0), (True, 0, 1), (True, False, 1), ("a", "a", 0), (None, None, 0)]
-    + [("a", "b", math.inf), (None, 0.0, math.inf), ("1", 1, math.inf), (None, "a", math.inf)],
+    [
+        (1, 1.5, 0.5),
+        (0.5, 0.25, 0.25),
+        (True, 1, 0),
+        (True, 0, 1),
+        (True, False, 1),
+        ("a", "a", 0),
+        (None, None, 0),
+        ("a", "b", math.inf),
+        (None, 0.0, math.inf),
+        ("1", 1, math.inf),
+        (None, "a", math.inf),
+    ],
 )
 def test_numbers_have_a_distance_and_other_values_are_equal_or_not(one, other, apart):
     assert difference(one, other) == difference(other, one) == apart
