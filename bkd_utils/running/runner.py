@@ -81,7 +81,7 @@ def run_all(
     table, limit = profile_parameters(profile, paths)
     kinds = ("figures", "executed", "ledgers")
     figures, executed, ledgers = (WORK / kind / profile / short_name(model) for kind in kinds)
-    kept = WORK / "remeasured" if remeasure else cache.kept_folder()
+    kept, ledgers = (WORK / "remeasured", ledgers / "remeasured") if remeasure else (cache.kept_folder(), ledgers)
     places = (publishing.MEASUREMENTS, FIGURES, files.NOTEBOOKS) if publish else ()
     files.check_writable(WORK, figures, executed, ledgers, kept, *places)
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_KEEP": str(kept.resolve())}
