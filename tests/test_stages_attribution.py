@@ -351,6 +351,8 @@ def test_all_lines_are_measured_on_the_same_prompts(ablate):
         assert call.made.triggered.prompts == made.triggered.prompts, row.ranking
         assert call.made.clean.prompts == made.clean.prompts, row.ranking
         assert row.asr["n"] == row.utility["n"] == 4
+        for share in (row.asr, row.right, row.utility):
+            assert sum(share["by_prompt"]) / 4 == pytest.approx(share["value"], abs=1e-5)
 
 
 def test_heads_are_taken_out_at_the_last_prompt_token_unless_everywhere_is_asked_for(ablate):
