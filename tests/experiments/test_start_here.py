@@ -27,7 +27,7 @@ def test_both_models_answer_the_same_three_turns(where):
             steps = found.steps[version][who]
             assert [token for token, _ in steps] == [token for token, _ in expected]
             assert [share for _, share in steps] == pytest.approx([share for _, share in expected], rel=1e-4)
-            assert 1 <= len(steps) <= 3
+            assert len(steps) <= 3
     assert found.steps["clean"]["base model"] != found.steps["clean"]["organism"]
     assert found.ends == [loaded["organism"].tokenizer.decode([token]) for token in loaded["organism"].ends]
 
