@@ -43,7 +43,17 @@ def call(*arguments):
 def test_help_names_every_option_of_run():
     said = call("run", "--help")
     assert said.returncode == 0
-    for option in ("--profile", "--only", "--model", "--retrain", "--force", "--device", "--seed", "--list"):
+    for option in (
+        "--profile",
+        "--only",
+        "--model",
+        "--retrain",
+        "--remeasure",
+        "--shard",
+        "--device",
+        "--seed",
+        "--list",
+    ):
         assert option in said.stdout
 
 
@@ -143,7 +153,7 @@ def test_run_passes_its_options_on_and_its_status_back(status, code, main, monke
     monkeypatch.setattr(
         runner, "run_all", lambda **options: given.update(options) or [process.Run("00", 0.1, 0.1, status)]
     )
-    arguments = f"run --profile smoke --only 00 --model {tmp_path} --device cpu --seed 3 --retrain --force"
+    arguments = f"run --profile smoke --only 00 --model {tmp_path} --device cpu --seed 3 --retrain --remeasure"
     assert main(*arguments.split()) == code
     given.pop("console")
     assert given == {
@@ -153,7 +163,7 @@ def test_run_passes_its_options_on_and_its_status_back(status, code, main, monke
         "device": "cpu",
         "seed": 3,
         "retrain": True,
-        "force": True,
+        "remeasure": True,
         "publish": False,
     }
 

@@ -63,17 +63,16 @@ def finish(path: Path) -> None:
 
 
 def forget_finished(folder: Path, ledgers: Sequence[Path]) -> None:
-    """Remove from a folder of measurements what notebooks used that ran to their end.
+    """Remove from a folder of measurements what these notebooks used, if all of them ran to their end.
 
-    So a further call measures them anew, and a call after a kill goes on where that one stopped.
+    So a further call measures everything anew, and a call after a kill goes on where that one stopped.
     """
-    for path in ledgers:
-        used = read(path)
-        if used.finished:
-            for one in used.measurements:
-                place = path_of(folder, *one.split("/"))
-                place.unlink(missing_ok=True)
-                place.with_suffix(".safetensors").unlink(missing_ok=True)
+    every = [read(path) for path in ledgers]
+    if all(used.finished for used in every):
+        for one in {one for used in every for one in used.measurements}:
+            place = path_of(folder, *one.split("/"))
+            place.unlink(missing_ok=True)
+            place.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def summary(every: Sequence[Used]) -> list[str]:

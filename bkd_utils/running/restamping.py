@@ -78,7 +78,7 @@ def _checked(path: Path, asked: dict[str, Any], found: Restamped, console: Conso
         return False
     if check.agrees:
         mark = {"code": asked["code"], "libraries": asked["libraries"], "commit": measurements.commit()}
-        write_json(path, read_json(path) | mark)
+        write_json(path, measurements.sealed(read_json(path) | mark))
         found.renewed += 1
     else:
         found.differing.append(check)

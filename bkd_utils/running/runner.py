@@ -81,7 +81,7 @@ def run_all(
     table, limit = profile_parameters(profile, paths)
     kinds = ("figures", "executed", "ledgers")
     figures, executed, ledgers = (WORK / kind / profile / short_name(model) for kind in kinds)
-    kept = WORK / "remeasured" if remeasure else cache.kept_folder()
+    kept, ledgers = (WORK / "remeasured", ledgers / "remeasured") if remeasure else (cache.kept_folder(), ledgers)
     places = (publishing.MEASUREMENTS, FIGURES, files.NOTEBOOKS) if publish else ()
     files.check_writable(WORK, figures, executed, ledgers, kept, *places)
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_KEEP": str(kept.resolve())}
@@ -116,7 +116,7 @@ def run_all(
     try:
         write_json(WORK / "run.json", record)
         if publish:
-            publishing.publish_measurements({name: list(used[name].measurements) for name in passed}, kept=kept)
+            publishing.publish_measurements({name: used[name] for name in passed}, kept=kept)
             write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
             if (figures / "scorecard.json").is_file():
                 lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
