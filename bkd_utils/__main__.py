@@ -35,9 +35,7 @@ def run(
     model: Model = DEFAULT,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train organisms even if they ship.")] = False,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Use nothing that ships, measure everything.")] = False,
-    shard: Annotated[
-        str | None, typer.Option(help="With --remeasure: only part K/N of what ships, no notebooks.")
-    ] = None,
+    shard: Annotated[str | None, typer.Option(help="With --remeasure: part K/N of what ships, no notebook.")] = None,
     device: Device = "auto",
     seed: Seed = 0,
     publish: Annotated[bool, typer.Option("--publish", help="Write outputs to notebooks/ and figures/.")] = False,
@@ -51,9 +49,14 @@ def run(
         return
     from bkd_utils.common import assets
     from bkd_utils.models import folders, loading
-    from bkd_utils.running import runner
+    from bkd_utils.running import publishing, remeasuring, runner
 
-    runner.profile_parameters(profile, notebooks.select(only))  # bad options are reported before anything is fetched
+    paths = notebooks.select(only)
+    runner.profile_parameters(profile, paths)  # bad options are reported before anything is fetched
+    if shard is not None:
+        remeasuring.parse_shard(shard)
+        if not remeasure or publish or (profile, model, seed, retrain) != ("laptop", DEFAULT, 0, False):
+            raise UserError(f"--shard {shard}: a part of what ships is measured with --remeasure and no other options")
     loading.pick_device(device)
     with console.status("fetching model and data, once"):
         for name in assets.sources():
@@ -61,6 +64,10 @@ def run(
                 assets.fetch(name)
         folder = folders.model_folder(model)
         folders.check_folder(folder)
+    if shard is not None:
+        ids = publishing.shipped_by([path.stem for path in paths])
+        ended = remeasuring.remeasure(ids, shard=shard, device=device, console=console)
+        raise typer.Exit(bool(ended.failed))
     model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
     runs = runner.run_all(**chosen, retrain=retrain, remeasure=remeasure, publish=publish, console=console)

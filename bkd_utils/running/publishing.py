@@ -1,7 +1,7 @@
 """Copy what a run made to where it is committed: outputs, figures, scorecard, measurements and their index."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bkd_utils.common import measurements
@@ -50,6 +50,12 @@ def index_of(folder: Path) -> dict[str, list[str]]:
     """Notebook -> ids of the measurements that it uses; empty where nothing ships."""
     path = folder / "index.json"
     return read_json(path) if path.is_file() else {}
+
+
+def shipped_by(names: Sequence[str]) -> list[str]:
+    """Ids of the shipped measurements that these notebooks use."""
+    index = index_of(MEASUREMENTS)
+    return sorted({one for name in names for one in index.get(name, [])})
 
 
 def write_readme(folder: Path) -> None:

@@ -24,7 +24,7 @@ from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import short_name
 from bkd_utils.reports import scorecard
-from bkd_utils.running import ledger, notebooks, publishing
+from bkd_utils.running import ledger, notebooks, publishing, remeasuring
 from bkd_utils.running.ledger import Used
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run, run_notebook
@@ -88,6 +88,9 @@ def run_all(
     environment |= {"BKD_SHIPPED": ""} if remeasure else {}
     if remeasure:
         ledger.forget_finished(kept, [ledgers / f"{path.stem}.jsonl" for path in paths])
+        ids = publishing.shipped_by([path.stem for path in paths])
+        if ids and _is_published(profile, common):  # with a time left, which notebooks cannot tell
+            remeasuring.remeasure(ids, folder=kept, console=console)
     started, runs, used = time.strftime("%Y-%m-%dT%H:%M:%S"), [], {}
     for path in paths:
         before, gflops, began = _figures(figures), speed(), time.monotonic()
