@@ -87,7 +87,7 @@ def run_all(
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_KEEP": str(kept.resolve())}
     environment |= {"BKD_SHIPPED": ""} if remeasure else {}
     if remeasure:
-        ledger.forget_finished(kept, [ledgers / f"{path.stem}.jsonl" for path in paths])
+        ledger.forget_finished(kept, [ledgers / f"{path.stem}.jsonl" for path in paths], others=only is not None)
         ids = publishing.shipped_by([path.stem for path in paths])
         if ids and _is_published(profile, common):  # with a time left, which notebooks cannot tell
             remeasuring.remeasure(ids, folder=kept, console=console)
@@ -104,8 +104,6 @@ def run_all(
                 run = run_notebook(path, parameters=given, **options, on_cell=on_cell)
             after, used[path.stem] = _figures(figures), ledger.read(book)
             run = replace(run, figures=[name for name in after if before.get(name) != after[name]], gflops=gflops)
-            if run.status == "ok":
-                ledger.finish(book)
             if run.status == "ok" and publish:
                 publishing.publish_notebook(executed / path.name, path, figures=figures, names=run.figures)
         except (OSError, NotebookError) as error:  # a full disk, or a notebook that was edited; the others go on
@@ -124,6 +122,8 @@ def run_all(
             if (figures / "scorecard.json").is_file():
                 lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
                 write_json(FIGURES / "scorecard.json", lines)
+        for name in passed:
+            ledger.finish(ledgers / f"{name}.jsonl")
     except OSError as error:
         raise files.UserError(f"the record of the run could not be written: {error}") from error
     return runs

@@ -131,9 +131,19 @@ def files(folder):
 def test_what_notebooks_used_is_forgotten_once_all_of_them_ran_to_their_end(remeasured, tmp_path):
     for path in remeasured:
         ledger.finish(path)
-    ledger.forget_finished(tmp_path, remeasured)
+    ledger.forget_finished(tmp_path, remeasured, others=True)
     assert files(tmp_path) == ["other/x.json", "other/x.safetensors"]
-    ledger.forget_finished(tmp_path, remeasured)  # what is gone already is no error
+    ledger.forget_finished(tmp_path, remeasured, others=True)  # what is gone already is no error
+
+
+def test_without_other_notebooks_everything_is_forgotten_once_all_ran_to_their_end(remeasured, tmp_path):
+    folder = tmp_path / "toy"
+    ledger.forget_finished(folder, remeasured, others=False)
+    assert folder.is_dir()
+    for path in remeasured:
+        ledger.finish(path)
+    ledger.forget_finished(folder, remeasured, others=False)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("finished", [[], [0], [1]])
@@ -141,12 +151,12 @@ def test_nothing_is_forgotten_while_one_of_them_did_not(finished, remeasured, tm
     before = files(tmp_path)
     for number in finished:
         ledger.finish(remeasured[number])
-    ledger.forget_finished(tmp_path, remeasured)
-    ledger.forget_finished(tmp_path, [*remeasured, tmp_path / "ledgers" / "03.jsonl"])
+    ledger.forget_finished(tmp_path, remeasured, others=True)
+    ledger.forget_finished(tmp_path, [*remeasured, tmp_path / "ledgers" / "03.jsonl"], others=True)
     assert files(tmp_path) == before
 
 
 def test_a_notebook_alone_is_forgotten_alone(remeasured, tmp_path):
     ledger.finish(remeasured[0])
-    ledger.forget_finished(tmp_path, remeasured[:1])
+    ledger.forget_finished(tmp_path, remeasured[:1], others=True)
     assert files(tmp_path) == ["other/x.json", "other/x.safetensors", "toy/b.json", "toy/b.safetensors"]
