@@ -34,12 +34,14 @@ LIMIT = 120  # seconds for one cell
 @dataclass(frozen=True)
 class Replay:
     """What came out of one notebook. `notebook` is what would be published, with the stored outputs in its live cells;
-    `figures` the folder of what it drew; `used` the ids of the measurements it asked for; `reason` why it stopped."""
+    `figures` the folder of what it drew; `used` the ids of the measurements it asked for; `ran` how many of its code
+    cells ran or are live; `reason` why it stopped before its end."""
 
     path: Path
     notebook: NotebookNode
     figures: Path
     used: list[str] = field(default_factory=list)
+    ran: int = 0
     reason: str = ""
 
 
@@ -112,26 +114,25 @@ async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manag
     original, figures = notebooks.read(path), folder / path.stem
     ledger = figures / "ledger.jsonl"
     figures.mkdir(parents=True, exist_ok=True)
-    book, reason = _marked(original, given, {"BKD_FIGURES": str(figures), "BKD_LEDGER": str(ledger)}), ""
-    client, count = NotebookClient(book, km=manager, timeout=LIMIT), 0
+    book = _marked(original, given, {"BKD_FIGURES": str(figures), "BKD_LEDGER": str(ledger)})
+    client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT), 0, ""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     async with client.async_setup_kernel(cwd=str(ROOT), env=_environment(folder), **quiet):
         try:
             for index, cell in enumerate(book.cells):
-                if cell.cell_type != "code":
-                    continue
-                count += ADDED not in cell.metadata.get("tags", [])
-                if not is_live(cell):
-                    await client.async_execute_cell(cell, index)
+                if cell.cell_type == "code":
+                    if not is_live(cell):
+                        await client.async_execute_cell(cell, index)
+                    ran += ADDED not in cell.metadata.get("tags", [])
         except CellExecutionError as error:
-            reason = f"cell [{count}] raises {error.ename}: {error.evalue}"
+            reason = f"{error.ename}: {error.evalue}"
         except (DeadKernelError, TimeoutError) as error:
-            reason = f"cell [{count}] did not end: {error}"
+            reason = f"{type(error).__name__}: {error}"
         if client.kc is not None:
             client.kc.stop_channels()
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     used = sorted({json.loads(line)["id"] for line in lines})
-    return Replay(path, notebooks.published(book, original), figures, used, reason)
+    return Replay(path, notebooks.published(book, original), figures, used, ran, reason)
 
 
 def _marked(original: NotebookNode, given: Mapping[str, Any], environment: Mapping[str, str]) -> NotebookNode:
