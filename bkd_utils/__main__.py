@@ -34,7 +34,10 @@ def run(
     only: Annotated[str | None, typer.Option(help="Notebooks by number, e.g. 01,03.")] = None,
     model: Model = DEFAULT,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train organisms even if they ship.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Measure again what is already kept.")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Use nothing that ships, measure everything.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="With --remeasure: only part K/N of what ships, no notebooks.")
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     publish: Annotated[bool, typer.Option("--publish", help="Write outputs to notebooks/ and figures/.")] = False,
@@ -60,7 +63,7 @@ def run(
         folders.check_folder(folder)
     model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
-    runs = runner.run_all(**chosen, retrain=retrain, force=force, publish=publish, console=console)
+    runs = runner.run_all(**chosen, retrain=retrain, remeasure=remeasure, publish=publish, console=console)
     raise typer.Exit(any(entry.status != "ok" for entry in runs))
 
 
