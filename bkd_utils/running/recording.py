@@ -19,7 +19,7 @@ HASHES = "hashes.json"  # in `data`
 
 
 def live_outputs(path: Path) -> dict[str, Any]:
-    """Number of each live cell of a notebook -> its outputs; name -> content or hash of figures that these cells save."""
+    """Number of a live cell -> its outputs; name -> content or hash of a figure that such a cell saves."""
     found: dict[str, Any] = {"cells": {}, "figures": {}}
     for number, cell in enumerate(code_cells(notebooks.read(path)), start=1):
         if is_live(cell):
@@ -50,6 +50,12 @@ def made_files() -> list[Path]:
     """Files in `data` that a program made and whose numbers no other file beside them repeats in full."""
     cards = [path for name in ("card.json", "history.json") for path in ADAPTERS.glob(f"*/{name}")]
     return sorted([*cards, *(DATA / "answers").glob("*.json"), *measurements.paths(DATA / "measurements")])
+
+
+def record() -> None:
+    """Put on record everything that is stored now: `record_live` of all notebooks, and `record_hashes`."""
+    record_live(notebooks.all_notebooks())
+    record_hashes()
 
 
 def record_live(paths: Iterable[Path]) -> None:

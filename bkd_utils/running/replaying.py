@@ -6,7 +6,6 @@ they can be run again within seconds, and must give what is stored.
 
 import asyncio
 import copy
-import json
 import os
 import subprocess
 from collections import deque
@@ -23,7 +22,7 @@ from nbformat import NotebookNode
 from bkd_utils.common.files import FIGURES, ROOT, read_json, write_json
 from bkd_utils.common.measurements import shipped_folder
 from bkd_utils.reports import scorecard
-from bkd_utils.running import notebooks
+from bkd_utils.running import ledger, notebooks
 
 LIVE = "live"
 ADDED = "injected-parameters"  # `notebooks.published` leaves out cells with this tag
@@ -112,9 +111,9 @@ def _environment(folder: Path) -> dict[str, str]:
 
 async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manager: Any) -> Replay:
     original, figures = notebooks.read(path), folder / path.stem
-    ledger = figures / "ledger.jsonl"
+    lines = figures / "ledger.jsonl"
     figures.mkdir(parents=True, exist_ok=True)
-    book = _marked(original, given, {"BKD_FIGURES": str(figures), "BKD_LEDGER": str(ledger)})
+    book = _marked(original, given, {"BKD_FIGURES": str(figures), "BKD_LEDGER": str(lines)})
     client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT), 0, ""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     async with client.async_setup_kernel(cwd=str(ROOT), env=_environment(folder), **quiet):
@@ -130,8 +129,7 @@ async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manag
             reason = f"{type(error).__name__}: {error}"
         if client.kc is not None:
             client.kc.stop_channels()
-    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
-    used = sorted({json.loads(line)["id"] for line in lines})
+    used = sorted(ledger.read(lines).measurements)
     return Replay(path, notebooks.published(book, original), figures, used, ran, reason)
 
 

@@ -13,6 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from bkd_utils.common import assets, measurements
 from bkd_utils.common.files import ADAPTERS, ASSETS, DATA, FIGURES, ROOT, read_json, sha256_file
 from bkd_utils.models.folders import DEFAULT_MODEL
@@ -24,23 +27,37 @@ from bkd_utils.running import notebooks
 from bkd_utils.running.comparing import Comparison
 from bkd_utils.running.recording import HASHES, LIVE_OUTPUTS, live_outputs, made_files
 from bkd_utils.running.replaying import Replay, code_cells, is_live, replay
+from bkd_utils.running.runner import profile_parameters
 
 FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # of a file with a wrong content
 
 
-def quick(
-    *, parameters: Callable[[list[Path]], dict], on_done: Callable[[Replay], None] = lambda _: None
-) -> list[Comparison]:
-    """Everything that can be compared without a model. `parameters` gives those of notebooks, by their names."""
-    return asyncio.run(_quick(parameters, on_done))
+def quick(on_done: Callable[[Replay], None] = lambda _: None) -> list[Comparison]:
+    """Everything that can be compared without a model; `on_done` is told of every notebook that was replayed."""
+    return asyncio.run(_quick(on_done))
 
 
-async def _quick(parameters: Callable, on_done: Callable) -> list[Comparison]:
+async def _quick(on_done: Callable[[Replay], None]) -> list[Comparison]:
     paths = notebooks.all_notebooks()
+    given, _ = profile_parameters("laptop", paths)  # those of the committed run
     with tempfile.TemporaryDirectory(prefix="bkd-verify-") as folder:
-        running = replay(paths, folder=Path(folder), parameters=parameters(paths), on_done=on_done)
+        running = replay(paths, folder=Path(folder), parameters=given, on_done=on_done)
         replays, stored = await asyncio.gather(running, asyncio.to_thread(check_files))
         return [*stored, *check_replays(replays)]
+
+
+def report(done: Sequence[Comparison], console: Console) -> int:
+    """Print a line for each finding and one for each kind of comparison; returns how many findings there are."""
+    for one in done:
+        for finding in one.findings:
+            console.print(finding, style="red", markup=False, highlight=False, soft_wrap=True)
+    table = Table("kind", "compared", "wrong")
+    for one in done:
+        table.add_row(one.kind, str(one.compared), str(len(one.findings) or ""))
+    console.print(table)
+    faults = sum(len(one.findings) for one in done)
+    console.print(f"{faults} findings" if faults else "everything is what it should be")
+    return faults
 
 
 def check_files() -> list[Comparison]:
@@ -53,8 +70,10 @@ def named(found: Comparison, place: Path | str) -> Iterator[None]:
     """A file that is missing or broken is a finding, and the others go on."""
     try:
         yield
+    except FileNotFoundError:
+        found.wrong(short(place), "a file is missing")
     except FAULTS as error:
-        found.wrong(short(place), f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error)
+        found.wrong(short(place), f"has no {error}" if isinstance(error, KeyError) else error)
 
 
 def short(path: Path | str) -> str:
@@ -145,6 +164,9 @@ def check_pages() -> Comparison:
                 text = (ROOT / page).read_text(encoding="utf-8")
                 source = f"{short(FIGURES / 'scorecard.json')} and {short(ADAPTERS)}/*/card.json"
                 found.texts(text, tables.with_tables(text, parts), place=page, source=source)
+    with named(found, run := FIGURES / "run.json"):
+        for page, (said, measured) in pages.timings().items():
+            found.values(said, measured, place=f"{page}, minutes and GiB", source=short(run))
     return found
 
 
