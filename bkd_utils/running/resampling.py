@@ -55,9 +55,10 @@ def measure_again(*, share: float, seed: int, device: str = "auto", say: Callabl
     for number, one in enumerate(drawn, start=1):
         say(f"{number} of {len(drawn)}: {one.id}")
         given = one.arguments | ({"device": device} if "device" in one.arguments else {})
-        path = stages.measure(one.stage, given, folder=WORK / "verified")
+        path = stages.place(WORK / "verified", one.stage, given)
         if path.stem != one.key:
-            raise UserError(f"{one.id}: other models, attacks or tables are here, by which it is {path.stem}")
+            raise UserError(f"{one.id}: other models, attacks or tables are here than those it was measured on")
+        stages.measure(one.stage, given, folder=WORK / "verified")
         done.append(Again(one, measurements.read(path)))
     return done
 

@@ -56,7 +56,7 @@ def report(done: Sequence[Comparison], console: Console) -> int:
         table.add_row(one.kind, str(one.compared), str(len(one.findings) or ""))
     console.print(table)
     faults = sum(len(one.findings) for one in done)
-    console.print(f"{faults} findings" if faults else "everything is what it should be")
+    console.print(f"findings: {faults}" if faults else "everything is what it should be")
     return faults
 
 
@@ -70,8 +70,8 @@ def named(found: Comparison, place: Path | str) -> Iterator[None]:
     """A file that is missing or broken is a finding, and the others go on."""
     try:
         yield
-    except FileNotFoundError:
-        found.wrong(short(place), "a file is missing")
+    except FileNotFoundError as error:
+        found.wrong(short(place), f"{short(Path(error.filename or place))} is missing")
     except FAULTS as error:
         found.wrong(short(place), f"has no {error}" if isinstance(error, KeyError) else error)
 

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from patching import everywhere
 from rich.console import Console
+from typer.testing import CliRunner
 
+from bkd_utils.__main__ import app
 from bkd_utils.common import assets, files, measurements
 from bkd_utils.common.files import sha256_file, write_json
 from bkd_utils.reports import pages
 from bkd_utils.running import notebooks, recording, replaying, verifying
+from bkd_utils.running.comparing import Comparison
 
 ROOT = files.ROOT
 COPIED = ("README.md", "notebooks/pages/scorecard.md", "notebooks/pages/organisms.md", "notebooks/pages/timings.md")
@@ -263,7 +266,9 @@ def test_a_figure_that_no_notebook_draws_and_one_that_is_missing_are_found(check
 
     lines = found(moved)
     assert "figures/01_other.png: no notebook draws it" in lines
-    assert [f"figures/01_toy.{kind}: a file is missing" in lines for kind in ("json", "png", "svg")] == [True] * 3
+    assert [f"figures/01_toy.{kind}: figures/01_toy.{kind} is missing" in lines for kind in ("json", "png", "svg")] == [
+        True
+    ] * 3
 
 
 def test_a_figure_that_a_live_cell_saves_is_on_record(checkout):
@@ -327,3 +332,17 @@ def test_what_a_record_lacks_is_found(checkout):
     (line,) = verifying.check_hashes().findings
     assert line.startswith("data/answers/4567.json: sha256 ")
     assert "should be a file on record" in line
+
+
+def test_the_command_ends_red_with_the_number_of_findings(monkeypatch):
+    done = [Comparison("things"), Comparison("others")]
+    done[1].same(1, 2, place="a.json", source="b.json")
+    monkeypatch.setattr(verifying, "quick", lambda: done)
+    monkeypatch.setattr(assets, "fetch", lambda name: None)
+    ended = CliRunner().invoke(app, ["verify", "--quick"])
+    assert ended.exit_code == 1
+
+    assert "a.json: 1, should be 2 (from b.json)\n" in ended.output
+    assert "findings: 1" in ended.output
+    done[1].findings.clear()
+    assert CliRunner().invoke(app, ["verify", "--quick"]).exit_code == 0
