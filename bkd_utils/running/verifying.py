@@ -23,7 +23,7 @@ from bkd_utils.models.loading import check_adapter, read_card
 from bkd_utils.organisms import cards
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.reports import pages, tables
-from bkd_utils.running import notebooks
+from bkd_utils.running import notebooks, publishing
 from bkd_utils.running.comparing import Comparison
 from bkd_utils.running.recording import HASHES, LIVE_OUTPUTS, live_outputs, made_files
 from bkd_utils.running.replaying import Replay, code_cells, is_live, replay
@@ -82,7 +82,7 @@ def short(path: Path | str) -> str:
 
 
 def check_measurements() -> Comparison:
-    """Every measurement is whole, and the index names those that are there."""
+    """Every measurement is whole, the index names those that are there, and the text beside them counts them."""
     found, folder = Comparison("measurements"), measurements.shipped_folder()
     if folder is None:
         return found
@@ -97,9 +97,11 @@ def check_measurements() -> Comparison:
         ids = {f"{path.parent.name}/{path.stem}" for path in there}
         for name in sorted(listed | ids):
             what = {True: "names it", False: "does not name it"}
-            found.same(
-                what[name in listed], what[name in ids], place=f"{short(index)}, {name}", source="the files there"
-            )
+            place = f"{short(index)}, {name}"
+            found.same(what[name in listed], what[name in ids], place=place, source="the files there")
+    with named(found, text := folder / publishing.README):
+        made = publishing.readme(folder)
+        found.texts(text.read_text(encoding="utf-8"), made, place=short(text), source="the files beside it")
     return found
 
 
