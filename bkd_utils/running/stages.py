@@ -49,11 +49,14 @@ def question(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def measure(name: str, arguments: Mapping[str, Any], *, folder: Path) -> Path:
     """Measure a call of a stage unless it is in the folder by the code that is here now; returns its file.
 
-    Nothing that ships is used, neither for the call itself nor for other stages that it needs.
+    Nothing that ships is used, neither for the call itself nor for other stages that it needs. Raises UserError if the
+    file cannot be written.
     """
     target = place(folder, name, arguments)
     with environment(BKD_KEEP=str(folder), BKD_SHIPPED=""):
         stage(name)(**arguments)
+    if not target.is_file():
+        raise UserError(f"{target} could not be written")
     return target
 
 
