@@ -80,7 +80,7 @@ class Comparison:
         self.same([kind(one) for one in found], [kind(one) for one in wanted], place=place, source=source)
         for number, (one, other) in enumerate(zip(found, wanted, strict=False), start=1):
             ours, theirs = content(one), content(other)
-            for mime in ours.keys() & theirs.keys():
+            for mime in sorted(ours.keys() & theirs.keys()):
                 how = self.pictures if isinstance(ours[mime], bytes) else self.texts
                 how(ours[mime], theirs[mime], place=f"{place}, output {number}, {mime}", source=source)
 

@@ -233,7 +233,7 @@ def check_scorecard(replays: Sequence[Replay]) -> Comparison:
         for one in replays[:-1] if len(replays) > 1 else replays:
             written = one.figures / "scorecard.json"
             made |= {row["id"]: (row, short(one.path)) for row in (read_json(written) if written.is_file() else [])}
-        for name in rows.keys() | made.keys():
+        for name in sorted(rows.keys() | made.keys()):
             place = f"{short(path)}, {name}"
             if name in rows and name in made:
                 found.values(rows[name], made[name][0], place=place, source=f"{made[name][1]} replayed")
@@ -259,7 +259,7 @@ def check_outputs(replays: Sequence[Replay]) -> list[Comparison]:
             now, wanted = live_outputs(one.path), known.get(one.path.stem, {"cells": {}, "figures": {}})
             source = f"{short(record)}, {one.path.stem}"
             _live_cells(live, now["cells"], wanted["cells"], short(one.path), source)
-            for name in now["figures"].keys() | wanted["figures"].keys():
+            for name in sorted(now["figures"].keys() | wanted["figures"].keys()):
                 ours, theirs = ({name: each["figures"].get(name)} for each in (now, wanted))
                 live.values(ours[name], theirs[name], place=short(FIGURES / name), source=source)
     return [found, live]
@@ -271,5 +271,5 @@ def _live_cells(found: Comparison, now: dict, wanted: dict, place: str, source: 
         where, ours, theirs = f"{place}, cell [{number}]", now.get(number, []), wanted.get(number, [])
         found.same([list(one) for one in ours], [list(one) for one in theirs], place=where, source=source)
         for count, (one, other) in enumerate(zip(ours, theirs, strict=False), start=1):
-            for mime in one.keys() & other.keys():
+            for mime in sorted(one.keys() & other.keys()):
                 found.texts(one[mime], other[mime], place=f"{where}, output {count}, {mime}", source=source)

@@ -190,7 +190,7 @@ PLACES = {
              base64.b64encode(picture(21)).decode(),
              "notebooks/01_toy.ipynb, cell [3], output 3, image/png, line 1: sha256 "),
     "text beside measurements": ("data/measurements/README.md", "| 0.2 |", "| 0.3 |",
-             "data/measurements/README.md, line 20, number 4: 0.3, should be 0.2 (from the files beside it)"),
+             ", number 3: 0.3, should be 0.2 (from the files beside it)"),
     "index": ("data/measurements/index.json", "toy_stage/", "toy_stage/0", "data/measurements/index.json, toy_stage/0"),
 }  # fmt: skip
 
