@@ -181,7 +181,7 @@ def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: A
     except (TypeError, ValueError) as error:
         raise type(error)(f"stage {asked['stage']}: {error}") from error
     made = {"version": 1, "commit": measurements.commit(), "seconds": round(time.monotonic() - started, 2)}
-    one = Measurement.model_construct(**asked, **made, digest=digest(result), arrays=None, result=result)
+    one = Measurement.model_construct(**asked, **made, digest=digest(result), arrays=None, seal="", result=result)
     try:
         measurements.write(kept_folder(), one)
     except OSError as error:

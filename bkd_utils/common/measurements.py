@@ -50,7 +50,10 @@ class Machine(Table):
 
 
 class Measurement(Table):
-    """One result of one stage. `digest` is the hash of `result`, `arrays` that of the file beside it, or None."""
+    """One result of one stage.
+
+    `digest` is the hash of `result`, `arrays` that of the file beside it, or None, and `seal` that of everything else.
+    """
 
     version: Literal[1]
     stage: Name
@@ -63,6 +66,7 @@ class Measurement(Table):
     seconds: float
     digest: Hash
     arrays: Hash | None
+    seal: Hash
     result: Any
 
     @property
@@ -88,6 +92,12 @@ def digest(result: Any) -> str:
     return sha256_text(canonical_json(result))
 
 
+def sealed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file with the seal that belongs to them."""
+    rest = {name: value for name, value in given.items() if name not in ("seal", "result")}
+    return dict(given) | {"seal": sha256_text(canonical_json(rest))}
+
+
 def write(folder: Path, one: Measurement) -> Path:
     """Write a measurement, arrays first, so that a JSON file always finds its arrays.
 
@@ -101,7 +111,7 @@ def write(folder: Path, one: Measurement) -> Path:
     given = one.model_dump() | {"result": _taken_out(one.result, arrays, ""), "arrays": None}
     beside = path.with_suffix(".safetensors")
     if not arrays:
-        write_json(path, given)
+        write_json(path, sealed(given))
         beside.unlink(missing_ok=True)
         return path
     content = save(arrays)
@@ -110,7 +120,7 @@ def write(folder: Path, one: Measurement) -> Path:
     while written != given["arrays"]:  # another process may have put its arrays under this JSON file in the meantime
         with atomic_path(beside) as temporary:
             temporary.write_bytes(content)
-        write_json(path, given)
+        write_json(path, sealed(given))
         written = sha256_file(beside)
     return path
 
@@ -130,6 +140,8 @@ def read(path: Path) -> Measurement:
         found, name = digest(one.result), (one.stage, one.key)
     except ValueError as error:  # NaN, which JSON files of Python may hold
         raise ValueError(f"{path}: {error}") from error
+    if (seal := sealed(given)["seal"]) != one.seal:
+        raise ValueError(f"{path}: fields were changed since it was written (hash {seal[:12]}, not {one.seal[:12]})")
     if found != one.digest:
         raise ValueError(f"{path}: result was changed since it was written (hash {found[:12]}, not {one.digest[:12]})")
     if (path.parent.name, path.stem) != name:

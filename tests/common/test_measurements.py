@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from bkd_utils.common import measurements
-from bkd_utils.common.files import read_json, sha256_file, sha256_text
-from bkd_utils.common.measurements import Machine, Measurement, digest, key, paths, read, write
+from bkd_utils.common.files import read_json, sha256_file, sha256_text, write_json
+from bkd_utils.common.measurements import Machine, Measurement, digest, key, paths, read, sealed, write
 
 MACHINE = Machine(processor="x86_64 AVX2", cores=2, device="cpu", fast_bf16=False)
 LARGE = [[0.5 * i, -1.5 * i] for i in range(40)]
@@ -27,7 +27,9 @@ def made(result, **fields):
         "inputs": {"adapters": ["a" * 64]},
     }
     given |= {"code": "b" * 64, "commit": None, "libraries": {"torch": "2"}, "machine": MACHINE, "seconds": 1.25}
-    return Measurement.model_construct(**given | {"digest": digest(result), "arrays": None, "result": result} | fields)
+    return Measurement.model_construct(
+        **given | {"digest": digest(result), "arrays": None, "seal": "", "result": result} | fields
+    )
 
 
 def same(one, other):
@@ -113,10 +115,22 @@ def test_keys_with_slashes_do_not_share_an_array(tmp_path):
     assert read(write(tmp_path, made(result))).result == result
 
 
+@pytest.mark.parametrize("change", [{"seconds": 9.5}, {"commit": "a" * 40}, {"libraries": {"torch": "3"}}])
+def test_a_changed_field_that_is_no_result_is_found(tmp_path, change):
+    file = write(tmp_path, made(LARGE))
+    write_json(file, read_json(file) | change)
+    with pytest.raises(ValueError, match=rf"{file}: fields were changed since it was written"):
+        read(file)
+    write_json(file, sealed(read_json(file)))
+    found = read(file)
+    assert {name: getattr(found, name) for name in change} == change
+
+
 def test_all_fields_come_back(tmp_path):
     one = made(LARGE, commit="f" * 40 + "+", seconds=0.1 + 0.2)
     back = read(write(tmp_path, one))
-    assert back.model_dump(exclude={"arrays"}) == one.model_dump(exclude={"arrays"})
+    made_of_it = {"arrays", "seal"}
+    assert back.model_dump(exclude=made_of_it) == one.model_dump(exclude=made_of_it)
     assert back.machine == MACHINE
     assert back.id == f"squares/{back.key}" == one.id
 

@@ -47,7 +47,7 @@ def done(tmp_path_factory):
 
 
 def printed(one):
-    return ["".join(output.text for output in cell.outputs) for cell in replaying.code_cells(one.notebook)]
+    return ["".join(output.get("text", "") for output in cell.outputs) for cell in replaying.code_cells(one.notebook)]
 
 
 def test_live_cells_do_not_run_and_keep_what_is_stored(done):
