@@ -148,6 +148,33 @@ def readme() -> None:
 
 
 @app.command()
+def verify(
+    quick: Annotated[bool, typer.Option("--quick", help="Only what needs no model: at most a minute.")] = False,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Share of the measurements that is measured anew.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed by which these are drawn.")] = 0,
+    device: Device = "auto",
+    record: Annotated[
+        bool, typer.Option("--record", help="Put on record what cannot be made again, and stop.")
+    ] = False,
+) -> None:
+    """Hold every committed number against the file that it comes from, and measure some of them anew."""
+    from bkd_utils.common import assets
+    from bkd_utils.running import recording, resampling, verifying
+
+    if record:
+        recording.record()
+        return
+    for name in assets.sources():
+        assets.fetch(name)
+    with console.status("replaying the notebooks"):
+        faults = verifying.report(verifying.quick(), console)
+    if not quick:
+        again = resampling.measure_again(share=share, seed=seed, device=device, say=console.print)
+        faults += resampling.report(again, console)
+    raise typer.Exit(bool(faults))
+
+
+@app.command()
 def measure(
     stage: Annotated[str, typer.Argument(help="Name of a stage, as attribute_heads.")],
     arguments: Annotated[str, typer.Argument(help="Its arguments: a JSON object, or the path of a .json file.")],

@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from bkd_utils.__main__ import app
 from bkd_utils.common.assets import fetch
-from bkd_utils.common.files import ADAPTERS, DATA, FIGURES, NOTEBOOKS, ROOT, read_json, sha256_file
+from bkd_utils.common.files import ADAPTERS, DATA, NOTEBOOKS, ROOT, read_json, sha256_file
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import model_identity
 from bkd_utils.models.loading import check_adapter
@@ -28,6 +28,7 @@ from bkd_utils.organisms.attacks import Attack, load_attacks
 from bkd_utils.organisms.base_answers import answers_name
 from bkd_utils.organisms.poisoning import poison
 from bkd_utils.organisms.triggers import FAMILIES
+from bkd_utils.reports import pages
 from bkd_utils.running import stages
 
 PAPERS = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -270,27 +271,18 @@ def test_every_page_is_linked_from_the_readme():
     assert [path.name for path in PAGES if f"(notebooks/pages/{path.name})" not in text_of(README)] == []
 
 
-def test_the_readme_shows_every_notebook_with_a_figure_of_its_own_and_the_minutes_of_the_committed_run():
+def test_the_readme_shows_every_notebook_with_a_figure_of_its_own():
     rows = re.findall(
-        r'^\| <img src="figures/(\d\d)_\w+\.png".* \| \[.*\]\(notebooks/(.*)\.ipynb\) \|.*\| (\d+) \|$',
-        text_of(README),
-        flags=re.MULTILINE,
+        r'^\| <img src="figures/(\d\d)_\w+\.png".*\]\(notebooks/(.*)\.ipynb\)', text_of(README), re.MULTILINE
     )
-    minutes = {entry["name"]: entry["minutes"] for entry in read_json(FIGURES / "run.json")["notebooks"]}
-    assert [name for _, name, _ in rows] == [path.stem for path in PAPERS]
-    assert {name: int(shown) for _, name, shown in rows} == {n: max(1, round(m)) for n, m in minutes.items()}
-    assert all(name.startswith(figure) for figure, name, _ in rows)
-    assert f"about {round(sum(minutes.values()))} minutes" in text_of(README)
+    assert [name for _, name in rows] == [path.stem for path in PAPERS]
+    assert all(name.startswith(figure) for figure, name in rows)
 
 
-def test_the_page_of_timings_holds_the_minutes_of_the_committed_run():
-    rows = re.findall(
-        r"^\| (\d\d) \| ([\d.]+) \| ([\d.]+) \|$", text_of(NOTEBOOKS / "pages" / "timings.md"), re.MULTILINE
-    )
-    entries = read_json(FIGURES / "run.json")["notebooks"]
-    assert [(number, float(minutes), float(gib)) for number, minutes, gib in rows] == [
-        (entry["name"][:2], round(entry["minutes"], 1), round(entry["peak_gib"], 1)) for entry in entries
-    ]
+def test_the_readme_and_the_page_of_timings_hold_the_minutes_of_the_committed_run():
+    for page, (shown, measured) in pages.timings().items():
+        assert shown == measured, page
+        assert len(shown) >= len(PAPERS)
 
 
 def test_the_page_of_timings_holds_the_measured_speed_of_attribution():

@@ -69,7 +69,7 @@ def readme(folder: Path) -> str:
     for path in measurements.paths(folder):
         arrays = path.with_suffix(".safetensors")
         size = path.stat().st_size + (arrays.stat().st_size if arrays.is_file() else 0)
-        found.setdefault(path.parent.name, []).append((measurements.read(path), size))
+        found.setdefault(path.parent.name, []).append((Measurement.model_construct(**read_json(path)), size))
     uses = index_of(folder)
     rows = []
     for stage, every in sorted(found.items()):
