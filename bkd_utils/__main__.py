@@ -115,11 +115,15 @@ def train(
     """Make one organism: poison, train, measure, write its card. Goes on where an earlier call was killed."""
     from bkd_utils.organisms import attacks, cards, making, training
     from bkd_utils.reports import tables
+    from bkd_utils.running import recording
 
     spec = attacks.load_attack(attack)
     given = training.load_recipe(recipe, task=spec.task)
     folder = making.make(spec, model=model, recipe=given, seed=seed, device=device, n=n)
-    console.print(f"organism in {cards.ship(folder) if ship else folder}", soft_wrap=True)
+    if ship:
+        folder = cards.ship(folder)
+        recording.record_hashes()
+    console.print(f"organism in {folder}", soft_wrap=True)
     _show(tables.metrics({attack: cards.metrics(folder)}))
 
 

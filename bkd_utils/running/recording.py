@@ -8,7 +8,6 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-from bkd_utils.common import measurements
 from bkd_utils.common.files import ADAPTERS, DATA, FIGURES, read_json, sha256_file, write_json
 from bkd_utils.running import notebooks
 from bkd_utils.running.comparing import content
@@ -47,9 +46,9 @@ def _file(path: Path) -> Any:
 
 
 def made_files() -> list[Path]:
-    """Files in `data` that a program made and whose numbers no other file beside them repeats in full."""
+    """Files in `data` that a program made and that do not hold a hash of themselves, as measurements do."""
     cards = [path for name in ("card.json", "history.json") for path in ADAPTERS.glob(f"*/{name}")]
-    return sorted([*cards, *(DATA / "answers").glob("*.json"), *measurements.paths(DATA / "measurements")])
+    return sorted([*cards, *(DATA / "answers").glob("*.json")])
 
 
 def record() -> None:

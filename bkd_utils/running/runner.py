@@ -24,7 +24,7 @@ from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import short_name
 from bkd_utils.reports import scorecard
-from bkd_utils.running import ledger, notebooks, publishing, remeasuring
+from bkd_utils.running import ledger, notebooks, publishing, recording, remeasuring
 from bkd_utils.running.ledger import Used
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run, run_notebook
@@ -122,6 +122,8 @@ def run_all(
             if (figures / "scorecard.json").is_file():
                 lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
                 write_json(FIGURES / "scorecard.json", lines)
+            recording.record_live([path for path in paths if path.stem in passed])
+            recording.record_hashes()
         for name in passed:
             ledger.finish(ledgers / f"{name}.jsonl")
     except OSError as error:
