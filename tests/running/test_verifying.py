@@ -66,7 +66,8 @@ def measured(folder):
     """One measurement with an array beside it, and the index."""
     asked = {"stage": "toy_stage", "arguments": {"n": 3}, "inputs": {}, "code": "0" * 64, "libraries": {"torch": "2"}}
     result = {"shares": [0.125, 0.5], "scores": [i / 100 for i in range(100)]}
-    made = {"version": 1, "commit": None, "seconds": 12.5, "arrays": None, "digest": measurements.digest(result)}
+    made = {"version": 1, "commit": None, "seconds": 12.5, "arrays": None, "seal": "0" * 64}
+    made |= {"digest": measurements.digest(result)}
     machine = measurements.Machine(processor="x", cores=2, device="cpu", fast_bf16=False)
     one = measurements.Measurement(**asked, **made, machine=machine, result=result)
     measurements.write(folder, one)
