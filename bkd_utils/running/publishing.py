@@ -84,7 +84,7 @@ FIELDS = {
     "inputs": "what the names in the arguments stand for: identities of models, attacks, hashes of tables",
     "code, commit, libraries": "what computed it; not part of the key",
     "machine, seconds": "where, and how long it took",
-    "result, arrays, digest": "what came out, with the values of single prompts; hashes of the arrays' file and of it all",
+    "result, arrays, digest": "what came out, by prompt where there are prompts; hashes of the arrays' file and of all",
 }
 HEAD = ("| stage | notebooks | files | minutes | kB |", "|---|---|---|---|---|")
 

@@ -20,6 +20,7 @@ from bkd_utils.experiments import (  # noqa: F401 (an import registers the stage
     head_safety,
     input_guards,
     model_detection,
+    start_here,
     two_papers_meet,
 )
 
