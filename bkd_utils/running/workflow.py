@@ -107,7 +107,7 @@ def make(
         # A cell is whole or not there at all, so that one which was just finished when a run was killed is done.
         shutil.rmtree(folder / ".snakemake" / "incomplete", ignore_errors=True)
         _write_plan(folder, profile, cells, executor=executor, device=device)
-        _supervise([sys.executable, "-m", "snakemake", "-s", str(folder / "Snakefile"), "-d", str(folder), *options])
+        _supervise([sys.executable, "-m", "snakemake", *options], folder)
         failed = [cell.target for cell in cells if not is_there(cell, folder)]
         made = len(cells) - len(there) - len(failed)
         console.print(f"{len(cells)} cells: {made} made, {len(there)} there already, {len(failed)} failed")
@@ -143,29 +143,27 @@ def _options(profile: Profile, executor: str, cores: int | None) -> list[str]:
     jobs = 100 if cores is None else max(1, cores // profile.threads)
     chosen = [*OPTIONS, "--executor", "slurm", "--jobs", str(jobs)]
     # Without accounting, sacct answers nothing, and Snakemake would wait for ever.
-    accounting = shutil.which("sacct") and not subprocess.run(["sacct", "-n"], capture_output=True).returncode
-    return chosen if accounting else [*chosen, "--slurm-status-command", "squeue", "--slurm-no-account"]
+    return chosen if _has_accounting() else [*chosen, "--slurm-status-command", "squeue"]
+
+
+def _has_accounting() -> bool:
+    return bool(shutil.which("sacct")) and not subprocess.run(["sacct", "-n"], capture_output=True).returncode
 
 
 def _write_plan(folder: Path, profile: Profile, cells: list[Cell], *, executor: str, device: str) -> None:
     named = {"BKD_WORK": WORK, "BKD_ASSETS": ASSETS, "OMP_NUM_THREADS": profile.threads}
     if CHECKOUT:  # cells run in the grid's folder, where a package that is not installed would not be found
         named["PYTHONPATH"] = ROOT
-    command = [
-        "env",
-        *(f"{key}={value}" for key, value in named.items()),
-        sys.executable,
-        "-m",
-        "bkd_utils",
-        "cell",
-        ".",
-    ]
+    run = [sys.executable, "-m", "bkd_utils", "cell", str(folder)]
     resources = {"mem_mb": profile.memory_gib * 1024, "runtime": profile.minutes}
+    if executor == "slurm":
+        resources |= {"gpu": 1} if device == "cuda" else {}
+        resources |= {} if _has_accounting() else {"slurm_account": "none"}
     plan = {
-        "command": shlex.join(command),
+        "command": shlex.join(["env", *(f"{key}={value}" for key, value in named.items()), *run]),
         "device": device,
         "threads": profile.threads,
-        "resources": resources | ({"gpu": 1} if executor == "slurm" and device == "cuda" else {}),
+        "resources": resources,
         "cells": {cell.target: {"asked": cell.asked, "needs": cell.needs} for cell in cells},
     }
     write_json(folder / "plan.json", plan)
@@ -173,14 +171,17 @@ def _write_plan(folder: Path, profile: Profile, cells: list[Cell], *, executor: 
         temporary.write_text(SNAKEFILE, encoding="utf-8")
 
 
-def _supervise(command: list[str]) -> None:
+def _supervise(command: list[str], folder: Path) -> None:
     """Run Snakemake to its end. Ctrl-C and SIGTERM reach it as Ctrl-C, so that it ends its own jobs first."""
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=END_WITH_PARENT)
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, preexec_fn=END_WITH_PARENT)
     try:
         process.wait()
     except BaseException:
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
         raise
 
 

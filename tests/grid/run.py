@@ -154,7 +154,6 @@ def main() -> None:
     results, began = {}, time.monotonic()
     try:
         if given.only != "local":
-            os.environ["SLURM_CONF"] = str(kept / "slurm" / "slurm.conf")
             subprocess.run([HERE / "slurm.sh", "start", kept / "slurm"], check=True)
         for name in ("slurm", "local"):
             if given.only in (None, name):

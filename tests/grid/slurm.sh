@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # A real Slurm on this machine, without systemd and without accounting, for tests of the grid.
-#   slurm.sh start FOLDER   start munged, slurmctld and slurmd with everything in FOLDER; FOLDER/slurm.conf is SLURM_CONF
+#   slurm.sh start FOLDER   start munged, slurmctld and slurmd with everything in FOLDER, but for a link in /etc/slurm
 #   slurm.sh stop FOLDER    end them
 #   slurm.sh check          can it be started here? says why not
-# It needs root and Debian's slurmctld, slurmd, slurm-client and munge; services that run already are left alone.
+# It needs root and Debian's slurmctld, slurmd, slurm-client and munge, and no other Slurm on this machine.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PATH=$PATH:/usr/sbin
+# Snakemake's jobs forget SLURM_CONF, so the configuration must be where Slurm looks for it.
+conf=/etc/slurm/slurm.conf
 
 check() {
     [[ $(id -u) == 0 ]] || { echo "Slurm cannot be started: only root can" >&2; exit 1; }
@@ -15,6 +17,10 @@ check() {
         echo "Slurm cannot be started: no $program (Debian: apt-get install slurmctld slurmd slurm-client munge)" >&2
         exit 1
     done
+    if [[ -e $conf ]] && ! grep -q "for tests of the grid" $conf; then
+        echo "Slurm cannot be started: $conf is there already" >&2
+        exit 1
+    fi
 }
 
 ended() { # wait until the process of a pid file is gone
@@ -35,13 +41,12 @@ start)
     state=$(realpath "$2")
     # A key and a socket of its own, so that a munge of the system is not touched.
     (umask 077 && head -c 1024 /dev/urandom >"$state/munge/key")
-    chown -R munge "$state/munge" 2>/dev/null || true
     memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 * 9 / 10))
     sed -e "s|@HOST@|$(hostname)|g; s|@STATE@|$state|g; s|@CPUS@|$(nproc)|g; s|@MEMORY@|$memory|g" \
         "$here/slurm.conf.template" >"$state/slurm.conf"
-    export SLURM_CONF=$state/slurm.conf
-    chmod 755 "$state" "$state/munge"
-    chown root "$state/munge/key" "$state/munge" && chmod 700 "$state/munge"
+    mkdir -p "${conf%/*}"
+    ln -sfn "$state/slurm.conf" $conf
+    chmod 755 "$state" && chmod 700 "$state/munge"
     munged --force --key-file="$state/munge/key" --socket="$state/munge.socket" --pid-file="$state/munge/munged.pid" \
         --log-file="$state/munge/munged.log" --seed-file="$state/munge/seed"
     slurmctld
@@ -57,6 +62,7 @@ start)
 stop)
     state=$(realpath "$2")
     for pid in "$state/slurmd.pid" "$state/slurmctld.pid" "$state/munge/munged.pid"; do ended "$pid"; done
+    [[ $(readlink $conf) != "$state/slurm.conf" ]] || rm -f $conf
     ;;
 *)
     echo "usage: slurm.sh start FOLDER | stop FOLDER | check" >&2

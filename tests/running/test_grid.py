@@ -304,12 +304,14 @@ def supervised(written, tmp_path, monkeypatch):
     """A grid whose Snakemake is a function of the folder, which may be given; the commands are collected."""
     everywhere(monkeypatch, "WORK", tmp_path)
     monkeypatch.setattr(workflow.importlib.util, "find_spec", lambda name: name)
-    commands, state = [], SimpleNamespace(works=lambda folder: None, commands=commands)
+    monkeypatch.setenv("BKD_KEEP", str(tmp_path / "kept"))
+    state = SimpleNamespace(works=lambda folder: None, commands=[], merged=[])
 
-    def supervise(command):
-        commands.append(command)
-        state.works(tmp_path / "grid" / "small")
+    def supervise(command, folder):
+        state.commands.append(command)
+        state.works(folder)
 
+    monkeypatch.setattr(workflow, "merge", lambda folders, *, into: state.merged.append((folders, into)))
     monkeypatch.setattr(workflow, "_supervise", supervise)
     return state
 
@@ -333,14 +335,16 @@ def test_an_unknown_executor_and_a_missing_slurm_are_told(written, monkeypatch):
 def test_cells_of_other_sizes_are_removed_before_and_whole_ones_stay(written, supervised, kept, tmp_path):
     organism, measured = kept
     folder = tmp_path / "grid" / "small"
-    for cell, other in ((organism, {}), (measured, {"n": 5})):
-        write_json(
-            folder / cell.target, json.loads((tmp_path / cell.target).read_text()) | {"asked": cell.asked | other}
-        )
+    write_json(folder / "measurements" / "attribute_heads" / "0.json", {})
+    for cell, sizes in ((organism, {}), (measured, {"n": 5})):
+        content = json.loads((tmp_path / cell.target).read_text())
+        write_json(folder / cell.target, content | {"asked": cell.asked | sizes})
     seen = []
-    supervised.works = lambda folder: seen.extend(sorted(p.name for p in folder.rglob("*seed0/*.json")))
+    supervised.works = lambda folder: seen.extend(sorted(path.name for path in folder.rglob("*seed0/*.json")))
     assert not run(written(), [organism, measured])
     assert seen == ["organism.json"]
+    # What was measured is merged all the same.
+    assert supervised.merged == [([folder / "measurements"], tmp_path / "kept")]
 
 
 def test_the_end_says_what_was_made_what_was_there_and_where_the_log_of_a_failure_is(written, supervised, kept, capsys):
@@ -350,13 +354,12 @@ def test_the_end_says_what_was_made_what_was_there_and_where_the_log_of_a_failur
 
     def works(folder):
         write_json(folder / organism.target, {"asked": organism.asked, "organism": "made"})
-        (folder / "logs" / other.target).parent.mkdir(parents=True)
+        (folder / "logs" / other.target).parent.mkdir(parents=True, exist_ok=True)
         (folder / "logs" / other.target).with_suffix(".log").write_text("error: no")
 
     supervised.works = works
     assert run(written(), [organism])
     assert "1 cells: 1 made, 0 there already, 0 failed" in capsys.readouterr().out
-    supervised.works = lambda folder: works(folder)
     assert not run(written(), [organism, other, failing])
     said = capsys.readouterr().out
     assert "3 cells: 0 made, 1 there already, 2 failed" in said
