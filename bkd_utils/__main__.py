@@ -35,9 +35,7 @@ def run(
     model: Model = DEFAULT,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train organisms even if they ship.")] = False,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Use nothing that ships, measure everything.")] = False,
-    shard: Annotated[
-        str | None, typer.Option(help="With --remeasure: only part K/N of what ships, no notebooks.")
-    ] = None,
+    shard: Annotated[str | None, typer.Option(help="With --remeasure: part K/N of what ships, no notebook.")] = None,
     device: Device = "auto",
     seed: Seed = 0,
     publish: Annotated[bool, typer.Option("--publish", help="Write outputs to notebooks/ and figures/.")] = False,
@@ -51,9 +49,14 @@ def run(
         return
     from bkd_utils.common import assets
     from bkd_utils.models import folders, loading
-    from bkd_utils.running import runner
+    from bkd_utils.running import publishing, remeasuring, runner
 
-    runner.profile_parameters(profile, notebooks.select(only))  # bad options are reported before anything is fetched
+    paths = notebooks.select(only)
+    runner.profile_parameters(profile, paths)  # bad options are reported before anything is fetched
+    if shard is not None:
+        remeasuring.parse_shard(shard)
+        if not remeasure or publish or (profile, model, seed, retrain) != ("laptop", DEFAULT, 0, False):
+            raise UserError(f"--shard {shard}: a part of what ships is measured with --remeasure and no other options")
     loading.pick_device(device)
     with console.status("fetching model and data, once"):
         for name in assets.sources():
@@ -61,6 +64,10 @@ def run(
                 assets.fetch(name)
         folder = folders.model_folder(model)
         folders.check_folder(folder)
+    if shard is not None:
+        ids = publishing.shipped_by([path.stem for path in paths])
+        ended = remeasuring.remeasure(ids, shard=shard, device=device, console=console)
+        raise typer.Exit(bool(ended.failed))
     model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
     runs = runner.run_all(**chosen, retrain=retrain, remeasure=remeasure, publish=publish, console=console)
@@ -172,6 +179,43 @@ def readme() -> None:
     from bkd_utils.reports import pages
 
     pages.write()
+
+
+@app.command()
+def measure(
+    stage: Annotated[str, typer.Argument(help="Name of a stage, as attribute_heads.")],
+    arguments: Annotated[str, typer.Argument(help="Its arguments: a JSON object, or the path of a .json file.")],
+    folder: Annotated[Path | None, typer.Option(help="Where it is kept; work/measurements by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; as in the arguments by default.")] = None,
+) -> None:
+    """Measure one call of one stage, unless it is kept already, and print its file. Nothing that ships is used."""
+    from bkd_utils.common.cache import kept_folder
+    from bkd_utils.running import stages
+
+    given = stages.read_arguments(arguments) | ({"device": device} if device else {})
+    print(stages.measure(stage, given, folder=folder or kept_folder()))
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of measurements, as work/remeasured.")],
+    into: Annotated[Path | None, typer.Option(help="Where they are copied; work/measurements by default.")] = None,
+) -> None:
+    """Copy measurements of several folders into one. Two different results of one question are refused."""
+    from bkd_utils.common.cache import kept_folder
+    from bkd_utils.running import merging
+
+    target = into or kept_folder()
+    merged = merging.merge(folders, into=target)
+    console.print(f"{merged.copied} copied into {target}, {merged.already} there already", soft_wrap=True)
+
+
+@app.command()
+def restamp() -> None:
+    """Spot-check what ships and was measured by other code; what agrees counts as measured by the code of today."""
+    from bkd_utils.running import restamping
+
+    raise typer.Exit(bool(restamping.restamp(console=console).differing))
 
 
 def _show(frame) -> None:

@@ -53,7 +53,7 @@ def stage(function: Callable[P, R], *, resolved: Resolved | None = None) -> Call
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         asked = question(run, *args, **kwargs)
-        one, how = _kept(asked) or _shipped(asked) or (None, "measured here")
+        one, how = _kept(asked) or _shipped(asked, kind) or (None, "measured here")
         if one is None:
             if os.environ.get("BKD_REPLAY"):
                 raise UserError(f"no measurement of {name} ships for {canonical_json(asked['arguments'])}")
@@ -128,14 +128,22 @@ def _kept(asked: dict[str, Any]) -> tuple[Measurement, str] | None:
     return None
 
 
-def _shipped(asked: dict[str, Any]) -> tuple[Measurement, str] | None:
-    """The answer to the question that ships, and whether it was measured by other code."""
+def _shipped(asked: dict[str, Any], kind: Any) -> tuple[Measurement, str] | None:
+    """The answer to the question that ships, and whether it was measured by other code.
+
+    None also for one whose form is no longer that of the stage's results, which are of this kind.
+    """
     folder = measurements.shipped_folder()
     if folder is None or not (path := _place(folder, asked)).is_file():
         return None
     one = measurements.read(path)  # a damaged one is an error, because it is not ours to replace
     if is_of_this_code(one, asked):
         return one, "shipped"
+    try:
+        restored(kind, one.result)
+    except ValueError as error:
+        log.warning("%s: measured by code that knew another form of result: %s", path, error)
+        return None
     log.warning("%s was measured by other code or libraries, at commit %s", one.id, one.commit)
     return one, "shipped, other code"
 
@@ -168,10 +176,12 @@ def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: A
         result = plain(function(*args, **kwargs))
     finally:
         _inside.reset(token)
-    # What comes back is what a rerun will read, keys turned into texts and all.
-    result = json.loads(json.dumps(result))
+    try:  # what comes back is what a rerun will read, keys turned into texts and all
+        result = json.loads(json.dumps(result, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"stage {asked['stage']}: {error}") from error
     made = {"version": 1, "commit": measurements.commit(), "seconds": round(time.monotonic() - started, 2)}
-    one = Measurement.model_construct(**asked, **made, digest=digest(result), arrays=None, result=result)
+    one = Measurement.model_construct(**asked, **made, digest=digest(result), arrays=None, seal="", result=result)
     try:
         measurements.write(kept_folder(), one)
     except OSError as error:

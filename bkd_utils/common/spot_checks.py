@@ -79,7 +79,10 @@ def check(one: Measurement) -> Checked:
     spot = spots().get(one.stage)
     if spot is None or spot.none:
         raise UserError(f"{one.stage} has no spot check: {spot.none if spot else 'none is declared in spots.toml'}")
-    now = cache.here(cache.STAGES[one.stage], **one.arguments | spot.part)
+    given = one.arguments | spot.part
+    if "device" in given:
+        given["device"] = "auto"  # that of this machine, and not the one where it was measured first
+    now = cache.here(cache.STAGES[one.stage], **given)
     return compare(one, now, spot)
 
 

@@ -84,11 +84,8 @@ def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name, kind in (("seed", Seed), ("n", Count)):
         check(kind, arguments.get(name, 1), f"argument {name}")
     several = arguments.get("organisms", {})
-    folders = [
-        adapter_folder(name)
-        for name in [arguments.get("organism"), arguments.get("control"), *several.values()]
-        if name
-    ]
+    organisms = [arguments.get("organism"), arguments.get("control"), *several.values()]
+    folders = [adapter_folder(name) for name in organisms if name]
     named = [arguments.get("attack"), *(name for name, organism in several.items() if organism)]
     specs = [load_attack(name) for name in named if name]
     specs += [Attack(**read_card(folder, "attack")["attack"]) for folder in folders]

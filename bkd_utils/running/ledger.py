@@ -1,6 +1,7 @@
 """What the notebooks of a run used: which measurements ship, were made here, were checked. Read from their ledgers."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,18 +63,22 @@ def finish(path: Path) -> None:
         handle.write(json.dumps({"how": FINISHED}) + "\n")
 
 
-def forget_finished(folder: Path, ledgers: Sequence[Path]) -> None:
-    """Remove from a folder of measurements what notebooks used that ran to their end.
+def forget_finished(folder: Path, ledgers: Sequence[Path], *, others: bool) -> None:
+    """Remove from a folder of measurements what these notebooks used, if all of them ran to their end.
 
-    So a further call measures them anew, and a call after a kill goes on where that one stopped.
+    So a further call measures everything anew, and a call after a kill goes on where that one stopped. If there are no
+    `others`, everything is removed, what stages asked of each other included.
     """
-    for path in ledgers:
-        used = read(path)
-        if used.finished:
-            for one in used.measurements:
-                place = path_of(folder, *one.split("/"))
-                place.unlink(missing_ok=True)
-                place.with_suffix(".safetensors").unlink(missing_ok=True)
+    every = [read(path) for path in ledgers]
+    if not all(used.finished for used in every):
+        return
+    if not others:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        for one in {one for used in every for one in used.measurements}:
+            place = path_of(folder, *one.split("/"))
+            place.unlink(missing_ok=True)
+            place.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def summary(every: Sequence[Used]) -> list[str]:

@@ -1,14 +1,14 @@
 """Copy what a run made to where it is committed: outputs, figures, scorecard, measurements and their index."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bkd_utils.common import measurements
-from bkd_utils.common.cache import kept_folder
-from bkd_utils.common.files import DATA, FIGURES, atomic_path, read_json, write_json
+from bkd_utils.common.files import DATA, FIGURES, UserError, atomic_path, read_json, write_json
 from bkd_utils.common.measurements import Measurement, path_of
 from bkd_utils.running import notebooks
+from bkd_utils.running.ledger import Used
 
 MEASUREMENTS = DATA / "measurements"
 README = "README.md"
@@ -22,18 +22,22 @@ def publish_notebook(executed: Path, original: Path, *, figures: Path, names: li
             _copy(figures / f"{name}.{kind}", FIGURES / f"{name}.{kind}")
 
 
-def publish_measurements(used: Mapping[str, list[str]], *, kept: Path | None = None) -> None:
+def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
     """Ship the measurements that notebooks used, by name, beside those of notebooks that were not run.
 
-    What no notebook uses any more is removed. Raises ValueError for one that is damaged.
+    Those made here are copied from the folder `kept`; the others ship already. What no notebook uses any more is
+    removed. Raises ValueError for one that is damaged, and UserError, before anything is written, for one that is
+    missing.
     """
-    kept = kept or kept_folder()
-    index = index_of(MEASUREMENTS) | {name: sorted(ids) for name, ids in used.items()}
-    for one in {one for ids in used.values() for one in ids}:
-        source = path_of(kept, *one.split("/"))
-        if source.is_file():
-            measurements.write(MEASUREMENTS, measurements.read(source))
+    index = index_of(MEASUREMENTS) | {name: sorted(one.measurements) for name, one in used.items()}
+    # A kept one that was not used is of other code, and must not replace what ships.
+    own = {one: path_of(kept, *one.split("/")) for each in used.values() for one in each.own}
     needed = {one for ids in index.values() for one in ids}
+    for one in sorted(one for each in used.values() for one in each.measurements):
+        if not own.get(one, path_of(MEASUREMENTS, *one.split("/"))).is_file():
+            raise UserError(f"{one} was used but is nowhere kept; run its notebook again, then publish")
+    for source in own.values():
+        measurements.write(MEASUREMENTS, measurements.read(source))
     for path in measurements.paths(MEASUREMENTS):
         if f"{path.parent.name}/{path.stem}" not in needed:
             path.unlink()
@@ -46,6 +50,12 @@ def index_of(folder: Path) -> dict[str, list[str]]:
     """Notebook -> ids of the measurements that it uses; empty where nothing ships."""
     path = folder / "index.json"
     return read_json(path) if path.is_file() else {}
+
+
+def shipped_by(names: Sequence[str]) -> list[str]:
+    """Ids of the shipped measurements that these notebooks use."""
+    index = index_of(MEASUREMENTS)
+    return sorted({one for name in names for one in index.get(name, [])})
 
 
 def write_readme(folder: Path) -> None:

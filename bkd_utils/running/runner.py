@@ -24,7 +24,7 @@ from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import short_name
 from bkd_utils.reports import scorecard
-from bkd_utils.running import ledger, notebooks, publishing
+from bkd_utils.running import ledger, notebooks, publishing, remeasuring
 from bkd_utils.running.ledger import Used
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run, run_notebook
@@ -81,13 +81,16 @@ def run_all(
     table, limit = profile_parameters(profile, paths)
     kinds = ("figures", "executed", "ledgers")
     figures, executed, ledgers = (WORK / kind / profile / short_name(model) for kind in kinds)
-    kept = WORK / "remeasured" if remeasure else cache.kept_folder()
+    kept, ledgers = (WORK / "remeasured", ledgers / "remeasured") if remeasure else (cache.kept_folder(), ledgers)
     places = (publishing.MEASUREMENTS, FIGURES, files.NOTEBOOKS) if publish else ()
     files.check_writable(WORK, figures, executed, ledgers, kept, *places)
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_KEEP": str(kept.resolve())}
     environment |= {"BKD_SHIPPED": ""} if remeasure else {}
     if remeasure:
-        ledger.forget_finished(kept, [ledgers / f"{path.stem}.jsonl" for path in paths])
+        ledger.forget_finished(kept, [ledgers / f"{path.stem}.jsonl" for path in paths], others=only is not None)
+        ids = publishing.shipped_by([path.stem for path in paths])
+        if ids and _is_published(profile, common):  # with a time left, which notebooks cannot tell
+            remeasuring.remeasure(ids, folder=kept, console=console)
     started, runs, used = time.strftime("%Y-%m-%dT%H:%M:%S"), [], {}
     for path in paths:
         before, gflops, began = _figures(figures), speed(), time.monotonic()
@@ -101,8 +104,6 @@ def run_all(
                 run = run_notebook(path, parameters=given, **options, on_cell=on_cell)
             after, used[path.stem] = _figures(figures), ledger.read(book)
             run = replace(run, figures=[name for name in after if before.get(name) != after[name]], gflops=gflops)
-            if run.status == "ok":
-                ledger.finish(book)
             if run.status == "ok" and publish:
                 publishing.publish_notebook(executed / path.name, path, figures=figures, names=run.figures)
         except (OSError, NotebookError) as error:  # a full disk, or a notebook that was edited; the others go on
@@ -116,11 +117,13 @@ def run_all(
     try:
         write_json(WORK / "run.json", record)
         if publish:
-            publishing.publish_measurements({name: list(used[name].measurements) for name in passed}, kept=kept)
+            publishing.publish_measurements({name: used[name] for name in passed}, kept=kept)
             write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
             if (figures / "scorecard.json").is_file():
                 lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
                 write_json(FIGURES / "scorecard.json", lines)
+        for name in passed:
+            ledger.finish(ledgers / f"{name}.jsonl")
     except OSError as error:
         raise files.UserError(f"the record of the run could not be written: {error}") from error
     return runs
