@@ -42,7 +42,7 @@ start)
     # A key and a socket of its own, so that a munge of the system is not touched.
     (umask 077 && head -c 1024 /dev/urandom >"$state/munge/key")
     memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 * 9 / 10))
-    sed -e "s|@HOST@|$(hostname)|g; s|@STATE@|$state|g; s|@CPUS@|$(nproc)|g; s|@MEMORY@|$memory|g" \
+    sed -e "s|@HOST@|$(hostname)|g; s|@STATE@|$state|g; s|@CPUS@|$(getconf _NPROCESSORS_ONLN)|g; s|@MEMORY@|$memory|g" \
         "$here/slurm.conf.template" >"$state/slurm.conf"
     mkdir -p "${conf%/*}"
     ln -sfn "$state/slurm.conf" $conf
