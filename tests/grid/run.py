@@ -5,12 +5,13 @@
 Makes the `smoke` grid (four organisms, twelve measurements) of a tiny model three times: through Slurm, as cells on two
 cores, and one cell after another in one process. On the way one job is cancelled, one worker and the command itself get
 `kill -9`. In the end every cell is there once, only what was running was started twice, and all results are equal to
-the bit. Needs the packages of `.[grid]`, and for Slurm what `slurm.sh check` asks for; exit status 1 where it fails.
+the bit. Needs the packages of `.[grid]` and what `slurm.sh check` asks for; exit status 3 says that it cannot run here.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -143,8 +144,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep everything in this new folder")
     parser.add_argument("--only", choices=("slurm", "local"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Slurm is stopped all the same
     if given.only != "local" and subprocess.call([HERE / "slurm.sh", "check"]):
-        raise SystemExit(1)
+        raise SystemExit(3)
     kept = given.folder or Path(tempfile.mkdtemp(prefix="bkd-grid-"))
     kept = kept.resolve()
     model, profile = save_tiny(kept / "tiny", "llama"), kept / "profile"
