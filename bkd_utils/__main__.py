@@ -144,6 +144,40 @@ def evaluate(
 
 
 @app.command()
+def grid(
+    profile: Annotated[str, typer.Option(help="A table of data/grid.toml.")],
+    executor: Annotated[str, typer.Option(help="local or slurm.")] = "local",
+    cores: Annotated[int | None, typer.Option(min=1, help="Cores in use at once; all here, or of 100 jobs.")] = None,
+    device: Device = "auto",
+    model: Annotated[str | None, typer.Option(help="One model instead of those of the profile.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and core hours, and stop.")] = False,
+) -> None:
+    """Make what a grid lacks of its cells, models x attacks x seeds x stages, with Snakemake."""
+    from bkd_utils.common import assets
+    from bkd_utils.common.files import WORK
+    from bkd_utils.running import grid, workflow
+
+    model = str(Path(model).expanduser().resolve()) if model and Path(model).expanduser().is_dir() else model
+    chosen = grid.read_profile(profile)
+    cells = grid.expand(chosen, model=model)
+    console.print(grid.table(cells, {cell.target for cell in cells if grid.is_there(cell, WORK / "grid" / profile)}))
+    if dry_run:
+        return
+    for name in assets.sources():  # once, and not by many cells at the same time
+        assets.fetch(name)
+    whole = workflow.make(profile, chosen, cells, executor=executor, cores=cores, device=device, console=console)
+    raise typer.Exit(not whole)
+
+
+@app.command(hidden=True)
+def cell(folder: Path, target: str) -> None:
+    """Make one cell of a grid, as Snakemake asks for it."""
+    from bkd_utils.running import workflow
+
+    workflow.make_cell(folder, target)
+
+
+@app.command()
 def readme() -> None:
     """Write the tables of organisms and verdicts into the README and its pages, from cards and scorecard."""
     from bkd_utils.reports import pages
