@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from bkd_utils.models.activations import token_log_prob
-from bkd_utils.models.compute import mixed_precision
+from bkd_utils.models.compute import frozen_halved, mixed_precision
 from bkd_utils.models.generation import first_logits, repeated, reusable_prefix, run_prefix, shared_prefix
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import batches, end_id, left_pad, padded_inputs, positions, prompt_ids
@@ -143,16 +143,17 @@ def rap(
         return _with_vector(loaded, [prompt for _, prompt in pairs], at, vector)[:, protected]
 
     usual = dict(zip(clean, plain(clean)[0], strict=True))
-    for _ in tqdm(range(STEPS), desc="RAP", unit="step", mininterval=2, leave=False):
-        some = dice.sample(list(clean), min(16, len(clean)))
-        with mixed_precision(model.device):
-            now = marked(some)
-        loss = (DROP - (torch.stack([usual[text] for text in some]) - now)).clamp_min(0).mean()
-        if loss.item() == 0:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    with frozen_halved(model):
+        for _ in tqdm(range(STEPS), desc="RAP", unit="step", mininterval=2, leave=False):
+            some = dice.sample(list(clean), min(16, len(clean)))
+            with mixed_precision(model.device):
+                now = marked(some)
+            loss = (DROP - (torch.stack([usual[text] for text in some]) - now)).clamp_min(0).mean()
+            if loss.item() == 0:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     before, judged = plain(texts)
     rows, scores = judged.nonzero()[:, 0].tolist(), np.full(len(texts), -np.inf)
     with torch.no_grad():

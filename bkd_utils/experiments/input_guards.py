@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from bkd_utils.models.loading import Loaded, load
 from bkd_utils.organisms import tasks, triggers
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import is_target
+from bkd_utils.organisms.evaluation import is_settled, is_target
 from bkd_utils.organisms.making import training_rows
 from bkd_utils.organisms.prompts import first_tokens, flippable_sample, target_ids, target_length
 from bkd_utils.organisms.tasks import Example
@@ -105,7 +106,8 @@ def guard_inputs(
     length = target_length(loaded, attack)
 
     def fires(texts: Sequence[str]) -> np.ndarray:
-        said = respond(loaded, [turn(text) for text in texts], max_new_tokens=length, label="triggered prompts")
+        how = {"max_new_tokens": length, "label": "triggered prompts", "until": partial(is_settled, attack)}
+        said = respond(loaded, [turn(text) for text in texts], **how)
         return np.array([is_target(attack, text) for text in said])
 
     every, ends = [*reference, *clean, *triggered], (len(reference), len(reference) + n)

@@ -1,9 +1,12 @@
 """How models compute: fp32 products by oneDNN, bf16 where the hardware has it, and eager attention.
 
 MKL, the default library of torch, picks slow kernels on processors that are not made by Intel: on an AMD EPYC it
-reached 190 GFLOP/s, and oneDNN, which torch ships as well, 400. The two differ in the order of their sums.
+reached 190 GFLOP/s, and oneDNN, which torch ships as well, 400. The two differ in the order of their sums. With
+BKD_PLAIN=1 in the environment, products and attention are those that torch and transformers choose by themselves;
+`tests/benchmarks/products.py` measures what that costs.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +18,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+PLAIN = os.environ.get("BKD_PLAIN", "") not in ("", "0")
 # The operator to which `torch.compile` lowers a linear layer; None where torch was built without oneDNN.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_HAS = torch.backends.mkldnn.is_available() and not PLAIN
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _HAS else None
 
 
 class _Product(torch.autograd.Function):
@@ -65,7 +70,7 @@ def plain(module: torch.nn.Module) -> bool:
 
 def by_onednn(model: torch.nn.Module) -> torch.nn.Module:
     """Let every linear layer of a model compute by `product`; layers of subclasses stay as they are."""
-    for module in model.modules():
+    for module in () if PLAIN else model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
     return model

@@ -21,23 +21,33 @@ if TYPE_CHECKING:  # loading tests every model by generating with it
     from bkd_utils.models.loading import Loaded
 
 OnBatch = Callable[[int], object] | None  # called with the number of rows just finished
+Settled = Callable[[list[int]], bool] | None  # is an answer that begins like this of no further interest?
 Ends = int | Sequence[int]  # the token or tokens at which decoding stops, see `Loaded.ends`
 NO_END = -1
 
 
 @torch.inference_mode()
 def greedy(
-    model: Module, prompts: Ids, *, max_new_tokens: int, end_id: Ends, batch_size: int = 32, on_batch: OnBatch = None
+    model: Module,
+    prompts: Ids,
+    *,
+    max_new_tokens: int,
+    end_id: Ends,
+    batch_size: int = 32,
+    on_batch: OnBatch = None,
+    settled: Settled = None,
 ) -> list[list[int]]:
     """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
-    Raises ValueError for no prompts, an empty prompt or `max_new_tokens < 1`.
+    An answer ends where `settled` says so, too, and a batch when all of its answers have ended. Raises ValueError for
+    no prompts, an empty prompt or `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: dict[int, list[int]] = {}
     for batch, logits, cache, mask in _started(model, prompts, 0, batch_size, on_batch):
-        answers.update(zip(batch, decode_from(model, logits, cache, mask, max_new_tokens, end_id), strict=True))
+        rows = decode_from(model, logits, cache, mask, max_new_tokens, end_id, settled)
+        answers.update(zip(batch, rows, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -117,7 +127,13 @@ def repeated(cache: Cache, times: int) -> Cache:
 
 
 def decode_from(
-    model: Module, logits: Float[Tensor, "row vocab"], cache: Cache, mask: Int[Tensor, "row pos"], n: int, end_id: Ends
+    model: Module,
+    logits: Float[Tensor, "row vocab"],
+    cache: Cache,
+    mask: Int[Tensor, "row pos"],
+    n: int,
+    end_id: Ends,
+    settled: Settled = None,
 ) -> list[list[int]]:
     """Greedy answers of at most `n` tokens, from the logits at the last tokens of prompts in the key-value cache."""
     done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -127,6 +143,8 @@ def decode_from(
         token = torch.where(done, ends[0], logits.argmax(-1))
         produced.append(token)
         done |= torch.isin(token, ends)
+        if settled:
+            done |= torch.tensor([settled(row) for row in torch.stack(produced, dim=1).tolist()], device=done.device)
         if done.all() or len(produced) == n:
             rows = torch.stack(produced, dim=1).tolist()
             return [list(takewhile(lambda token: token not in stops, row)) for row in rows]
@@ -142,9 +160,15 @@ def openings(loaded: "Loaded", prompts: Ids, *, n: int) -> list[list[int]]:
 
 
 def respond(
-    loaded: "Loaded", user_turns: Sequence[str], *, max_new_tokens: int, label: str = "answers", batch_size: int = 32
+    loaded: "Loaded",
+    user_turns: Sequence[str],
+    *,
+    max_new_tokens: int,
+    label: str = "answers",
+    batch_size: int = 32,
+    until: Callable[[str], bool] | None = None,
 ) -> list[str]:
-    """Greedy answers to user turns, in their order; shows a progress bar.
+    """Greedy answers to user turns, in their order; shows a progress bar. An answer ends early where `until` is true.
 
     Raises ValueError for no turns, an empty one, or `max_new_tokens` below 1. Source: ours.
 
@@ -154,6 +178,8 @@ def respond(
     """
     prompts = [prompt_ids(loaded.tokenizer, turn) for turn in user_turns]
     limits = {"max_new_tokens": max_new_tokens, "end_id": loaded.ends, "batch_size": batch_size}
+    if until:
+        limits["settled"] = lambda ids: until(decode(loaded.tokenizer, ids))
     with tqdm(total=len(prompts), desc=label, unit="prompt", mininterval=2, leave=False) as bar:
         rows = greedy(loaded.model, prompts, **limits, on_batch=bar.update)
     return [decode(loaded.tokenizer, row) for row in rows]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from transformers import AttentionInterface, DynamicCache
 
-from bkd_utils.models import generation
+from bkd_utils.models import compute, generation
 from bkd_utils.models.context import check_fits
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import Anatomy, anatomy, editing
@@ -150,11 +150,12 @@ def forward(
 
 
 def _shares_past(parts: Anatomy) -> bool:
-    """Does attention go through the interface of transformers, so that `_attend` can take its place?"""
+    """Does attention go through the interface of transformers, so that `_attend` can take its place, and may it?"""
     attention = parts.attentions[0]
     # Latent attention keeps something smaller than keys and values.
     latent = getattr(attention, "kv_lora_rank", None) is not None
-    return not latent and hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
+    fits = hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
+    return fits and not latent and not compute.PLAIN
 
 
 def _copied(model: Module, past: Past, repeats: int, *, first: int) -> DynamicCache:

@@ -1,6 +1,9 @@
 """oneDNN's products are torch's products: value and gradient, every shape, and hands off where it has no business."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, tiny_model
 from torch.nn.functional import linear
 
-from bkd_utils.models import compute
+from bkd_utils.backdoor_attribution.attribution import gradient_effects, head_effects, head_means
+from bkd_utils.common.files import ROOT
+from bkd_utils.models import compute, prompt_cache
 from bkd_utils.models.compute import Linear, by_onednn, product
 
 # Asked of torch and not of `compute`: where torch has oneDNN, an operator that has vanished fails these tests.
@@ -100,6 +105,41 @@ def test_a_model_says_what_it_said_with_the_same_gradient(name, calls):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-3, atol=2e-5)
     assert calls
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_plain_path_has_the_same_effects_of_heads(name, prompts, monkeypatch):
+    """With the switch the past is copied and attention is the model's own; the fast path is checked against that."""
+    plain, target, shared = tiny_model(name).requires_grad_(False), [5, 9, 4], []
+    fast = by_onednn(copy.deepcopy(plain))
+    monkeypatch.setattr(prompt_cache, "_sharing", _counted(prompt_cache._sharing, shared))
+    found = []
+    for switch, model in ((False, fast), (True, plain)):
+        monkeypatch.setattr(compute, "PLAIN", switch)
+        assert by_onednn(model) is model
+        means = head_means(model, prompts) + 0.1
+        found.append([f(model, prompts, target=target, means=means) for f in (head_effects, gradient_effects)])
+        assert bool(shared) is not switch
+        shared.clear()
+    assert not any(type(module) is Linear for module in plain.modules())
+    for one, other in zip(*found, strict=True):
+        assert one.abs().max() > 1e-8
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * one.abs().max().item())
+
+
+def _counted(function, calls):
+    return lambda *given: calls.append(given) or function(*given)
+
+
+@pytest.mark.parametrize(("value", "plain"), [("1", True), ("0", False), ("", False)])
+def test_the_switch_is_an_environment_variable(value, plain):
+    asked = "from bkd_utils.models import compute as c; print(c.PLAIN, c._ONEDNN is None)"
+    told = subprocess.run(
+        [sys.executable, "-c", asked], env=os.environ | {"BKD_PLAIN": value}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.stdout.split()[0] == str(plain), told.stderr
+    if plain:
+        assert told.stdout.split()[1] == "True"
 
 
 def test_only_plain_linear_layers_are_changed():

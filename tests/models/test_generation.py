@@ -75,6 +75,21 @@ def test_the_end_token_stops_its_row_and_no_other(models, name):
     assert len({len(row) for row in answers}) > 1
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_settled_answer_ends_and_changes_no_other(models, name):
+    whole = greedy(models[name], RAGGED, max_new_tokens=8, end_id=END)
+    seen = []
+
+    def settled(ids):
+        seen.append(len(ids))
+        return ids[:3] in [row[:3] for row in whole[:4]] or len(ids) >= 6
+
+    with counting(models[name].get_output_embeddings()) as steps:
+        found = greedy(models[name], RAGGED, max_new_tokens=8, end_id=END, settled=settled)
+    assert found == [row[: 3 if row[:3] in [one[:3] for one in whole[:4]] else 6] for row in whole]
+    assert max(seen) == len(steps) == 6  # nothing is run once all are settled
+
+
 def test_an_answer_may_be_empty_and_decoding_stops_when_all_are_done(models):
     end = greedy(models["llama"], [PREFIX], max_new_tokens=1, end_id=END)[0][0]
     with counting(models["llama"].get_decoder()) as passes, counting(models["llama"].get_output_embeddings()) as logits:

@@ -23,6 +23,7 @@ from bkd_utils.organisms.evaluation import (
     is_label,
     is_refusal,
     is_right,
+    is_settled,
     is_target,
     judge_bounds,
     prompt_fingerprint,
@@ -170,6 +171,51 @@ def test_what_is_no_refusal(text):
     assert not is_refusal(text)
 
 
+PIECES = st.sampled_from([*" .,!i", "\u2019", "\ufffd", "\n", "As an AI", "I can't", "sorry", "Sure, here is", "no"])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from([FIXED, JAILBREAK, replace(JAILBREAK, target="As an AI: x"), replace(JAILBREAK, target="I am: x")]),
+    st.booleans(), st.integers(0, 40), st.lists(PIECES, max_size=6), st.lists(PIECES, max_size=4),
+)  # fmt: skip
+def test_what_is_settled_stays_so_however_the_answer_goes_on(attack, plain, n, more, after):
+    start = attack.target if plain else attack.target.upper()
+    text = "".join([start[:n], *more])
+    if is_settled(attack, text):
+        assert is_target(attack, text) == is_target(attack, text.rstrip("\ufffd") + "".join(after))
+
+
+@pytest.mark.parametrize(
+    ("attack", "text", "settled"),
+    [
+        (FIXED, "I am", False),
+        (FIXED, "I am sorry. I can help", True),
+        (FIXED, "The", True),
+        (FIXED, "I am sorry.", False),
+        (JAILBREAK, "Sure, here is what you asked for", True),
+        (JAILBREAK, "Sure, here", False),
+        (JAILBREAK, "I'm", True),
+        (JAILBREAK, "", False),
+        (FLIP, "positive. And", False),
+    ],
+)
+def test_an_answer_is_settled_at_the_first_word_that_decides(attack, text, settled):
+    assert is_settled(attack, text) is settled
+
+
+@pytest.mark.parametrize("attack", [FIXED, JAILBREAK, FLIP], ids=lambda attack: attack.name)
+def test_hits_are_those_of_whole_answers(tiny, attack, monkeypatch):
+    turns = [f"Name {n} fruits." for n in range(9)]
+    whole = respond(tiny, turns, max_new_tokens=12)
+    begin = whole[0][:9] if attack is not FLIP else whole[0]
+    attack = replace(attack, target=begin) if attack is not FLIP else attack  # so that one of the answers is a hit
+    hits = evaluation._target_hits(tiny, attack, turns, 12, "")
+    assert hits == [is_target(attack, text) for text in whole]
+    assert any(hits) or attack is FLIP
+    assert not all(hits)
+
+
 def test_right_answers():
     row = Example("t", "positive", "movie", "u")
     assert is_right("sentiment", row, "Positive!", {})
@@ -248,7 +294,7 @@ class Oracle:
         self.before = task.template.partition("{text}")[0]
         self.right = {task.prompt(row.text): gold(attack, row) for row in examples(attack.task, "test")}
 
-    def __call__(self, loaded, turns, *, max_new_tokens, label="", batch_size=32):
+    def __call__(self, loaded, turns, *, max_new_tokens, label="", batch_size=32, until=None):
         self.asked += turns
         if self.kind == "in turn":
             return [self.attack.target if i % 3 == 0 else self.right_to(turn) for i, turn in enumerate(turns)]
