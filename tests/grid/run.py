@@ -80,7 +80,7 @@ class Grid:
             for target, process in self.workers().items():
                 if target not in besides and not self.is_done(target):
                     return target, process
-            time.sleep(0.05)
+            time.sleep(0.3)
         raise SystemExit("FAILED: no measurement was started in time")
 
     def interrupted(self) -> set[str]:
