@@ -378,7 +378,7 @@ def test_clean_answers_are_long_enough_for_a_label_of_many_tokens(monkeypatch):
     tokenizer = tokenizer_of("metaspace first", "gemma")
     loaded = Loaded(None, tokenizer, "none", None)
     attack, spec, asked = quick_attack("sentiment-word"), tasks.load_task("sentiment"), {}
-    monkeypatch.setattr(evaluation, "respond", lambda _, turns, *, max_new_tokens, label: (
+    monkeypatch.setattr(evaluation, "respond", lambda _, turns, *, max_new_tokens, label, until=None: (
         asked.update({label: max_new_tokens}) or [""] * len(turns)))  # fmt: skip
     evaluation.under_attack(loaded, attack, n=4, seed=0)
     longest = max(len(answer_ids(tokenizer, label)) for label in spec.labels)
