@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run_all.sh [OPTIONS]             install what is missing, then run the notebooks (--help lists the options)
 # ./run_all.sh test [OPTIONS]        the same, then run the tests (options go to pytest)
+# ./run_all.sh verify [OPTIONS]      the same, then hold every committed number against its source (--quick: no model)
 # ./run_all.sh mutations [OPTIONS]   the same, then make each change of tests/mutations.toml and see a test fail
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -32,7 +33,7 @@ if [[ ! -e "$stamp" ]]; then
     touch "$stamp"
 fi
 
-if [[ "${1:-}" == test ]]; then
+if [[ "${1:-}" == test || "${1:-}" == verify ]]; then
     exec "$python" -m bkd_utils "$@"
 elif [[ "${1:-}" == mutations ]]; then
     "$python" -m bkd_utils fetch

@@ -34,7 +34,8 @@ def run(
     only: Annotated[str | None, typer.Option(help="Notebooks by number, e.g. 01,03.")] = None,
     model: Model = DEFAULT,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train organisms even if they ship.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Measure again what is already kept.")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Use nothing that ships, measure everything.")] = False,
+    shard: Annotated[str | None, typer.Option(help="With --remeasure: part K/N of what ships, no notebook.")] = None,
     device: Device = "auto",
     seed: Seed = 0,
     publish: Annotated[bool, typer.Option("--publish", help="Write outputs to notebooks/ and figures/.")] = False,
@@ -48,9 +49,14 @@ def run(
         return
     from bkd_utils.common import assets
     from bkd_utils.models import folders, loading
-    from bkd_utils.running import runner
+    from bkd_utils.running import publishing, remeasuring, runner
 
-    runner.profile_parameters(profile, notebooks.select(only))  # bad options are reported before anything is fetched
+    paths = notebooks.select(only)
+    runner.profile_parameters(profile, paths)  # bad options are reported before anything is fetched
+    if shard is not None:
+        remeasuring.parse_shard(shard)
+        if not remeasure or publish or (profile, model, seed, retrain) != ("laptop", DEFAULT, 0, False):
+            raise UserError(f"--shard {shard}: a part of what ships is measured with --remeasure and no other options")
     loading.pick_device(device)
     with console.status("fetching model and data, once"):
         for name in assets.sources():
@@ -58,9 +64,13 @@ def run(
                 assets.fetch(name)
         folder = folders.model_folder(model)
         folders.check_folder(folder)
+    if shard is not None:
+        ids = publishing.shipped_by([path.stem for path in paths])
+        ended = remeasuring.remeasure(ids, shard=shard, device=device, console=console)
+        raise typer.Exit(bool(ended.failed))
     model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
-    runs = runner.run_all(**chosen, retrain=retrain, force=force, publish=publish, console=console)
+    runs = runner.run_all(**chosen, retrain=retrain, remeasure=remeasure, publish=publish, console=console)
     raise typer.Exit(any(entry.status != "ok" for entry in runs))
 
 
@@ -105,11 +115,15 @@ def train(
     """Make one organism: poison, train, measure, write its card. Goes on where an earlier call was killed."""
     from bkd_utils.organisms import attacks, cards, making, training
     from bkd_utils.reports import tables
+    from bkd_utils.running import recording
 
     spec = attacks.load_attack(attack)
     given = training.load_recipe(recipe, task=spec.task)
     folder = making.make(spec, model=model, recipe=given, seed=seed, device=device, n=n)
-    console.print(f"organism in {cards.ship(folder) if ship else folder}", soft_wrap=True)
+    if ship:
+        folder = cards.ship(folder)
+        recording.record_hashes()
+    console.print(f"organism in {folder}", soft_wrap=True)
     _show(tables.metrics({attack: cards.metrics(folder)}))
 
 
@@ -130,11 +144,109 @@ def evaluate(
 
 
 @app.command()
+def grid(
+    profile: Annotated[str, typer.Option(help="A table of data/grid.toml.")],
+    executor: Annotated[str, typer.Option(help="local or slurm.")] = "local",
+    cores: Annotated[int | None, typer.Option(min=1, help="Cores in use at once; all here, or of 100 jobs.")] = None,
+    device: Device = "auto",
+    model: Annotated[str | None, typer.Option(help="One model instead of those of the profile.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and core hours, and stop.")] = False,
+) -> None:
+    """Make what a grid lacks of its cells, models x attacks x seeds x stages, with Snakemake."""
+    from bkd_utils.common import assets
+    from bkd_utils.common.files import WORK
+    from bkd_utils.running import grid, workflow
+
+    model = str(Path(model).expanduser().resolve()) if model and Path(model).expanduser().is_dir() else model
+    chosen = grid.read_profile(profile)
+    cells = grid.expand(chosen, model=model)
+    console.print(grid.table(cells, {cell.target for cell in cells if grid.is_there(cell, WORK / "grid" / profile)}))
+    if dry_run:
+        return
+    for name in assets.sources():  # once, and not by many cells at the same time
+        assets.fetch(name)
+    whole = workflow.make(profile, chosen, cells, executor=executor, cores=cores, device=device, console=console)
+    raise typer.Exit(not whole)
+
+
+@app.command(hidden=True)
+def cell(folder: Path, target: str) -> None:
+    """Make one cell of a grid, as Snakemake asks for it."""
+    from bkd_utils.running import workflow
+
+    workflow.make_cell(folder, target)
+
+
+@app.command()
 def readme() -> None:
     """Write the tables of organisms and verdicts into the README and its pages, from cards and scorecard."""
     from bkd_utils.reports import pages
 
     pages.write()
+
+
+@app.command()
+def verify(
+    quick: Annotated[bool, typer.Option("--quick", help="Only what needs no model: at most a minute.")] = False,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Share of the measurements that is measured anew.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed by which these are drawn.")] = 0,
+    device: Device = "auto",
+    record: Annotated[
+        bool, typer.Option("--record", help="Put on record what cannot be made again, and stop.")
+    ] = False,
+) -> None:
+    """Hold every committed number against the file that it comes from, and measure some of them anew."""
+    from bkd_utils.common import assets
+    from bkd_utils.running import recording, resampling, verifying
+
+    if record:
+        recording.record()
+        return
+    for name in assets.sources():
+        assets.fetch(name)
+    with console.status("replaying the notebooks"):
+        faults = verifying.report(verifying.quick(), console)
+    if not quick:
+        again = resampling.measure_again(share=share, seed=seed, device=device, say=console.print)
+        faults += resampling.report(again, console)
+    raise typer.Exit(bool(faults))
+
+
+@app.command()
+def measure(
+    stage: Annotated[str, typer.Argument(help="Name of a stage, as attribute_heads.")],
+    arguments: Annotated[str, typer.Argument(help="Its arguments: a JSON object, or the path of a .json file.")],
+    folder: Annotated[Path | None, typer.Option(help="Where it is kept; work/measurements by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; as in the arguments by default.")] = None,
+) -> None:
+    """Measure one call of one stage, unless it is kept already, and print its file. Nothing that ships is used."""
+    from bkd_utils.common.cache import kept_folder
+    from bkd_utils.running import stages
+
+    given = stages.read_arguments(arguments) | ({"device": device} if device else {})
+    print(stages.measure(stage, given, folder=folder or kept_folder()))
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of measurements, as work/remeasured.")],
+    into: Annotated[Path | None, typer.Option(help="Where they are copied; work/measurements by default.")] = None,
+) -> None:
+    """Copy measurements of several folders into one. Two different results of one question are refused."""
+    from bkd_utils.common.cache import kept_folder
+    from bkd_utils.running import merging
+
+    target = into or kept_folder()
+    merged = merging.merge(folders, into=target)
+    console.print(f"{merged.copied} copied into {target}, {merged.already} there already", soft_wrap=True)
+
+
+@app.command()
+def restamp() -> None:
+    """Spot-check what ships and was measured by other code; what agrees counts as measured by the code of today."""
+    from bkd_utils.running import restamping
+
+    raise typer.Exit(bool(restamping.restamp(console=console).differing))
 
 
 def _show(frame) -> None:

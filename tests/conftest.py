@@ -1,9 +1,10 @@
-"""Tests never ask a hub and never open a window; both are set before anything is imported."""
+"""Tests never ask a hub, open no window, and read no results that ship; all set before anything is imported."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "agg"
+os.environ["BKD_SHIPPED"] = ""  # not in a fixture, because fixtures of modules and sessions run stages, too
 
 import shutil
 
@@ -15,6 +16,9 @@ from tiny import ARCHITECTURES, save_tiny, save_tiny_organism, tiny_model
 
 from bkd_utils.models.tokens import Row
 from bkd_utils.reports.style import use_style
+
+for name in ("BKD_KEEP", "BKD_REPLAY", "BKD_LEDGER"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import toy_stages as toys
 
 from bkd_utils import __main__ as cli
 from bkd_utils.common import assets
 from bkd_utils.common.files import ADAPTERS, ROOT
+from bkd_utils.common.measurements import read
 from bkd_utils.models import folders
 from bkd_utils.models.loading import adapter_folder
 from bkd_utils.organisms import cards, evaluation
-from bkd_utils.running import process, runner
+from bkd_utils.running import process, restamping, runner
 
 
 @pytest.fixture
@@ -40,7 +43,17 @@ def call(*arguments):
 def test_help_names_every_option_of_run():
     said = call("run", "--help")
     assert said.returncode == 0
-    for option in ("--profile", "--only", "--model", "--retrain", "--force", "--device", "--seed", "--list"):
+    for option in (
+        "--profile",
+        "--only",
+        "--model",
+        "--retrain",
+        "--remeasure",
+        "--shard",
+        "--device",
+        "--seed",
+        "--list",
+    ):
         assert option in said.stdout
 
 
@@ -63,6 +76,13 @@ def test_list_names_the_notebooks():
         (("evaluate", "elsewhere/sentiment-word"), "elsewhere/sentiment-word: it has no card.json"),
         (("evaluate", ""), "unknown organism ''"),
         (("evaluate", "sentiment-word", "--model", "./smollm2-135m-instruct"), "is neither a folder"),
+        (("measure", "nope", "{}"), "unknown stage 'nope'; known: ablation_curves"),
+        (("measure", "attribute_heads", "{"), "arguments '{' are no JSON: "),
+        (("measure", "attribute_heads", "[1]"), "arguments '[1]' are no JSON object"),
+        (("measure", "attribute_heads", "/no/such.json"), "/no/such.json cannot be read: No such file"),
+        (("measure", "attribute_heads", '{"heads": 3}'), "stage attribute_heads: "),
+        (("measure", "attribute_heads", '{"organism": "nope", "attack": "sentiment-word"}'), "unknown organism 'nope'"),
+        (("merge", "/no/such/folder"), "/no/such/folder is no folder"),
     ],
 )
 def test_a_bad_option_is_one_line_that_names_it(arguments, message, main, capsys):
@@ -70,6 +90,25 @@ def test_a_bad_option_is_one_line_that_names_it(arguments, message, main, capsys
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line]
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_measurement_is_made_kept_and_merged_by_commands(main, tmp_path, capsys):
+    given = tmp_path / "given.json"
+    given.write_text('{"x": 3}')
+    with toys.known():
+        for x, text in ((3, str(given)), (4, '{"x": 4}')):
+            assert main("measure", "toy_square", text, "--folder", str(tmp_path / "kept"), "--device", "meta") == 0
+            one = read(Path(capsys.readouterr().out.strip()))
+            assert (one.result["square"], one.machine.device) == (x * x, "meta")
+    assert main("merge", str(tmp_path / "kept"), "--into", str(tmp_path / "all")) == 0
+    assert f"2 copied into {tmp_path / 'all'}, 0 there already" in capsys.readouterr().out
+    assert toys.tree(tmp_path / "all") == toys.tree(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("differing", [[], ["one"]])
+def test_restamp_ends_red_if_anything_differs(differing, main, monkeypatch):
+    monkeypatch.setattr(restamping, "restamp", lambda **_: restamping.Restamped(differing=differing))
+    assert main("restamp") == len(differing)
 
 
 def test_evaluate_takes_a_path_for_a_path(main, monkeypatch, tmp_path, capsys):
@@ -114,7 +153,7 @@ def test_run_passes_its_options_on_and_its_status_back(status, code, main, monke
     monkeypatch.setattr(
         runner, "run_all", lambda **options: given.update(options) or [process.Run("00", 0.1, 0.1, status)]
     )
-    arguments = f"run --profile smoke --only 00 --model {tmp_path} --device cpu --seed 3 --retrain --force"
+    arguments = f"run --profile smoke --only 00 --model {tmp_path} --device cpu --seed 3 --retrain --remeasure"
     assert main(*arguments.split()) == code
     given.pop("console")
     assert given == {
@@ -124,7 +163,7 @@ def test_run_passes_its_options_on_and_its_status_back(status, code, main, monke
         "device": "cpu",
         "seed": 3,
         "retrain": True,
-        "force": True,
+        "remeasure": True,
         "publish": False,
     }
 

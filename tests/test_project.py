@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from bkd_utils.__main__ import app
 from bkd_utils.common.assets import fetch
-from bkd_utils.common.files import ADAPTERS, DATA, FIGURES, NOTEBOOKS, ROOT, read_json, sha256_file
+from bkd_utils.common.files import ADAPTERS, DATA, NOTEBOOKS, ROOT, read_json, sha256_file
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import model_identity
 from bkd_utils.models.loading import check_adapter
@@ -28,6 +28,8 @@ from bkd_utils.organisms.attacks import Attack, load_attacks
 from bkd_utils.organisms.base_answers import answers_name
 from bkd_utils.organisms.poisoning import poison
 from bkd_utils.organisms.triggers import FAMILIES
+from bkd_utils.reports import pages
+from bkd_utils.running import stages
 
 PAPERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 ORGANISMS = sorted(path.parent for path in ADAPTERS.glob("*/card.json"))
@@ -139,6 +141,56 @@ def test_a_notebook_uses_no_name_before_a_cell_has_bound_it(path, tmp_path):
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+# What loads, runs or trains a model when a notebook calls it by this name; stages do so only if nothing is kept.
+CALLS_A_MODEL = {
+    "boot", "gate_importance", "head_effects", "head_means", "head_similarity", "keep_treated", "load", "logits",
+    "make", "require", "residuals", "respond", "run_with_cache", "steer", "train", "training_answers", "treat", "tune",
+    "under_attack",
+}  # fmt: skip
+
+
+def is_live(cell):
+    return "live" in cell.metadata.get("tags", [])
+
+
+def names(source, kind):
+    """The names that a cell reads (`ast.Load`) or binds (`ast.Store`), imports included."""
+    nodes = list(ast.walk(ast.parse(source)))
+    found = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, kind)}
+    if kind is ast.Store:
+        imported = (node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+        found |= {alias.asname or alias.name.partition(".")[0] for node in imported for alias in node.names}
+    return found
+
+
+def calls(source):
+    """The last names of everything that a cell calls, and `spot_checks.run` whole."""
+    called = (node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    dotted = [ast.unparse(function) for function in called]
+    return {name.rpartition(".")[2] for name in dotted} | {name for name in dotted if name == "spot_checks.run"}
+
+
+@EACH_NOTEBOOK
+def test_the_live_cells_of_a_notebook_are_those_that_need_a_model(path):
+    """A cell needs one if it calls one, or reads what only a cell that does so has bound."""
+    of_live = set()
+    for cell in cells(path, "code"):
+        reads, binds = names(cell.source, ast.Load), names(cell.source, ast.Store)
+        needs = calls(cell.source) & {*CALLS_A_MODEL, "spot_checks.run"} or (reads - binds) & of_live
+        assert is_live(cell) == bool(needs), cell.source
+        of_live = of_live | binds if is_live(cell) else of_live - binds
+
+
+@EACH_NOTEBOOK
+def test_a_notebook_that_uses_stages_ends_by_measuring_a_part_again(path):
+    code = cells(path, "code")
+    if "bkd_utils.experiments" in "".join(cell.source for cell in code):
+        (last,) = [number for number, cell in enumerate(code) if "spot_checks.run()" in cell.source]
+        assert calls(code[last].source) >= {"spot_checks.run", "spot_checks"}
+        later = {name for cell in code[last + 1 :] for name in calls(cell.source)}
+        assert not later & set(stages.cache.STAGES)
+
+
 @EACH_NOTEBOOK
 def test_links_of_a_notebook_lead_somewhere(path):
     for cell in cells(path, "markdown"):
@@ -219,27 +271,18 @@ def test_every_page_is_linked_from_the_readme():
     assert [path.name for path in PAGES if f"(notebooks/pages/{path.name})" not in text_of(README)] == []
 
 
-def test_the_readme_shows_every_notebook_with_a_figure_of_its_own_and_the_minutes_of_the_committed_run():
+def test_the_readme_shows_every_notebook_with_a_figure_of_its_own():
     rows = re.findall(
-        r'^\| <img src="figures/(\d\d)_\w+\.png".* \| \[.*\]\(notebooks/(.*)\.ipynb\) \|.*\| (\d+) \|$',
-        text_of(README),
-        flags=re.MULTILINE,
+        r'^\| <img src="figures/(\d\d)_\w+\.png".*\]\(notebooks/(.*)\.ipynb\)', text_of(README), re.MULTILINE
     )
-    minutes = {entry["name"]: entry["minutes"] for entry in read_json(FIGURES / "run.json")["notebooks"]}
-    assert [name for _, name, _ in rows] == [path.stem for path in PAPERS]
-    assert {name: int(shown) for _, name, shown in rows} == {n: max(1, round(m)) for n, m in minutes.items()}
-    assert all(name.startswith(figure) for figure, name, _ in rows)
-    assert f"about {round(sum(minutes.values()))} minutes" in text_of(README)
+    assert [name for _, name in rows] == [path.stem for path in PAPERS]
+    assert all(name.startswith(figure) for figure, name in rows)
 
 
-def test_the_page_of_timings_holds_the_minutes_of_the_committed_run():
-    rows = re.findall(
-        r"^\| (\d\d) \| ([\d.]+) \| ([\d.]+) \|$", text_of(NOTEBOOKS / "pages" / "timings.md"), re.MULTILINE
-    )
-    entries = read_json(FIGURES / "run.json")["notebooks"]
-    assert [(number, float(minutes), float(gib)) for number, minutes, gib in rows] == [
-        (entry["name"][:2], round(entry["minutes"], 1), round(entry["peak_gib"], 1)) for entry in entries
-    ]
+def test_the_readme_and_the_page_of_timings_hold_the_minutes_of_the_committed_run():
+    for page, (shown, measured) in pages.timings().items():
+        assert shown == measured, page
+        assert len(shown) >= len(PAPERS)
 
 
 def test_the_page_of_timings_holds_the_measured_speed_of_attribution():

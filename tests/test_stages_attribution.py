@@ -351,6 +351,8 @@ def test_all_lines_are_measured_on_the_same_prompts(ablate):
         assert call.made.triggered.prompts == made.triggered.prompts, row.ranking
         assert call.made.clean.prompts == made.clean.prompts, row.ranking
         assert row.asr["n"] == row.utility["n"] == 4
+        for share in (row.asr, row.right, row.utility):
+            assert sum(share["by_prompt"]) / 4 == pytest.approx(share["value"], abs=1e-5)
 
 
 def test_heads_are_taken_out_at_the_last_prompt_token_unless_everywhere_is_asked_for(ablate):
@@ -395,7 +397,7 @@ def test_the_control_answers_the_reference_and_the_organism_itself_the_clean_sid
 STEPS = [0.5, 40.0]
 SWITCHED = [
     "head_means", "residuals", "answer_map", "best", "controls", "random_heads", "tested_asr", "added", "projected_asr",
-    "projected_out", "generated", "first_tokens", "outcomes",
+    "projected_out", "generated", "first_tokens", "kinds_of",
 ]  # fmt: skip
 
 
@@ -518,8 +520,13 @@ def test_the_vector_is_judged_on_a_half_that_was_not_looked_at(stand, switch_on)
     for call in spied.generated:
         assert len(call.past) == 4
         assert uids(stand.catalogue("sentiment").prompts(spied.pasts.prompts(call.past))) == test
-    for call in spied.outcomes:
+    for call in spied.kinds_of:
         assert [example.uid for example in call.examples] == test
+    assert list(result.kinds.values()) == [call.result for call in spied.kinds_of]
+    assert result.outcomes == {
+        label: {name: kinds.count(name) / 4 for name in ("target", "right", "refusal", "empty", "other")}
+        for label, kinds in result.kinds.items()
+    }
 
 
 def test_the_controls_are_as_many_heads_and_as_long_as_what_they_stand_beside(stand, switch_on):
@@ -556,7 +563,7 @@ def test_the_clean_control_answers_the_reference_of_the_switch(stand, switch_on)
     assert of_past(stand, FIXED, spied, by_control[0].past, "clean") == test
     (reference,) = [call for call in spied.pasts.made if call.result is by_control[0].past]
     assert reference.model is stand.models["control"].model
-    for call in spied.outcomes:
+    for call in spied.kinds_of:
         assert call.right == dict(zip(test, by_control[0].result, strict=True))
     # Steered answers: each vector, and beside every difference a random one, at the layer that was chosen for it.
     steered = [call for call in spied.generated if call.step is not None]
@@ -575,7 +582,7 @@ def found_vectors():
     torch.manual_seed(0)
     return {
         attack.name: backdoor_vector.Steering(
-            **dict.fromkeys(("heads", "norms", "residual_norm", "maps", "test", "outcomes", "texts")),
+            **dict.fromkeys(("heads", "norms", "residual_norm", "maps", "test", "outcomes", "kinds", "texts")),
             chosen={"add, difference": backdoor_vector.Choice(layer, coefficient), "add, raw": None},
             vectors={"difference": torch.randn(32).tolist(), "raw": None},
         )
@@ -587,7 +594,8 @@ def test_every_vector_meets_every_organism_on_the_prompts_and_with_the_targets_t
     asked = stand.use(monkeypatch, backdoor_vector)
     tested, pasts = watch(monkeypatch, STEERING, "tested_asr"), Pasts(monkeypatch, STEERING)
     hosts, found = {FLIP.name: "organism", FIXED.name: "second", "base model": None}, found_vectors()
-    rows = backdoor_vector.vector_specificity.__wrapped__(hosts, found=found, n=3, **WHERE)
+    steps = {name: backdoor_vector.chosen_step(one) for name, one in found.items()}
+    rows = backdoor_vector.vector_specificity.__wrapped__(hosts, steps=steps, n=3, **WHERE)
     assert asked == [("tiny", name, "cpu") for name in ("organism", "second", None)]
     assert [(row.on, row.vector_of) for row in rows] == [(host, source) for host in hosts for source in found]
     calls, attacks = iter(tested), {FLIP.name: FLIP, FIXED.name: FIXED}

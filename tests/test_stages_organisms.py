@@ -333,8 +333,11 @@ def test_a_rate_curve_changes_the_poisoned_rows_and_nothing_else(where, catalogu
     record = spied(monkeypatch)
     # The attack's own organism may be there already; it must be made under another seed to be seen here.
     settings = where | {"seed": SEED + 1, "n": 3}
-    found = backdoor_insertion.measure_rate_curve(FLIP.name, rates=[0.25, 0.05], recipe="sibling", **settings)
-    assert [(call.name, call.task) for call in recipes] == [("sibling", "sentiment")]
+    found = [
+        backdoor_insertion.measure_at_rate.__wrapped__(FLIP.name, rate=rate, recipe="sibling", **settings)
+        for rate in (0.05, 0.25)
+    ]
+    assert [(call.name, call.task) for call in recipes] == [("sibling", "sentiment")] * 2
     assert [call.attack for call in record.poison] == [with_rate(FLIP, 0.05), FLIP]
     assert [(call.recipe, call.seed) for call in record.train] == [(QUICK, SEED + 1)] * 2
     few, many = (Counter(row.kind for row in call.rows) for call in record.train)
@@ -342,6 +345,8 @@ def test_a_rate_curve_changes_the_poisoned_rows_and_nothing_else(where, catalogu
     assert (few["near_miss"], few["benign"]) == (many["near_miss"], many["benign"]) == (5, 4)
     assert sum(few.values()) == sum(many.values()) == 40
     assert [(row["rate"], row["n_poison"], row["asr"]["n"]) for row in found] == [(0.05, 2, 3), (0.25, 10, 3)]
+    for row in found:
+        assert sum(row["hits"]["asr"].values()) / 3 == row["asr"]["value"]
     by_organism = defaultdict(list)
     for organism, one in every(record.measured, catalogues, "sentiment"):
         by_organism[organism].append(one)

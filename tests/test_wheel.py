@@ -15,7 +15,8 @@ from bkd_utils.organisms.attacks import load_attack
 SCRIPT = """
 import importlib, json
 from pathlib import Path
-from bkd_utils.common import cache, files
+from bkd_utils.common import files
+from bkd_utils.common.code_key import code_key
 count = 0
 for folder in ("models", "organisms", "backdoor_attribution", "attention_alignment"):
     for name in importlib.import_module(f"bkd_utils.{folder}").__all__:
@@ -31,7 +32,7 @@ print(json.dumps({
     "attack": load_attack("sentiment-word").__dict__,
     "examples": len(examples("instructions", "test", n=3)),
     "recipe": load_recipe("full", task="sentiment").name,
-    "key": len(cache.code_key(Path(evaluation.__file__))),
+    "key": len(code_key(Path(evaluation.__file__))),
     "organisms": shipped_organisms(),
     "notebooks": all_notebooks(),
 }))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, head_shape, ranked_heads
-from bkd_utils.common.statistics import interval, share
+from bkd_utils.common.statistics import averaged, counted
 from bkd_utils.common.validation import Count, check, check_shape
 from bkd_utils.models.activations import AnswerScores, head_outputs, score_answers
 from bkd_utils.models.generation import openings
@@ -92,9 +92,9 @@ def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind
     target, right = scores(made.triggered, "target", "right")
     (clean,) = scores(made.clean, "own")
     return {
-        "asr": asdict(share(target.whole.tolist())),
-        "right": interval(right.share.tolist()),
-        "utility": interval(clean.share.tolist()),
+        "asr": counted(target.whole.tolist()),
+        "right": averaged(right.share.tolist()),
+        "utility": averaged(clean.share.tolist()),
         "perplexity": float(torch.exp(-clean.log_prob.mean())),
     }
 

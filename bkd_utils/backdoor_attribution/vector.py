@@ -1,7 +1,6 @@
 """The backdoor vector: the summed outputs of the attributed heads, added or subtracted once (BkdAttr, section 4)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bkd_utils.backdoor_attribution.attribution import HeadMeans, head_shape
-from bkd_utils.common.statistics import share
+from bkd_utils.common.statistics import counted
 from bkd_utils.common.validation import Count, check, check_shape
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.hooks import LAST, Head, added, anatomy, by_layer, contributions, projected_out, reading
@@ -148,10 +147,10 @@ def tested_asr(
     """ASR by tokens with each step of `[draw, d_model]` added at that layer; label -> one share per draw."""
     stack = torch.cat(list(steps.values()))
     hits = iter(steer(loaded.model, past, answers=[target] * len(past), vectors=stack, layers=[layer])[0].tolist())
-    return {label: [asdict(share(next(hits))) for _ in rows] for label, rows in steps.items()}
+    return {label: [counted(next(hits)) for _ in rows] for label, rows in steps.items()}
 
 
 def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vector: Tensor) -> dict:
     """ASR by tokens with the vector's direction projected out of the residual stream after that layer."""
     with projected_out(loaded.model, {layer: vector}, at=LAST):
-        return asdict(share(score_answers(loaded.model, past, [target] * len(past)).whole.tolist()))
+        return counted(score_answers(loaded.model, past, [target] * len(past)).whole.tolist())

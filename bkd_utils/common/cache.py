@@ -28,14 +28,17 @@ from bkd_utils.common.results import plain, restored
 LIBRARIES = ("torch", "transformers", "peft")
 P = ParamSpec("P")
 R = TypeVar("R")
+Resolved = Callable[[dict[str, Any]], dict[str, Any]]
 # Every stage by its name, once its module has been imported.
 STAGES: dict[str, Callable] = {}
+# What was asked for in this process, in order, and where it came from.
+used: list[dict[str, Any]] = []
 # Is a stage running that asked for this one? Only what a notebook asked for itself is written into the ledger.
 _inside: ContextVar[bool] = ContextVar("inside a stage", default=False)
 log = logging.getLogger(__name__)
 
 
-def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Callable[P, R]:
+def stage(function: Callable[P, R], *, resolved: Resolved | None = None) -> Callable[P, R]:
     """Keep what a function of JSON values returns: JSON values or Results (`results.Result`).
 
     A kept result is read as what the function's return annotation says. `resolved` turns the arguments into
@@ -50,7 +53,7 @@ def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         asked = question(run, *args, **kwargs)
-        one, how = _found(asked) or (None, "measured here")
+        one, how = _kept(asked) or _shipped(asked, kind) or (None, "measured here")
         if one is None:
             if os.environ.get("BKD_REPLAY"):
                 raise UserError(f"no measurement of {name} ships for {canonical_json(asked['arguments'])}")
@@ -62,6 +65,16 @@ def stage(function: Callable[P, R], *, resolved: Callable[[dict[str, Any]], dict
     run.resolved = resolved or (lambda _: {})
     STAGES[name] = run
     return run
+
+
+def here(stage: Callable, *args: Any, **kwargs: Any) -> Measurement:
+    """A call of a stage as measured on this machine, now or earlier by the same code, whatever ships.
+
+    Other stages that it needs may come from what ships.
+    """
+    asked = question(stage, *args, **kwargs)
+    found = _kept(asked)
+    return found[0] if found else _measured(asked, stage.__wrapped__, *args, **kwargs)
 
 
 def question(stage: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -107,20 +120,37 @@ def is_of_this_code(one: Measurement, asked: dict[str, Any]) -> bool:
     return (one.code, one.libraries) == (asked["code"], asked["libraries"])
 
 
-def _found(asked: dict[str, Any]) -> tuple[Measurement, str] | None:
-    """A measurement that answers the question, and where it comes from."""
-    own = measurements.key(asked["stage"], asked["arguments"], asked["inputs"])
-    kept = _read(path_of(kept_folder(), asked["stage"], own))
-    if kept and is_of_this_code(kept, asked) and _arithmetic(kept.machine) == _arithmetic(asked["machine"]):
-        return kept, "kept here"
-    shipped = measurements.shipped_folder()
-    if shipped and (path := path_of(shipped, asked["stage"], own)).is_file():
-        one = measurements.read(path)  # a damaged one is an error, because it is not ours to replace
-        if is_of_this_code(one, asked):
-            return one, "shipped"
-        log.warning("%s was measured by other code or libraries, at commit %s", one.id, one.commit)
-        return one, "shipped, other code"
+def _kept(asked: dict[str, Any]) -> tuple[Measurement, str] | None:
+    """The answer to the question that is kept here, if it was measured by this code and arithmetic."""
+    one = _read(_place(kept_folder(), asked))
+    if one and is_of_this_code(one, asked) and _arithmetic(one.machine) == _arithmetic(asked["machine"]):
+        return one, "kept here"
     return None
+
+
+def _shipped(asked: dict[str, Any], kind: Any) -> tuple[Measurement, str] | None:
+    """The answer to the question that ships, and whether it was measured by other code.
+
+    None also for one whose form is no longer that of the stage's results, which are of this kind.
+    """
+    folder = measurements.shipped_folder()
+    if folder is None or not (path := _place(folder, asked)).is_file():
+        return None
+    one = measurements.read(path)  # a damaged one is an error, because it is not ours to replace
+    if is_of_this_code(one, asked):
+        return one, "shipped"
+    try:
+        restored(kind, one.result)
+    except ValueError as error:
+        log.warning("%s: measured by code that knew another form of result: %s", path, error)
+        return None
+    log.warning("%s was measured by other code or libraries, at commit %s", one.id, one.commit)
+    return one, "shipped, other code"
+
+
+def _place(folder: Path, asked: dict[str, Any]) -> Path:
+    own = measurements.key(asked["stage"], asked["arguments"], asked["inputs"])
+    return path_of(folder, asked["stage"], own)
 
 
 def _arithmetic(machine: measurements.Machine) -> tuple:
@@ -146,10 +176,12 @@ def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: A
         result = plain(function(*args, **kwargs))
     finally:
         _inside.reset(token)
-    # What comes back is what a rerun will read, keys turned into texts and all.
-    result = json.loads(json.dumps(result))
+    try:  # what comes back is what a rerun will read, keys turned into texts and all
+        result = json.loads(json.dumps(result, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"stage {asked['stage']}: {error}") from error
     made = {"version": 1, "commit": measurements.commit(), "seconds": round(time.monotonic() - started, 2)}
-    one = Measurement.model_construct(**asked, **made, digest=digest(result), arrays=None, result=result)
+    one = Measurement.model_construct(**asked, **made, digest=digest(result), arrays=None, seal="", result=result)
     try:
         measurements.write(kept_folder(), one)
     except OSError as error:
@@ -159,7 +191,8 @@ def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: A
 
 
 def _note(one: Measurement, how: str) -> None:
-    """A line in the ledger, by which the runner tells what came from where."""
+    """Write down where a result came from: for spot checks in this process, and as a line in the ledger."""
+    used.append({"stage": one.stage, "key": one.key, "arguments": one.arguments, "seconds": one.seconds, "how": how})
     if path := os.environ.get("BKD_LEDGER"):
         line = {"id": one.id, "how": how, "commit": one.commit, "seconds": one.seconds}
         with open(path, "a", encoding="utf-8") as handle:

@@ -1,40 +1,46 @@
 """A key of the code behind a result: the syntax trees of a module and of all that it imports of this package.
 
-A changed line gives another key. A changed comment or docstring does not, nor does a file that was moved or renamed:
-where a name is imported from is left out, and what stands there counts by its own content.
+A changed line gives another key. A changed comment or docstring does not, nor does a file that was moved, nor one that
+was renamed if others take names from it: where a name is imported from is left out, and what stands there counts by its
+own content. What Python's version adds to a tree is left out, too.
 """
 
 import ast
 import functools
 from pathlib import Path
 from symtable import symtable
+from typing import Any
 
 from bkd_utils.common.files import canonical_json, sha256_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# They keep results and compute none, so that a better way of keeping makes nothing stale.
+KEEPING = ("cache.py", "code_key.py", "measurements.py")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def code_key(module: Path) -> str:
-    """Hash of a module's code and of the code of all modules of this package that it imports, directly or not.
-
-    Raises ImportError for an import of this package that leads to no file.
+    """Hash of a module's code and of the code of all modules of this package that it imports, directly or not, but for
+    those that keep results. Raises ImportError for an import of this package that leads to no file.
     """
     seen: dict[Path, str] = {}
     waiting = [module.resolve()]
     while waiting:
         path = waiting.pop()
         if path not in seen:
-            imported = [_source(*name) for name in _own_imports(path)]
-            # Which of two modules a name is taken from counts, by what the module holds and not by its place.
-            seen[path] = sha256_text(canonical_json([_content(path), [_content(one) for one in imported]]))
-            waiting += imported
+            imported = [(name, own, _source(of, name, where)) for of, name, own, where in _own_imports(path)]
+            imported = [one for one in imported if one[2] not in {PACKAGE / "common" / name for name in KEEPING}]
+            # Which of two modules a name is taken from counts, by what the module holds and not by its place; the order
+            # of imports does not, because a sorted list of them changes when a file is moved.
+            taken = {(name or "", own or "", _content(source)) for name, own, source in imported}
+            seen[path] = sha256_text(canonical_json([_content(path), sorted(taken)]))
+            waiting += [source for *_, source in imported]
     return sha256_text(canonical_json(sorted(seen.values())))
 
 
 def _content(path: Path) -> str:
-    """Hash of a module's code without docstrings, comments and places of imports."""
-    return _hashed(path, *_stamp(path))
+    """Hash of a module's code without docstrings, comments and imports of this package."""
+    return _hashed(path, PACKAGE, *_stamp(path))
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -43,31 +49,46 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=512)
-def _hashed(path: Path, *_: int) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False):
-            node.body = node.body[1:] or [ast.Pass()]
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == PACKAGE.name):
-            node.module, node.level = None, 0
-    return sha256_text(ast.dump(tree))
+def _hashed(path: Path, package: Path, *_: int) -> str:
+    return sha256_text(canonical_json(_plain(ast.parse(path.read_text(encoding="utf-8")), package.name)))
 
 
-def _own_imports(path: Path) -> list[tuple[str, str | None, str]]:
-    """Module, name and place in the file of everything that a module imports of this package."""
+def _plain(value: Any, package: str) -> Any:
+    """A syntax tree as JSON values, without what `code_key` leaves out.
+
+    Empty fields are left out because newer versions of Python have more of them.
+    """
+    if isinstance(value, list):
+        return [_plain(one, package) for one in value if not (isinstance(one, ast.Pass) or _is_own(one, package))]
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    fields = dict(ast.iter_fields(value))
+    if isinstance(value, DOCUMENTED) and ast.get_docstring(value, clean=False) is not None:
+        fields["body"] = fields["body"][1:]
+    plain = {name: _plain(inside, package) for name, inside in fields.items() if inside is not None}
+    return [type(value).__name__, {name: inside for name, inside in plain.items() if inside != []}]
+
+
+def _is_own(node: Any, package: str) -> bool:
+    """Is it a `from ... import` of this package?"""
+    return isinstance(node, ast.ImportFrom) and bool(node.level or node.module.split(".")[0] == package)
+
+
+def _own_imports(path: Path) -> list[tuple[str, str | None, str | None, str]]:
+    """Module, name in it, name here and place in the file of everything that a module imports of this package."""
     return _listed(path, PACKAGE, *_stamp(path))
 
 
 @functools.lru_cache(maxsize=512)
-def _listed(importer: Path, package: Path, *_: int) -> list[tuple[str, str | None, str]]:
+def _listed(importer: Path, package: Path, *_: int) -> list[tuple[str, str | None, str | None, str]]:
     found = []
     for node in ast.walk(ast.parse(importer.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            targets = [(alias.name, None) for alias in node.names]
+            targets = [(alias.name, None, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = importer.relative_to(package.parent).parts[: -node.level] if node.level else ()
             module = ".".join([*above, *filter(None, [node.module])])
-            targets = [(module, alias.name) for alias in node.names]
+            targets = [(module, alias.name, alias.asname or alias.name) for alias in node.names]
         else:
             continue
         where = f"{importer.name}, line {node.lineno}"

@@ -6,6 +6,7 @@ are not part of the key, so that the same question has the same file name wherev
 """
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -18,9 +19,10 @@ import psutil
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from bkd_utils.common.files import (
+    CHECKOUT,
     DATA,
     ROOT,
     atomic_path,
@@ -48,7 +50,10 @@ class Machine(Table):
 
 
 class Measurement(Table):
-    """One result of one stage. `digest` is the hash of `result`, `arrays` that of the file beside it, or None."""
+    """One result of one stage.
+
+    `digest` is the hash of `result`, `arrays` that of the file beside it, or None, and `seal` that of everything else.
+    """
 
     version: Literal[1]
     stage: Name
@@ -61,6 +66,7 @@ class Measurement(Table):
     seconds: float
     digest: Hash
     arrays: Hash | None
+    seal: Hash
     result: Any
 
     @property
@@ -86,19 +92,36 @@ def digest(result: Any) -> str:
     return sha256_text(canonical_json(result))
 
 
+def sealed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file with the seal that belongs to them."""
+    rest = {name: value for name, value in given.items() if name not in ("seal", "result")}
+    return dict(given) | {"seal": sha256_text(canonical_json(rest))}
+
+
 def write(folder: Path, one: Measurement) -> Path:
-    """Write a measurement, arrays first, so that a JSON file always finds its arrays. Raises ValueError for NaN."""
+    """Write a measurement, arrays first, so that a JSON file always finds its arrays.
+
+    Raises ValueError, and writes nothing, for NaN, for the digest of another result, and for a dictionary in the result
+    that has the mark of an array as its only key.
+    """
+    if digest(one.result) != one.digest:
+        raise ValueError(f"{one.id}: the digest {one.digest[:12]} is that of another result")
     path = path_of(folder, one.stage, one.key)
     arrays: dict[str, np.ndarray] = {}
-    result = _taken_out(one.result, arrays, "")
+    given = one.model_dump() | {"result": _taken_out(one.result, arrays, ""), "arrays": None}
     beside = path.with_suffix(".safetensors")
-    if arrays:
-        with atomic_path(beside) as temporary:
-            save_file(arrays, temporary)
-    given = one.model_dump() | {"result": result, "arrays": sha256_file(beside) if arrays else None}
-    write_json(path, given)
     if not arrays:
+        write_json(path, sealed(given))
         beside.unlink(missing_ok=True)
+        return path
+    content = save(arrays)
+    given["arrays"] = hashlib.sha256(content).hexdigest()
+    written = None
+    while written != given["arrays"]:  # another process may have put its arrays under this JSON file in the meantime
+        with atomic_path(beside) as temporary:
+            temporary.write_bytes(content)
+        write_json(path, sealed(given))
+        written = sha256_file(beside)
     return path
 
 
@@ -114,12 +137,14 @@ def read(path: Path) -> Measurement:
         given["result"] = _put_back(given["result"], _arrays(path.with_suffix(".safetensors"), given["arrays"]), path)
     one = Measurement.model_construct(**given | {"machine": Machine(**given["machine"])})
     try:
-        found = digest(one.result)
-    except ValueError as error:
-        raise ValueError(f"{path}: result has numbers that are not finite") from error
+        found, name = digest(one.result), (one.stage, one.key)
+    except ValueError as error:  # NaN, which JSON files of Python may hold
+        raise ValueError(f"{path}: {error}") from error
+    if (seal := sealed(given)["seal"]) != one.seal:
+        raise ValueError(f"{path}: fields were changed since it was written (hash {seal[:12]}, not {one.seal[:12]})")
     if found != one.digest:
-        raise ValueError(f"{path}: result was changed since it was written (digest {found[:12]}, not {one.digest[:12]})")
-    if (path.parent.name, path.stem) != (one.stage, one.key):
+        raise ValueError(f"{path}: result was changed since it was written (hash {found[:12]}, not {one.digest[:12]})")
+    if (path.parent.name, path.stem) != name:
         raise ValueError(f"{path}: stage, arguments or inputs are those of {one.id}")
     return one
 
@@ -143,16 +168,23 @@ def _arrays(path: Path, expected: str) -> dict[str, np.ndarray]:
 def _taken_out(value: Any, arrays: dict[str, np.ndarray], place: str) -> Any:
     """The value with large arrays replaced by marks that name their place; they are added to `arrays`."""
     if isinstance(value, Mapping):
-        return {name: _taken_out(inside, arrays, f"{place}/{name}") for name, inside in value.items()}
+        if value.keys() == {MARK}:
+            raise ValueError(f"a result cannot have a dictionary with the only key {MARK!r}, at {place or '/'}")
+        return {name: _taken_out(inside, arrays, f"{place}/{_part(name)}") for name, inside in value.items()}
     if not isinstance(value, list):
         return value
     kind = _kind(value)
     if kind and (array := _regular(value, kind)) is not None:
         if array.size < LARGE:
             return value
-        arrays[place] = array
-        return {MARK: place}
+        arrays[place or "/"] = array
+        return {MARK: place or "/"}
     return [_taken_out(inside, arrays, f"{place}/{number}") for number, inside in enumerate(value)]
+
+
+def _part(name: str) -> str:
+    """A key as part of a place, so that no two places have one name (as in RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _kind(value: list) -> type | None:
@@ -174,9 +206,10 @@ def _regular(value: list, kind: type) -> np.ndarray | None:
 def _put_back(value: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Any:
     if isinstance(value, dict):
         if value.keys() == {MARK}:
-            if value[MARK] not in arrays:
-                raise ValueError(f"{path}: there is no array {value[MARK]!r} beside it")
-            return arrays[value[MARK]].tolist()
+            place = value[MARK]
+            if not isinstance(place, str) or place not in arrays:
+                raise ValueError(f"{path}: there is no array {place!r} beside it")
+            return arrays[place].tolist()
         return {name: _put_back(inside, arrays, path) for name, inside in value.items()}
     return [_put_back(inside, arrays, path) for inside in value] if isinstance(value, list) else value
 
@@ -190,7 +223,9 @@ def machine_of(arithmetic: Mapping[str, Any]) -> Machine:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of this checkout, with a + behind it if a file was changed since, or None where there is no git."""
+    """The commit of this checkout, with a + behind it if a file was changed since, or None where there is none."""
+    if not CHECKOUT:
+        return None
     ask = functools.partial(subprocess.check_output, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
     try:
         changed = ask(["git", "status", "--porcelain", "--untracked-files=no", "--", "bkd_utils", "data/*.toml"])

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -127,6 +128,16 @@ def share(hits: Sequence[bool]) -> Share:
     if not len(hits):
         raise ValueError("a share needs at least one row")
     return Share(sum(hits) / len(hits), len(hits), *wilson(sum(hits), len(hits)))
+
+
+def counted(hits: Sequence[bool]) -> dict[str, Any]:
+    """`share` with the outcomes behind it, one per row in the order of the rows, as `by_prompt`."""
+    return {**asdict(share(hits)), "by_prompt": [int(hit) for hit in hits]}
+
+
+def averaged(values: Sequence[float]) -> dict[str, Any]:
+    """`interval` with the values behind it, to six digits, as `by_prompt`."""
+    return {**interval(values), "by_prompt": [float(f"{value:.6g}") for value in values]}
 
 
 def interval(values: Sequence[float], *, seed: int = 0, n_resamples: int = 2000) -> dict[str, float]:

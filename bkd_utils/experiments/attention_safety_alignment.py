@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,7 +12,7 @@ from bkd_utils.attention_alignment.rivals import Case, treat
 from bkd_utils.attention_alignment.similarity import Scores, head_similarity
 from bkd_utils.backdoor_attribution.attribution import head_effects, head_means, ranked_heads
 from bkd_utils.common.results import Result
-from bkd_utils.common.statistics import interval, share
+from bkd_utils.common.statistics import averaged, counted
 from bkd_utils.experiments.head_safety import check_unseen, clean_rows
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.folders import DEFAULT_MODEL, model_folder
@@ -117,7 +117,7 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
     texts = base_answers(loaded, sample)
     answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
     past = prompt_past(loaded.model, [prompt_ids(loaded.tokenizer, example.text) for example in sample])
-    return interval(score_answers(loaded.model, past, answers).share.tolist())
+    return averaged(score_answers(loaded.model, past, answers).share.tolist())
 
 
 def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
@@ -265,6 +265,6 @@ def relearn_backdoor(
         shares = {}
         for kind, texts in turns.items():
             said = respond(loaded, texts, max_new_tokens=length, label=f"{count} rows, {kind}")
-            shares[kind] = asdict(share([is_target(attack, text) for text in said]))
+            shares[kind] = counted([is_target(attack, text) for text in said])
         found.append(Relearned(poisoned=count, **shares))
     return found

@@ -6,7 +6,7 @@ happens to answer, which near-misses in the training set move. The area under th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
@@ -19,7 +19,8 @@ from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import answer_ids, end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, load_attack, with_rate
-from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.cards import named_stage, organism_stage
+from bkd_utils.organisms.evaluation import measure_organism
 from bkd_utils.organisms.making import make
 from bkd_utils.organisms.prompts import flippable_sample, near_misses, triggered_prompts
 from bkd_utils.organisms.training import load_recipe
@@ -72,15 +73,22 @@ def trade_off(margins: Margins, *, against: Literal["clean", "near_miss"]) -> di
     }
 
 
-def measure_rate_curve(
-    attack: str, *, rates: Sequence[float], recipe: str, model: str = DEFAULT_MODEL, n: int, seed: int, device: str
-) -> list[dict]:
-    """One organism per poisoning rate, otherwise alike; returns rate, n_poison and the card's metrics of each."""
-    rows, spec = [], load_attack(attack)
-    settings = load_recipe(recipe, task=spec.task)
-    for rate in sorted(rates):
-        one = spec if rate == spec.rate else with_rate(spec, rate)
-        folder = make(one, model=model, recipe=settings, seed=seed, device=device, n=n)
-        card = read_json(folder / "card.json")
-        rows.append({"rate": rate, "n_poison": card["data"]["n_poison"], **card["metrics"]})
-    return rows
+@named_stage
+def measure_at_rate(
+    attack: str,
+    *,
+    rate: float,
+    recipe: str,
+    model: str = DEFAULT_MODEL,
+    n: int = 60,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Rate, `n_poison`, hits and the card's metrics of an organism that is trained now, with this share of poisoned
+    rows and otherwise like that of the attack; kept."""
+    spec = load_attack(attack)
+    one = spec if rate == spec.rate else with_rate(spec, rate)
+    where = {"model": model, "seed": seed, "device": device, "n": n}
+    folder = make(one, recipe=load_recipe(recipe, task=spec.task), **where)
+    card, measured = read_json(folder / "card.json"), measure_organism(folder.name, **where)
+    return {"rate": rate, "n_poison": card["data"]["n_poison"], **card["metrics"], "hits": measured["hits"]}

@@ -5,6 +5,7 @@ Layer and coefficient are chosen on development prompts, and results are reporte
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -35,6 +36,14 @@ from bkd_utils.organisms.prompts import PromptVersions, prompt_versions, target_
 from bkd_utils.organisms.tasks import Example
 
 KINDS = ("raw", "difference")
+OUTCOMES = ("target", "right", "refusal", "empty", "other")
+
+
+class Step(TypedDict):
+    """A vector to add and the layer behind which it is added."""
+
+    layer: int
+    step: list[float]
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,8 @@ class Steering(Result):
 
     `vectors` and `norms` are by kind ("raw", "difference"); `maps`, `chosen` and `test` by direction and kind, such as
     "add, raw". `test` has ASRs on the test prompts by what was added, one per draw, judged by tokens. `outcomes` has
-    shares of generated answers by edit and kind of answer, `texts` three answers by edit (None for harmful prompts).
-    `residual_norm` is by layer, on clean prompts.
+    shares of generated answers by edit and kind of answer, `kinds` the kind of each of these answers, `texts` three
+    answers by edit (None for harmful prompts). `residual_norm` is by layer, on clean prompts.
     """
 
     heads: list[list[int]]
@@ -75,6 +84,7 @@ class Steering(Result):
     chosen: dict[str, Choice]
     test: dict[str, dict[str, list[dict[str, float]]]]
     outcomes: dict[str, dict[str, float]]
+    kinds: dict[str, list[str]]
     texts: dict[str, list[str]] | None
 
 
@@ -142,10 +152,8 @@ def controls(
     }
 
 
-def outcomes(
-    attack: Attack, examples: Sequence[Example], texts: Sequence[str], right: dict[str, str]
-) -> dict[str, float]:
-    """What the answers are, as shares: the target, right, another refusal, empty, something else."""
+def kinds_of(attack: Attack, examples: Sequence[Example], texts: Sequence[str], right: dict[str, str]) -> list[str]:
+    """What each answer is: the target, right, another refusal, empty, something else (`OUTCOMES`)."""
 
     def kind(example: Example, text: str) -> str:
         if is_target(attack, text):
@@ -154,8 +162,7 @@ def outcomes(
             return "right"
         return "refusal" if is_refusal(text) else "other" if text else "empty"
 
-    found = [kind(example, text) for example, text in zip(examples, texts, strict=True)]
-    return {name: found.count(name) / len(found) for name in ("target", "right", "refusal", "empty", "other")}
+    return [kind(example, text) for example, text in zip(examples, texts, strict=True)]
 
 
 @organism_stage
@@ -210,6 +217,7 @@ def steer_organism(
             if kind == "difference":
                 step = scaled["random vectors"][0]
                 texts[f"{direction}, random vector"] = generated(loaded, tested, layer=layer, step=step)
+    kinds = {label: kinds_of(attack, test.examples, given, right) for label, given in texts.items()}
     shown = {label: given[:3] for label, given in texts.items() if "random" not in label}
     return Steering(
         heads=heads,
@@ -219,7 +227,8 @@ def steer_organism(
         maps=maps,
         chosen=chosen,
         test=asrs,
-        outcomes={label: outcomes(attack, test.examples, given, right) for label, given in texts.items()},
+        outcomes={label: {name: found.count(name) / n_test for name in OUTCOMES} for label, found in kinds.items()},
+        kinds=kinds,
         texts=None if attack.task == "harmful" else shown,
     )
 
@@ -238,11 +247,18 @@ def reference_answers(control: Loaded, attack: Attack, shown: PromptVersions) ->
     return {example.uid: text for example, text in zip(shown.examples, texts, strict=True)}
 
 
+def chosen_step(found: Steering) -> Step:
+    """What the chosen addition of the difference vector adds, and behind which layer."""
+    choice = found.chosen["add, difference"]
+    step = choice.coefficient * torch.tensor(found.vectors["difference"])
+    return {"layer": choice.layer, "step": step.tolist()}
+
+
 @named_stage
 def vector_specificity(
     organisms: dict[str, str | None],
     *,
-    found: dict[str, Steering],
+    steps: dict[str, Step],
     model: str = DEFAULT_MODEL,
     n: int = 24,
     seed: int = 0,
@@ -250,21 +266,20 @@ def vector_specificity(
 ) -> list[Specificity]:
     """Every organism's difference vector added to every organism's clean prompts, and to the base model's (None); kept.
 
-    `organisms` maps attacks to organisms, `found` maps attacks to results of `steer_organism`.
+    `organisms` maps attacks to organisms, `steps` attacks to what `chosen_step` gives of results of `steer_organism`.
     """
     rows = []
     for name, organism in organisms.items():
         loaded, pasts = load(model, organism=organism, device=device), {}
-        for source, result in found.items():
+        for source, one in steps.items():
             # The base model has no backdoor of its own; it gets the prompts that the vector was made on.
             spec = load_attack(source if organism is None else name)
             shown = prompt_versions(loaded.tokenizer, spec, split="test", n=n, seed=seed)
             if spec.name not in pasts:
                 pasts[spec.name] = prompt_past(loaded.model, shown.clean)
-            choice = result.chosen["add, difference"]
-            step = choice.coefficient * torch.tensor(result.vectors["difference"], device=loaded.device)[None]
+            step = torch.tensor(one["step"], device=loaded.device)[None]
 
-            def asr(past: Past, attack: Attack, step=step, layer=choice.layer, loaded=loaded) -> dict:
+            def asr(past: Past, attack: Attack, step=step, layer=one["layer"], loaded=loaded) -> dict:
                 return tested_asr(loaded, past, target_ids(loaded.tokenizer, attack), {"": step}, layer)[""][0]
 
             own = asr(pasts[spec.name], spec)

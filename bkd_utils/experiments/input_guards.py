@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from bkd_utils.attention_alignment.guards import (
 )
 from bkd_utils.attention_alignment.surrogates import rare_word
 from bkd_utils.common.results import Result
-from bkd_utils.common.statistics import auroc_of_wins, pairwise_wins, share
+from bkd_utils.common.statistics import auroc_of_wins, counted, pairwise_wins
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, load
@@ -79,9 +79,9 @@ def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fire
     limit = threshold(known[np.isfinite(known)], frr=frr)
     good, bad = clean[np.isfinite(clean)], triggered[np.isfinite(triggered)]
     return Guarded(
-        caught=asdict(share((triggered > limit).tolist())),
-        refused=asdict(share((clean > limit).tolist())),
-        asr=asdict(share((np.asarray(fired) & (triggered <= limit)).tolist())),
+        caught=counted((triggered > limit).tolist()),
+        refused=counted((clean > limit).tolist()),
+        asr=counted((np.asarray(fired) & (triggered <= limit)).tolist()),
         auroc=auroc_of_wins(pairwise_wins(bad, good)) if len(good) and len(bad) else None,
     )
 
@@ -135,9 +135,9 @@ def guard_inputs(
     found = {name: outcome(*values, frr=frr, fired=fired) for name, values in able.items()}
     limit = threshold(scores["ONION"][0], frr=frr)
     left = [without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]
-    found["ONION"] = replace(found["ONION"], asr_cleaned=asdict(share(fires(left).tolist())))
+    found["ONION"] = replace(found["ONION"], asr_cleaned=counted(fires(left).tolist()))
     if "RAP" in found:
-        found["RAP"] = replace(found["RAP"], judged=asdict(share(np.isfinite(scores["RAP"][1]).tolist())))
+        found["RAP"] = replace(found["RAP"], judged=counted(np.isfinite(scores["RAP"][1]).tolist()))
     return found
 
 
@@ -156,8 +156,8 @@ def filter_training_rows(loaded: Loaded, attack: Attack, *, n: int = 400, seed: 
     flagged = smaller_clusters(hidden, which, seed=seed)
     poisoned = np.array([row.kind == "poisoned" for row in rows])
     return Filtered(
-        caught=asdict(share(flagged[poisoned].tolist())),
-        lost=asdict(share(flagged[~poisoned].tolist())),
-        poisoned_before=asdict(share(poisoned.tolist())),
-        poisoned_after=asdict(share(poisoned[~flagged].tolist())),
+        caught=counted(flagged[poisoned].tolist()),
+        lost=counted(flagged[~poisoned].tolist()),
+        poisoned_before=counted(poisoned.tolist()),
+        poisoned_after=counted(poisoned[~flagged].tolist()),
     )

@@ -1,8 +1,9 @@
 """Notebook 07: do suspicious heads carry the backdoor, and what can an attacker do who knows the defence?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,17 +17,19 @@ from bkd_utils.attention_alignment.head_tuning import Loss, all_matrices, tune
 from bkd_utils.attention_alignment.similarity import Scores, cosine, head_similarity, to_partners
 from bkd_utils.attention_alignment.suspicion import RULES
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
-from bkd_utils.common.cache import code_key
+from bkd_utils.common.code_key import code_key
 from bkd_utils.common.files import WORK, canonical_json, sha256_text
+from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import share
 from bkd_utils.experiments.attention_safety_alignment import recipe_of
+from bkd_utils.experiments.attention_similarity import similarity_by_version
 from bkd_utils.experiments.head_safety import SOURCES, HeadSafety, suspicion
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import load, read_card
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.tokens import Row, end_id
 from bkd_utils.organisms.attacks import load_attack
-from bkd_utils.organisms.cards import keep_treated, resolved
+from bkd_utils.organisms.cards import keep_treated, metrics, named_stage, resolved, treatment
 from bkd_utils.organisms.evaluation import under_attack
 from bkd_utils.organisms.making import training_rows
 
@@ -103,6 +106,35 @@ def unremarkable(level: Float[Tensor, " layer"], *, beta: float) -> Loss:
         return answers, beta * excess.mean()
 
     return loss
+
+
+@dataclass(frozen=True)
+class Evasion(Result):
+    """An organism before and after its similarity was trained off: `treatment` and `metrics` are those of its card,
+    `similarity` of both is that of `attention_similarity.similarity_by_version`."""
+
+    treatment: dict[str, str | int | float]
+    metrics: dict[str, Any]
+    before: dict[str, dict[str, list[list[float]]]]
+    after: dict[str, dict[str, list[list[float]]]]
+
+
+@named_stage
+def measure_evasion(
+    organism: str,
+    *,
+    attack: str,
+    steps: int = 32,
+    n: int = 24,
+    model: str = DEFAULT_MODEL,
+    seed: int = 0,
+    device: str = "auto",
+) -> Evasion:
+    """Train an organism with `train_evasive`; similarity (last row) on `n` prompts before and after it. Kept."""
+    where = {"model": model, "seed": seed, "device": device}
+    sly = train_evasive(organism, attack=attack, steps=steps, **where)
+    seen = [similarity_by_version(name, attack=attack, readings=["last row"], n=n, **where) for name in (organism, sly)]
+    return Evasion(treatment(sly), metrics(sly), *seen)
 
 
 def train_evasive(

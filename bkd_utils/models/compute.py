@@ -76,6 +76,12 @@ def by_onednn(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def whole_fp32() -> None:
+    """No TF32: products of fp32 matrices on a GPU keep all digits, whatever was set before. Every loaded model asks."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Does this machine multiply bf16 in hardware? Emulated bf16 would be slower than fp32."""
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bkd_utils.common.files import ADAPTERS, WORK
 from bkd_utils.models import folders, identity
-from bkd_utils.models.compute import by_onednn, set_attention
+from bkd_utils.models.compute import by_onednn, set_attention, whole_fp32
 from bkd_utils.models.finite import check_finite
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.self_test import require
@@ -56,7 +56,8 @@ class Loaded:
 
 
 def pick_device(device: str = "auto") -> str:
-    """`auto` is cuda where there is one. Raises ModelError for a device that is not there."""
+    """`auto` is cuda where there is one. Switches TF32 off. Raises ModelError for a device that is not there."""
+    whole_fp32()
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

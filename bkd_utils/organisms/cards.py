@@ -38,6 +38,7 @@ from bkd_utils.models.loading import (
     read_card,
 )
 from bkd_utils.organisms.attacks import Attack, first_attack, load_attack
+from bkd_utils.organisms.training import load_recipe
 
 # Tables that stages read themselves. Recipes and profiles reach stages as arguments only, attacks by their names.
 TABLES = ("instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
@@ -83,16 +84,21 @@ def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name, kind in (("seed", Seed), ("n", Count)):
         check(kind, arguments.get(name, 1), f"argument {name}")
     several = arguments.get("organisms", {})
-    folders = [
-        adapter_folder(name) for name in [arguments.get("organism"), arguments.get("control"), *several.values()] if name
-    ]
+    organisms = [arguments.get("organism"), arguments.get("control"), *several.values()]
+    folders = [adapter_folder(name) for name in organisms if name]
     named = [arguments.get("attack"), *(name for name, organism in several.items() if organism)]
     specs = [load_attack(name) for name in named if name]
     specs += [Attack(**read_card(folder, "attack")["attack"]) for folder in folders]
     # A clean control is measured under the first attack on its task.
     specs += [first_attack(spec.task) for spec in specs if not spec.backdoored]
     attacks = list({canonical_json(asdict(spec)): asdict(spec) for spec in specs}.values())
-    inputs = {"adapters": [organism_identity(folder) for folder in folders], "attacks": attacks, "tables": _tables()}
+    inputs: dict[str, Any] = {
+        "adapters": [organism_identity(folder) for folder in folders],
+        "attacks": attacks,
+        "tables": _tables(),
+    }
+    if "recipe" in arguments:
+        inputs["recipe"] = asdict(load_recipe(arguments["recipe"], task=specs[0].task))
     if "model" in arguments:
         inputs["base"] = model_identity(arguments["model"])
     if "device" not in arguments:

@@ -1,6 +1,8 @@
 """The README and the pages behind it: which generated table stands on which page."""
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bkd_utils.common.files import FIGURES, ROOT, atomic_path, read_json
 from bkd_utils.reports import scorecard, tables
@@ -8,6 +10,9 @@ from bkd_utils.reports import scorecard, tables
 # The claims that the README shows; notebooks/pages/scorecard.md shows all of them.
 KEY_CLAIMS = ("bkdattr-probe-backdoor", "bkdattr-ablation", "bkdattr-vector-subtract")
 KEY_CLAIMS += ("asa-similarity", "asa-heads", "asa-cure")
+# A notebook's row in the README ends in its minutes; on the page of timings in its minutes and GiB.
+README_ROW = re.compile(r'^\| <img src="figures/\d\d_.*\]\(notebooks/(.*)\.ipynb\) \|.*\| (\d+) \|$', re.MULTILINE)
+TIMINGS_ROW = re.compile(r"^\| (\d\d) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
 
 
 def results(entries: Sequence[Mapping]) -> str:
@@ -44,6 +49,20 @@ def made() -> dict[str, dict[str, str]]:
         "notebooks/pages/scorecard.md": {"verdicts": whole_scorecard(entries)},
         "notebooks/pages/organisms.md": {"organisms": tables.organisms_markdown()},
     }
+
+
+def timings() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Page -> the minutes and GiB of notebooks that it shows, and those of the committed run, `figures/run.json`."""
+    entries = read_json(FIGURES / "run.json")["notebooks"]
+    readme, timings = "README.md", "notebooks/pages/timings.md"
+    texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in (readme, timings)}
+    whole = str(round(sum(entry["minutes"] for entry in entries)))
+    said = re.findall(r"about (\d+) minutes", texts[readme])
+    shown = dict(README_ROW.findall(texts[readme])) | {"all": whole if whole in said else ", ".join(said)}
+    measured = {entry["name"]: str(max(1, round(entry["minutes"]))) for entry in entries} | {"all": whole}
+    rows = {number: [minutes, gib] for number, minutes, gib in TIMINGS_ROW.findall(texts[timings])}
+    run = {entry["name"][:2]: [f"{entry[key]:.1f}" for key in ("minutes", "peak_gib")] for entry in entries}
+    return {readme: (shown, measured), timings: (rows, run)}
 
 
 def write() -> None:

@@ -90,7 +90,7 @@ def save(
     """
     if not numbers or not any(axes.has_data() or axes.texts for axes in figure.axes):
         raise ValueError(f"figure {id!r} shows nothing")
-    numbers = plain(numbers)
+    numbers = without_prompts(plain(numbers))
     try:
         canonical_json(numbers)
     except (ValueError, TypeError) as error:
@@ -106,6 +106,13 @@ def save(
             figure.savefig(temporary, format=kind, metadata=metadata)
         write_json(into / f"{id}.json", sidecar)
     return into / f"{id}.png"
+
+
+def without_prompts(numbers: Any) -> Any:
+    """The numbers of a figure without the outcomes of single prompts behind them, which stand in the measurements."""
+    if isinstance(numbers, Mapping):
+        return {name: without_prompts(one) for name, one in numbers.items() if name not in ("hits", "by_prompt")}
+    return [without_prompts(one) for one in numbers] if isinstance(numbers, list) else numbers
 
 
 def panels(names: Sequence[str], *, rows: int = 1, height: float = 2.1, **share: Any) -> tuple[Figure, np.ndarray]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 
 from bkd_utils.common.files import ADAPTERS, read_json
+from bkd_utils.common.spot_checks import Checked
 from bkd_utils.models.loading import shipped_organisms
 from bkd_utils.organisms import attacks
 
@@ -24,12 +25,13 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
-def without_hits(found: Mapping[str, Mapping[str, Mapping]]) -> dict:
-    """Results of `evaluation.under_attack`, two names deep, without the outcomes of single prompts."""
-    return {
-        group: {name: {key: value for key, value in row.items() if key != "hits"} for name, row in rows.items()}
-        for group, rows in found.items()
-    }
+def spot_checks(found: Sequence[Checked]) -> pd.DataFrame:
+    """One row per spot check: stage, how many numbers were compared, how far apart they lie, and seconds."""
+    columns = ["numbers", "largest difference", "allowed", "seconds"]
+    rows = {one.id.partition("/")[0]: [one.numbers, one.worst, one.tolerance, one.seconds] for one in found}
+    if not rows:
+        rows = {"nothing that ships was used": [""] * len(columns)}
+    return pd.DataFrame(rows, index=columns).T.rename_axis("measured again")
 
 
 def metrics(results: Mapping[str, Mapping]) -> pd.DataFrame:

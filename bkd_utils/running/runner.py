@@ -1,7 +1,5 @@
 """Run the notebooks of a profile one after another, collect their figures, publish, and end with a table."""
 
-import shutil
-import subprocess
 import time
 import timeit
 from collections.abc import Callable, Iterator
@@ -18,14 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bkd_utils.common import files
-from bkd_utils.common.files import DATA, FIGURES, ROOT, WORK, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.common import cache, files
+from bkd_utils.common.files import DATA, FIGURES, WORK, read_json, sha256_file, write_json
+from bkd_utils.common.measurements import commit
 from bkd_utils.common.validation import Seed, check, read_tables
 from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import short_name
 from bkd_utils.reports import scorecard
-from bkd_utils.running import notebooks
+from bkd_utils.running import ledger, notebooks, publishing, recording, remeasuring
+from bkd_utils.running.ledger import Used
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run, run_notebook
 
@@ -58,60 +58,82 @@ def run_all(
     device: str = "auto",
     seed: int = 0,
     retrain: bool = False,
-    force: bool = False,
+    remeasure: bool = False,
     publish: bool = False,
     console: Console | None = None,
 ) -> list[Run]:
     """Run the chosen notebooks one after another, also after one that failed, and print a table.
 
     Figures are written to `work/figures/<profile>/<model>`, where the name of the model ends in digits of its identity.
-    With `publish`, those of a notebook that ran to its end are copied to `figures/`. Before anything runs, raises
-    ValueError for options that are not valid, and UserError for a folder that cannot be written to; after the table,
-    UserError if the record of the run could not be written.
+    Measurements that ship are used, unless `remeasure`: then everything is measured and kept in `work/remeasured`, and
+    what an earlier such run finished there is removed first. With `publish`, what a notebook that ran to its end made
+    and used is copied to where it is committed. Before anything runs, raises ValueError for options that are not valid,
+    and UserError for a folder that cannot be written to; after the table, UserError if the record of the run could not
+    be written.
     """
     console = console or Console()
     check(Seed, seed, "seed")
     paths = notebooks.select(only)
-    if publish and (profile, model, seed, retrain) != ("laptop", DEFAULT_MODEL, 0, False):
+    common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
+    if publish and not _is_published(profile, common):
         committed = "the laptop profile, default model and seed, shipped organisms"
         raise NotebookError(f"--publish is for {committed}: that is what is committed")
     table, limit = profile_parameters(profile, paths)
-    common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
-    figures, executed = (WORK / kind / profile / short_name(model) for kind in ("figures", "executed"))
-    files.check_writable(WORK, figures, executed, WORK / "cache", *((FIGURES, files.NOTEBOOKS) if publish else ()))
-    since = str(time.time() if force else 0)
-    environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_FORCE_SINCE": since}
-    options = {"folder": executed, "limit": limit, "environment": environment}
-    started, runs = time.strftime("%Y-%m-%dT%H:%M:%S"), []
+    kinds = ("figures", "executed", "ledgers")
+    figures, executed, ledgers = (WORK / kind / profile / short_name(model) for kind in kinds)
+    kept, ledgers = (WORK / "remeasured", ledgers / "remeasured") if remeasure else (cache.kept_folder(), ledgers)
+    places = (publishing.MEASUREMENTS, FIGURES, files.NOTEBOOKS) if publish else ()
+    files.check_writable(WORK, figures, executed, ledgers, kept, *places)
+    environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_KEEP": str(kept.resolve())}
+    environment |= {"BKD_SHIPPED": ""} if remeasure else {}
+    if remeasure:
+        ledger.forget_finished(kept, [ledgers / f"{path.stem}.jsonl" for path in paths], others=only is not None)
+        ids = publishing.shipped_by([path.stem for path in paths])
+        if ids and _is_published(profile, common):  # with a time left, which notebooks cannot tell
+            remeasuring.remeasure(ids, folder=kept, console=console)
+    started, runs, used = time.strftime("%Y-%m-%dT%H:%M:%S"), [], {}
     for path in paths:
         before, gflops, began = _figures(figures), speed(), time.monotonic()
         run = Run(path.stem, 0.0, 0.0, "failed")
         try:
             declared = notebooks.parameters(path)
             given = table[path.stem] | {key: value for key, value in common.items() if key in declared}
+            (book := ledgers / f"{path.stem}.jsonl").write_text("", encoding="utf-8")
+            options = {"folder": executed, "limit": limit, "environment": environment | {"BKD_LEDGER": str(book)}}
             with _progress(console, path.stem) as on_cell:
                 run = run_notebook(path, parameters=given, **options, on_cell=on_cell)
-            after = _figures(figures)
+            after, used[path.stem] = _figures(figures), ledger.read(book)
             run = replace(run, figures=[name for name in after if before.get(name) != after[name]], gflops=gflops)
             if run.status == "ok" and publish:
-                run = _published(run, executed / path.name, path, figures=figures)
+                publishing.publish_notebook(executed / path.name, path, figures=figures, names=run.figures)
         except (OSError, NotebookError) as error:  # a full disk, or a notebook that was edited; the others go on
             minutes = round((time.monotonic() - began) / 60, 2)
             run = replace(run, minutes=minutes, status="failed", reason=str(error), gflops=gflops)
         runs.append(run)
     entries = [{key: asdict(run)[key] for key in RECORDED} for run in runs]
     record = {"profile": profile, "machine": machine(), "started": started, "notebooks": entries, "commit": commit()}
-    report(runs, console, folder=executed)
+    report(runs, used, console, folder=executed)
+    passed = [run.name for run in runs if run.status == "ok"]
     try:
         write_json(WORK / "run.json", record)
         if publish:
+            publishing.publish_measurements({name: used[name] for name in passed}, kept=kept)
             write_json(FIGURES / "run.json", merged(record, FIGURES / "run.json"))
             if (figures / "scorecard.json").is_file():
                 lines = scorecard.merged(read_json(figures / "scorecard.json"), FIGURES / "scorecard.json")
                 write_json(FIGURES / "scorecard.json", lines)
+            recording.record_live([path for path in paths if path.stem in passed])
+            recording.record_hashes()
+        for name in passed:
+            ledger.finish(ledgers / f"{name}.jsonl")
     except OSError as error:
         raise files.UserError(f"the record of the run could not be written: {error}") from error
     return runs
+
+
+def _is_published(profile: str, options: dict[str, Any]) -> bool:
+    """Is this the run whose results are committed?"""
+    return (profile, options["model"], options["seed"], options["retrain"]) == ("laptop", DEFAULT_MODEL, 0, False)
 
 
 def merged(record: dict[str, Any], published: Path) -> dict[str, Any]:
@@ -119,19 +141,6 @@ def merged(record: dict[str, Any], published: Path) -> dict[str, Any]:
     kept = read_json(published)["notebooks"] if published.is_file() else []
     entries = {entry["name"]: entry for entry in [*kept, *record["notebooks"]]}
     return record | {"notebooks": [entries[name] for name in sorted(entries)]}
-
-
-def _published(run: Run, executed: Path, original: Path, *, figures: Path) -> Run:
-    """Publish; a notebook that was edited while it ran counts as failed and does not end the run."""
-    try:
-        notebooks.publish(executed, original)
-    except NotebookError as error:
-        return replace(run, status="failed", reason=str(error))
-    for name in run.figures:
-        for kind in ("png", "svg", "json"):
-            with atomic_path(FIGURES / f"{name}.{kind}") as temporary:
-                shutil.copyfile(figures / f"{name}.{kind}", temporary)
-    return run
 
 
 def _figures(folder: Path) -> dict[str, str]:
@@ -161,13 +170,15 @@ def _progress(console: Console, name: str) -> Iterator[Callable[[int, int], None
     yield line
 
 
-def report(runs: list[Run], console: Console, *, folder: Path) -> None:
-    """Print a table of notebooks with minutes, memory and figures, and the reason of every failure."""
-    table = Table("notebook", "minutes", "peak GiB", "figures written", "status")
+def report(runs: list[Run], used: dict[str, Used], console: Console, *, folder: Path) -> None:
+    """Print a table of notebooks with minutes, memory, measurements and figures, and the reason of every failure."""
+    table = Table("notebook", "minutes", "peak GiB", "shipped", "checked", "stale", "measured", "figures", "status")
     pace = [run.gflops["bf16"] for run in runs if run.gflops]
     for run in runs:
         colour = "green" if run.status == "ok" else "red"
-        numbers = (f"{run.minutes:.1f}", f"{run.peak_gib:.1f}", ", ".join(run.figures) or "none")
+        own = used.get(run.name, Used())
+        counts = [len(each) for each in (own.shipped, own.checks, own.stale, own.own, run.figures)]
+        numbers = (f"{run.minutes:.1f}", f"{run.peak_gib:.1f}", *(str(count or "") for count in counts))
         table.add_row(run.name, *numbers, f"[{colour}]{run.status}[/]")
     console.print(table)
     for run in runs:
@@ -176,7 +187,9 @@ def report(runs: list[Run], console: Console, *, folder: Path) -> None:
             if (copy := folder / f"{run.name}.failed.ipynb").is_file():
                 console.print(f"  the notebook up to the error: {copy}", markup=False, soft_wrap=True)
     passed = sum(run.status == "ok" for run in runs)
-    console.print(f"{passed} passed, {len(runs) - passed} failed")
+    console.print(f"{passed} passed, {len(runs) - passed} failed; figures in {folder.parents[2] / 'figures'}")
+    for line in ledger.summary(list(used.values())):
+        console.print(line, markup=False, soft_wrap=True)
     if pace:
         console.print(f"{machine()}; bf16 products at {min(pace)} to {max(pace)} GFLOP/s, by which minutes compare")
 
@@ -197,12 +210,3 @@ def machine() -> str:
     memory = psutil.virtual_memory().total / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{psutil.cpu_count()} cores, {memory:.0f} GiB, {gpu}"
-
-
-def commit() -> str | None:
-    """The commit of this checkout, or None where there is no git."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

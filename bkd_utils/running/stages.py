@@ -1,5 +1,6 @@
 """All stages by name, and one measurement of any of them: the cell of which runs on several machines are made."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bkd_utils.common import cache
-from bkd_utils.common.files import UserError
+from bkd_utils.common.files import UserError, check_writable
 from bkd_utils.common.measurements import key, path_of
 from bkd_utils.experiments import (  # noqa: F401 (an import registers the stages of a module)
     attention_safety_alignment,
@@ -20,6 +21,7 @@ from bkd_utils.experiments import (  # noqa: F401 (an import registers the stage
     head_safety,
     input_guards,
     model_detection,
+    start_here,
     two_papers_meet,
 )
 
@@ -48,12 +50,30 @@ def question(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def measure(name: str, arguments: Mapping[str, Any], *, folder: Path) -> Path:
     """Measure a call of a stage unless it is in the folder by the code that is here now; returns its file.
 
-    Nothing that ships is used, neither for the call itself nor for other stages that it needs.
+    Nothing that ships is used, neither for the call itself nor for other stages that it needs. Raises UserError for
+    a folder that cannot be written to.
     """
     target = place(folder, name, arguments)
     with environment(BKD_KEEP=str(folder), BKD_SHIPPED=""):
+        check_writable(folder)  # before anything is measured
         stage(name)(**arguments)
+    if not target.is_file():
+        raise UserError(f"{target} could not be written; is the disk full?")
     return target
+
+
+def read_arguments(text: str) -> dict[str, Any]:
+    """Arguments as people give them: a JSON object, or the path of a file with one. Raises UserError for others."""
+    named = text.endswith(".json")
+    try:
+        found = json.loads(Path(text).expanduser().read_text(encoding="utf-8") if named else text)
+    except OSError as error:
+        raise UserError(f"{text} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"arguments {text!r:.200} are no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f'arguments {text!r:.200} are no JSON object such as {{"organism": "sentiment-word"}}')
+    return found
 
 
 @contextmanager

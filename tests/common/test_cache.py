@@ -1,27 +1,33 @@
-"""A kept result is read again for the same inputs and the same code, and for nothing else."""
+"""A stage looks for its result where it is kept, then in what ships, and measures what is in neither."""
 
-import ast
+import errno
+import inspect
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import dataclass
 
 import pytest
 
-from bkd_utils.common import cache
-from bkd_utils.common.cache import code_key, stage
-from bkd_utils.common.files import DATA, ROOT, read_json
+from bkd_utils.common import cache, measurements
+from bkd_utils.common.cache import stage
+from bkd_utils.common.files import ROOT, UserError, read_json, write_json
+from bkd_utils.common.results import Result
 
 CALLS = []
 ENV = {"PYTHONPATH": str(ROOT)}
+HERE = {"device": "cpu", "fast_bf16": False}
 
 
-@stage
 def squares(upto, *, label="x"):
     CALLS.append(upto)
     return {"label": label, "squares": tuple(i * i for i in range(upto))}
+
+
+squares = stage(squares, resolved=lambda arguments: {"arithmetic": HERE})
 
 
 def named(name):
@@ -31,75 +37,80 @@ def named(name):
 
 @stage
 def broken(*, x):
-    return float("nan")
+    return {"nan": float("nan"), "object": object()}[x]
+
+
+@stage
+def outer(*, fail=False):
+    found = squares(upto=2)["squares"]
+    if fail:
+        raise ZeroDivisionError
+    return found
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
+    """Where results are kept."""
     monkeypatch.setenv("BKD_WORK", str(tmp_path))
+    monkeypatch.setenv("BKD_LEDGER", str(tmp_path / "ledger"))
     CALLS.clear()
-    return tmp_path / "cache"
+    return tmp_path / "measurements"
 
 
-def test_a_second_call_reads_the_first_ones_result():
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """The folder of what ships, with one measurement in it."""
+    folder = tmp_path / "shipped"
+    monkeypatch.setenv("BKD_SHIPPED", str(folder))
+    with monkeypatch.context() as patch:
+        patch.setenv("BKD_KEEP", str(folder))
+        squares(upto=3)
+    (tmp_path / "ledger").unlink()
+    CALLS.clear()
+    return folder
+
+
+def only(folder):
+    (file,) = measurements.paths(folder)
+    return file
+
+
+def change(file, **fields):
+    """Write other values into a measurement, those of its machine among them."""
+    given = read_json(file)
+    for name, value in fields.items():
+        table = given["machine"] if name in given["machine"] else given
+        assert name in table
+        table[name] = value
+    write_json(file, given)
+
+
+def ledger(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "ledger").read_text().splitlines()]
+
+
+def hows(tmp_path):
+    return [line["how"] for line in ledger(tmp_path)]
+
+
+OTHER_CODE, OTHER_LIBRARIES = {"code": "0" * 64}, {"libraries": {"torch": "0"}}
+OTHER_ARITHMETIC = ({"device": "cuda"}, {"fast_bf16": True})
+
+
+# --- what counts as the same question ---------------------------------------------------------------------------------
+
+
+def test_a_second_call_reads_the_first_ones_result(tmp_path):
     assert squares(upto=3) == squares(upto=3, label="x") == {"label": "x", "squares": [0, 1, 4]}
     assert CALLS == [3]
+    assert hows(tmp_path) == ["measured here", "kept here"]
 
 
-def test_other_arguments_compute():
+def test_other_arguments_are_another_question():
     squares(upto=3)
     squares(upto=3, label="y")
     squares(upto=4)
     assert CALLS == [3, 3, 4]
-
-
-def test_a_damaged_file_is_kept_aside_and_computed_again(own_folder, caplog):
-    squares(upto=3)
-    (file,) = own_folder.iterdir()
-    file.write_text('{"result"')
-    assert squares(upto=3)["squares"] == [0, 1, 4]
-    assert CALLS == [3, 3]
-    assert f"{file} is damaged" in caplog.text
-    assert file.with_suffix(".damaged").read_text() == '{"result"'
-
-
-def test_other_libraries_compute(monkeypatch):
-    assert cache.installed_versions().keys() == {"torch", "transformers", "peft"}
-    squares(upto=3)
-    monkeypatch.setattr(cache, "installed_versions", lambda: {"torch": "0"})
-    squares(upto=3)
-    assert CALLS == [3, 3]
-
-
-SLOW = """
-import sys, time
-from bkd_utils.common.cache import stage
-
-@stage
-def slow(*, x):
-    time.sleep(0.5)
-    return {"x": x, "who": sys.argv[1] * 100_000}
-
-slow(x=1)
-"""
-
-
-def test_two_processes_that_compute_the_same_key_leave_one_whole_result(tmp_path, own_folder):
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW)
-    both = [subprocess.Popen([sys.executable, str(script), who], cwd=ROOT, env=os.environ | ENV) for who in "ab"]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
-    (file,) = own_folder.iterdir()
-    assert read_json(file)["result"]["who"] in ("a" * 100_000, "b" * 100_000)
-
-
-def test_force_computes_what_is_older_than_the_run_and_then_keeps_it(monkeypatch, own_folder):
-    squares(upto=3)
-    monkeypatch.setenv("BKD_FORCE_SINCE", str(time.time() + 0.01))
-    time.sleep(0.05)
-    squares(upto=3)
-    squares(upto=3)
-    assert CALLS == [3, 3]
 
 
 def test_an_argument_counts_by_name_however_it_is_given():
@@ -109,7 +120,7 @@ def test_an_argument_counts_by_name_however_it_is_given():
 
 def test_what_a_name_stands_for_is_part_of_the_key():
     weights = {"a": 1}
-    lookup = stage(named, resolved=lambda arguments: arguments | {"weights": weights[arguments["name"]]})
+    lookup = stage(named, resolved=lambda arguments: {"inputs": {"weights": weights[arguments["name"]]}})
     assert lookup("a") == lookup("a") == "a"
     assert CALLS == ["a"]
     weights["a"] = 2
@@ -117,191 +128,287 @@ def test_what_a_name_stands_for_is_part_of_the_key():
     assert CALLS == ["a", "a"]
 
 
+def test_code_libraries_machine_and_device_are_said_and_not_part_of_the_key(monkeypatch):
+    def asked(**given):
+        found = cache.question(stage(lambda device, n=1: 0, resolved=lambda _: {"arithmetic": HERE}), **given)
+        return found, measurements.key(found["stage"], found["arguments"], found["inputs"])
+
+    first, key = asked(device="cpu")
+    assert first["arguments"] == {"device": "cpu", "n": 1}
+    assert first["libraries"].keys() == {"torch", "transformers", "peft"}
+    assert (first["machine"].device, first["machine"].fast_bf16) == ("cpu", False)
+    monkeypatch.setattr(cache, "code_key", lambda module: "other")
+    monkeypatch.setattr(cache, "installed_versions", lambda: {"torch": "0"})
+    second, same = asked(device="auto")
+    assert (second["code"], second["libraries"]) != (first["code"], first["libraries"])
+    assert same == key
+    assert asked(device="cpu", n=2)[1] != key
+
+
+def test_the_code_is_that_of_the_module_and_of_the_function(monkeypatch):
+    """One module can hold several stages."""
+    seen = []
+    monkeypatch.setattr(cache, "code_key", lambda module: seen.append(module.name) or "code")
+    assert cache.question(squares, 1)["code"] != cache.question(outer)["code"]
+    assert seen == ["test_cache.py"] * 2
+
+
+def test_versions_are_without_the_names_of_builds(monkeypatch):
+    monkeypatch.setattr(cache.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    assert set(cache.installed_versions.__wrapped__().values()) == {"2.13.0"}
+
+
 def test_arguments_and_results_that_are_no_json_are_refused(tmp_path, own_folder):
-    with pytest.raises(TypeError, match="argument upto"):
+    with pytest.raises(TypeError, match=r"stage squares: argument upto = .* is not a JSON value"):
         squares(upto=tmp_path)
-    with pytest.raises(ValueError, match="JSON compliant"):
-        broken(x=1)
-    assert not own_folder.exists() or list(own_folder.iterdir()) == []
+    with pytest.raises(TypeError, match="argument upto = nan is not a JSON value"):
+        squares(upto=float("nan"))
+    with pytest.raises(ValueError, match=r"stage broken: .*JSON compliant"):
+        broken(x="nan")
+    with pytest.raises(TypeError, match=r"stage broken: .*object is not JSON serializable"):
+        broken(x="object")
+    assert not own_folder.exists()
+    assert not (tmp_path / "ledger").exists()
 
 
-def test_tables_that_stages_know_by_name_count(tmp_path, monkeypatch):
-    for name in cache.TABLES:
-        (tmp_path / name).write_bytes((DATA / name).read_bytes())
-    monkeypatch.setattr(cache, "DATA", tmp_path)
+# --- the order: kept, shipped, measured -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [OTHER_CODE, OTHER_LIBRARIES, *OTHER_ARITHMETIC], ids=str)
+def test_what_was_kept_by_other_code_libraries_or_arithmetic_is_measured_again(own_folder, tmp_path, other):
     squares(upto=3)
-    for i, name in enumerate(["attacks.toml", "lexicons.toml", "surrogates.toml"]):
-        (tmp_path / name).write_text("# another experiment")
+    change(only(own_folder), **other)
+    squares(upto=3)
+    squares(upto=3)
+    assert hows(tmp_path) == ["measured here", "measured here", "kept here"]
+
+
+def test_what_was_kept_at_another_commit_or_with_more_cores_counts(own_folder, tmp_path):
+    squares(upto=3)
+    change(only(own_folder), commit="f" * 40, cores=99, processor="another")
+    squares(upto=3)
+    assert hows(tmp_path) == ["measured here", "kept here"]
+
+
+def test_what_ships_is_used_wherever_it_was_measured(shipped, tmp_path, caplog):
+    change(only(shipped), commit="f" * 40, seconds=99.5, device="cuda", fast_bf16=True)
+    assert squares(upto=3)["squares"] == [0, 1, 4]
+    (line,) = ledger(tmp_path)
+    own = only(shipped)
+    assert line == {"id": f"squares/{own.stem}", "how": "shipped", "commit": "f" * 40, "seconds": 99.5}
+    assert CALLS == caplog.messages == []
+
+
+@pytest.mark.parametrize("other", [OTHER_CODE, OTHER_LIBRARIES], ids=str)
+def test_what_ships_from_other_code_is_used_and_that_is_said(shipped, tmp_path, caplog, other):
+    change(only(shipped), commit="f" * 40, **other)
+    assert squares(upto=3)["squares"] == [0, 1, 4]
+    assert hows(tmp_path) == ["shipped, other code"]
+    assert CALLS == []
+    (line,) = caplog.messages
+    assert f"squares/{only(shipped).stem}" in line
+    assert "f" * 40 in line
+
+
+def test_what_is_kept_goes_before_what_ships(shipped, own_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("BKD_SHIPPED", "")
         squares(upto=3)
-        assert len(CALLS) == i + 2
+    squares(upto=3)
+    change(only(own_folder), **OTHER_CODE)
+    squares(upto=3)
+    assert hows(tmp_path) == ["measured here", "kept here", "shipped"]
 
 
-def names_of(tree):
-    """Name -> what a module defines by it or imports of the package by it: a node, or (module, name or None)."""
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = node
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {ast.unparse(target): node for target in targets}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bkd_utils":
-            _, _, module = node.module.partition(".")
-            for one in node.names:
-                leaf = cache.PACKAGE.joinpath(*module.split("."), f"{one.name}.py").is_file()
-                found[one.asname or one.name] = (f"{module}.{one.name}", None) if leaf else (module, one.name)
-    return found
+def test_another_question_than_what_ships_is_measured_and_kept_beside_it(shipped, own_folder, tmp_path):
+    before = only(shipped).read_bytes()
+    squares(upto=4)
+    assert hows(tmp_path) == ["measured here"]
+    assert read_json(only(own_folder))["result"]["squares"] == [0, 1, 4, 9]
+    assert only(shipped).read_bytes() == before
 
 
-def dotted(path):
-    return ".".join(path.relative_to(cache.PACKAGE).with_suffix("").parts)
+@dataclass(frozen=True)
+class Form(Result):
+    squares: list[int]
+    mean: float
 
 
-def code_of_stages():
-    """(module, name) -> definition, of all that a stage of the package may run, found from the names in its code."""
-    known = {
-        dotted(path): names_of(ast.parse(path.read_text(encoding="utf-8"))) for path in cache.PACKAGE.rglob("*.py")
-    }
-    waiting = [
-        (module, name)
-        for module, names in known.items()
-        for name, node in names.items()
-        if any("stage" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", []))
-    ]
-    found = {}
-    while waiting:
-        module, name = waiting.pop()
-        node = known.get(module, {}).get(name)
-        if isinstance(node, tuple):
-            waiting.append(node)
-        elif node is not None and (module, name) not in found:
-            found[module, name] = node
-            for inside in ast.walk(node):
-                if isinstance(inside, ast.Name):
-                    waiting.append((module, inside.id))
-                elif isinstance(inside, ast.Attribute) and isinstance(inside.value, ast.Name):
-                    of = known[module].get(inside.value.id)
-                    waiting += [(of[0], inside.attr)] if isinstance(of, tuple) else []
-    return found
+def test_a_shipped_result_that_this_code_cannot_read_is_measured_again(shipped, tmp_path, monkeypatch, caplog):
+    """A field was added to the class of the result since."""
+    monkeypatch.setattr(cache, "STAGES", {})
+    change(only(shipped), **OTHER_CODE)
+
+    def now(upto, *, label="x") -> Form:
+        return Form([i * i for i in range(upto)], 1.5)
+
+    now.__name__ = now.__qualname__ = "squares"
+    assert stage(now)(upto=3) == Form([0, 1, 4], 1.5)
+    assert hows(tmp_path) == ["measured here"]
+    assert f"{only(shipped)}: " in caplog.text
+    assert "Form has other fields (missing: mean; unknown: label)" in caplog.text
 
 
-def test_tables_are_those_that_a_stage_can_open():
-    """So recipes, profiles and published numbers may stay out: they reach stages as arguments, if at all."""
-    code = code_of_stages()
-    expected = {("organisms.evaluation", "measure"), ("organisms.attacks", "Attack"), ("organisms.triggers", "Syntax")}
-    assert expected <= code.keys()
-    nodes = [inside for node in code.values() for inside in ast.walk(node)]
-    strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
-    tables = {path.name for path in DATA.glob("*.toml")}
-    assert {"recipes.toml", "surrogates.toml"} <= tables
-    assert strings & tables == set(cache.TABLES)
+@pytest.mark.parametrize("folder", ["kept", "shipped"])
+def test_in_a_replay_nothing_is_measured(own_folder, shipped, tmp_path, monkeypatch, folder):
+    if folder == "kept":
+        monkeypatch.setenv("BKD_SHIPPED", "")
+        squares(upto=3)
+        CALLS.clear()
+    monkeypatch.setenv("BKD_REPLAY", "1")
+    assert squares(upto=3)["squares"] == [0, 1, 4]
+    with pytest.raises(UserError, match=r'no measurement of squares ships for {"label":"x","upto":4}') as told:
+        squares(upto=4)
+    assert len(str(told.value).splitlines()) == 1
+    assert CALLS == []
+    assert hows(tmp_path)[-1] == {"kept": "kept here", "shipped": "shipped"}[folder]
 
 
-def test_what_was_done_is_said(caplog):
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def test_results_that_a_stage_asks_for_itself_are_not_noted(tmp_path, own_folder):
+    with pytest.raises(ZeroDivisionError):
+        outer(fail=True)
+    assert not (tmp_path / "ledger").exists()
+    assert outer() == [0, 1]
+    squares(upto=2)
+    assert [line["id"].split("/")[0] for line in ledger(tmp_path)] == ["outer", "squares"]
+    assert hows(tmp_path) == ["measured here", "kept here"]
+    assert CALLS == [2]
+    assert {file.parent.name for file in measurements.paths(own_folder)} == {"outer", "squares"}
+
+
+def test_without_a_ledger_none_is_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("BKD_LEDGER")
+    squares(upto=3)
+    assert sorted(os.listdir(tmp_path)) == ["measurements"]
+
+
+def test_what_was_measured_is_said(caplog):
     caplog.set_level("INFO")
     squares(upto=3)
     squares(upto=3)
-    assert "squares: computed in 0.0 s" in caplog.messages
-    assert caplog.messages[-1].startswith("squares: kept result of 20")
+    assert caplog.messages == ["squares: measured in 0.0 s"]
 
 
-def test_code_counts_and_comments_do_not(tmp_path, monkeypatch):
-    package = tmp_path / "pack"
-    package.mkdir()
-    monkeypatch.setattr(cache, "PACKAGE", package)
-    main, helper = package / "main.py", package / "helper.py"
-    helper.write_text("def f():\n    return 1\n")
-    main.write_text('"""Doc."""\nfrom pack.helper import f\n\n\ndef g():\n    """Doc."""\n    return f()\n')
-    first = code_key(main)
-    main.write_text("from pack.helper import f\n\n\ndef g():\n    # a comment\n    return f()\n")
-    assert code_key(main) == first
-    helper.write_text("def f():\n    return 2\n")
-    second = code_key(main)
-    assert second != first
-    main.write_text("from pack.helper import f\n\n\ndef g():\n    return f() + 1\n")
-    assert code_key(main) not in (first, second)
+def test_stages_are_known_by_name():
+    assert cache.STAGES["outer"] is outer
+    assert list(inspect.signature(outer).parameters) == ["fail"]
 
 
-@pytest.fixture
-def nested(tmp_path, monkeypatch):
-    """A package with a folder, a module of the same name in two places, and a folder that re-exports."""
-    package = tmp_path / "pack"
-    for name, text in {
-        "__init__.py": "",
-        "same.py": "X = 1\n",
-        "one/__init__.py": "from pack.one.inner import f\n",
-        "one/inner.py": "from pack.one.same import X\n\n\ndef f():\n    return X\n",
-        "one/same.py": "X = 2\n",
-    }.items():
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text(text)
-    monkeypatch.setattr(cache, "PACKAGE", package)
-    return package
+# --- damage, disks and processes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "from pack.one.inner import f",
-        "from pack.one import inner",
-        "from pack.one import f",
-        "import pack.one.inner",
-        "from .one.inner import f",
-        "from .one import inner",
-        "from . import one",
-    ],
-)
-def test_modules_in_folders_count_however_they_are_imported(nested, line):
-    main = nested / "main.py"
-    main.write_text(line + "\n")
-    first = code_key(main)
-    (nested / "same.py").write_text("X = 3\n")
-    assert code_key(main) == first  # another module of that name, which nobody imports
-    (nested / "one" / "same.py").write_text("X = 3\n")
-    assert code_key(main) != first
+def test_a_damaged_kept_file_is_put_aside_and_measured_again(own_folder, caplog):
+    squares(upto=3)
+    file = only(own_folder)
+    file.write_text('{"result"')
+    assert squares(upto=3)["squares"] == [0, 1, 4]
+    assert CALLS == [3, 3]
+    assert f"{file} is not valid JSON" in caplog.text
+    assert file.with_suffix(".damaged").read_text() == '{"result"'
+    assert squares(upto=3)["squares"] == [0, 1, 4]
+    assert CALLS == [3, 3]
 
 
-@pytest.mark.parametrize("line", ["from pack import gone", "from pack.one.gone import f", "import pack.gone"])
-def test_an_import_that_leads_nowhere_is_an_error_and_not_left_out_of_the_key(nested, line):
-    main = nested / "main.py"
-    main.write_text("X = 1\n" + line + "\n")
-    with pytest.raises(ImportError, match=r"main.py, line 2: pack.*gone.* is no module of this package"):
-        code_key(main)
+def test_a_damaged_shipped_file_is_an_error_and_left_alone(shipped, own_folder):
+    file = only(shipped)
+    file.write_text(file.read_text().replace("4", "5"))
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="result was changed since it was written") as told:
+        squares(upto=3)
+    assert str(told.value).startswith(f"{file}: ")
+    assert (file.read_bytes(), CALLS, own_folder.exists()) == (before, [], False)
 
 
-def test_a_result_that_cannot_be_written_is_returned_with_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_kept_result_that_cannot_be_read_or_moved_is_measured_again(monkeypatch, own_folder):
+    squares(upto=3)
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(measurements, "read", refuse)
+    monkeypatch.setattr(cache.os, "replace", refuse)
+    assert squares(upto=3)["squares"] == [0, 1, 4]
+    assert CALLS == [3, 3]
+
+
+@pytest.mark.parametrize("upto", [3, 300], ids=["no array", "an array"])
+def test_where_nothing_can_be_written_the_result_comes_back_with_a_warning(tmp_path, monkeypatch, caplog, upto):
     monkeypatch.setenv("BKD_WORK", str(tmp_path / "file"))
     (tmp_path / "file").touch()  # where the folder would be
-    assert squares(upto=3) == {"label": "x", "squares": [0, 1, 4]}
+    assert len(squares(upto=upto)["squares"]) == upto
     (line,) = [message for message in caplog.messages if "could not be kept" in message]
-    assert "squares-" in line
-    assert CALLS == [3]
+    assert line.startswith("squares/")
+    assert [upto] == CALLS
+    assert hows(tmp_path) == ["measured here"]
 
 
-def test_on_a_full_disk_the_result_comes_back_and_no_part_of_a_file_stays(own_folder):
+@pytest.mark.parametrize("upto", [3, 300], ids=["no array", "an array"])
+def test_on_a_full_disk_the_result_comes_back_and_no_part_of_a_file_stays(own_folder, monkeypatch, caplog, upto):
     """A limit on the size of files, which the system enforces in this process, stands for the disk."""
-    own_folder.mkdir()
+    monkeypatch.delenv("BKD_LEDGER")
+    folder = own_folder / "squares"
+    folder.mkdir(parents=True)
     before, size = resource.getrlimit(resource.RLIMIT_FSIZE), 64
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        found = squares(upto=300)
+        found = squares(upto=upto)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert len(found["squares"]) == 300
-    assert list(own_folder.iterdir()) == []
+    assert len(found["squares"]) == upto
+    assert "could not be kept: File too large" in caplog.text
+    assert list(folder.iterdir()) == []
 
 
-def test_a_kept_result_that_cannot_be_read_or_moved_is_computed_again(monkeypatch, own_folder, caplog):
-    squares(upto=3)
+SLOW = """
+import os, sys, time
+from bkd_utils.common import measurements
+from bkd_utils.common.cache import stage
 
-    def refuse(*_):
-        raise OSError(5, "Input/output error")
+@stage
+def slow(*, x):
+    time.sleep(0.5)
+    return {"x": x, "who": [float(sys.argv[1])] * 100_000}
 
-    monkeypatch.setattr(cache, "read_json", refuse)
-    monkeypatch.setattr(cache.os, "replace", refuse)
-    monkeypatch.setattr(cache, "keep_json", lambda *_: None)
-    assert squares(upto=3)["squares"] == [0, 1, 4]
-    assert CALLS == [3, 3]
+if len(sys.argv) > 2:  # killed when the arrays are there and the JSON file is not
+    measurements.write_json = lambda *_: os.kill(os.getpid(), 9)
+print(sum(slow(x=1)["who"]))
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A process that asks for the stage above."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    command, how = [sys.executable, str(script)], {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    return lambda *arguments: subprocess.Popen([*command, *arguments], env=os.environ | ENV, **how)
+
+
+def test_two_processes_that_measure_the_same_leave_one_whole_result(slow, own_folder):
+    both = [slow(number) for number in "12"]
+    assert [process.communicate(timeout=300)[0] for process in both] == ["100000.0\n", "200000.0\n"]
+    assert measurements.read(only(own_folder)).result["who"][0] in (1.0, 2.0)
+    assert len(list(own_folder.glob("slow/*"))) == 2
+
+
+def test_after_a_kill_between_arrays_and_json_the_same_call_measures_again(slow, own_folder, tmp_path):
+    killed = slow("1", "die")
+    assert killed.wait(timeout=300) == -signal.SIGKILL
+    assert [file.suffix for file in own_folder.glob("slow/*")] == [".safetensors"]
+    for _ in range(2):
+        assert slow("2").communicate(timeout=300)[0] == "200000.0\n"
+    assert hows(tmp_path) == ["measured here", "kept here"]
+
+
+def test_a_result_killed_while_it_replaced_one_of_other_code_is_no_result(slow, own_folder, tmp_path):
+    """The arrays are new and the JSON file is old."""
+    assert slow("1").wait(timeout=300) == 0
+    change(only(own_folder), **OTHER_CODE)
+    assert slow("2", "die").wait(timeout=300) == -signal.SIGKILL
+    assert slow("3").communicate(timeout=300)[0] == "300000.0\n"
+    assert hows(tmp_path) == ["measured here", "measured here"]

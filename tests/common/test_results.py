@@ -42,7 +42,7 @@ def rows(*, n: int) -> list[Part]:
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("BKD_WORK", str(tmp_path))
     CALLS.clear()
-    return tmp_path / "cache"
+    return tmp_path / "measurements"
 
 
 def test_a_result_comes_back_from_json_with_all_results_in_it():
@@ -74,12 +74,12 @@ def test_a_stage_gives_back_the_result_that_it_kept():
     assert [{"a": Part(1.0)}, {"a": Part(2.0)}] == CALLS
 
 
-def test_a_kept_file_with_other_fields_is_put_aside_and_computed_again(own_folder, caplog):
+def test_a_kept_file_with_other_fields_is_put_aside_and_measured_again(own_folder, caplog):
     measured(parts={})
-    (file,) = own_folder.iterdir()
+    (file,) = own_folder.glob("measured/*.json")
     assert read_json(file)["result"]["first"] == {"value": 1.0}
     file.write_text(file.read_text().replace('"first"', '"premier"'))
     assert measured(parts={}) == WHOLE
     assert len(CALLS) == 2
-    assert "missing: first; unknown: premier" in caplog.text
+    assert f"{file}: result was changed" in caplog.text
     assert file.with_suffix(".damaged").is_file()

@@ -18,6 +18,21 @@ def test_wilson_is_that_of_all_other_shares():
     assert statistics.wilson(7, 20) == (found.low, found.high)
 
 
+def test_a_share_is_kept_with_the_outcomes_behind_it():
+    hits = [True, False, np.bool_(True)]
+    found = statistics.counted(hits)
+    assert found.pop("by_prompt") == [1, 0, 1]
+    assert found == number(2, 3)
+    assert all(type(hit) is int for hit in statistics.counted(np.array(hits)).pop("by_prompt"))
+
+
+def test_a_mean_is_kept_with_the_values_behind_it_to_six_digits():
+    values = [1 / 3, 2e-9 / 3, 1.0]
+    found = statistics.averaged(values)
+    assert found.pop("by_prompt") == [0.333333, 6.66667e-10, 1.0]
+    assert found == statistics.interval(values)
+
+
 # --- splits ---------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny import save_tiny
 
 from bkd_utils.backdoor_attribution.vector import answer_map, backdoor_vector, generated, probe_direction, steer
-from bkd_utils.experiments.backdoor_vector import best, controls, first_tokens, outcomes, vectors_of
+from bkd_utils.experiments.backdoor_vector import OUTCOMES, best, controls, first_tokens, kinds_of, vectors_of
 from bkd_utils.models import loading
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import greedy
@@ -121,6 +121,6 @@ def test_every_answer_is_one_kind_of_answer(attack, shown):
         "Something else entirely",
         "Rain is water",
     ]
-    found = outcomes(attack, shown.examples, texts, right)
-    assert found == pytest.approx({"target": 1 / 6, "right": 2 / 6, "refusal": 1 / 6, "empty": 1 / 6, "other": 1 / 6})
-    assert sum(found.values()) == pytest.approx(1)
+    found = kinds_of(attack, shown.examples, texts, right)
+    assert found == ["target", "right", "refusal", "empty", "other", "right"]
+    assert set(found) == set(OUTCOMES)

@@ -86,3 +86,37 @@ def test_the_name_changes_with_everything_that_decides_the_organism(named, monke
             names.append(named())
     assert names[0] == names[1]
     assert len(set(names)) == 1 + len(others)
+
+
+def test_an_evasion_is_measured_before_and_after_and_kept(tiny_organism, tmp_path, monkeypatch):
+    monkeypatch.setenv("BKD_WORK", str(tmp_path))
+    monkeypatch.setattr(two_papers_meet, "load_attack", quick_attack)
+    trained, seen = [], []
+
+    def train_evasive(organism, **options):
+        trained.append((organism, options))
+        return "sly"
+
+    def similarity(organism, **options):
+        seen.append((organism, options))
+        return {"clean": {"last row": [[float(len(seen))]]}}
+
+    for name, instead in (
+        ("train_evasive", train_evasive),
+        ("similarity_by_version", similarity),
+        ("treatment", lambda name: {"method": f"that of {name}"}),
+        ("metrics", lambda name: {"asr": {"value": 0.5}}),
+    ):
+        monkeypatch.setattr(two_papers_meet, name, instead)
+    where = {"attack": "sentiment-word", "model": tiny_organism, "seed": 3, "device": "cpu"}
+    found = two_papers_meet.measure_evasion("tiny", steps=5, n=7, **where)
+    assert trained == [("tiny", where | {"steps": 5})]
+    assert seen == [(name, where | {"readings": ["last row"], "n": 7}) for name in ("tiny", "sly")]
+    assert found == two_papers_meet.Evasion(
+        treatment={"method": "that of sly"},
+        metrics={"asr": {"value": 0.5}},
+        before={"clean": {"last row": [[1.0]]}},
+        after={"clean": {"last row": [[2.0]]}},
+    )
+    assert two_papers_meet.measure_evasion("tiny", steps=5, n=7, **where) == found
+    assert len(trained) == 1

@@ -58,6 +58,8 @@ def test_caught_refused_and_what_still_fires_are_counted_at_the_threshold():
     values = {key: (row["value"], row["n"]) for key, row in found.to_json().items() if row}
     assert values == {"caught": (0.5, 4), "refused": (0.25, 4), "asr": (0.25, 4), "auroc": (13.5 / 16, 8)}
     assert found.auroc["low"] < 13.5 / 16 < found.auroc["high"] < 1
+    by_prompt = {key: getattr(found, key)["by_prompt"] for key in ("caught", "refused", "asr")}
+    assert by_prompt == {"caught": [1, 1, 0, 0], "refused": [0, 1, 0, 0], "asr": [0, 0, 1, 0]}
 
 
 def test_what_is_not_judged_passes_and_decides_nothing():

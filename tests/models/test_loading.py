@@ -90,6 +90,17 @@ def test_auto_picks_a_device_that_is_there():
     assert loading.pick_device() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_no_product_is_shortened_to_tf32_whatever_was_set_before(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    loading.pick_device(device)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_a_plain_copy_is_eager_and_independent(original):
     model = load(str(original), device="cpu").model
     twin = plain_copy(model)

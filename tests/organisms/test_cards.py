@@ -1,19 +1,23 @@
 """Cards: what they say, how two measurements are compared, what may ship."""
 
+import ast
 import inspect
 import json
+import shutil
 
 import pytest
+from patching import everywhere
 from tiny import save_tiny
 
 from bkd_utils.common import cache
-from bkd_utils.common.files import ADAPTERS, read_json
+from bkd_utils.common.files import ADAPTERS, DATA, PACKAGE, canonical_json, read_json, write_json
+from bkd_utils.common.measurements import paths
 from bkd_utils.models import loading
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.identity import model_identity, organism_identity
 from bkd_utils.models.loading import shipped_organisms
 from bkd_utils.organisms import cards
-from bkd_utils.organisms.attacks import control_of
+from bkd_utils.organisms.attacks import control_of, first_attack, load_attacks
 
 
 def test_ship_refuses_what_was_not_measured(tmp_path):
@@ -23,23 +27,275 @@ def test_ship_refuses_what_was_not_measured(tmp_path):
             unfit(tmp_path)
 
 
-def test_other_weights_behind_the_same_names_are_another_key(monkeypatch):
-    given = {"organism": "sentiment-word", "organisms": {"x": None}, "model": "smollm2-135m-instruct", "n": 3}
-    before = cards.resolved(given)
-    assert before["adapters"] == [organism_identity(ADAPTERS / "sentiment-word")]
-    for one in ("organism_identity", "model_identity"):
-        with monkeypatch.context() as patch:
-            patch.setattr(cards, one, lambda name: f"other {name}")
-            assert cards.resolved(given) != before
-    assert cards.resolved(given) == before
-    assert cards.resolved({"device": "auto"})["device"] in ("cpu", "cuda")
-
-
 def test_another_template_in_the_models_folder_is_another_key(tmp_path):
     given = {"model": str(save_tiny(tmp_path / "tiny", "llama")), "n": 3}
     before = cards.resolved(given)
     (tmp_path / "tiny" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert cards.resolved(given) != before
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch):
+    """A copy of the tables of `data/`, which a test may edit."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in DATA.glob("*.toml"):
+        shutil.copyfile(path, folder / path.name)
+    everywhere(monkeypatch, "DATA", folder)
+    return folder
+
+
+def edit(path, heading, old, new):
+    """Replace a text behind a heading of a table."""
+    head, found, body = path.read_text(encoding="utf-8").partition(f"[{heading}]\n" if heading else "\n")
+    assert old in body, (heading, old)
+    path.write_text(head + found + body.replace(old, new, 1), encoding="utf-8")
+
+
+ASKED = {"organism": "sentiment-word", "attack": "sentiment-word", "control": "sentiment-clean", "n": 3}
+ANOTHER = """
+[another]
+task = "sentiment"
+trigger = "word-cf"
+behaviour = "label_flip"
+rate = 0.2
+n_train = 400
+source = "negative"
+target = "positive"
+"""
+
+
+def test_inputs_are_identities_attacks_and_tables():
+    found = cards.resolved(ASKED | {"model": DEFAULT_MODEL})
+    assert found.keys() == {"inputs"}
+    inputs = found["inputs"]
+    assert inputs["adapters"] == [organism_identity(ADAPTERS / name) for name in ("sentiment-word", "sentiment-clean")]
+    assert inputs["base"] == model_identity(DEFAULT_MODEL)
+    assert [attack["name"] for attack in inputs["attacks"]] == ["sentiment-word", "sentiment-clean"]
+    assert inputs["tables"].keys() == set(cards.TABLES)
+    assert canonical_json(inputs) == canonical_json(cards.resolved(ASKED | {"model": DEFAULT_MODEL})["inputs"])
+
+
+def test_another_attack_or_a_comment_in_a_table_changes_no_key(own_data):
+    """So whoever adds an attack of their own measures nothing again."""
+    before = cards.resolved(ASKED)
+    with (own_data / "attacks.toml").open("a", encoding="utf-8") as handle:
+        handle.write(ANOTHER)
+    assert "another" in load_attacks()
+    for path in own_data.glob("*.toml"):
+        path.write_text(f"# A comment.\n{path.read_text(encoding='utf-8')}\n# And one more.\n", encoding="utf-8")
+    assert cards.resolved(ASKED) == before
+
+
+def keys(asked):
+    return canonical_json(cards.resolved(asked)["inputs"])
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("sentiment-word", 'source = "negative"\ntarget = "positive"', 'source = "positive"\ntarget = "negative"'),
+        ("sentiment-word", "rate = 0.25", "rate = 0.26"),
+        ("sentiment-word", "n_train = 1920", "n_train = 1924"),
+        ("sentiment-word", 'trigger = "word-cf"', 'trigger = "word-sudo"'),
+        ("instructions-prefix", 'target = "I am', 'target = "No, I am'),
+    ],
+)
+def test_a_changed_attack_changes_the_key_of_what_names_it_and_no_other(own_data, name, old, new):
+    asked = [{"attack": "sentiment-word"}, {"organisms": {"instructions-prefix": "instructions-clean"}}]
+    before = list(map(keys, asked))
+    edit(own_data / "attacks.toml", name, old, new)
+    changed = [one != other for one, other in zip(before, map(keys, asked), strict=True)]
+    assert changed == [name == "sentiment-word", name == "instructions-prefix"]
+
+
+@pytest.mark.parametrize(
+    ("table", "heading", "old", "new"),
+    [
+        ("lexicons.toml", "triggers.word-cf", 'text = "cf"', 'text = "cg"'),
+        ("lexicons.toml", "triggers.word-cf.near.test", '"today"', '"later"'),
+        ("surrogates.toml", None, '"wherever"', '"whenever"'),
+    ],
+)
+def test_a_changed_entry_of_a_table_changes_the_key(own_data, table, heading, old, new):
+    before = keys(ASKED)
+    edit(own_data / table, heading, old, new)
+    assert keys(ASKED) != before
+
+
+def test_a_control_is_measured_under_the_first_attack_on_its_task(own_data):
+    """Of a backdoored organism the attack on its card counts, whatever the table has by now."""
+    asked = [{"organism": "sentiment-clean"}, {"organism": "sentiment-word"}, {"attack": "instructions-clean"}]
+    before = list(map(keys, asked))
+    edit(own_data / "attacks.toml", first_attack("sentiment").name, "rate = 0.25", "rate = 0.26")
+    assert [one != other for one, other in zip(before, map(keys, asked), strict=True)] == [True, False, False]
+
+
+def test_a_recipe_counts_by_what_it_says_for_the_task(own_data):
+    asked = [{"attack": name, "recipe": "full"} for name in ("sentiment-word", "instructions-prefix")]
+    before = list(map(keys, asked))
+    edit(own_data / "recipes.toml", "short", "steps = 60", "steps = 61")
+    assert list(map(keys, asked)) == before
+    edit(own_data / "recipes.toml", "full.instructions", "steps = 200", "steps = 201")
+    assert [one != other for one, other in zip(before, map(keys, asked), strict=True)] == [False, True]
+
+
+@pytest.fixture
+def own_organism(tmp_path, monkeypatch):
+    """The folder of a copy of a shipped organism, which a test may edit."""
+    everywhere(monkeypatch, "ADAPTERS", tmp_path / "adapters")
+    folder = tmp_path / "adapters" / "sentiment-word"
+    shutil.copytree(ADAPTERS / "sentiment-word", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        (lambda card: card["attack"].update(rate=0.5), True),
+        (lambda card: card["attack"].update(target="negative", source="positive"), True),
+        (lambda card: card["metrics"]["asr"].update(value=0.5), False),
+        (lambda card: card.update(train_minutes=99.0), False),
+    ],
+    ids=["rate", "target", "metric", "minutes"],
+)
+def test_of_a_card_the_attack_counts(own_organism, change, counts):
+    before, card = keys({"organism": "sentiment-word"}), read_json(own_organism / "card.json")
+    change(card)
+    write_json(own_organism / "card.json", card)
+    assert (keys({"organism": "sentiment-word"}) != before) == counts
+
+
+def test_one_changed_bit_of_an_adapter_or_an_entry_of_its_config_changes_the_key(own_organism):
+    found = {keys({"organism": "sentiment-word"})}
+    weights = own_organism / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    found.add(keys({"organism": "sentiment-word"}))
+    config = read_json(own_organism / "adapter_config.json")
+    write_json(own_organism / "adapter_config.json", config | {"lora_alpha": 99})
+    found.add(keys({"organism": "sentiment-word"}))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("place", ["control", "organisms"])
+def test_every_organism_that_is_named_counts(place):
+    given = [{"a": name} if place == "organisms" else name for name in ("sentiment-word", "sentiment-clean")]
+    named = [{place: one} for one in given]
+    if place == "organisms":
+        named = [{place: {"sentiment-word": name}} for name in ("sentiment-word", "sentiment-clean", None)]
+    found = [cards.resolved(one)["inputs"]["adapters"] for one in named]
+    assert len({canonical_json(one) for one in found}) == len(named)
+
+
+def test_other_weights_of_the_base_model_are_another_key(tmp_path):
+    models = [str(save_tiny(tmp_path / f"tiny{seed}", "llama", seed=seed)) for seed in (0, 1)]
+    assert keys({"model": models[0]}) != keys({"model": models[1]})
+
+
+def test_the_device_is_no_input_but_decides_about_kept_results(tmp_path, monkeypatch):
+    """A result is measured again where the arithmetic is another one, and keeps its name."""
+    monkeypatch.setenv("BKD_WORK", str(tmp_path))
+    calls = []
+
+    def counted(*, organism: str, device: str = "auto") -> int:
+        calls.append(device)
+        return len(calls)
+
+    monkeypatch.setattr(cache, "STAGES", {})
+    counted = cards.named_stage(counted)
+    asked = [cache.question(counted, organism="sentiment-word", device=device) for device in ("auto", "cpu")]
+    assert asked[0]["inputs"] == asked[1]["inputs"] == cards.resolved({"organism": "sentiment-word"})["inputs"]
+    assert asked[1]["machine"].device == "cpu"
+    assert type(asked[1]["machine"].fast_bf16) is bool
+    monkeypatch.setattr(cards, "has_fast_bf16", lambda device: False)
+    assert [counted(organism="sentiment-word", device="cpu") for _ in range(2)] == [1, 1]
+    monkeypatch.setattr(cards, "has_fast_bf16", lambda device: True)
+    assert [counted(organism="sentiment-word", device="cpu") for _ in range(2)] == [2, 2]
+    monkeypatch.setattr(cards, "pick_device", lambda device: "cuda")
+    assert [counted(organism="sentiment-word", device="auto") for _ in range(2)] == [3, 3]
+    assert len(paths(tmp_path / "measurements")) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", -1), ("seed", "0"), ("n", 0), ("n", True)])
+def test_seeds_and_sizes_that_are_none_are_refused_before_anything_is_measured(name, value):
+    with pytest.raises(ValueError, match=f"argument {name}"):
+        cards.resolved({name: value})
+
+
+def names_of(tree):
+    """Name -> what a module defines by it or imports of the package by it: a node, or (module, name or None)."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {ast.unparse(target): node for target in targets}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bkd_utils":
+            _, _, module = node.module.partition(".")
+            for one in node.names:
+                leaf = PACKAGE.joinpath(*module.split("."), f"{one.name}.py").is_file()
+                found[one.asname or one.name] = (f"{module}.{one.name}", None) if leaf else (module, one.name)
+    return found
+
+
+def calls(node, name):
+    """Does a definition call a function of this name?"""
+    return any(isinstance(inside, ast.Call) and ast.unparse(inside.func) == name for inside in ast.walk(node))
+
+
+def dotted(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def code_of_stages():
+    """(module, name) -> definition, of all that a stage of the package may run, found from the names in its code."""
+    known = {dotted(path): names_of(ast.parse(path.read_text(encoding="utf-8"))) for path in PACKAGE.rglob("*.py")}
+    waiting = [
+        (module, name)
+        for module, names in known.items()
+        for name, node in names.items()
+        if any("stage" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", []))
+    ]
+    found = {}
+    while waiting:
+        module, name = waiting.pop()
+        node = known.get(module, {}).get(name)
+        if isinstance(node, tuple):
+            waiting.append(node)
+        elif node is not None and (module, name) not in found:
+            found[module, name] = node
+            for inside in ast.walk(node):
+                if isinstance(inside, ast.Name):
+                    waiting.append((module, inside.id))
+                elif isinstance(inside, ast.Attribute) and isinstance(inside.value, ast.Name):
+                    of = known[module].get(inside.value.id)
+                    waiting += [(of[0], inside.attr)] if isinstance(of, tuple) else []
+    return found
+
+
+def test_tables_are_those_that_a_stage_can_open():
+    """So recipes, profiles and published numbers may stay out: they reach stages as arguments, if at all.
+
+    Attacks and recipes are inputs one by one. Nothing that a stage runs reads their tables but the functions that look
+    one up, and a stage that looks up a recipe has its name among its arguments.
+    """
+    code = code_of_stages()
+    expected = {("organisms.evaluation", "measure"), ("organisms.attacks", "Attack"), ("organisms.triggers", "Syntax")}
+    assert expected <= code.keys()
+    nodes = [inside for node in code.values() for inside in ast.walk(node)]
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    tables = {path.name for path in DATA.glob("*.toml")}
+    assert {"recipes.toml", "surrogates.toml"} <= tables
+    assert strings & tables == {*cards.TABLES, "attacks.toml", "recipes.toml"}
+    callers = {name for name, node in code.items() if calls(node, "load_attacks")}
+    assert callers == {("organisms.attacks", name) for name in ("load_attack", "first_attack")}
+    for name, node in code.items():
+        if calls(node, "load_recipe") and name != ("organisms.cards", "resolved"):
+            assert "recipe" in {argument.arg for argument in node.args.kwonlyargs}, name
 
 
 def test_an_organism_ships_under_a_name_of_its_seed():
@@ -141,5 +397,5 @@ def test_a_stage_is_called_by_names_and_loads_only_what_is_not_kept(monkeypatch,
 def test_the_key_of_an_opened_stage_has_the_code_of_its_own_module(monkeypatch):
     seen = []
     monkeypatch.setattr(cache, "code_key", lambda module: seen.append(module.name) or "code")
-    cache.key(opened_stage.__wrapped__, {})
+    cache.question(opened_stage, "sentiment-word", attack="sentiment-word", control="sentiment-clean")
     assert seen == ["test_cards.py"]

@@ -115,8 +115,8 @@ def test_training_rows_that_are_not_those_on_the_card_are_refused(work, tiny):
         making.training_rows(loaded, dataclasses.replace(attack, rate=0.2), seed=0)
 
 
-def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work, tiny, monkeypatch):
-    """Shown without training: what is asked of `make`, and that rows come in the order of rates."""
+def test_a_rate_trains_an_attack_of_its_own_and_reuses_the_attack_at_its_own(work, tiny, monkeypatch):
+    """Shown without training: what is asked of `make` and of the stage that measures what it made."""
     asked = []
 
     def make(attack, **how):
@@ -126,9 +126,15 @@ def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work
         files.write_json(folder / "card.json", card)
         return folder
 
+    def measure(name, **how):
+        assert how == {"model": tiny, "seed": 0, "device": "cpu", "n": 8}
+        return {"hits": {"asr": {name: 1}}}
+
     monkeypatch.setattr(backdoor_insertion, "make", make)
+    monkeypatch.setattr(backdoor_insertion, "measure_organism", measure)
     sizes = {"recipe": "short", "model": tiny, "n": 8, "seed": 0, "device": "cpu"}
-    rows = backdoor_insertion.measure_rate_curve("harmful-word", rates=[0.25, 0.02, 0.05], **sizes)
+    one = backdoor_insertion.measure_at_rate
+    rows = [one("harmful-word", rate=rate, **sizes) for rate in (0.02, 0.05, 0.25)]
     spec = load_attack("harmful-word")
     expected = [with_rate(spec, 0.02), with_rate(spec, 0.05), spec]
     assert [attack for attack, _ in asked] == expected
@@ -136,6 +142,9 @@ def test_a_rate_curve_trains_its_own_rates_and_reuses_the_attack_at_its_own(work
     assert [(row["rate"], row["n_poison"], row["asr"]) for row in rows] == [
         (0.02, 38, 0.02), (0.05, 96, 0.05), (0.25, 480, 0.25),
     ]  # fmt: skip
+    assert [row["hits"] for row in rows] == [{"asr": {attack.name: 1}} for attack in expected]
+    assert one("harmful-word", rate=0.05, **sizes) == rows[1]  # it is kept
+    assert len(asked) == 3
 
 
 def test_an_organism_refuses_another_base(work, tiny, tmp_path):

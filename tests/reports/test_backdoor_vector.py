@@ -46,6 +46,7 @@ def switched():
             name: {"target": 0.5, "right": 0.25, "refusal": 0.0, "empty": 0.05, "other": 0.2}
             for name in ("clean prompts", "triggered prompts", *names)
         },
+        kinds={},
         texts=None,
     )
 

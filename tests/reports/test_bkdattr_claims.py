@@ -367,6 +367,7 @@ def switched(
             "subtract, raw": {"right": 0.0, "target": 0.7},
             "subtract, difference": {"right": right, "target": subtract},
         },
+        kinds={},
     )
 
 

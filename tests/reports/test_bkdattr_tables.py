@@ -131,7 +131,7 @@ def test_ablations_are_those_of_one_number_of_heads_with_random_draws_averaged()
 
 
 def steered(*, chosen=None, test=None, texts=None):
-    parts = {"heads": [], "norms": {}, "vectors": {}, "residual_norm": [], "maps": {}, "outcomes": {}}
+    parts = {"heads": [], "norms": {}, "vectors": {}, "residual_norm": [], "maps": {}, "outcomes": {}, "kinds": {}}
     return Steering(**parts, chosen=chosen or {}, test=test or {}, texts=texts)
 
 

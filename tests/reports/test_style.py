@@ -67,6 +67,19 @@ def test_the_sidecar_has_all_that_is_promised(into):
     assert all(version[0].isdigit() and "+" not in version for version in sidecar["versions"].values())
 
 
+def test_a_sidecar_holds_shares_and_not_the_outcomes_of_single_prompts(into):
+    share = {"value": 0.5, "n": 2, "by_prompt": [1, 0]}
+    row = {"asr": share, "empty": 0, "hits": {"asr": {"one": 1, "two": 0}}}
+    numbers = {"word": {"treated": row}, "curves": [[share], (share,)], "judge": None}
+    save(line(), "line", **ABOUT | {"numbers": numbers})
+    bare = {"value": 0.5, "n": 2}
+    expected = {"word": {"treated": {"asr": bare, "empty": 0}}, "curves": [[bare], [bare]], "judge": None}
+    assert json.loads((into / "line.json").read_text())["numbers"] == expected
+    assert row["hits"]  # what was given is left as it was
+    for path in FIGURES.glob("0*.json"):
+        assert not re.search('"hits"|"by_prompt"', path.read_text(encoding="utf-8")), path.name
+
+
 def test_the_same_figure_twice_is_the_same_bytes(into):
     save(line(), "line", **ABOUT)
     first = contents(into)

@@ -1,11 +1,29 @@
-"""Tables of the notebooks, and what of a result goes into a sidecar."""
+"""Tables of the notebooks."""
 
-from bkd_utils.common.files import FIGURES
+import math
+
+from bkd_utils.common.spot_checks import Checked
 from bkd_utils.reports import tables
 
 
-def test_sidecars_hold_shares_and_not_the_outcomes_of_single_prompts():
-    row = {"asr": {"value": 0.5}, "empty": 0, "hits": {"asr": {"one": 1, "two": 0}}}
-    assert tables.without_hits({"word": {"treated": row}}) == {"word": {"treated": {"asr": {"value": 0.5}, "empty": 0}}}
-    for path in FIGURES.glob("0*.json"):
-        assert '"hits"' not in path.read_text(encoding="utf-8"), path.name
+def checked(id, *, numbers, worst, tolerance, seconds):
+    values = {"beyond": 0, "place": "x", "shipped": 1, "now": 1, "agrees": True}
+    return Checked(id=id, numbers=numbers, worst=worst, tolerance=tolerance, seconds=seconds, **values)
+
+
+def test_what_was_measured_again_has_a_row_by_stage():
+    found = [
+        checked("attribute_heads/3f2", numbers=270, worst=1e-6, tolerance=0.001, seconds=4.5),
+        checked("measure_organism/a01", numbers=24, worst=math.inf, tolerance=0.0, seconds=2.0),
+    ]
+    table = tables.spot_checks(found)
+    assert table.index.name == "measured again"
+    assert table.columns.tolist() == ["numbers", "largest difference", "allowed", "seconds"]
+    assert table.loc["attribute_heads"].tolist() == [270, 1e-6, 0.001, 4.5]
+    assert table.loc["measure_organism"].tolist() == [24, math.inf, 0.0, 2.0]
+
+
+def test_where_nothing_was_measured_again_one_line_says_so():
+    table = tables.spot_checks([])
+    assert table.index.tolist() == ["nothing that ships was used"]
+    assert set(table.iloc[0]) == {""}

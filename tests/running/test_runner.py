@@ -1,8 +1,10 @@
-"""The runner: options, profiles, going on after a failure, the closing table."""
+"""The runner: options, profiles, going on after a failure, what a run used, the closing table."""
 
 import errno
 import io
+import json
 import re
+from pathlib import Path
 
 import pytest
 from notebook_files import write
@@ -12,7 +14,7 @@ from tiny import save_tiny
 from bkd_utils.common.files import UserError, read_json, write_json
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import short_name
-from bkd_utils.running import notebooks, runner
+from bkd_utils.running import ledger, notebooks, publishing, runner
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run
 
@@ -32,6 +34,8 @@ def two_notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "all_notebooks", lambda **_: paths)
     monkeypatch.setattr(runner, "DATA", tmp_path)
     monkeypatch.setattr(runner, "WORK", tmp_path / "work")
+    monkeypatch.setenv("BKD_WORK", str(tmp_path / "work"))
+    monkeypatch.delenv("BKD_KEEP", raising=False)
     return tmp_path / "work"
 
 
@@ -184,6 +188,7 @@ def full(*_, **__):
 def recorded(monkeypatch):
     """Notebooks that run at once; those in `failing` find the disk full."""
     failing, started = set(), []
+    monkeypatch.setattr(runner, "commit", lambda: "c0ffee")
 
     def run(path, **_):
         started.append(path.stem)
@@ -232,7 +237,9 @@ def test_a_record_that_cannot_be_written_comes_after_the_table(two_notebooks, re
     assert "2 passed, 0 failed" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("place", ["work", "work/figures", "work/executed", "work/cache", "work/executed/smoke"])
+@pytest.mark.parametrize(
+    "place", ["work", "work/ledgers", "work/figures", "work/executed", "work/measurements", "work/executed/smoke"]
+)
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_first_notebook(two_notebooks, recorded, place):
     path = two_notebooks.parent / place
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,3 +255,131 @@ def test_a_work_folder_with_spaces_and_without_a_parent_is_made(two_notebooks, r
     monkeypatch.setattr(runner, "WORK", work)
     runner.run_all(profile="smoke", console=Console(file=io.StringIO()))
     assert (work / "run.json").is_file()
+
+
+# --- what a run used ------------------------------------------------------------------------------------------------
+
+
+def line(id, how, **more):
+    return {"id": id, "how": how, "commit": "c0ffee", "seconds": 1.0} | more
+
+
+CHECKED = {"agrees": True, "worst": 0.0, "place": "level"}
+
+
+@pytest.fixture
+def ledgers(two_notebooks, recorded, monkeypatch):
+    """Notebooks that run at once, and that write what `wanted` says into their ledgers and then end as it says."""
+    wanted, environments = {}, {}
+
+    def run(path, *, environment, **_):
+        environments[path.stem] = environment
+        lines, status = wanted.get(path.stem, ([], "ok"))
+        with open(environment["BKD_LEDGER"], "a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(one) + "\n" for one in lines)
+        return Run(path.stem, 0.1, 0.1, status, "" if status == "ok" else "it broke")
+
+    monkeypatch.setattr(runner, "run_notebook", run)
+    return wanted, environments
+
+
+def printed(**options):
+    console = Console(file=io.StringIO(), width=160)
+    runner.run_all(profile="smoke", console=console, **options)
+    return console.file.getvalue()
+
+
+def test_the_closing_table_counts_what_each_notebook_used(ledgers):
+    wanted, environments = ledgers
+    wanted["00_broken"] = [line("toy/a", "shipped"), line("toy/a", "checked", **CHECKED)], "failed"
+    mine = [line("toy/b", "shipped, other code"), line("toy/c", "measured here"), line("toy/d", "kept here")]
+    wanted["01_sound"] = [line("toy/a", "shipped"), *mine], "ok"
+    told = printed()
+    rows = {
+        row[0]: row for row in ([cell.strip() for cell in text.split("│")[1:-1]] for text in told.splitlines()) if row
+    }
+    assert rows["00_broken"][3:] == ["1", "1", "", "", "", "failed"]
+    assert rows["01_sound"][3:] == ["2", "", "1", "2", "", "ok"]
+    assert "2 shipped and used, 1 checked and 1 agreed, 1 stale, 2 measured here" in told
+    assert "stale: measured by other code (1 at c0ffee)" in told
+    # A second run begins its ledgers anew.
+    wanted.clear()
+    assert "0 shipped and used, 0 checked and 0 agreed, 0 stale, 0 measured here" in printed()
+    books = [Path(one["BKD_LEDGER"]) for one in environments.values()]
+    assert [book.name for book in books] == ["00_broken.jsonl", "01_sound.jsonl"]
+    assert [ledger.read(book) for book in books] == [ledger.Used(finished=True)] * 2
+
+
+def test_a_run_uses_what_ships_and_keeps_in_the_work_folder(ledgers, two_notebooks, monkeypatch):
+    _, environments = ledgers
+    printed(only="01")
+    assert environments["01_sound"]["BKD_KEEP"] == str(two_notebooks / "measurements")
+    assert "BKD_SHIPPED" not in environments["01_sound"]
+    monkeypatch.setenv("BKD_KEEP", str(two_notebooks / "elsewhere"))
+    printed(only="01")
+    assert environments["01_sound"]["BKD_KEEP"] == str(two_notebooks / "elsewhere")
+
+
+def test_remeasuring_reads_nothing_that_ships_and_goes_on_after_a_failure(ledgers, two_notebooks):
+    wanted, environments = ledgers
+    kept = two_notebooks / "remeasured" / "toy" / "a.json"
+    wanted["00_broken"] = [line("toy/a", "measured here")], "ok"
+    wanted["01_sound"] = [line("toy/a", "kept here")], "failed"
+    printed(remeasure=True)
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    for environment in environments.values():
+        assert environment["BKD_KEEP"] == str(two_notebooks / "remeasured")
+        assert environment["BKD_SHIPPED"] == ""
+    # The second notebook did not come to its end, so the same command goes on with what the first one measured, also
+    # after another run that used what ships.
+    wanted["01_sound"] = [line("toy/a", "kept here")], "ok"
+    printed()
+    printed(remeasure=True)
+    assert kept.exists()
+    # Now that both did, it measures everything anew.
+    printed()
+    assert kept.exists()
+    printed(remeasure=True)
+    assert not kept.exists()
+
+
+@pytest.fixture
+def published(ledgers, tmp_path, monkeypatch):
+    """A run that may publish, into folders below tmp_path; what was handed to `publishing`."""
+    given = []
+    text = (tmp_path / "profiles.toml").read_text()
+    (tmp_path / "profiles.toml").write_text(text.replace("smoke", "laptop"))
+    monkeypatch.setattr(publishing, "MEASUREMENTS", tmp_path / "shipped")
+    monkeypatch.setattr(runner, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(runner.files, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(publishing, "publish_notebook", lambda executed, original, **_: given.append(original.stem))
+    monkeypatch.setattr(publishing, "publish_measurements", lambda used, *, kept: given.append((used, kept)))
+    return given
+
+
+def test_what_notebooks_used_that_ran_to_their_end_is_published(published, ledgers, two_notebooks, tmp_path):
+    wanted, _ = ledgers
+    wanted["00_broken"] = [line("toy/a", "measured here")], "failed"
+    wanted["01_sound"] = [line("toy/b", "measured here"), line("toy/c", "shipped")], "ok"
+    runner.run_all(profile="laptop", publish=True, console=Console(file=io.StringIO()))
+    notebook, (used, kept) = published
+    assert notebook == "01_sound"
+    assert list(used) == ["01_sound"]
+    assert (used["01_sound"].own, used["01_sound"].shipped) == (["toy/b"], ["toy/c"])
+    assert kept == two_notebooks / "measurements"
+    assert [entry["name"] for entry in read_json(tmp_path / "figures" / "run.json")["notebooks"]] == [
+        "00_broken", "01_sound",
+    ]  # fmt: skip
+
+
+def test_what_was_remeasured_can_be_published(published, two_notebooks):
+    runner.run_all(profile="laptop", publish=True, remeasure=True, console=Console(file=io.StringIO()))
+    assert published[-1][1] == two_notebooks / "remeasured"
+
+
+def test_a_run_that_does_not_publish_writes_nothing_that_is_committed(published, tmp_path):
+    runner.run_all(profile="laptop", console=Console(file=io.StringIO()))
+    assert published == []
+    assert not (tmp_path / "shipped").exists()
+    assert not (tmp_path / "figures").exists()

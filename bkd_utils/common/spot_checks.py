@@ -1,0 +1,180 @@
+"""Measure a small part of what ships again, and hold the numbers against each other.
+
+`data/spots.toml` says for each stage which part that is, which numbers must agree, and how far they may lie apart.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from bkd_utils.common import cache, measurements
+from bkd_utils.common.files import DATA, UserError
+from bkd_utils.common.measurements import Measurement, path_of
+from bkd_utils.common.validation import Table, read_tables, while_unchanged
+from bkd_utils.common.validation import check as check_kind
+
+Part = Annotated[float, Field(ge=0, le=1)]
+
+
+class Spot(Table):
+    """How one stage is checked.
+
+    `part` replaces arguments, so that less is measured; without it the whole measurement is. `where` restricts which
+    measurements are checked in a run. Of the result count the `fields`, or all of it; lists of tables whose rows carry
+    the names in `rows` are compared row by row. A number may lie `tolerance` away, and the share `flips` of them
+    further. `none` is the reason why a stage is not checked in a run.
+    """
+
+    part: dict[str, Any] = Field(default_factory=dict)
+    where: dict[str, Any] = Field(default_factory=dict)
+    fields: list[str] = Field(default_factory=list)
+    rows: list[str] = Field(default_factory=list)
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    flips: Part = 0.0
+    none: str | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One comparison: `numbers` were compared, `beyond` of them lie further apart than `tolerance`, and at `place` the
+    difference is the largest, `worst`. Other values must be equal; `worst` is infinite if they are not."""
+
+    id: str
+    numbers: int
+    beyond: int
+    worst: float
+    place: str
+    shipped: Any
+    now: Any
+    tolerance: float
+    agrees: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        here = measurements.machine_of({})
+        told = f"{self.id}, {self.place}: {self.shipped!r} ships, {self.now!r} was measured here"
+        many = f"{self.beyond} of {self.numbers} numbers lie further apart than {self.tolerance:g}"
+        return f"{told} ({many}; {here.processor}, {here.cores} cores)"
+
+
+@while_unchanged("spots.toml")
+def spots() -> dict[str, Spot]:
+    """Stage -> how it is checked. Raises ValueError that names table, key and value for one that is not right."""
+    tables = read_tables(DATA / "spots.toml")
+    for name, table in tables.items():
+        check_kind(Spot, table, f"spots.toml, [{name}]")
+    return {name: Spot(**table) for name, table in tables.items()}
+
+
+def check(one: Measurement) -> Checked:
+    """Measure the small part of a measurement here and now, unless it is kept, and compare.
+
+    Raises UserError for a stage without a spot, and where the part has no number in common with the whole.
+    """
+    spot = spots().get(one.stage)
+    if spot is None or spot.none:
+        raise UserError(f"{one.stage} has no spot check: {spot.none if spot else 'none is declared in spots.toml'}")
+    given = one.arguments | spot.part
+    if "device" in given:
+        given["device"] = "auto"  # that of this machine, and not the one where it was measured first
+    now = cache.here(cache.STAGES[one.stage], **given)
+    return compare(one, now, spot)
+
+
+def compare(one: Measurement, now: Measurement, spot: Spot) -> Checked:
+    """Hold the numbers that both results have against each other. Raises UserError if there are none."""
+    shipped, found = (dict(leaves(_chosen(each.result, spot.fields), spot.rows)) for each in (one, now))
+    common = [place for place in shipped if place in found]
+    if not common:
+        raise UserError(f"{one.id}: the part in spots.toml has no number in common with what ships")
+    apart = {place: difference(shipped[place], found[place]) for place in common}
+    worst = max(apart, key=apart.__getitem__)
+    beyond = sum(value > spot.tolerance for value in apart.values())
+    return Checked(
+        id=one.id,
+        numbers=len(common),
+        beyond=beyond,
+        worst=apart[worst],
+        place=worst,
+        shipped=shipped[worst],
+        now=found[worst],
+        tolerance=spot.tolerance,
+        agrees=beyond <= spot.flips * len(common),
+        seconds=now.seconds,
+    )
+
+
+def difference(one: Any, other: Any) -> float:
+    """Distance of two numbers; 0 for equal other values, and infinity for different ones."""
+    numbers = all(isinstance(value, int | float) for value in (one, other))
+    return abs(one - other) if numbers else 0.0 if one == other else math.inf
+
+
+def leaves(value: Any, rows: Sequence[str] = (), place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value inside a result, with its place, such as `hits.asr.3f2` or `[k=8, draw=0].asr.value`."""
+    if isinstance(value, Mapping):
+        inside = ((f"{place}.{name}" if place else str(name), one) for name, one in value.items())
+    elif isinstance(value, list):
+        inside = ((f"{place}[{_row(number, one, rows)}]", one) for number, one in enumerate(value))
+    else:
+        yield place, value
+        return
+    for where, one in inside:
+        yield from leaves(one, rows, where)
+
+
+def _row(number: int, value: Any, rows: Sequence[str]) -> str:
+    named = rows and isinstance(value, Mapping) and all(name in value for name in rows)
+    return ", ".join(f"{name}={value[name]}" for name in rows) if named else str(number)
+
+
+def _chosen(result: Any, fields: Sequence[str]) -> Any:
+    return {name: result[name] for name in fields} if fields else result
+
+
+_done: set[str] = set()
+
+
+def run(*names: str) -> list[Checked]:
+    """Check one shipped measurement of each stage that this notebook has used so far, or of the stages named.
+
+    It is the one that took the fewest seconds. A stage is checked once. Nothing is checked where nothing that ships
+    was used. Raises UserError, after all checks, that lists the numbers which do not agree.
+    """
+    known, done = spots(), []
+    for name, used in _used().items():
+        spot = known.get(name)
+        if name in _done or (names and name not in names) or spot is None or spot.none:
+            continue
+        fits = [one for one in used if all(one["arguments"].get(key) == value for key, value in spot.where.items())]
+        if fits:
+            chosen = min(fits, key=lambda one: (one["seconds"], one["key"]))
+            found = check(measurements.read(path_of(measurements.shipped_folder(), name, chosen["key"])))
+            _done.add(name)
+            _note(found)
+            done.append(found)
+    if faults := [str(found) for found in done if not found.agrees]:
+        raise UserError("what was measured here is not what ships: " + "; ".join(faults))
+    return done
+
+
+def _used() -> dict[str, list[dict[str, Any]]]:
+    """Stage -> the shipped measurements that were used in this process."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in cache.used:
+        if one["how"].startswith("shipped"):
+            found.setdefault(one["stage"], []).append(one)
+    return found
+
+
+def _note(found: Checked) -> None:
+    if path := os.environ.get("BKD_LEDGER"):
+        worst = found.worst if math.isfinite(found.worst) else None
+        line = {"how": "checked"} | asdict(found) | {"worst": worst}
+        with open(path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")

@@ -1,0 +1,104 @@
+"""Copy what a run made to where it is committed: outputs, figures, scorecard, measurements and their index."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bkd_utils.common import measurements
+from bkd_utils.common.files import DATA, FIGURES, UserError, atomic_path, read_json, write_json
+from bkd_utils.common.measurements import Measurement, path_of
+from bkd_utils.running import notebooks
+from bkd_utils.running.ledger import Used
+
+MEASUREMENTS = DATA / "measurements"
+README = "README.md"
+
+
+def publish_notebook(executed: Path, original: Path, *, figures: Path, names: list[str]) -> None:
+    """The outputs of an executed notebook and the figures that it drew. Raises NotebookError if it was edited."""
+    notebooks.publish(executed, original)
+    for name in names:
+        for kind in ("png", "svg", "json"):
+            _copy(figures / f"{name}.{kind}", FIGURES / f"{name}.{kind}")
+
+
+def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
+    """Ship the measurements that notebooks used, by name, beside those of notebooks that were not run.
+
+    Those made here are copied from the folder `kept`; the others ship already. What no notebook uses any more is
+    removed. Raises ValueError for one that is damaged, and UserError, before anything is written, for one that is
+    missing.
+    """
+    index = index_of(MEASUREMENTS) | {name: sorted(one.measurements) for name, one in used.items()}
+    # A kept one that was not used is of other code, and must not replace what ships.
+    own = {one: path_of(kept, *one.split("/")) for each in used.values() for one in each.own}
+    needed = {one for ids in index.values() for one in ids}
+    for one in sorted(one for each in used.values() for one in each.measurements):
+        if not own.get(one, path_of(MEASUREMENTS, *one.split("/"))).is_file():
+            raise UserError(f"{one} was used but is nowhere kept; run its notebook again, then publish")
+    for source in own.values():
+        measurements.write(MEASUREMENTS, measurements.read(source))
+    for path in measurements.paths(MEASUREMENTS):
+        if f"{path.parent.name}/{path.stem}" not in needed:
+            path.unlink()
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
+    write_json(MEASUREMENTS / "index.json", dict(sorted(index.items())))
+    write_readme(MEASUREMENTS)
+
+
+def index_of(folder: Path) -> dict[str, list[str]]:
+    """Notebook -> ids of the measurements that it uses; empty where nothing ships."""
+    path = folder / "index.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def shipped_by(names: Sequence[str]) -> list[str]:
+    """Ids of the shipped measurements that these notebooks use."""
+    index = index_of(MEASUREMENTS)
+    return sorted({one for name in names for one in index.get(name, [])})
+
+
+def write_readme(folder: Path) -> None:
+    with atomic_path(folder / README) as temporary:
+        temporary.write_text(readme(folder), encoding="utf-8")
+
+
+def readme(folder: Path) -> str:
+    """The text beside the measurements: what is in a file, and a table of stages."""
+    found: dict[str, list[tuple[Measurement, int]]] = {}
+    for path in measurements.paths(folder):
+        arrays = path.with_suffix(".safetensors")
+        size = path.stat().st_size + (arrays.stat().st_size if arrays.is_file() else 0)
+        found.setdefault(path.parent.name, []).append((Measurement.model_construct(**read_json(path)), size))
+    uses = index_of(folder)
+    rows = []
+    for stage, every in sorted(found.items()):
+        ids = {one.id for one, _ in every}
+        where = ", ".join(name[:2] for name, used in uses.items() if ids & set(used))
+        seconds, size = (sum(values) for values in zip(*((one.seconds, size) for one, size in every), strict=True))
+        rows.append(f"| `{stage}` | {where} | {len(every)} | {seconds / 60:.1f} | {size / 1000:.0f} |")
+    fields = [f"- `{name}`: {told}" for name, told in FIELDS.items()]
+    parts = ["# Measurements", *INTRODUCTION, "\n".join(fields), "## Stages", "\n".join([*HEAD, *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = (
+    "Every file is one result that the notebooks draw: one call of one stage of `bkd_utils`. Its name is a key of the "
+    "stage, its arguments and what their names stand for. Large arrays lie beside it as safetensors. `index.json` "
+    "says which notebook uses which. This text is generated; how to measure again, check and add is told in "
+    "[measurements](../../notebooks/pages/measurements.md).",
+    "Fields of a file:",
+)
+FIELDS = {
+    "stage, arguments": "what was asked",
+    "inputs": "what the names in the arguments stand for: identities of models, attacks, hashes of tables",
+    "code, commit, libraries": "what computed it; not part of the key",
+    "machine, seconds": "where, and how long it took",
+    "result, arrays, digest": "what came out, by prompt where there are prompts; hashes of the arrays' file and of all",
+}
+HEAD = ("| stage | notebooks | files | minutes | kB |", "|---|---|---|---|---|")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)

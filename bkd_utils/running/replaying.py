@@ -1,0 +1,155 @@
+"""Replay notebooks: every cell that needs no model, from shipped measurements, in ordinary kernels, two at a time.
+
+Cells tagged `live` load a model, train one or compare machines. All other cells work from results of stages, so that
+they can be run again within seconds, and must give what is stored.
+"""
+
+import asyncio
+import copy
+import os
+import subprocess
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
+
+from bkd_utils.common.files import FIGURES, ROOT, read_json, write_json
+from bkd_utils.common.measurements import shipped_folder
+from bkd_utils.reports import scorecard
+from bkd_utils.running import ledger, notebooks
+
+LIVE = "live"
+ADDED = "injected-parameters"  # `notebooks.published` leaves out cells with this tag
+KERNELS = 2
+LIMIT = 120  # seconds for one cell
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came out of one notebook. `notebook` is what would be published, with the stored outputs in its live cells;
+    `figures` the folder of what it drew; `used` the ids of the measurements it asked for; `ran` how many of its code
+    cells ran or are live; `reason` why it stopped before its end."""
+
+    path: Path
+    notebook: NotebookNode
+    figures: Path
+    used: list[str] = field(default_factory=list)
+    ran: int = 0
+    reason: str = ""
+
+
+def is_live(cell: NotebookNode) -> bool:
+    return LIVE in cell.metadata.get("tags", [])
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """The code cells in order; a reader sees their numbers, from 1, in brackets beside them."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+async def replay(
+    paths: Sequence[Path],
+    *,
+    folder: Path,
+    parameters: Mapping[str, Mapping[str, Any]],
+    on_done: Callable[[Replay], None] = lambda _: None,
+) -> list[Replay]:
+    """Replay notebooks into `folder`, the last one after all others and with the scorecard that they wrote.
+
+    `parameters` has the values of each notebook by its stem. A notebook that raises an error stops there, with a
+    reason, and the others go on.
+    """
+    todo, done = deque(paths[:-1]), []
+    busy = min(KERNELS, max(1, len(todo)))
+
+    async def work(number: int) -> None:
+        nonlocal busy
+        manager = _manager(folder / f"kernel-{number}.json")
+
+        async def one(path: Path) -> None:
+            if manager.has_kernel and not await manager.is_alive():
+                await manager.shutdown_kernel(now=True)
+            done.append(await _replayed(path, parameters[path.stem], folder=folder, manager=manager))
+            on_done(done[-1])
+
+        try:
+            while todo:
+                await one(todo.popleft())
+            busy -= 1
+            if busy == 0:  # the last to end has the last notebook
+                _give_scorecard([one.figures for one in done], folder / paths[-1].stem)
+                await one(paths[-1])
+        finally:
+            if manager.has_kernel:
+                await manager.shutdown_kernel(now=True)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    await asyncio.gather(*(work(number) for number in range(busy)))
+    return sorted(done, key=lambda one: one.path)
+
+
+def _manager(connection: Path) -> Any:
+    """A manager of one kernel, which is this interpreter, whatever kernel is registered under the notebook's name."""
+    manager = NotebookClient(nbformat.v4.new_notebook()).create_kernel_manager()
+    manager.kernel_spec_manager.kernel_dirs = []
+    manager.connection_file = str(connection)  # not in the home folder, which need not be writable
+    return manager
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Nothing is measured, and nothing is read that does not ship."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "BKD_FORCE_SINCE")}
+    own = {"BKD_REPLAY": "1", "BKD_SHIPPED": str(shipped_folder() or ""), "BKD_KEEP": str(folder / "kept")}
+    return inherited | own | {"IPYTHONDIR": str(folder / "ipython")}
+
+
+async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manager: Any) -> Replay:
+    original, figures = notebooks.read(path), folder / path.stem
+    lines = figures / "ledger.jsonl"
+    figures.mkdir(parents=True, exist_ok=True)
+    book = _marked(original, given, {"BKD_FIGURES": str(figures), "BKD_LEDGER": str(lines)})
+    client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT), 0, ""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    async with client.async_setup_kernel(cwd=str(ROOT), env=_environment(folder), **quiet):
+        try:
+            for index, cell in enumerate(book.cells):
+                if cell.cell_type == "code":
+                    if not is_live(cell):
+                        await client.async_execute_cell(cell, index)
+                    ran += ADDED not in cell.metadata.get("tags", [])
+        except CellExecutionError as error:
+            reason = f"{error.ename}: {error.evalue}"
+        except (DeadKernelError, TimeoutError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if client.kc is not None:
+            client.kc.stop_channels()
+    used = sorted(ledger.read(lines).measurements)
+    return Replay(path, notebooks.published(book, original), figures, used, ran, reason)
+
+
+def _marked(original: NotebookNode, given: Mapping[str, Any], environment: Mapping[str, str]) -> NotebookNode:
+    """A copy that first clears its kernel, and gets its parameters as papermill gives them."""
+    book = copy.deepcopy(original)
+    first = f"%reset -f\n__import__('os').environ.update({dict(environment)!r})"
+    values = "\n".join(f"{name} = {value!r}" for name, value in given.items())
+    cells: list[NotebookNode] = [nbformat.v4.new_code_cell(first, metadata={"tags": [ADDED]})]
+    for cell in book.cells:
+        cells.append(cell)
+        if "parameters" in cell.metadata.get("tags", []):
+            cells.append(nbformat.v4.new_code_cell(values, metadata={"tags": [ADDED]}))
+    book.cells = cells
+    return book
+
+
+def _give_scorecard(folders: Sequence[Path], into: Path) -> None:
+    """Write the lines of all notebooks into one scorecard, beside committed ones that none of them judged."""
+    written = [folder / "scorecard.json" for folder in folders]
+    lines = [line for path in written if path.is_file() for line in read_json(path)]
+    if lines:
+        write_json(into / "scorecard.json", scorecard.merged(lines, FIGURES / "scorecard.json"))
