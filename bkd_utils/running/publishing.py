@@ -38,7 +38,8 @@ def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
             raise UserError(f"{one} was used but is nowhere kept; run its notebook again, then publish")
     for source in own.values():
         measurements.write(MEASUREMENTS, measurements.read(source))
-    for path in measurements.paths(MEASUREMENTS):
+    complete = {path.stem for path in notebooks.all_notebooks()} <= index.keys()  # else one may be of another notebook
+    for path in measurements.paths(MEASUREMENTS) if complete else []:
         if f"{path.parent.name}/{path.stem}" not in needed:
             path.unlink()
             path.with_suffix(".safetensors").unlink(missing_ok=True)
