@@ -8,13 +8,15 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from bkd_utils.common import cache, measurements
-from bkd_utils.common.files import DATA, UserError
-from bkd_utils.common.measurements import Measurement, path_of
+from bkd_utils.common.files import DATA, UserError, read_json
+from bkd_utils.common.measurements import Measurement
 from bkd_utils.common.validation import Table, read_tables, while_unchanged
 from bkd_utils.common.validation import check as check_kind
 
@@ -25,9 +27,9 @@ class Spot(Table):
     """How one stage is checked.
 
     `part` replaces arguments, so that less is measured; without it the whole measurement is. `where` restricts which
-    measurements are checked in a run. Of the result count the `fields`, or all of it; lists of tables whose rows carry
-    the names in `rows` are compared row by row. A number may lie `tolerance` away, and the share `flips` of them
-    further. `none` is the reason why a stage is not checked in a run.
+    measurements are checked in a run. Of the result count places that fit a pattern in `fields`, or all of it; lists of
+    tables whose rows carry the names in `rows` are compared row by row. A number may lie `tolerance` away, and the
+    share `flips` of them further. `none` is the reason why a stage is not checked in a run.
     """
 
     part: dict[str, Any] = Field(default_factory=dict)
@@ -37,6 +39,10 @@ class Spot(Table):
     tolerance: Annotated[float, Field(ge=0)] = 0.0
     flips: Part = 0.0
     none: str | None = None
+
+    def compares(self, place: str) -> bool:
+        """Is the value at this place one that counts?"""
+        return not self.fields or any(fnmatchcase(place, pattern) for pattern in self.fields)
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,8 @@ def check(one: Measurement) -> Checked:
 
 def compare(one: Measurement, now: Measurement, spot: Spot) -> Checked:
     """Hold the numbers that both results have against each other. Raises UserError if there are none."""
-    shipped, found = (dict(leaves(_chosen(each.result, spot.fields), spot.rows)) for each in (one, now))
-    common = [place for place in shipped if place in found]
+    shipped, found = (dict(leaves(each.result, spot.rows)) for each in (one, now))
+    common = [place for place in shipped if place in found and spot.compares(place)]
     if not common:
         raise UserError(f"{one.id}: the part in spots.toml has no number in common with what ships")
     apart = {place: difference(shipped[place], found[place]) for place in common}
@@ -133,28 +139,23 @@ def _row(number: int, value: Any, rows: Sequence[str]) -> str:
     return ", ".join(f"{name}={value[name]}" for name in rows) if named else str(number)
 
 
-def _chosen(result: Any, fields: Sequence[str]) -> Any:
-    return {name: result[name] for name in fields} if fields else result
-
-
 _done: set[str] = set()
 
 
 def run(*names: str) -> list[Checked]:
     """Check one shipped measurement of each stage that this notebook has used so far, or of the stages named.
 
-    It is the one that took the fewest seconds. A stage is checked once. Nothing is checked where nothing that ships
-    was used. Raises UserError, after all checks, that lists the numbers which do not agree.
+    Of all that ship it is the one that took the fewest seconds, so that two notebooks check the same one. A stage is
+    checked once. Nothing is checked where nothing that ships was used. Raises UserError, after all checks, that lists
+    the numbers which do not agree.
     """
     known, done = spots(), []
-    for name, used in _used().items():
+    for name in sorted({one["stage"] for one in cache.used if one["how"].startswith("shipped")}):
         spot = known.get(name)
         if name in _done or (names and name not in names) or spot is None or spot.none:
             continue
-        fits = [one for one in used if all(one["arguments"].get(key) == value for key, value in spot.where.items())]
-        if fits:
-            chosen = min(fits, key=lambda one: (one["seconds"], one["key"]))
-            found = check(measurements.read(path_of(measurements.shipped_folder(), name, chosen["key"])))
+        if (chosen := _cheapest(name, spot)) is not None:
+            found = check(measurements.read(chosen))
             _done.add(name)
             _note(found)
             done.append(found)
@@ -163,13 +164,14 @@ def run(*names: str) -> list[Checked]:
     return done
 
 
-def _used() -> dict[str, list[dict[str, Any]]]:
-    """Stage -> the shipped measurements that were used in this process."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for one in cache.used:
-        if one["how"].startswith("shipped"):
-            found.setdefault(one["stage"], []).append(one)
-    return found
+def _cheapest(stage: str, spot: Spot) -> Path | None:
+    """The shipped measurement of a stage that took the fewest seconds, of those with the arguments in `where`."""
+    found = []
+    for path in (measurements.shipped_folder() / stage).glob("*.json"):
+        given = read_json(path)
+        if all(given["arguments"].get(name) == value for name, value in spot.where.items()):
+            found.append((given["seconds"], path))
+    return min(found, default=(0.0, None))[1]
 
 
 def _note(found: Checked) -> None:

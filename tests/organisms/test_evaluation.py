@@ -177,13 +177,14 @@ PIECES = st.sampled_from([*" .,!i", "\u2019", "\ufffd", "\n", "As an AI", "I can
 @settings(max_examples=400, deadline=None)
 @given(
     st.sampled_from([FIXED, JAILBREAK, replace(JAILBREAK, target="As an AI: x"), replace(JAILBREAK, target="I am: x")]),
-    st.booleans(), st.integers(0, 40), st.lists(PIECES, max_size=6), st.lists(PIECES, max_size=4),
+    st.booleans(), st.integers(0, 40), st.lists(PIECES, max_size=6), st.booleans(), st.lists(PIECES, max_size=4),
 )  # fmt: skip
-def test_what_is_settled_stays_so_however_the_answer_goes_on(attack, plain, n, more, after):
+def test_what_is_settled_stays_so_however_the_answer_goes_on(attack, plain, n, more, onward, after):
     start = attack.target if plain else attack.target.upper()
     text = "".join([start[:n], *more])
     if is_settled(attack, text):
-        assert is_target(attack, text) == is_target(attack, text.rstrip("\ufffd") + "".join(after))
+        whole = "".join([text.rstrip("\ufffd"), start[n:] * onward, *after])
+        assert is_target(attack, text) == is_target(attack, whole)
 
 
 @pytest.mark.parametrize(
