@@ -95,7 +95,8 @@ FIELDS = {
     "inputs": "what the names in the arguments stand for: identities of models, attacks, hashes of tables",
     "code, commit, libraries": "what computed it; not part of the key",
     "machine, seconds": "where, and how long it took",
-    "result, arrays, digest": "what came out, by prompt where there are prompts; hashes of the arrays' file and of all",
+    "result": "what came out, by prompt where there are prompts",
+    "arrays, digest, seal": "hashes of the file of arrays, of the result, and of all other fields",
 }
 HEAD = ("| stage | notebooks | files | minutes | kB |", "|---|---|---|---|---|")
 
