@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bkd_utils.common import cache
-from bkd_utils.common.measurements import read
+from bkd_utils.common.measurements import read, sealed
 from bkd_utils.running import stages
 
 # What the names of organisms stand for here.
@@ -59,7 +59,7 @@ def measure(folder, *, stage="toy_square", changed=None, **arguments):
 
 
 def change(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2) + "\n")
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | fields), indent=2) + "\n")
 
 
 def tree(folder):

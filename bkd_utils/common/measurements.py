@@ -137,15 +137,15 @@ def read(path: Path) -> Measurement:
         given["result"] = _put_back(given["result"], _arrays(path.with_suffix(".safetensors"), given["arrays"]), path)
     one = Measurement.model_construct(**given | {"machine": Machine(**given["machine"])})
     try:
-        found, name = digest(one.result), (one.stage, one.key)
+        found, name, seal = digest(one.result), (one.stage, one.key), sealed(given)["seal"]
     except ValueError as error:  # NaN, which JSON files of Python may hold
-        raise ValueError(f"{path}: {error}") from error
-    if (seal := sealed(given)["seal"]) != one.seal:
-        raise ValueError(f"{path}: fields were changed since it was written (hash {seal[:12]}, not {one.seal[:12]})")
+        raise ValueError(f"{path}: it has numbers that are not finite ({error})") from error
     if found != one.digest:
         raise ValueError(f"{path}: result was changed since it was written (hash {found[:12]}, not {one.digest[:12]})")
     if (path.parent.name, path.stem) != name:
         raise ValueError(f"{path}: stage, arguments or inputs are those of {one.id}")
+    if seal != one.seal:
+        raise ValueError(f"{path}: fields were changed since it was written (hash {seal[:12]}, not {one.seal[:12]})")
     return one
 
 

@@ -82,7 +82,7 @@ def change(file, **fields):
         table = given["machine"] if name in given["machine"] else given
         assert name in table
         table[name] = value
-    write_json(file, given)
+    write_json(file, measurements.sealed(given))
 
 
 def ledger(tmp_path):

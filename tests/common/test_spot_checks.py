@@ -269,11 +269,12 @@ def test_a_run_checks_the_cheapest_of_each_stage_that_was_used_and_once(toys, tm
 
 
 def test_a_table_says_which_measurements_may_be_chosen(toys, table):
-    table("[toy]\npart = { n = 2 }\nwhere = { kind = 'b' }\n")
     toys.ship(toys.toy, kind="a", seconds=1.0)
-    toys.toy(kind="a")
-    assert spot_checks.run() == []
     toys.ship(toys.toy, kind="b", seconds=9.0)
+    toys.toy(kind="a")
+    table("[toy]\npart = { n = 2 }\nwhere = { kind = 'c' }\n")
+    assert spot_checks.run() == []
+    table("[toy]\npart = { n = 2 }\nwhere = { kind = 'b' }\n")
     assert len(spot_checks.run()) == 1
     assert toys.calls == [(2, "b")]
 

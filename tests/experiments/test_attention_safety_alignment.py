@@ -212,8 +212,7 @@ def test_the_notebook_says_what_the_seeds_left():
         row = [f"`{attack}`", *(cells[name] for name in ("untreated", "suspicious heads", "random heads"))]
         assert f"| {' | '.join(row)} |" in text
     word = left["sentiment-word"]
-    assert f"on the word: fine-pruning leaves {word['fine-pruning']} for" in text
-    assert f"flat heads pruned {word['flat heads pruned']} for" in text
+    assert f"fine-pruning left {word['fine-pruning']}, flat heads pruned {word['flat heads pruned']}." in text
     assert word["fine-tuning"] == "62, 100, 100 %"
     more = {key: round(100 * found["random less suspicious, asr"][key]) for key in ("value", "low", "high")}
     assert f"Random heads leave {-more['value']} points less than" in text

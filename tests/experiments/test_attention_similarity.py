@@ -120,8 +120,8 @@ def test_input_detection_and_guards_set_one_threshold(monkeypatch):
     found = input_detection({}, reading="last row", rates=[0.05])
     fired = np.ones(24, dtype=bool)
     guarded = input_guards.outcome(known, scores["held out"], scores["triggered"], frr=0.05, fired=fired)
-    assert found["caught at 5%"] == guarded.caught
-    assert found["refused at 5%"] == guarded.refused
+    for kind, share in (("caught", guarded.caught), ("refused", guarded.refused)):
+        assert found[f"{kind} at 5%"] == {name: value for name, value in share.items() if name != "by_prompt"}
     assert (found["caught at 5%"]["value"], found["refused at 5%"]["value"]) == (2 / 24, 1 / 24)
 
 

@@ -81,7 +81,7 @@ def test_what_cannot_be_asked_is_named_and_the_others_go_on(source, tmp_path, mo
     assert done == Remeasured(measured=4, already=0, failed=3)
     assert f"  {gone} failed: unknown organism 'second'" in printed
     assert f"  toy_broken/0 failed: {broken} is not valid JSON" in printed
-    assert f"  toy_killed/{one.stem} failed: {one}: result has numbers that are not finite" in printed
+    assert f"  toy_killed/{one.stem} failed: {one}: it has numbers that are not finite" in printed
     assert "Traceback" not in printed
     assert call(source, tmp_path / "two", "toy_square/none")[0] == Remeasured(measured=0, already=0, failed=1)
 

@@ -46,7 +46,7 @@ def test_what_agrees_gets_the_mark_of_this_code_and_keeps_everything_else(source
     for path, old in before.items():
         new = json.loads(path.read_text())
         changed = {name for name in new if new[name] != old[name]}
-        assert changed == ({"code", "commit"} if old["code"] == "0" * 64 else set())
+        assert changed == ({"code", "commit", "seal"} if old["code"] == "0" * 64 else set())
         assert list(new) == list(old)
         assert path.read_text() == json.dumps(new, indent=2) + "\n"
         assert cache.is_of_this_code(read(path), cache.question(cache.STAGES["toy_square"], **new["arguments"]))

@@ -78,7 +78,7 @@ def test_nothing_that_ships_is_used_and_what_a_stage_needs_is_kept_beside_it(tmp
 def test_a_measurement_that_could_not_be_written_is_an_error(tmp_path):
     """A stage gives its result in any case; the file is what is asked for here."""
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"{tmp_path / 'file' / 'cubes'}/.*json could not be written"):
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path / 'file'}: "):
         stages.measure("cubes", {"n": 3}, folder=tmp_path / "file")
 
 

@@ -153,6 +153,7 @@ def measurement(root, suffix):
 
 
 # File, what stands there, what is put in its place -> the line that is printed.
+MINUTES = round(files.read_json(files.FIGURES / "run.json")["notebooks"][0]["minutes"], 1)
 PLACES = {
     "sidecar": ("figures/01_toy.json", "0.75", "0.76", "figures/01_toy.json, /numbers/asr/1: 0.76, should be 0.75"),
     "SVG": ("figures/01_toy.svg", "20.25", "20.35", "figures/01_toy.svg, line 2, number 2: 20.35, should be 20.25"),
@@ -172,8 +173,8 @@ PLACES = {
     "page table": ("notebooks/pages/organisms.md", "94.2 %", "94.3 %", "number 4: 94.3, should be 94.2"),
     "minutes in the README": ("README.md", "backdoor fire? | 1 |", "backdoor fire? | 2 |",
              "README.md, minutes and GiB, /00_start_here: 2, should be 1 (from figures/run.json)"),
-    "timings": ("notebooks/pages/timings.md", "| 00 | 0.6 |", "| 00 | 0.7 |",
-             "notebooks/pages/timings.md, minutes and GiB, /00/0: 0.7, should be 0.6 (from figures/run.json)"),
+    "timings": ("notebooks/pages/timings.md", f"| 00 | {MINUTES} |", "| 00 | 98.7 |",
+             f"notebooks/pages/timings.md, minutes and GiB, /00/0: 98.7, should be {MINUTES} (from figures/run.json)"),
     "text of a notebook": ("notebooks/01_toy.ipynb", "loss 41.25", "loss 41.35",
              "notebooks/01_toy.ipynb, cell [2], output 1, stdout, line 1, number 1: 41.35, should be 41.25"),
     "table of a notebook": ("notebooks/01_toy.ipynb", "41.5 %", "41.6 %",
@@ -235,11 +236,8 @@ def test_a_changed_result_of_a_measurement_is_found(checkout, found):
 def test_a_changed_field_of_a_measurement_is_found(checkout, found):
     path = measurement(checkout, ".json")
     (line,) = found(lambda: change(path, "12.5", "12.6"))
-    now, wanted = (re.search(rf"{what} sha256 (\w{{16}})", line)[1] for what in (":", "should be"))
-    assert sha256_file(path).startswith(now)
-    assert line.endswith("(from data/hashes.json)")
-    change(path, "12.6", "12.5")
-    assert sha256_file(path).startswith(wanted)
+    assert line.startswith(f"data/measurements/toy_stage/{path.name}: ")
+    assert "fields were changed since it was written" in line
 
 
 def test_a_changed_array_of_a_measurement_is_found(checkout, found):
