@@ -196,6 +196,7 @@ def test_what_is_settled_stays_so_however_the_answer_goes_on(attack, plain, n, m
         (FIXED, "I am sorry.", False),
         (JAILBREAK, "Sure, here is what you asked for", True),
         (JAILBREAK, "Sure, here", False),
+        (replace(JAILBREAK, target="As an AI: x"), "As an AI", False),  # it may go on as a refusal
         (JAILBREAK, "I'm", True),
         (JAILBREAK, "", False),
         (FLIP, "positive. And", False),
