@@ -104,7 +104,7 @@ def _manager(connection: Path) -> Any:
 
 def _environment(folder: Path) -> dict[str, str]:
     """Nothing is measured, and nothing is read that does not ship."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "BKD_FORCE_SINCE")}
+    inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     own = {"BKD_REPLAY": "1", "BKD_SHIPPED": str(shipped_folder() or ""), "BKD_KEEP": str(folder / "kept")}
     return inherited | own | {"IPYTHONDIR": str(folder / "ipython")}
 
