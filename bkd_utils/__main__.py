@@ -26,6 +26,7 @@ Prompts = Annotated[int, typer.Option(min=1, help="Held-out prompts per number."
 # A full or read-only disk, a folder that is another user's: nothing that a traceback would explain.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 DEFAULT = "smollm2-135m-instruct"
+INTERRUPTED = 128 + signal.SIGINT  # exit status
 
 
 @app.command()
@@ -207,7 +208,7 @@ def verify(
     with console.status("replaying the notebooks"):
         faults = verifying.report(verifying.quick(), console)
     if not quick:
-        again = resampling.measure_again(share=share, seed=seed, device=device, say=console.print)
+        again = resampling.measure_again(share=share, seed=seed, device=device, console=console)
         faults += resampling.report(again, console)
     raise typer.Exit(bool(faults))
 
@@ -257,13 +258,25 @@ def _show(frame) -> None:
 
 
 def main() -> None:
-    """Our own errors are one line each; anything else is a bug and keeps its traceback."""
+    """Our own errors are one line each, and so is Ctrl-C; anything else is a bug and keeps its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # Ended from outside, a run still ends its kernel and removes its half-written files, as with Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ended_by = []
+
+    def terminate(*_) -> None:
+        """Ended from outside, a run still ends its kernels and removes its half-written files, as with Ctrl-C."""
+        ended_by.append(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told its background jobs to ignore it
+    signal.signal(signal.SIGTERM, terminate)
     try:
         app()
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:  # to which typer turns a Ctrl-C
+            raise
+        console.print("stopped; the same command goes on from there")
+        sys.exit(128 + signal.SIGTERM if ended_by else INTERRUPTED)
     except (ValueError, UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
             raise

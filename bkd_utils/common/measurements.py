@@ -12,7 +12,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
@@ -55,7 +55,7 @@ class Measurement(Table):
     `digest` is the hash of `result`, `arrays` that of the file beside it, or None, and `seal` that of everything else.
     """
 
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1, le=1)]  # strict, as True is no version
     stage: Name
     arguments: dict[str, Any]
     inputs: dict[str, Any]
@@ -152,6 +152,12 @@ def read(path: Path) -> Measurement:
 def paths(folder: Path) -> list[Path]:
     """The files of all measurements of a folder, in order."""
     return sorted(folder.glob("*/*.json"))
+
+
+def remove(path: Path) -> None:
+    """Remove a measurement, if it is there, and its arrays."""
+    path.unlink(missing_ok=True)
+    path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def _arrays(path: Path, expected: str) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import copy
 import os
 import subprocess
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from bkd_utils.running import ledger, notebooks
 LIVE = "live"
 ADDED = "injected-parameters"  # `notebooks.published` leaves out cells with this tag
 KERNELS = 2
-LIMIT = 120  # seconds for one cell
+LIMIT = 900  # seconds for one cell, which takes a few; many on a machine that has much else to do
 
 
 @dataclass(frozen=True)
@@ -53,44 +53,29 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-async def replay(
-    paths: Sequence[Path],
-    *,
-    folder: Path,
-    parameters: Mapping[str, Mapping[str, Any]],
-    on_done: Callable[[Replay], None] = lambda _: None,
-) -> list[Replay]:
+async def replay(paths: Sequence[Path], *, folder: Path, parameters: Mapping[str, Mapping[str, Any]]) -> list[Replay]:
     """Replay notebooks into `folder`, the last one after all others and with the scorecard that they wrote.
 
     `parameters` has the values of each notebook by its stem. A notebook that raises an error stops there, with a
     reason, and the others go on.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    managers = [_manager(folder / f"kernel-{number}.json") for number in range(KERNELS)]
     todo, done = deque(paths[:-1]), []
-    busy = min(KERNELS, max(1, len(todo)))
 
-    async def work(number: int) -> None:
-        nonlocal busy
-        manager = _manager(folder / f"kernel-{number}.json")
-
-        async def one(path: Path) -> None:
-            if manager.has_kernel and not await manager.is_alive():
-                await manager.shutdown_kernel(now=True)
+    async def work(manager: Any, todo: deque[Path]) -> None:
+        while todo:
+            path = todo.popleft()
             done.append(await _replayed(path, parameters[path.stem], folder=folder, manager=manager))
-            on_done(done[-1])
 
-        try:
-            while todo:
-                await one(todo.popleft())
-            busy -= 1
-            if busy == 0:  # the last to end has the last notebook
-                _give_scorecard([one.figures for one in done], folder / paths[-1].stem)
-                await one(paths[-1])
-        finally:
+    try:
+        await asyncio.gather(*(work(manager, todo) for manager in managers))
+        _give_scorecard([one.figures for one in done], folder / paths[-1].stem)
+        await work(managers[0], deque(paths[-1:]))
+    finally:
+        for manager in managers:
             if manager.has_kernel:
                 await manager.shutdown_kernel(now=True)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    await asyncio.gather(*(work(number) for number in range(busy)))
     return sorted(done, key=lambda one: one.path)
 
 
@@ -102,21 +87,20 @@ def _manager(connection: Path) -> Any:
     return manager
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """Nothing is measured, and nothing is read that does not ship."""
-    inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    own = {"BKD_REPLAY": "1", "BKD_SHIPPED": str(shipped_folder() or ""), "BKD_KEEP": str(folder / "kept")}
-    return inherited | own | {"IPYTHONDIR": str(folder / "ipython")}
-
-
 async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manager: Any) -> Replay:
     original, figures = notebooks.read(path), folder / path.stem
     lines = figures / "ledger.jsonl"
     figures.mkdir(parents=True, exist_ok=True)
     book = _marked(original, given, {"BKD_FIGURES": str(figures), "BKD_LEDGER": str(lines)})
-    client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT), 0, ""
+    # Nothing is measured, and nothing is read that does not ship.
+    own = {"BKD_REPLAY": "1", "BKD_SHIPPED": str(shipped_folder() or ""), "BKD_KEEP": str(folder / "kept")}
+    environment = os.environ | own | {"IPYTHONDIR": str(folder / "ipython")}
+    environment.pop("MPLBACKEND", None)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    async with client.async_setup_kernel(cwd=str(ROOT), env=_environment(folder), **quiet):
+    if manager.has_kernel and not await manager.is_alive():
+        await manager.shutdown_kernel(now=True)
+    client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT), 0, ""
+    async with client.async_setup_kernel(cwd=str(ROOT), env=environment, **quiet):
         try:
             for index, cell in enumerate(book.cells):
                 if cell.cell_type == "code":
@@ -138,12 +122,9 @@ def _marked(original: NotebookNode, given: Mapping[str, Any], environment: Mappi
     book = copy.deepcopy(original)
     first = f"%reset -f\n__import__('os').environ.update({dict(environment)!r})"
     values = "\n".join(f"{name} = {value!r}" for name, value in given.items())
-    cells: list[NotebookNode] = [nbformat.v4.new_code_cell(first, metadata={"tags": [ADDED]})]
-    for cell in book.cells:
-        cells.append(cell)
-        if "parameters" in cell.metadata.get("tags", []):
-            cells.append(nbformat.v4.new_code_cell(values, metadata={"tags": [ADDED]}))
-    book.cells = cells
+    tagged = [number for number, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", [])]
+    for place, source in ((tagged[0] + 1 if tagged else 0, values), (0, first)):
+        book.cells.insert(place, nbformat.v4.new_code_cell(source, metadata={"tags": [ADDED]}))
     return book
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from bkd_utils.common import cache
 from bkd_utils.common.files import UserError, check_writable
-from bkd_utils.common.measurements import key, path_of
 from bkd_utils.experiments import (  # noqa: F401 (an import registers the stages of a module)
     attention_safety_alignment,
     attention_similarity,
@@ -35,8 +34,7 @@ def stage(name: str) -> Any:
 
 def place(folder: Path, name: str, arguments: Mapping[str, Any]) -> Path:
     """Where the measurement of a call of a stage is kept in a folder."""
-    asked = question(name, arguments)
-    return path_of(folder, name, key(name, asked["arguments"], asked["inputs"]))
+    return cache.place(folder, question(name, arguments))
 
 
 def question(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
