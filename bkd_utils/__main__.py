@@ -48,7 +48,7 @@ def run(
     if list_:
         print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
         return
-    from bkd_utils.common import assets
+    from bkd_utils.common import assets, files
     from bkd_utils.models import folders, loading
     from bkd_utils.running import publishing, remeasuring, runner
 
@@ -67,8 +67,8 @@ def run(
         folders.check_folder(folder)
     if shard is not None:
         ids = publishing.shipped_by([path.stem for path in paths])
-        ended = remeasuring.remeasure(ids, shard=shard, device=device, console=console)
-        raise typer.Exit(bool(ended.failed))
+        folder = files.WORK / "remeasured"
+        raise typer.Exit(bool(remeasuring.remeasure(ids, folder=folder, shard=shard, device=device, console=console)))
     model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
     runs = runner.run_all(**chosen, retrain=retrain, remeasure=remeasure, publish=publish, console=console)
@@ -238,8 +238,8 @@ def merge(
     from bkd_utils.running import merging
 
     target = into or kept_folder()
-    merged = merging.merge(folders, into=target)
-    console.print(f"{merged.copied} copied into {target}, {merged.already} there already", soft_wrap=True)
+    copied, already = merging.merge(folders, into=target)
+    console.print(f"{copied} copied into {target}, {already} there already", soft_wrap=True)
 
 
 @app.command()
@@ -247,7 +247,7 @@ def restamp() -> None:
     """Spot-check what ships and was measured by other code; what agrees counts as measured by the code of today."""
     from bkd_utils.running import restamping
 
-    raise typer.Exit(bool(restamping.restamp(console=console).differing))
+    raise typer.Exit(bool(restamping.restamp(console).differing))
 
 
 def _show(frame) -> None:

@@ -38,10 +38,6 @@ class Spot(Table):
     flips: Part = 0.0
     none: str | None = None
 
-    def compares(self, place: str) -> bool:
-        """Is the value at this place one that counts?"""
-        return not self.fields or any(fnmatchcase(place, pattern) for pattern in self.fields)
-
 
 @dataclass(frozen=True)
 class Checked:
@@ -93,7 +89,8 @@ def check(one: Measurement) -> Checked:
 def compare(one: Measurement, now: Measurement, spot: Spot) -> Checked:
     """Hold the numbers that both results have against each other. Raises UserError if there are none."""
     shipped, found = (dict(leaves(each.result, spot.rows)) for each in (one, now))
-    common = [place for place in shipped if place in found and spot.compares(place)]
+    asked = spot.fields or ["*"]
+    common = [place for place in shipped if place in found and any(fnmatchcase(place, each) for each in asked)]
     if not common:
         raise UserError(f"{one.id}: the part in spots.toml has no number in common with what ships")
     apart = {place: difference(shipped[place], found[place]) for place in common}

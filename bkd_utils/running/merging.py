@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -11,26 +10,19 @@ from bkd_utils.common import measurements
 from bkd_utils.common.files import UserError, check_writable
 from bkd_utils.common.measurements import Measurement, path_of
 from bkd_utils.common.spot_checks import leaves
-from bkd_utils.running.remeasuring import shipped
+from bkd_utils.running.remeasuring import paths_in
 
 
-@dataclass(frozen=True)
-class Merged:
-    """How many measurements were copied, and how many were there already with the same result."""
+def merge(folders: Sequence[Path], *, into: Path) -> tuple[int, int]:
+    """Copy the measurements of several folders into one; returns how many were copied, and how many were there already.
 
-    copied: int
-    already: int
-
-
-def merge(folders: Sequence[Path], *, into: Path) -> Merged:
-    """Copy the measurements of several folders into one. Everything is read and checked before anything is written.
-
-    Where results are equal, what is in `into` stays, else the first of the folders counts, so that the same command
-    again gives the same bytes. Raises UserError for a folder that is missing or has no measurement and for two
-    different results of one key, ValueError for a file that is damaged; then nothing is written.
+    Everything is read and checked before anything is written. Where results are equal, what is in `into` stays, else
+    the first of the folders counts, so that the same command again gives the same bytes. Raises UserError for a folder
+    that is missing or has no measurement and for two different results of one key, ValueError for a file that is
+    damaged; then nothing is written.
     """
     chosen: dict[str, Path] = {}
-    for path in [path for folder in folders for path in shipped(folder)]:
+    for path in [path for folder in folders for path in paths_in(folder)]:
         one = measurements.read(path)
         _check_equal(chosen.setdefault(one.id, path), one, path)
     there = {path: path_of(into, path.parent.name, path.stem) for path in chosen.values()}
@@ -45,7 +37,7 @@ def merge(folders: Sequence[Path], *, into: Path) -> Merged:
     missing = [path for path, target in there.items() if not target.is_file()]
     for path in missing:
         measurements.write(into, measurements.read(path))
-    return Merged(copied=len(missing), already=len(there) - len(missing))
+    return len(missing), len(there) - len(missing)
 
 
 def _check_equal(first: Path, one: Measurement, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from bkd_utils.common import cache, measurements
-from bkd_utils.common.files import WORK, UserError, canonical_json, check_writable
+from bkd_utils.common.files import UserError, check_writable
 from bkd_utils.running import stages
 from bkd_utils.running.progress import duration, one_line, shown
 
@@ -26,15 +26,6 @@ class Cell:
     problem: str | None = None
 
 
-@dataclass(frozen=True)
-class Remeasured:
-    """How many cells were measured now, were there already by the code that is here, and failed."""
-
-    measured: int
-    already: int
-    failed: int
-
-
 def parse_shard(text: str) -> tuple[int, int]:
     """Number and count of a part such as "2/8". Raises UserError for anything else."""
     found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
@@ -44,23 +35,16 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def remeasure(
-    ids: Iterable[str] | None = None,
-    *,
-    source: Path | None = None,
-    folder: Path | None = None,
-    shard: str = "1/1",
-    device: str | None = None,
-    console: Console | None = None,
-) -> Remeasured:
-    """Call the stages of shipped measurements again and keep the results in `folder` (`work/remeasured`).
+    ids: Iterable[str], *, folder: Path, console: Console, shard: str = "1/1", device: str | None = None
+) -> int:
+    """Call the stages of shipped measurements again, keep the results in a folder; returns how many failed.
 
-    `ids` are all in `source` by default, which is where measurements ship. What is in the folder by the code that is
-    here is not measured again. A cell that fails is named and the others go on. `device` replaces the one in the files.
-    Raises UserError for a shard that is none, for a source without measurements, and for a folder that cannot be
-    written to.
+    What is in the folder by the code that is here is not measured again. A cell that fails is named and the others go
+    on. `device` replaces the one in the files. Raises UserError for a shard that is none, where nothing ships, and for
+    a folder that cannot be written to.
     """
-    (number, parts), console, folder = parse_shard(shard), console or Console(), folder or WORK / "remeasured"
-    cells = dict(enumerate(split(read_cells(ids, source=source, device=device), parts), start=1)).get(number, [])
+    number, parts = parse_shard(shard)
+    cells = dict(enumerate(split(read_cells(ids, device=device), parts), start=1)).get(number, [])
     check_writable(folder)
     todo = [cell for cell in cells if not _is_there(cell, folder)]
     already, whole = len(cells) - len(todo), sum(cell.seconds for cell in todo)
@@ -70,38 +54,34 @@ def remeasure(
         for cell in todo:
             check_writable(folder)  # what cannot be kept need not be measured
             pace.finished(failed=not _measured(cell, folder, console))
-    ended = Remeasured(measured=pace.done - pace.failed, already=already, failed=pace.failed)
-    console.print(f"{ended.measured} measured, {already} there already, {ended.failed} failed", highlight=False)
-    return ended
+    console.print(f"{pace.done - pace.failed} measured, {already} there already, {pace.failed} failed", highlight=False)
+    return pace.failed
 
 
-def shipped(source: Path | None = None) -> list[Path]:
-    """The files of a folder of measurements, by default the one that ships. Raises UserError if there are none."""
-    source = source or measurements.shipped_folder()
-    if source is None:
+def paths_in(folder: Path | None) -> list[Path]:
+    """The files of a folder of measurements. Raises UserError if there are none."""
+    if folder is None:
         raise UserError("nothing ships: BKD_SHIPPED is empty")
-    if paths := measurements.paths(source):
+    if paths := measurements.paths(folder):
         return paths
-    raise UserError(f"{source} {'holds no measurements' if source.is_dir() else 'is no folder'}")
+    raise UserError(f"{folder} {'holds no measurements' if folder.is_dir() else 'is no folder'}")
 
 
-def read_cells(ids: Iterable[str] | None, *, source: Path | None = None, device: str | None = None) -> list[Cell]:
-    """The calls behind shipped measurements, by default behind all, in order. Two files of one call are one cell, as
-    when an organism was made anew between them. Raises UserError if the folder has no measurement."""
-    known = {f"{path.parent.name}/{path.stem}": path for path in shipped(source)}
-    cells: dict[str, Cell] = {}
-    for name in sorted(known if ids is None else set(ids)):
+def read_cells(ids: Iterable[str], *, device: str | None = None) -> list[Cell]:
+    """The calls behind shipped measurements, in order. Raises UserError where nothing ships."""
+    known = {f"{path.parent.name}/{path.stem}": path for path in paths_in(measurements.shipped_folder())}
+    cells = []
+    for name in sorted(set(ids)):
         try:
             if name not in known:
                 raise ValueError("there is no such file among those that ship")
             one = measurements.read(known[name])
         except (OSError, ValueError) as error:
-            cells[name] = Cell(name, problem=str(error))
-            continue
-        given = one.arguments | ({"device": device} if device and "device" in one.arguments else {})
-        asked = {key: value for key, value in given.items() if key != "device"}
-        cells.setdefault(canonical_json([one.stage, asked]), Cell(name, one.stage, given, one.seconds))
-    return list(cells.values())
+            cells.append(Cell(name, problem=str(error)))
+        else:
+            given = one.arguments | ({"device": device} if device and "device" in one.arguments else {})
+            cells.append(Cell(name, one.stage, given, one.seconds))
+    return cells
 
 
 def split(cells: Sequence[Cell], parts: int) -> list[list[Cell]]:
@@ -127,8 +107,7 @@ def _measured(cell: Cell, folder: Path, console: Console) -> bool:
         if cell.problem:
             raise UserError(cell.problem)
         stages.measure(cell.stage, cell.arguments, folder=folder)
-        if not _is_there(cell, folder):
-            raise UserError(f"its result is not in {folder}: the disk is full, or code was edited in the meantime")
+
     except Exception as error:
         console.print(f"  {cell.id} failed: {one_line(error)}", style="red", markup=False, soft_wrap=True)
         return False

@@ -13,7 +13,7 @@ from bkd_utils.common import measurements
 from bkd_utils.common.files import WORK, UserError
 from bkd_utils.common.measurements import Measurement
 from bkd_utils.common.spot_checks import compare, difference, leaves, spots
-from bkd_utils.running.remeasuring import remeasure, shipped
+from bkd_utils.running.remeasuring import paths_in, remeasure
 
 Pair = tuple[Measurement, Measurement]  # one that ships, and the same one measured now
 
@@ -36,10 +36,10 @@ def measure_again(*, share: float, seed: int, device: str, console: Console) -> 
 
     Raises UserError, after all, if some could not be measured.
     """
-    drawn, folder = [measurements.read(path) for path in sample(shipped(), share=share, seed=seed)], WORK / "verified"
-    ended = remeasure([one.id for one in drawn], folder=folder, device=device, console=console)
-    if ended.failed:
-        raise UserError(f"{ended.failed} of {len(drawn)} measurements could not be made anew")
+    there, folder = paths_in(measurements.shipped_folder()), WORK / "verified"
+    drawn = [measurements.read(path) for path in sample(there, share=share, seed=seed)]
+    if failed := remeasure([one.id for one in drawn], folder=folder, device=device, console=console):
+        raise UserError(f"{failed} of {len(drawn)} measurements could not be made anew")
     paths = [measurements.path_of(folder, one.stage, one.key) for one in drawn]
     if other := [one.id for one, path in zip(drawn, paths, strict=True) if not path.is_file()]:
         raise UserError(f"{other[0]}: other models, attacks or tables are here than those it was measured on")

@@ -10,7 +10,7 @@ from bkd_utils.common import cache, measurements, spot_checks
 from bkd_utils.common.files import UserError, check_writable, read_json, write_json
 from bkd_utils.running import stages
 from bkd_utils.running.progress import one_line, shown
-from bkd_utils.running.remeasuring import shipped
+from bkd_utils.running.remeasuring import paths_in
 
 
 @dataclass
@@ -23,13 +23,13 @@ class Restamped:
     unchecked: dict[str, str] = field(default_factory=dict)
 
 
-def restamp(source: Path | None = None, *, console: Console | None = None) -> Restamped:
+def restamp(console: Console) -> Restamped:
     """Spot-check every measurement of other code or libraries; of those that agree renew code, libraries and commit.
 
-    Nothing else in a file changes. `source` is where measurements ship by default. Raises ValueError for a damaged
-    file, before anything is checked, and UserError for a folder without measurements or one that cannot be written to.
+    Nothing else in a file changes. Raises ValueError for a damaged file, before anything is checked, and UserError
+    where nothing ships or where it cannot be written to.
     """
-    console, found, paths = console or Console(), Restamped(), shipped(source)
+    found, paths = Restamped(), paths_in(measurements.shipped_folder())
     stale = _stale(paths, found)
     check_writable(paths[0].parents[1])
     with shown(console, "checking", [seconds for _, seconds, _ in stale]) as pace:

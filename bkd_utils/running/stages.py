@@ -32,11 +32,6 @@ def stage(name: str) -> Any:
     return cache.STAGES[name]
 
 
-def place(folder: Path, name: str, arguments: Mapping[str, Any]) -> Path:
-    """Where the measurement of a call of a stage is kept in a folder."""
-    return cache.place(folder, question(name, arguments))
-
-
 def question(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """`cache.question` of a stage by name. Raises UserError for arguments that it does not have."""
     try:
@@ -51,13 +46,13 @@ def measure(name: str, arguments: Mapping[str, Any], *, folder: Path) -> Path:
     Nothing that ships is used, neither for the call itself nor for other stages that it needs. Raises UserError for
     a folder that cannot be written to.
     """
-    target = place(folder, name, arguments)
+    asked = question(name, arguments)
     with environment(BKD_KEEP=str(folder), BKD_SHIPPED=""):
         check_writable(folder)  # before anything is measured
         stage(name)(**arguments)
-    if not target.is_file():
-        raise UserError(f"{target} could not be written; is the disk full?")
-    return target
+    if cache.kept(asked, folder) is None:
+        raise UserError(f"its result is not in {folder}: the disk is full, or code was edited in the meantime")
+    return cache.place(folder, asked)
 
 
 def read_arguments(text: str) -> dict[str, Any]:
