@@ -275,7 +275,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:  # to which typer turns a Ctrl-C
             raise
-        console.print("stopped; the same command goes on from there")
+        console.print("stopped; the same command again does what is left")
         sys.exit(128 + signal.SIGTERM if ended_by else INTERRUPTED)
     except (ValueError, UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:

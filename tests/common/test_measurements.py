@@ -213,6 +213,8 @@ def test_a_missing_field_is_named(file, name):
     [
         ("version", 2),
         ("version", "1"),
+        ("version", True),
+        ("version", 1.0),
         ("stage", "../up"),
         ("stage", ["squares"]),
         ("arguments", []),

@@ -96,6 +96,13 @@ def test_every_value_has_its_place():
     assert list(leaves(7)) == [("", 7)]
 
 
+def test_two_rows_of_one_name_are_an_error_that_names_them():
+    value = {"curve": [{"k": 8, "asr": 0.1}, {"k": 4, "asr": 0.2}, {"k": 8, "asr": 0.3}]}
+    with pytest.raises(UserError, match=r"^curve\[k=8\]: two rows have this name; `rows` in spots.toml must tell"):
+        list(leaves(value, ["k"]))
+    assert len(list(leaves(value))) == len(list(leaves(value, ["asr"]))) == 6
+
+
 @pytest.mark.parametrize(
     ("one", "other", "apart"),
     [

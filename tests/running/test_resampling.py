@@ -88,5 +88,5 @@ def test_what_the_names_stand_for_must_be_the_same(shipped, monkeypatch):
 
 def test_what_cannot_be_measured_is_an_error_after_all(shipped, monkeypatch):
     monkeypatch.setitem(globals(), "VALUE", None)
-    with pytest.raises(UserError, match="^3 of 3 measurements could not be made anew$"):
+    with pytest.raises(UserError, match=r"^3 of 3 measurements could not be made anew$"):
         again()
