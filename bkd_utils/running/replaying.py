@@ -27,7 +27,7 @@ from bkd_utils.running import ledger, notebooks
 LIVE = "live"
 ADDED = "injected-parameters"  # `notebooks.published` leaves out cells with this tag
 KERNELS = 2
-LIMIT = 900  # seconds for one cell, which takes a few; many on a machine that has much else to do
+LIMIT = 900  # seconds for one cell, or for the start of a kernel: far more than needed, for a machine with much to do
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,24 @@ async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manag
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     if manager.has_kernel and not await manager.is_alive():
         await manager.shutdown_kernel(now=True)
-    client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT), 0, ""
-    async with client.async_setup_kernel(cwd=str(ROOT), env=environment, **quiet):
-        try:
-            for index, cell in enumerate(book.cells):
-                if cell.cell_type == "code":
-                    if not is_live(cell):
-                        await client.async_execute_cell(cell, index)
-                    ran += ADDED not in cell.metadata.get("tags", [])
-        except CellExecutionError as error:
-            reason = f"{error.ename}: {error.evalue}"
-        except (DeadKernelError, TimeoutError) as error:
-            reason = f"{type(error).__name__}: {error}"
+    client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT, startup_timeout=LIMIT), 0, ""
+    # Not `async_setup_kernel`, which would take Ctrl-C and SIGTERM for itself.
+    if not manager.has_kernel:
+        await client.async_start_new_kernel(cwd=str(ROOT), env=environment, **quiet)
+    await client.async_start_new_kernel_client()
+    try:
+        for index, cell in enumerate(book.cells):
+            if cell.cell_type == "code":
+                if not is_live(cell):
+                    await client.async_execute_cell(cell, index)
+                ran += ADDED not in cell.metadata.get("tags", [])
+    except CellExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}"
+    except (DeadKernelError, TimeoutError) as error:
+        if asyncio.current_task().cancelling():  # which the client takes for the death of its kernel
+            raise asyncio.CancelledError from None
+        reason = f"{type(error).__name__}: {error}"
+    finally:
         if client.kc is not None:
             client.kc.stop_channels()
     used = sorted(ledger.read(lines).measurements)

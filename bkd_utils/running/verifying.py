@@ -40,8 +40,9 @@ async def _quick() -> list[Comparison]:
     paths = notebooks.all_notebooks()
     given, _ = profile_parameters("laptop", paths)  # those of the committed run
     with tempfile.TemporaryDirectory(prefix="bkd-verify-") as folder:
-        replays, stored = await asyncio.gather(replay(paths, folder=Path(folder), parameters=given), _files())
-        return [*stored, *check_replays(replays)]
+        stored = asyncio.create_task(_files())
+        replays = await replay(paths, folder=Path(folder), parameters=given)
+        return [*await stored, *check_replays(replays)]
 
 
 async def _files() -> list[Comparison]:
