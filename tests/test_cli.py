@@ -80,7 +80,7 @@ def test_list_names_the_notebooks():
         (("evaluate", "elsewhere/sentiment-word"), "elsewhere/sentiment-word: it has no card.json"),
         (("evaluate", ""), "unknown organism ''"),
         (("evaluate", "sentiment-word", "--model", "./smollm2-135m-instruct"), "is neither a folder"),
-        (("measure", "nope", "{}"), "unknown stage 'nope'; known: ablation_curves"),
+        (("measure", "nope", "{}"), "unknown stage 'nope'; known: "),
         (("measure", "attribute_heads", "{"), "arguments '{' are no JSON: "),
         (("measure", "attribute_heads", "[1]"), "arguments '[1]' are no JSON object"),
         (("measure", "attribute_heads", "/no/such.json"), "/no/such.json cannot be read: No such file"),
