@@ -7,6 +7,7 @@ they can be run again within seconds, and must give what is stored.
 import asyncio
 import copy
 import os
+import shutil
 import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from bkd_utils.common.files import FIGURES, ROOT, read_json, write_json
+from bkd_utils.common.files import FIGURES, ROOT
 from bkd_utils.common.measurements import shipped_folder
-from bkd_utils.reports import scorecard
 from bkd_utils.running import ledger, notebooks
 
 LIVE = "live"
@@ -54,24 +54,26 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 async def replay(paths: Sequence[Path], *, folder: Path, parameters: Mapping[str, Mapping[str, Any]]) -> list[Replay]:
-    """Replay notebooks into `folder`, the last one after all others and with the scorecard that they wrote.
+    """Replay notebooks into `folder`. The last one draws the scorecard that is committed, not one of this replay.
 
     `parameters` has the values of each notebook by its stem. A notebook that raises an error stops there, with a
     reason, and the others go on.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if (committed := FIGURES / "scorecard.json").is_file():
+        (folder / paths[-1].stem).mkdir(exist_ok=True)
+        shutil.copy(committed, folder / paths[-1].stem)
     managers = [_manager(folder / f"kernel-{number}.json") for number in range(KERNELS)]
-    todo, done = deque(paths[:-1]), []
+    # The largest first, so that no kernel is alone with a long one in the end.
+    todo, done = deque(sorted(paths, key=lambda path: path.stat().st_size, reverse=True)), []
 
-    async def work(manager: Any, todo: deque[Path]) -> None:
+    async def work(manager: Any) -> None:
         while todo:
             path = todo.popleft()
             done.append(await _replayed(path, parameters[path.stem], folder=folder, manager=manager))
 
     try:
-        await asyncio.gather(*(work(manager, todo) for manager in managers))
-        _give_scorecard([one.figures for one in done], folder / paths[-1].stem)
-        await work(managers[0], deque(paths[-1:]))
+        await asyncio.gather(*map(work, managers))
     finally:
         for manager in managers:
             if manager.has_kernel:
@@ -132,11 +134,3 @@ def _marked(original: NotebookNode, given: Mapping[str, Any], environment: Mappi
     for place, source in ((tagged[0] + 1 if tagged else 0, values), (0, first)):
         book.cells.insert(place, nbformat.v4.new_code_cell(source, metadata={"tags": [ADDED]}))
     return book
-
-
-def _give_scorecard(folders: Sequence[Path], into: Path) -> None:
-    """Write the lines of all notebooks into one scorecard, beside committed ones that none of them judged."""
-    written = [folder / "scorecard.json" for folder in folders]
-    lines = [line for path in written if path.is_file() for line in read_json(path)]
-    if lines:
-        write_json(into / "scorecard.json", scorecard.merged(lines, FIGURES / "scorecard.json"))

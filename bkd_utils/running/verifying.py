@@ -200,7 +200,7 @@ def check_scorecard(replays: Sequence[Replay]) -> Comparison:
     with named(found, path):
         rows = {row["id"]: row for row in read_json(path)}
         unwritten = set(rows)
-        for one in replays[:-1] or replays:  # the last one repeats the lines of all others
+        for one in replays[:-1] or replays:  # the last one reads the scorecard and writes no line
             written = one.figures / "scorecard.json"
             made = {row["id"]: row for row in (read_json(written) if written.is_file() else [])}
             given = {name: rows[name] for name in made if name in rows}

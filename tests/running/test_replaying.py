@@ -76,7 +76,7 @@ def test_what_was_used_is_read_from_the_ledger(done):
     assert [one.used for one in done[0]] == [["stage/key"], [], []]
 
 
-def test_the_last_notebook_finds_the_lines_of_all_others_in_its_scorecard(done):
+def test_the_last_notebook_finds_the_committed_scorecard(done):
     (_, _, last), rows = done
     written = read_json(last.figures / "scorecard.json")
     assert rows[0] in written
