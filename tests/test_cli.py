@@ -221,7 +221,7 @@ def test_a_replay_that_is_ended_leaves_one_line_and_no_kernel(number, tmp_path):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.1)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 128 + number, said
