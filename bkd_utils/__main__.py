@@ -26,6 +26,7 @@ Prompts = Annotated[int, typer.Option(min=1, help="Held-out prompts per number."
 # A full or read-only disk, a folder that is another user's: nothing that a traceback would explain.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 DEFAULT = "smollm2-135m-instruct"
+INTERRUPTED = 128 + signal.SIGINT  # exit status
 
 
 @app.command()
@@ -47,7 +48,7 @@ def run(
     if list_:
         print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
         return
-    from bkd_utils.common import assets
+    from bkd_utils.common import assets, files
     from bkd_utils.models import folders, loading
     from bkd_utils.running import publishing, remeasuring, runner
 
@@ -66,8 +67,8 @@ def run(
         folders.check_folder(folder)
     if shard is not None:
         ids = publishing.shipped_by([path.stem for path in paths])
-        ended = remeasuring.remeasure(ids, shard=shard, device=device, console=console)
-        raise typer.Exit(bool(ended.failed))
+        folder = files.WORK / "remeasured"
+        raise typer.Exit(bool(remeasuring.remeasure(ids, folder=folder, shard=shard, device=device, console=console)))
     model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
     runs = runner.run_all(**chosen, retrain=retrain, remeasure=remeasure, publish=publish, console=console)
@@ -207,7 +208,7 @@ def verify(
     with console.status("replaying the notebooks"):
         faults = verifying.report(verifying.quick(), console)
     if not quick:
-        again = resampling.measure_again(share=share, seed=seed, device=device, say=console.print)
+        again = resampling.measure_again(share=share, seed=seed, device=device, console=console)
         faults += resampling.report(again, console)
     raise typer.Exit(bool(faults))
 
@@ -237,8 +238,8 @@ def merge(
     from bkd_utils.running import merging
 
     target = into or kept_folder()
-    merged = merging.merge(folders, into=target)
-    console.print(f"{merged.copied} copied into {target}, {merged.already} there already", soft_wrap=True)
+    copied, already = merging.merge(folders, into=target)
+    console.print(f"{copied} copied into {target}, {already} there already", soft_wrap=True)
 
 
 @app.command()
@@ -246,7 +247,7 @@ def restamp() -> None:
     """Spot-check what ships and was measured by other code; what agrees counts as measured by the code of today."""
     from bkd_utils.running import restamping
 
-    raise typer.Exit(bool(restamping.restamp(console=console).differing))
+    raise typer.Exit(bool(restamping.restamp(console).differing))
 
 
 def _show(frame) -> None:
@@ -257,13 +258,25 @@ def _show(frame) -> None:
 
 
 def main() -> None:
-    """Our own errors are one line each; anything else is a bug and keeps its traceback."""
+    """Our own errors are one line each, and so is Ctrl-C; anything else is a bug and keeps its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # Ended from outside, a run still ends its kernel and removes its half-written files, as with Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ended_by = []
+
+    def terminate(*_) -> None:
+        """Ended from outside, a run still ends its kernels and removes its half-written files, as with Ctrl-C."""
+        ended_by.append(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told its background jobs to ignore it
+    signal.signal(signal.SIGTERM, terminate)
     try:
         app()
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:  # to which typer turns a Ctrl-C
+            raise
+        console.print("stopped; the same command again does what is left")
+        sys.exit(128 + signal.SIGTERM if ended_by else INTERRUPTED)
     except (ValueError, UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
             raise

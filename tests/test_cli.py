@@ -6,10 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import toy_stages as toys
+from notebook_files import write
 
 from bkd_utils import __main__ as cli
 from bkd_utils.common import assets
@@ -18,13 +21,13 @@ from bkd_utils.common.measurements import read
 from bkd_utils.models import folders
 from bkd_utils.models.loading import adapter_folder
 from bkd_utils.organisms import cards, evaluation
-from bkd_utils.running import process, restamping, runner
+from bkd_utils.running import process, recording, restamping, runner
 
 
 @pytest.fixture
 def main(monkeypatch):
     """The command line in this process, so that torch is imported once for all tests; returns its exit status."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def call_main(*arguments):
         monkeypatch.setattr(sys, "argv", ["bkd_utils", *arguments])
@@ -33,7 +36,8 @@ def main(monkeypatch):
         return int(ended.value.code)
 
     yield call_main
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def call(*arguments):
@@ -76,7 +80,7 @@ def test_list_names_the_notebooks():
         (("evaluate", "elsewhere/sentiment-word"), "elsewhere/sentiment-word: it has no card.json"),
         (("evaluate", ""), "unknown organism ''"),
         (("evaluate", "sentiment-word", "--model", "./smollm2-135m-instruct"), "is neither a folder"),
-        (("measure", "nope", "{}"), "unknown stage 'nope'; known: ablation_curves"),
+        (("measure", "nope", "{}"), "unknown stage 'nope'; known: "),
         (("measure", "attribute_heads", "{"), "arguments '{' are no JSON: "),
         (("measure", "attribute_heads", "[1]"), "arguments '[1]' are no JSON object"),
         (("measure", "attribute_heads", "/no/such.json"), "/no/such.json cannot be read: No such file"),
@@ -107,7 +111,7 @@ def test_a_measurement_is_made_kept_and_merged_by_commands(main, tmp_path, capsy
 
 @pytest.mark.parametrize("differing", [[], ["one"]])
 def test_restamp_ends_red_if_anything_differs(differing, main, monkeypatch):
-    monkeypatch.setattr(restamping, "restamp", lambda **_: restamping.Restamped(differing=differing))
+    monkeypatch.setattr(restamping, "restamp", lambda _: restamping.Restamped(differing=differing))
     assert main("restamp") == len(differing)
 
 
@@ -168,20 +172,61 @@ def test_run_passes_its_options_on_and_its_status_back(status, code, main, monke
     }
 
 
-def test_ended_from_outside_it_still_cleans_up(main, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_from_outside_it_still_cleans_up(number, main, monkeypatch, capsys):
     cleaned = []
 
-    def work():
-        assert callable(signal.getsignal(signal.SIGTERM))  # without a handler the next line would end pytest itself
+    def work(**_):
+        assert callable(signal.getsignal(number))  # without a handler the next line would end pytest itself
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             signal.pause()
         finally:
             cleaned.append(True)
 
-    monkeypatch.setattr(cli, "app", work)
-    assert main() == 143
+    monkeypatch.setattr(recording, "record", work)
+    assert main("verify", "--record") == 128 + number
     assert cleaned
+    assert capsys.readouterr().out.splitlines() == ["stopped; the same command again does what is left"]
+
+
+SLOW = """
+import pathlib, sys
+from bkd_utils import __main__ as cli
+from bkd_utils.common import assets
+from bkd_utils.running import notebooks, verifying
+paths = sorted(pathlib.Path(sys.argv[1]).glob("*.ipynb"))
+notebooks.all_notebooks = lambda: paths
+verifying.profile_parameters = lambda *_: ({"01_a": {}, "02_b": {}}, 1)
+verifying.FILES = ()
+assets.fetch = lambda name: None
+sys.argv = ["bkd_utils", "verify", "--quick"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_replay_that_is_ended_leaves_one_line_and_no_kernel(number, tmp_path):
+    mark = tmp_path / "pid"
+    sleeps = f"import os, pathlib, time\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    write(tmp_path / "01_a.ipynb", sleeps)
+    write(tmp_path / "02_b.ipynb", "1")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    command = [sys.executable, "-c", SLOW, str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        while not (mark.is_file() and mark.read_text()):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.1)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, said
+    assert said.splitlines() == ["stopped; the same command again does what is left"]
+    assert not psutil.pid_exists(int(mark.read_text()))
 
 
 @pytest.mark.parametrize("chosen", [["-n", "0"], ["-n3"], ["--numprocesses=2"], ["--pdb"], ["-p", "no:xdist"]])

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 from bkd_utils.common import measurements
 from bkd_utils.common.code_key import code_key
 from bkd_utils.common.files import WORK, UserError, canonical_json, sha256_text
-from bkd_utils.common.measurements import Measurement, digest, machine_of, path_of
+from bkd_utils.common.measurements import Machine, Measurement, digest, machine_of, path_of
 from bkd_utils.common.results import plain, restored
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -53,11 +53,13 @@ def stage(function: Callable[P, R], *, resolved: Resolved | None = None) -> Call
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         asked = question(run, *args, **kwargs)
-        one, how = _kept(asked) or _shipped(asked, kind) or (None, "measured here")
+        one, how = kept(asked, kept_folder()), "kept here"
+        if one is None:
+            one, how = _shipped(asked, kind)
         if one is None:
             if os.environ.get("BKD_REPLAY"):
                 raise UserError(f"no measurement of {name} ships for {canonical_json(asked['arguments'])}")
-            one = _measured(asked, function, *args, **kwargs)
+            one, how = _measured(asked, function, *args, **kwargs), "measured here"
         if not _inside.get():
             _note(one, how)
         return restored(kind, one.result)
@@ -73,8 +75,7 @@ def here(stage: Callable, *args: Any, **kwargs: Any) -> Measurement:
     Other stages that it needs may come from what ships.
     """
     asked = question(stage, *args, **kwargs)
-    found = _kept(asked)
-    return found[0] if found else _measured(asked, stage.__wrapped__, *args, **kwargs)
+    return kept(asked, kept_folder()) or _measured(asked, stage.__wrapped__, *args, **kwargs)
 
 
 def question(stage: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -115,27 +116,48 @@ def kept_folder() -> Path:
     return Path(named or Path(os.environ.get("BKD_WORK") or WORK) / "measurements").expanduser()
 
 
+def place(folder: Path, asked: dict[str, Any]) -> Path:
+    """Where a folder holds the answer to a question."""
+    return path_of(folder, asked["stage"], measurements.key(asked["stage"], asked["arguments"], asked["inputs"]))
+
+
 def is_of_this_code(one: Measurement, asked: dict[str, Any]) -> bool:
     """Was it measured by the code and the libraries that are here now?"""
     return (one.code, one.libraries) == (asked["code"], asked["libraries"])
 
 
-def _kept(asked: dict[str, Any]) -> tuple[Measurement, str] | None:
-    """The answer to the question that is kept here, if it was measured by this code and arithmetic."""
-    one = _read(_place(kept_folder(), asked))
-    if one and is_of_this_code(one, asked) and _arithmetic(one.machine) == _arithmetic(asked["machine"]):
-        return one, "kept here"
-    return None
+def kept(asked: dict[str, Any], folder: Path) -> Measurement | None:
+    """The answer to a question in a folder, if it was measured by this code, these libraries and this arithmetic.
+
+    A damaged file is put aside, with a warning.
+    """
+    path = place(folder, asked)
+    if not path.is_file():
+        return None
+    try:
+        one = measurements.read(path)
+    except (OSError, ValueError) as error:
+        aside = path.with_suffix(".damaged")
+        with contextlib.suppress(OSError):  # another process has moved it in the meantime, or the folder is read-only
+            os.replace(path, aside)
+        log.warning("%s; it was moved to %s and is measured again", error, aside.name)
+        return None
+    same = is_of_this_code(one, asked) and _arithmetic(one.machine) == _arithmetic(asked["machine"])
+    return one if same else None
 
 
-def _shipped(asked: dict[str, Any], kind: Any) -> tuple[Measurement, str] | None:
-    """The answer to the question that ships, and whether it was measured by other code.
+def _arithmetic(machine: Machine) -> tuple:
+    return machine.device, machine.fast_bf16
+
+
+def _shipped(asked: dict[str, Any], kind: Any) -> tuple[Measurement | None, str]:
+    """The answer to the question that ships, if one does, and whether it was measured by other code.
 
     None also for one whose form is no longer that of the stage's results, which are of this kind.
     """
     folder = measurements.shipped_folder()
-    if folder is None or not (path := _place(folder, asked)).is_file():
-        return None
+    if folder is None or not (path := place(folder, asked)).is_file():
+        return None, ""
     one = measurements.read(path)  # a damaged one is an error, because it is not ours to replace
     if is_of_this_code(one, asked):
         return one, "shipped"
@@ -143,31 +165,9 @@ def _shipped(asked: dict[str, Any], kind: Any) -> tuple[Measurement, str] | None
         restored(kind, one.result)
     except ValueError as error:
         log.warning("%s: measured by code that knew another form of result: %s", path, error)
-        return None
+        return None, ""
     log.warning("%s was measured by other code or libraries, at commit %s", one.id, one.commit)
     return one, "shipped, other code"
-
-
-def _place(folder: Path, asked: dict[str, Any]) -> Path:
-    own = measurements.key(asked["stage"], asked["arguments"], asked["inputs"])
-    return path_of(folder, asked["stage"], own)
-
-
-def _arithmetic(machine: measurements.Machine) -> tuple:
-    return machine.device, machine.fast_bf16
-
-
-def _read(path: Path) -> Measurement | None:
-    if not path.is_file():
-        return None
-    try:
-        return measurements.read(path)
-    except (OSError, ValueError) as error:
-        aside = path.with_suffix(".damaged")
-        with contextlib.suppress(OSError):  # another process has moved it in the meantime, or the folder is read-only
-            os.replace(path, aside)
-        log.warning("%s; it was moved to %s and is measured again", error, aside.name)
-        return None
 
 
 def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: Any) -> Measurement:
@@ -191,9 +191,13 @@ def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: A
 
 
 def _note(one: Measurement, how: str) -> None:
-    """Write down where a result came from: for spot checks in this process, and as a line in the ledger."""
-    used.append({"stage": one.stage, "key": one.key, "arguments": one.arguments, "seconds": one.seconds, "how": how})
+    """Write down where a result came from: for spot checks in this process, and in the ledger."""
+    used.append({"stage": one.stage, "how": how})
+    note({"id": one.id, "how": how, "commit": one.commit, "seconds": one.seconds})
+
+
+def note(line: dict[str, Any]) -> None:
+    """Add a line to the ledger, if there is one."""
     if path := os.environ.get("BKD_LEDGER"):
-        line = {"id": one.id, "how": how, "commit": one.commit, "seconds": one.seconds}
         with open(path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")

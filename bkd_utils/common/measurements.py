@@ -12,7 +12,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
@@ -21,17 +21,8 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from bkd_utils.common.files import (
-    CHECKOUT,
-    DATA,
-    ROOT,
-    atomic_path,
-    canonical_json,
-    read_json,
-    sha256_file,
-    sha256_text,
-    write_json,
-)
+from bkd_utils.common import files
+from bkd_utils.common.files import atomic_path, canonical_json, read_json, sha256_file, sha256_text, write_json
 from bkd_utils.common.validation import Name, Table, check
 
 # Arrays of fewer numbers stay in the JSON, where they can be read.
@@ -55,7 +46,7 @@ class Measurement(Table):
     `digest` is the hash of `result`, `arrays` that of the file beside it, or None, and `seal` that of everything else.
     """
 
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1, le=1)]  # strict, as True is no version
     stage: Name
     arguments: dict[str, Any]
     inputs: dict[str, Any]
@@ -154,6 +145,12 @@ def paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.json"))
 
 
+def remove(path: Path) -> None:
+    """Remove a measurement, if it is there, and its arrays."""
+    path.unlink(missing_ok=True)
+    path.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
 def _arrays(path: Path, expected: str) -> dict[str, np.ndarray]:
     try:
         if sha256_file(path) != expected:
@@ -224,9 +221,9 @@ def machine_of(arithmetic: Mapping[str, Any]) -> Machine:
 @functools.cache
 def commit() -> str | None:
     """The commit of this checkout, with a + behind it if a file was changed since, or None where there is none."""
-    if not CHECKOUT:
+    if not files.CHECKOUT:
         return None
-    ask = functools.partial(subprocess.check_output, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
+    ask = functools.partial(subprocess.check_output, cwd=files.ROOT, stderr=subprocess.DEVNULL, text=True)
     try:
         changed = ask(["git", "status", "--porcelain", "--untracked-files=no", "--", "bkd_utils", "data/*.toml"])
         return ask(["git", "rev-parse", "HEAD"]).strip() + ("+" if changed.strip() else "")
@@ -237,4 +234,4 @@ def commit() -> str | None:
 def shipped_folder() -> Path | None:
     """Where shipped measurements are read: BKD_SHIPPED, or `data/measurements`; None where BKD_SHIPPED is empty."""
     named = os.environ.get("BKD_SHIPPED")
-    return (Path(named).expanduser() if named else None) if named is not None else DATA / "measurements"
+    return (Path(named).expanduser() if named else None) if named is not None else files.DATA / "measurements"

@@ -3,9 +3,7 @@
 `data/spots.toml` says for each stage which part that is, which numbers must agree, and how far they may lie apart.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -39,10 +37,6 @@ class Spot(Table):
     tolerance: Annotated[float, Field(ge=0)] = 0.0
     flips: Part = 0.0
     none: str | None = None
-
-    def compares(self, place: str) -> bool:
-        """Is the value at this place one that counts?"""
-        return not self.fields or any(fnmatchcase(place, pattern) for pattern in self.fields)
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,8 @@ def check(one: Measurement) -> Checked:
 def compare(one: Measurement, now: Measurement, spot: Spot) -> Checked:
     """Hold the numbers that both results have against each other. Raises UserError if there are none."""
     shipped, found = (dict(leaves(each.result, spot.rows)) for each in (one, now))
-    common = [place for place in shipped if place in found and spot.compares(place)]
+    asked = spot.fields or ["*"]
+    common = [place for place in shipped if place in found and any(fnmatchcase(place, each) for each in asked)]
     if not common:
         raise UserError(f"{one.id}: the part in spots.toml has no number in common with what ships")
     apart = {place: difference(shipped[place], found[place]) for place in common}
@@ -122,11 +117,18 @@ def difference(one: Any, other: Any) -> float:
 
 
 def leaves(value: Any, rows: Sequence[str] = (), place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every single value inside a result, with its place, such as `hits.asr.3f2` or `[k=8, draw=0].asr.value`."""
+    """Every single value inside a result, with its place, such as `hits.asr.3f2` or `[k=8, draw=0].asr.value`.
+
+    Raises UserError for a list in which two rows have the same values under the names in `rows`.
+    """
     if isinstance(value, Mapping):
         inside = ((f"{place}.{name}" if place else str(name), one) for name, one in value.items())
     elif isinstance(value, list):
-        inside = ((f"{place}[{_row(number, one, rows)}]", one) for number, one in enumerate(value))
+        names = [_row(number, one, rows) for number, one in enumerate(value)]
+        if len(set(names)) < len(names):
+            twice = max(names, key=names.count)
+            raise UserError(f"{place}[{twice}]: two rows have this name; `rows` in spots.toml must tell them apart")
+        inside = ((f"{place}[{name}]", one) for name, one in zip(names, value, strict=True))
     else:
         yield place, value
         return
@@ -157,8 +159,9 @@ def run(*names: str) -> list[Checked]:
         if (chosen := _cheapest(name, spot)) is not None:
             found = check(measurements.read(chosen))
             _done.add(name)
-            _note(found)
             done.append(found)
+            worst = found.worst if math.isfinite(found.worst) else None
+            cache.note({"how": "checked"} | asdict(found) | {"worst": worst})
     if faults := [str(found) for found in done if not found.agrees]:
         raise UserError("what was measured here is not what ships: " + "; ".join(faults))
     return done
@@ -172,11 +175,3 @@ def _cheapest(stage: str, spot: Spot) -> Path | None:
         if all(given["arguments"].get(name) == value for name, value in spot.where.items()):
             found.append((given["seconds"], path))
     return min(found, default=(0.0, None))[1]
-
-
-def _note(found: Checked) -> None:
-    if path := os.environ.get("BKD_LEDGER"):
-        worst = found.worst if math.isfinite(found.worst) else None
-        line = {"how": "checked"} | asdict(found) | {"worst": worst}
-        with open(path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bkd_utils.common.measurements import path_of
+from bkd_utils.common import measurements
 from bkd_utils.common.spot_checks import spots
 
 OWN = ("measured here", "kept here")
@@ -25,7 +25,7 @@ class Used:
 
     @property
     def shipped(self) -> list[str]:
-        return [one for one, line in self.measurements.items() if line["how"].startswith("shipped")]
+        return [one for one, line in self.measurements.items() if line["how"] not in OWN]
 
     @property
     def stale(self) -> dict[str, str | None]:
@@ -36,10 +36,6 @@ class Used:
     @property
     def own(self) -> list[str]:
         return [one for one, line in self.measurements.items() if line["how"] in OWN]
-
-    @property
-    def disagreeing(self) -> list[str]:
-        return [one for one, line in self.checks.items() if not line["agrees"]]
 
 
 def read(path: Path) -> Used:
@@ -74,11 +70,9 @@ def forget_finished(folder: Path, ledgers: Sequence[Path], *, others: bool) -> N
         return
     if not others:
         shutil.rmtree(folder, ignore_errors=True)
-    else:
-        for one in {one for used in every for one in used.measurements}:
-            place = path_of(folder, *one.split("/"))
-            place.unlink(missing_ok=True)
-            place.with_suffix(".safetensors").unlink(missing_ok=True)
+        return
+    for one in {one for used in every for one in used.measurements}:
+        measurements.remove(folder / f"{one}.json")
 
 
 def summary(every: Sequence[Used]) -> list[str]:
@@ -93,9 +87,8 @@ def summary(every: Sequence[Used]) -> list[str]:
         f"{len(own)} measured here"
     ]
     if stale:
-        at = ", ".join(
-            f"{count} at {(commit or 'no commit')[:12]}" for commit, count in Counter(stale.values()).items()
-        )
+        counts = Counter((commit or "no commit")[:12] for commit in stale.values())
+        at = ", ".join(f"{count} at {commit}" for commit, count in counts.items())
         told.append(
             f"stale: measured by other code ({at}); python -m bkd_utils restamp checks each and renews its mark"
         )
@@ -103,8 +96,7 @@ def summary(every: Sequence[Used]) -> list[str]:
     if apart:
         furthest = max(apart, key=apart.__getitem__)
         told.append(f"largest difference of a check: {apart[furthest]:.3g}, {furthest} at {checks[furthest]['place']}")
-    skipped = {one.partition("/")[0] for one in shipped} - {one.partition("/")[0] for one in checks}
-    for name in sorted(skipped):
+    for name in sorted({one.partition("/")[0] for one in shipped} - {one.partition("/")[0] for one in checks}):
         spot = spots().get(name)
         told.append(f"not checked: {name}: {spot.none if spot and spot.none else 'no spot check was run'}")
     return told

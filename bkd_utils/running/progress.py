@@ -1,13 +1,14 @@
-"""How far a list of long jobs has come: a bar on a terminal, a line a minute elsewhere, and how long the rest takes."""
+"""How far a list of long jobs has come and how long the rest takes: live on a terminal, elsewhere a line a minute."""
 
+import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from bkd_utils.common.files import UserError
 
@@ -20,8 +21,8 @@ TRUSTED = 60.0
 class Pace:
     """Jobs done, and seconds left of the others: those on record, scaled by how fast this machine has been so far."""
 
-    def __init__(self, recorded: Sequence[float], *, tell: Callable[[int], None] = lambda done: None) -> None:
-        self.recorded, self.done, self.failed, self._tell = list(recorded), 0, 0, tell
+    def __init__(self, what: str, recorded: Sequence[float]) -> None:
+        self.what, self.recorded, self.done, self.failed = what, list(recorded), 0, 0
         self._record = self._took = TRUSTED
         self._began = time.monotonic()
 
@@ -32,19 +33,19 @@ class Pace:
             self._record += self.recorded[self.done]
             self._took += now - self._began
         self.done, self.failed, self._began = self.done + 1, self.failed + failed, now
-        self._tell(self.done)
 
     def left(self) -> float:
         """Seconds until all jobs are done; what the running one has taken already is subtracted."""
-        if self.done >= len(self.recorded):
-            return 0.0
+        now, rest = self.recorded[self.done : self.done + 1], self.recorded[self.done + 1 :]
         scale = self._took / self._record
-        now, *rest = self.recorded[self.done :]
-        return scale * sum(rest) + max(0.0, scale * now - (time.monotonic() - self._began))
+        return scale * sum(rest) + max(0.0, scale * sum(now) - (time.monotonic() - self._began))
 
     def __str__(self) -> str:
         told = f", {self.failed} failed" if self.failed else ""
-        return f"{self.done} of {len(self.recorded)}{told}, about {duration(self.left())} left"
+        return f"{self.what}: {self.done} of {len(self.recorded)}{told}, about {duration(self.left())} left"
+
+    def __rich__(self) -> Text:
+        return Text(str(self))
 
 
 def duration(seconds: float) -> str:
@@ -62,26 +63,23 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def shown(console: Console, what: str, recorded: Sequence[float]) -> Iterator[Pace]:
-    """Show how far jobs of so many seconds on record have come; the caller says when one has `finished`."""
-    log, ended = logging.getLogger("bkd_utils"), threading.Event()
+    """Show how far jobs of so many seconds on record have come; the caller says when one has `finished`.
+
+    Meanwhile bars of single jobs, and lines that a stage was measured, are left out.
+    """
+    pace, log, ended = Pace(what, recorded), logging.getLogger("bkd_utils"), threading.Event()
     before = log.level
-    log.setLevel(logging.WARNING)  # that a stage was measured is what is shown here
+    log.setLevel(logging.WARNING)
+    if not console.is_terminal:
+        threading.Thread(target=_lines, args=(console, pace, ended), daemon=True).start()
     try:
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[pace]}"))
-            with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, redirect_stderr=False) as bar:
-                pace = Pace(recorded, tell=lambda done: bar.update(task, completed=done))
-                task = bar.add_task(what, total=max(1, len(pace.recorded)), pace=pace)
-                yield pace
-        else:
-            pace = Pace(recorded)
-            threading.Thread(target=_lines, args=(console, what, pace, ended), daemon=True).start()
+        with console.status(pace), redirect_stderr(io.StringIO()):
             yield pace
     finally:
         ended.set()
         log.setLevel(before)
 
 
-def _lines(console: Console, what: str, pace: Pace, ended: threading.Event) -> None:
+def _lines(console: Console, pace: Pace, ended: threading.Event) -> None:
     while not ended.wait(EVERY):
-        console.print(f"  {what}: {pace}", markup=False, highlight=False)
+        console.print(f"  {pace}", markup=False, highlight=False)

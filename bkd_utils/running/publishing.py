@@ -1,12 +1,12 @@
 """Copy what a run made to where it is committed: outputs, figures, scorecard, measurements and their index."""
 
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bkd_utils.common import measurements
 from bkd_utils.common.files import DATA, FIGURES, UserError, atomic_path, read_json, write_json
-from bkd_utils.common.measurements import Measurement, path_of
 from bkd_utils.running import notebooks
 from bkd_utils.running.ledger import Used
 
@@ -17,9 +17,9 @@ README = "README.md"
 def publish_notebook(executed: Path, original: Path, *, figures: Path, names: list[str]) -> None:
     """The outputs of an executed notebook and the figures that it drew. Raises NotebookError if it was edited."""
     notebooks.publish(executed, original)
-    for name in names:
-        for kind in ("png", "svg", "json"):
-            _copy(figures / f"{name}.{kind}", FIGURES / f"{name}.{kind}")
+    for name in (f"{name}.{kind}" for name in names for kind in ("png", "svg", "json")):
+        with atomic_path(FIGURES / name) as temporary:
+            shutil.copyfile(figures / name, temporary)
 
 
 def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
@@ -31,18 +31,17 @@ def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
     """
     index = index_of(MEASUREMENTS) | {name: sorted(one.measurements) for name, one in used.items()}
     # A kept one that was not used is of other code, and must not replace what ships.
-    own = {one: path_of(kept, *one.split("/")) for each in used.values() for one in each.own}
+    own = {one: kept / f"{one}.json" for each in used.values() for one in each.own}
     needed = {one for ids in index.values() for one in ids}
     for one in sorted(one for each in used.values() for one in each.measurements):
-        if not own.get(one, path_of(MEASUREMENTS, *one.split("/"))).is_file():
+        if not own.get(one, MEASUREMENTS / f"{one}.json").is_file():
             raise UserError(f"{one} was used but is nowhere kept; run its notebook again, then publish")
     for source in own.values():
         measurements.write(MEASUREMENTS, measurements.read(source))
     complete = {path.stem for path in notebooks.all_notebooks()} <= index.keys()  # else one may be of another notebook
     for path in measurements.paths(MEASUREMENTS) if complete else []:
         if f"{path.parent.name}/{path.stem}" not in needed:
-            path.unlink()
-            path.with_suffix(".safetensors").unlink(missing_ok=True)
+            measurements.remove(path)
     write_json(MEASUREMENTS / "index.json", dict(sorted(index.items())))
     write_readme(MEASUREMENTS)
 
@@ -66,18 +65,14 @@ def write_readme(folder: Path) -> None:
 
 def readme(folder: Path) -> str:
     """The text beside the measurements: what is in a file, and a table of stages."""
-    found: dict[str, list[tuple[Measurement, int]]] = {}
-    for path in measurements.paths(folder):
-        arrays = path.with_suffix(".safetensors")
-        size = path.stat().st_size + (arrays.stat().st_size if arrays.is_file() else 0)
-        found.setdefault(path.parent.name, []).append((Measurement.model_construct(**read_json(path)), size))
-    uses = index_of(folder)
-    rows = []
-    for stage, every in sorted(found.items()):
-        ids = {one.id for one, _ in every}
+    uses, rows = index_of(folder), []
+    for stage, group in itertools.groupby(measurements.paths(folder), key=lambda path: path.parent):
+        paths = list(group)
+        ids = {f"{stage.name}/{path.stem}" for path in paths}
         where = ", ".join(name[:2] for name, used in uses.items() if ids & set(used))
-        seconds, size = (sum(values) for values in zip(*((one.seconds, size) for one, size in every), strict=True))
-        rows.append(f"| `{stage}` | {where} | {len(every)} | {seconds / 60:.1f} | {size / 1000:.0f} |")
+        minutes = sum(read_json(path)["seconds"] for path in paths) / 60
+        size = sum(path.stat().st_size for kind in ("json", "safetensors") for path in stage.glob(f"*.{kind}"))
+        rows.append(f"| `{stage.name}` | {where} | {len(paths)} | {minutes:.1f} | {size / 1000:.0f} |")
     fields = [f"- `{name}`: {told}" for name, told in FIELDS.items()]
     parts = ["# Measurements", *INTRODUCTION, "\n".join(fields), "## Stages", "\n".join([*HEAD, *rows])]
     return "\n\n".join(parts) + "\n"
@@ -99,8 +94,3 @@ FIELDS = {
     "arrays, digest, seal": "hashes of the file of arrays, of the result, and of all other fields",
 }
 HEAD = ("| stage | notebooks | files | minutes | kB |", "|---|---|---|---|---|")
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nbformat import NotebookNode
-
 from bkd_utils.common.files import ADAPTERS, DATA, FIGURES, read_json, sha256_file, write_json
 from bkd_utils.running import notebooks
 from bkd_utils.running.comparing import content
@@ -15,6 +13,7 @@ from bkd_utils.running.replaying import code_cells, is_live
 
 LIVE_OUTPUTS = "live_outputs.json"  # in `figures`
 HASHES = "hashes.json"  # in `data`
+SAVES = re.compile(r"style\.save\(\s*\w+,\s*\"(\w+)\"")  # a cell that writes a figure, and the id of that
 
 
 def live_outputs(path: Path) -> dict[str, Any]:
@@ -22,27 +21,17 @@ def live_outputs(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"cells": {}, "figures": {}}
     for number, cell in enumerate(code_cells(notebooks.read(path)), start=1):
         if is_live(cell):
-            found["cells"][str(number)] = [_output(one) for one in cell.outputs]
-            for name in _saved(cell.source):
-                found["figures"] |= {file.name: _file(file) for file in sorted(FIGURES.glob(f"{name}.*"))}
+            found["cells"][str(number)] = [
+                {mime: value if isinstance(value, str) else _hashed(value) for mime, value in content(one).items()}
+                for one in cell.outputs
+            ]
+            for file in sorted(file for name in SAVES.findall(cell.source) for file in FIGURES.glob(f"{name}.*")):
+                found["figures"][file.name] = read_json(file) if file.suffix == ".json" else sha256_file(file)
     return found
 
 
-def _output(output: NotebookNode) -> dict[str, Any]:
-    """Format -> text, or the hash of a picture."""
-    return {
-        kind: value if isinstance(value, str) else f"sha256 {hashlib.sha256(value).hexdigest()}"
-        for kind, value in content(output).items()
-    }
-
-
-def _saved(source: str) -> list[str]:
-    """Ids of the figures that a cell writes, known by the call."""
-    return re.findall(r"style\.save\(\s*\w+,\s*\"(\w+)\"", source)
-
-
-def _file(path: Path) -> Any:
-    return read_json(path) if path.suffix == ".json" else sha256_file(path)
+def _hashed(picture: bytes) -> str:
+    return f"sha256 {hashlib.sha256(picture).hexdigest()}"
 
 
 def made_files() -> list[Path]:
@@ -52,7 +41,7 @@ def made_files() -> list[Path]:
 
 
 def record() -> None:
-    """Put on record everything that is stored now: `record_live` of all notebooks, and `record_hashes`."""
+    """Put on record everything that is stored now."""
     record_live(notebooks.all_notebooks())
     record_hashes()
 

@@ -7,9 +7,10 @@ they can be run again within seconds, and must give what is stored.
 import asyncio
 import copy
 import os
+import shutil
 import subprocess
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,14 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from bkd_utils.common.files import FIGURES, ROOT, read_json, write_json
+from bkd_utils.common.files import FIGURES, ROOT
 from bkd_utils.common.measurements import shipped_folder
-from bkd_utils.reports import scorecard
 from bkd_utils.running import ledger, notebooks
 
 LIVE = "live"
 ADDED = "injected-parameters"  # `notebooks.published` leaves out cells with this tag
 KERNELS = 2
-LIMIT = 120  # seconds for one cell
+LIMIT = 900  # seconds for one cell, or for the start of a kernel: far more than needed, for a machine with much to do
 
 
 @dataclass(frozen=True)
@@ -53,44 +53,31 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-async def replay(
-    paths: Sequence[Path],
-    *,
-    folder: Path,
-    parameters: Mapping[str, Mapping[str, Any]],
-    on_done: Callable[[Replay], None] = lambda _: None,
-) -> list[Replay]:
-    """Replay notebooks into `folder`, the last one after all others and with the scorecard that they wrote.
+async def replay(paths: Sequence[Path], *, folder: Path, parameters: Mapping[str, Mapping[str, Any]]) -> list[Replay]:
+    """Replay notebooks into `folder`. The last one draws the scorecard that is committed, not one of this replay.
 
     `parameters` has the values of each notebook by its stem. A notebook that raises an error stops there, with a
     reason, and the others go on.
     """
-    todo, done = deque(paths[:-1]), []
-    busy = min(KERNELS, max(1, len(todo)))
+    folder.mkdir(parents=True, exist_ok=True)
+    if (committed := FIGURES / "scorecard.json").is_file():
+        (folder / paths[-1].stem).mkdir(exist_ok=True)
+        shutil.copy(committed, folder / paths[-1].stem)
+    managers = [_manager(folder / f"kernel-{number}.json") for number in range(KERNELS)]
+    # The largest first, so that no kernel is alone with a long one in the end.
+    todo, done = deque(sorted(paths, key=lambda path: path.stat().st_size, reverse=True)), []
 
-    async def work(number: int) -> None:
-        nonlocal busy
-        manager = _manager(folder / f"kernel-{number}.json")
-
-        async def one(path: Path) -> None:
-            if manager.has_kernel and not await manager.is_alive():
-                await manager.shutdown_kernel(now=True)
+    async def work(manager: Any) -> None:
+        while todo:
+            path = todo.popleft()
             done.append(await _replayed(path, parameters[path.stem], folder=folder, manager=manager))
-            on_done(done[-1])
 
-        try:
-            while todo:
-                await one(todo.popleft())
-            busy -= 1
-            if busy == 0:  # the last to end has the last notebook
-                _give_scorecard([one.figures for one in done], folder / paths[-1].stem)
-                await one(paths[-1])
-        finally:
+    try:
+        await asyncio.gather(*map(work, managers))
+    finally:
+        for manager in managers:
             if manager.has_kernel:
                 await manager.shutdown_kernel(now=True)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    await asyncio.gather(*(work(number) for number in range(busy)))
     return sorted(done, key=lambda one: one.path)
 
 
@@ -102,31 +89,36 @@ def _manager(connection: Path) -> Any:
     return manager
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """Nothing is measured, and nothing is read that does not ship."""
-    inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    own = {"BKD_REPLAY": "1", "BKD_SHIPPED": str(shipped_folder() or ""), "BKD_KEEP": str(folder / "kept")}
-    return inherited | own | {"IPYTHONDIR": str(folder / "ipython")}
-
-
 async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manager: Any) -> Replay:
     original, figures = notebooks.read(path), folder / path.stem
     lines = figures / "ledger.jsonl"
     figures.mkdir(parents=True, exist_ok=True)
     book = _marked(original, given, {"BKD_FIGURES": str(figures), "BKD_LEDGER": str(lines)})
-    client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT), 0, ""
+    # Nothing is measured, and nothing is read that does not ship.
+    own = {"BKD_REPLAY": "1", "BKD_SHIPPED": str(shipped_folder() or ""), "BKD_KEEP": str(folder / "kept")}
+    environment = os.environ | own | {"IPYTHONDIR": str(folder / "ipython")}
+    environment.pop("MPLBACKEND", None)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    async with client.async_setup_kernel(cwd=str(ROOT), env=_environment(folder), **quiet):
-        try:
-            for index, cell in enumerate(book.cells):
-                if cell.cell_type == "code":
-                    if not is_live(cell):
-                        await client.async_execute_cell(cell, index)
-                    ran += ADDED not in cell.metadata.get("tags", [])
-        except CellExecutionError as error:
-            reason = f"{error.ename}: {error.evalue}"
-        except (DeadKernelError, TimeoutError) as error:
-            reason = f"{type(error).__name__}: {error}"
+    if manager.has_kernel and not await manager.is_alive():
+        await manager.shutdown_kernel(now=True)
+    client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT, startup_timeout=LIMIT), 0, ""
+    # Not `async_setup_kernel`, which would take Ctrl-C and SIGTERM for itself.
+    if not manager.has_kernel:
+        await client.async_start_new_kernel(cwd=str(ROOT), env=environment, **quiet)
+    await client.async_start_new_kernel_client()
+    try:
+        for index, cell in enumerate(book.cells):
+            if cell.cell_type == "code":
+                if not is_live(cell):
+                    await client.async_execute_cell(cell, index)
+                ran += ADDED not in cell.metadata.get("tags", [])
+    except CellExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}"
+    except (DeadKernelError, TimeoutError) as error:
+        if asyncio.current_task().cancelling():  # which the client takes for the death of its kernel
+            raise asyncio.CancelledError from None
+        reason = f"{type(error).__name__}: {error}"
+    finally:
         if client.kc is not None:
             client.kc.stop_channels()
     used = sorted(ledger.read(lines).measurements)
@@ -138,18 +130,7 @@ def _marked(original: NotebookNode, given: Mapping[str, Any], environment: Mappi
     book = copy.deepcopy(original)
     first = f"%reset -f\n__import__('os').environ.update({dict(environment)!r})"
     values = "\n".join(f"{name} = {value!r}" for name, value in given.items())
-    cells: list[NotebookNode] = [nbformat.v4.new_code_cell(first, metadata={"tags": [ADDED]})]
-    for cell in book.cells:
-        cells.append(cell)
-        if "parameters" in cell.metadata.get("tags", []):
-            cells.append(nbformat.v4.new_code_cell(values, metadata={"tags": [ADDED]}))
-    book.cells = cells
+    tagged = [number for number, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", [])]
+    for place, source in ((tagged[0] + 1 if tagged else 0, values), (0, first)):
+        book.cells.insert(place, nbformat.v4.new_code_cell(source, metadata={"tags": [ADDED]}))
     return book
-
-
-def _give_scorecard(folders: Sequence[Path], into: Path) -> None:
-    """Write the lines of all notebooks into one scorecard, beside committed ones that none of them judged."""
-    written = [folder / "scorecard.json" for folder in folders]
-    lines = [line for path in written if path.is_file() for line in read_json(path)]
-    if lines:
-        write_json(into / "scorecard.json", scorecard.merged(lines, FIGURES / "scorecard.json"))

@@ -3,8 +3,7 @@
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,21 +13,9 @@ from bkd_utils.common import measurements
 from bkd_utils.common.files import WORK, UserError
 from bkd_utils.common.measurements import Measurement
 from bkd_utils.common.spot_checks import compare, difference, leaves, spots
-from bkd_utils.running import stages
+from bkd_utils.running.remeasuring import paths_in, remeasure
 
-
-@dataclass(frozen=True)
-class Again:
-    """A measurement that ships, and the same one measured now."""
-
-    shipped: Measurement
-    now: Measurement
-
-    def apart(self) -> dict[str, float]:
-        """Place of every value of the result -> the distance of the two; infinite where one of them lacks."""
-        one, other = (dict(leaves(each.result)) for each in (self.shipped, self.now))
-        both = one.keys() & other.keys()
-        return {place: difference(one[place], other[place]) if place in both else math.inf for place in one | other}
+Pair = tuple[Measurement, Measurement]  # one that ships, and the same one measured now
 
 
 def sample(paths: Sequence[Path], *, share: float, seed: int) -> list[Path]:
@@ -44,45 +31,42 @@ def sample(paths: Sequence[Path], *, share: float, seed: int) -> list[Path]:
     ]
 
 
-def measure_again(*, share: float, seed: int, device: str = "auto", say: Callable[[str], None] = print) -> list[Again]:
-    """Measure a sample of what ships into `work/verified`, from where the same call goes on after it was stopped."""
-    folder = measurements.shipped_folder()
-    drawn = [
-        measurements.read(path) for path in sample(measurements.paths(folder) if folder else [], share=share, seed=seed)
-    ]
-    minutes, done = sum(one.seconds for one in drawn) / 60, []
-    say(f"measuring {len(drawn)} measurements anew; where they were made it took {minutes:.0f} minutes")
-    for number, one in enumerate(drawn, start=1):
-        say(f"{number} of {len(drawn)}: {one.id}")
-        given = one.arguments | ({"device": device} if "device" in one.arguments else {})
-        path = stages.place(WORK / "verified", one.stage, given)
-        if path.stem != one.key:
-            raise UserError(f"{one.id}: other models, attacks or tables are here than those it was measured on")
-        stages.measure(one.stage, given, folder=WORK / "verified")
-        done.append(Again(one, measurements.read(path)))
-    return done
+def measure_again(*, share: float, seed: int, device: str, console: Console) -> list[Pair]:
+    """Measure a sample of what ships into `work/verified`, from where the same call goes on after it was stopped.
+
+    Raises UserError, after all, if some could not be measured.
+    """
+    there, folder = paths_in(measurements.shipped_folder()), WORK / "verified"
+    drawn = [measurements.read(path) for path in sample(there, share=share, seed=seed)]
+    if failed := remeasure([one.id for one in drawn], folder=folder, device=device, console=console):
+        raise UserError(f"{failed} of {len(drawn)} measurements could not be made anew")
+    paths = [measurements.path_of(folder, one.stage, one.key) for one in drawn]
+    if other := [one.id for one, path in zip(drawn, paths, strict=True) if not path.is_file()]:
+        raise UserError(f"{other[0]}: other models, attacks or tables are here than those it was measured on")
+    return list(zip(drawn, map(measurements.read, paths), strict=True))
 
 
-def beyond(again: Again) -> str | None:
-    """What `data/spots.toml` does not tolerate about a measurement, in a line."""
-    spot = spots().get(again.shipped.stage)
-    if spot is None or spot.none:
-        return None
-    found = compare(again.shipped, again.now, spot)
-    return None if found.agrees else str(found)
+def apart(pair: Pair) -> dict[str, float]:
+    """Place of every value of the two results -> their distance; infinite where one of them lacks it."""
+    one, other = (dict(leaves(each.result)) for each in pair)
+    both = one.keys() & other.keys()
+    return {place: difference(one[place], other[place]) if place in both else math.inf for place in one | other}
 
 
-def report(done: Sequence[Again], console: Console) -> int:
-    """Print how far the numbers of each stage lie apart; returns how many measurements lie beyond the tolerance."""
+def report(done: Sequence[Pair], console: Console) -> int:
+    """Print how far the numbers of each stage lie apart, and which measurements lie beyond the tolerance that
+    `data/spots.toml` has for their stage; returns how many these are."""
     table = Table("stage", "measured anew", "numbers", "equal to the bit", "median difference", "largest", "where")
-    for stage in sorted({one.shipped.stage for one in done}):
-        every = [one for one in done if one.shipped.stage == stage]
-        apart = {f"{one.shipped.key}, {place}": value for one in every for place, value in one.apart().items()}
-        worst, equal = max(apart, key=apart.__getitem__), sum(value == 0 for value in apart.values())
-        differ = [f"{value:.2g}" for value in (statistics.median(apart.values()), apart[worst])]
-        table.add_row(stage, str(len(every)), str(len(apart)), str(equal), *differ, worst if apart[worst] else "")
+    faults = []
+    for stage in sorted({one.stage for one, _ in done}):
+        every = [pair for pair in done if pair[0].stage == stage]
+        found = {f"{pair[0].key}, {place}": value for pair in every for place, value in apart(pair).items()}
+        worst, equal = max(found, key=found.__getitem__), sum(value == 0 for value in found.values())
+        differ = [f"{value:.2g}" for value in (statistics.median(found.values()), found[worst])]
+        table.add_row(stage, str(len(every)), str(len(found)), str(equal), *differ, worst if found[worst] else "")
+        if (spot := spots().get(stage)) and not spot.none:
+            faults += [str(check) for check in (compare(*pair, spot) for pair in every) if not check.agrees]
     console.print(table)
-    faults = [fault for fault in map(beyond, done) if fault]
     for fault in faults:
         console.print(fault, style="red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{len(done) - len(faults)} measurements agree, {len(faults)} do not")

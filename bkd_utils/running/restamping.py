@@ -1,7 +1,5 @@
 """Check what ships and was measured by other code, and renew the mark of what agrees."""
 
-import io
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from bkd_utils.common import cache, measurements, spot_checks
 from bkd_utils.common.files import UserError, check_writable, read_json, write_json
 from bkd_utils.running import stages
 from bkd_utils.running.progress import one_line, shown
-from bkd_utils.running.remeasuring import shipped
+from bkd_utils.running.remeasuring import paths_in
 
 
 @dataclass
@@ -25,22 +23,31 @@ class Restamped:
     unchecked: dict[str, str] = field(default_factory=dict)
 
 
-def restamp(source: Path | None = None, *, console: Console | None = None) -> Restamped:
+def restamp(console: Console) -> Restamped:
     """Spot-check every measurement of other code or libraries; of those that agree renew code, libraries and commit.
 
-    Nothing else in a file changes. `source` is where measurements ship by default. Raises ValueError for a damaged
-    file, before anything is checked, UserError for a folder without measurements or one that cannot be written to, and
-    when Ctrl-C has ended it.
+    Nothing else in a file changes. Raises ValueError for a damaged file, before anything is checked, and UserError
+    where nothing ships or where it cannot be written to.
     """
-    console, found, paths = console or Console(), Restamped(), shipped(source)
+    found, paths = Restamped(), paths_in(measurements.shipped_folder())
     stale = _stale(paths, found)
     check_writable(paths[0].parents[1])
     with shown(console, "checking", [seconds for _, seconds, _ in stale]) as pace:
-        try:
-            for path, _, asked in stale:
-                pace.finished(failed=not _checked(path, asked, found, console))
-        except KeyboardInterrupt:
-            raise UserError(f"stopped with {pace.done} of {len(stale)} checked; the same command goes on") from None
+        for path, _, asked in stale:
+            one = measurements.read(path)
+            try:
+                check = spot_checks.check(one)
+            except Exception as error:
+                found.unchecked[one.id] = one_line(error)
+            else:
+                if check.agrees:
+                    mark = {"code": asked["code"], "libraries": asked["libraries"], "commit": measurements.commit()}
+                    write_json(path, measurements.sealed(read_json(path) | mark))
+                    found.renewed += 1
+                else:
+                    found.differing.append(check)
+                    console.print(str(check), style="red", markup=False, soft_wrap=True)
+            pace.finished(failed=one.id in found.unchecked)
     for name, reason in found.unchecked.items():
         console.print(f"{name} could not be checked: {reason}", markup=False, soft_wrap=True)
     counts = f"{len(found.differing)} differ, {len(found.unchecked)} could not be checked"
@@ -55,32 +62,13 @@ def _stale(paths: list[Path], found: Restamped) -> list[tuple[Path, float, dict[
         one = measurements.read(path)
         try:
             asked = stages.question(one.stage, one.arguments)
-        except Exception as error:  # a stage or an organism that is gone
+            if cache.place(path.parents[1], asked) != path:
+                raise UserError("what its names stand for has changed, so that it is measured again where needed")
+        except Exception as error:  # a stage or an organism that is gone, too
             found.unchecked[one.id] = one_line(error)
             continue
-        if measurements.key(one.stage, asked["arguments"], asked["inputs"]) != one.key:
-            found.unchecked[one.id] = "what its names stand for has changed, so that it is measured again where needed"
-        elif cache.is_of_this_code(one, asked):
+        if cache.is_of_this_code(one, asked):
             found.current += 1
         else:
             stale.append((path, one.seconds, asked))
     return stale
-
-
-def _checked(path: Path, asked: dict[str, Any], found: Restamped, console: Console) -> bool:
-    """Check one, and renew its mark if it agrees; returns whether it could be checked."""
-    one = measurements.read(path)
-    try:
-        with redirect_stderr(io.StringIO()):
-            check = spot_checks.check(one)
-    except Exception as error:
-        found.unchecked[one.id] = one_line(error)
-        return False
-    if check.agrees:
-        mark = {"code": asked["code"], "libraries": asked["libraries"], "commit": measurements.commit()}
-        write_json(path, measurements.sealed(read_json(path) | mark))
-        found.renewed += 1
-    else:
-        found.differing.append(check)
-        console.print(str(check), style="red", markup=False, soft_wrap=True)
-    return True

@@ -13,7 +13,6 @@ import psutil
 import torch
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bkd_utils.common import cache, files
@@ -151,23 +150,19 @@ def _figures(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _progress(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of cells on a terminal, elsewhere a line a minute."""
+    """How many cells are done: live on a terminal, elsewhere a line a minute."""
     console.print(f"running {name}")
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
-        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-            task = bar.add_task(name, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total or None)
-        return
     printed = time.monotonic()
+    with console.status(name) as status:
 
-    def line(done: int, total: int) -> None:
-        nonlocal printed
-        if time.monotonic() - printed > 60:
-            printed = time.monotonic()
-            console.print(f"  {name}: {done} of {total} cells")
+        def tell(done: int, total: int) -> None:
+            nonlocal printed
+            status.update(line := f"{name}: {done} of {total} cells")
+            if not console.is_terminal and time.monotonic() - printed > 60:
+                printed = time.monotonic()
+                console.print(f"  {line}")
 
-    yield line
+        yield tell
 
 
 def report(runs: list[Run], used: dict[str, Used], console: Console, *, folder: Path) -> None:

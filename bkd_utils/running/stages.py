@@ -9,7 +9,6 @@ from typing import Any
 
 from bkd_utils.common import cache
 from bkd_utils.common.files import UserError, check_writable
-from bkd_utils.common.measurements import key, path_of
 from bkd_utils.experiments import (  # noqa: F401 (an import registers the stages of a module)
     attention_safety_alignment,
     attention_similarity,
@@ -33,12 +32,6 @@ def stage(name: str) -> Any:
     return cache.STAGES[name]
 
 
-def place(folder: Path, name: str, arguments: Mapping[str, Any]) -> Path:
-    """Where the measurement of a call of a stage is kept in a folder."""
-    asked = question(name, arguments)
-    return path_of(folder, name, key(name, asked["arguments"], asked["inputs"]))
-
-
 def question(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """`cache.question` of a stage by name. Raises UserError for arguments that it does not have."""
     try:
@@ -53,13 +46,13 @@ def measure(name: str, arguments: Mapping[str, Any], *, folder: Path) -> Path:
     Nothing that ships is used, neither for the call itself nor for other stages that it needs. Raises UserError for
     a folder that cannot be written to.
     """
-    target = place(folder, name, arguments)
+    asked = question(name, arguments)
     with environment(BKD_KEEP=str(folder), BKD_SHIPPED=""):
         check_writable(folder)  # before anything is measured
         stage(name)(**arguments)
-    if not target.is_file():
-        raise UserError(f"{target} could not be written; is the disk full?")
-    return target
+    if cache.kept(asked, folder) is None:
+        raise UserError(f"its result is not in {folder}: the disk is full, or code was edited in the meantime")
+    return cache.place(folder, asked)
 
 
 def read_arguments(text: str) -> dict[str, Any]:

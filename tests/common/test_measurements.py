@@ -213,6 +213,8 @@ def test_a_missing_field_is_named(file, name):
     [
         ("version", 2),
         ("version", "1"),
+        ("version", True),
+        ("version", 1.0),
         ("stage", "../up"),
         ("stage", ["squares"]),
         ("arguments", []),
@@ -364,7 +366,7 @@ def test_the_commit_is_marked_where_files_were_changed_and_none_outside_of_a_che
     assert fresh() == "f" * 40
     told["status"] = " M bkd_utils/__main__.py\n"
     assert fresh() == "f" * 40 + "+"
-    monkeypatch.setattr(measurements, "CHECKOUT", False)
+    monkeypatch.setattr(measurements.files, "CHECKOUT", False)
     assert fresh() is None
 
 
@@ -378,4 +380,4 @@ def test_shipped_measurements_are_in_data_unless_the_environment_says_otherwise(
     monkeypatch.setenv("BKD_SHIPPED", str(tmp_path))
     assert measurements.shipped_folder() == tmp_path
     monkeypatch.delenv("BKD_SHIPPED")
-    assert measurements.shipped_folder() == measurements.DATA / "measurements"
+    assert measurements.shipped_folder() == measurements.files.DATA / "measurements"

@@ -96,6 +96,13 @@ def test_every_value_has_its_place():
     assert list(leaves(7)) == [("", 7)]
 
 
+def test_two_rows_of_one_name_are_an_error_that_names_them():
+    value = {"curve": [{"k": 8, "asr": 0.1}, {"k": 4, "asr": 0.2}, {"k": 8, "asr": 0.3}]}
+    with pytest.raises(UserError, match=r"^curve\[k=8\]: two rows have this name; `rows` in spots.toml must tell"):
+        list(leaves(value, ["k"]))
+    assert len(list(leaves(value))) == len(list(leaves(value, ["asr"]))) == 6
+
+
 @pytest.mark.parametrize(
     ("one", "other", "apart"),
     [
@@ -195,7 +202,7 @@ class Toy:
         """Measure a call, and let it ship as one that took these seconds."""
         with stages.environment(BKD_KEEP=str(self.shipped), BKD_SHIPPED="", BKD_LEDGER=""):
             stage(**arguments)
-        path = stages.place(self.shipped, stage.__name__, arguments)
+        path = cache.place(self.shipped, stages.question(stage.__name__, arguments))
         measurements.write(self.shipped, measurements.read(path).model_copy(update={"seconds": seconds}))
         self.calls.clear()
         cache.used.clear()
@@ -256,7 +263,7 @@ def test_a_run_checks_the_cheapest_of_each_stage_that_was_used_and_once(toys, tm
         toys.toy(n=n)
     toys.other()
     found = spot_checks.run("toy")
-    cheapest = f"toy/{stages.place(toys.shipped, 'toy', {'n': 4}).stem}"
+    cheapest = f"toy/{cache.place(toys.shipped, stages.question('toy', {'n': 4})).stem}"
     assert [one.id for one in found] == [cheapest]
     assert [one.id.partition("/")[0] for one in spot_checks.run()] == ["other"]
     assert toys.calls == [(2, "a"), (6, "other")]

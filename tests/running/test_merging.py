@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from bkd_utils.common.files import ROOT, UserError, sha256_file
 from bkd_utils.common.measurements import digest, read
-from bkd_utils.running.merging import ABSENT, Merged, differences, merge
+from bkd_utils.running.merging import merge
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +43,9 @@ def other_result(folder, *, x, square):
 
 def test_everything_is_copied_once_and_the_first_of_equals_counts(parts):
     one, two, into = parts
-    assert merge([one, two], into=into) == Merged(copied=4, already=0)
+    assert merge([one, two], into=into) == (4, 0)
     assert toys.tree(into) == toys.tree(two) | toys.tree(one)
-    assert merge([two, one], into=into) == Merged(copied=0, already=4)
+    assert merge([two, one], into=into) == (0, 4)
     assert toys.tree(into) == toys.tree(two) | toys.tree(one)
 
 
@@ -53,7 +53,7 @@ def test_what_is_in_the_target_stays(parts):
     one, two, into = parts
     path = toys.measure(into, x=3, changed={"commit": "1" * 40})
     before = path.read_bytes()
-    assert merge([one, two], into=into) == Merged(copied=3, already=1)
+    assert merge([one, two], into=into) == (3, 1)
     assert path.read_bytes() == before
 
 
@@ -139,29 +139,46 @@ def test_a_folder_that_is_missing_or_empty_is_an_error(parts):
     assert not into.exists()
 
 
-def test_differences_are_named_by_their_place():
-    first, second = {"a": [1, {"b": 2.0}], "c": None}, {"a": [1, {"b": 3.0}, 4], "c": False}
-    assert list(differences(first, second)) == [("a/1/b", 2.0, 3.0), ("a/2", ABSENT, 4), ("c", None, False)]
-    assert list(differences(1, 1.0)) == [("the result", 1, 1.0)]  # as their texts differ
-    assert list(differences(first, first)) == []
+@pytest.mark.parametrize(
+    ("square", "told"),
+    [
+        (9.0, "square: 9 and 9.0"),  # as their texts differ
+        (False, "square: 9 and false"),
+        ([9, 1], "square: 9 and nothing"),
+        ({"of": {"a": "x" * 100}}, "square: 9 and nothing"),
+    ],
+)
+def test_a_difference_is_told_with_its_place_and_both_values(parts, square, told):
+    one, two, into = parts
+    other_result(two, x=3, square=square)
+    with pytest.raises(UserError, match=f"differ at {told}; nothing was merged"):
+        merge([one, two], into=into)
+
+
+def test_parts_that_are_empty_in_different_ways_differ(parts):
+    one, two, into = parts
+    other_result(one, x=3, square=[])
+    other_result(two, x=3, square={})
+    with pytest.raises(UserError, match="differ at a part that is empty: nothing and nothing; nothing was merged"):
+        merge([one, two], into=into)
 
 
 SCRIPT = """
-import os, shutil, signal, sys
+import os, signal, sys
 from pathlib import Path
 from bkd_utils.running import merging
 
-copy, left = shutil.copyfile, int(sys.argv[1])
+replace, left = os.replace, int(sys.argv[1])
 
 def dying(source, target):
     global left
     left -= 1
     if left:
-        return copy(source, target)
-    Path(target).write_bytes(Path(source).read_bytes()[:40])
+        return replace(source, target)
+    Path(source).write_bytes(Path(source).read_bytes()[:40])
     os.kill(os.getpid(), signal.SIGKILL)
 
-merging.shutil.copyfile = dying
+os.replace = dying
 print(merging.merge([Path(each) for each in sys.argv[3:]], into=Path(sys.argv[2])))
 """
 
@@ -173,5 +190,5 @@ def test_killed_at_any_file_the_same_command_again_gives_the_same_bytes(parts):
         command = [sys.executable, "-c", SCRIPT, str(number), str(into), str(one), str(two)]
         assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -9
         assert any(path.endswith(".part") for path in toys.tree(into))
-    assert merge([one, two], into=into) == Merged(copied=3, already=1)
+    assert merge([one, two], into=into) == (3, 1)
     assert toys.tree(into) == toys.tree(two) | toys.tree(one)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rich.console import Console
 from bkd_utils.common.files import ROOT, UserError
 from bkd_utils.common.measurements import read
 from bkd_utils.running import remeasuring
-from bkd_utils.running.remeasuring import Cell, Remeasured, Shard, parse_shard, read_cells, remeasure, split
+from bkd_utils.running.remeasuring import Cell, parse_shard, read_cells, remeasure, split
 
 
 @pytest.fixture(autouse=True)
@@ -25,30 +26,34 @@ def _toys():
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, monkeypatch):
     folder = tmp_path / "shipped"
+    monkeypatch.setenv("BKD_SHIPPED", str(folder))
     for x in range(4):
         toys.measure(folder, x=x, changed={"code": "0" * 64, "seconds": float(x)})
     return folder
 
 
 def call(source, folder, *ids, **options):
-    """What `remeasure` returns and prints."""
+    """How many were measured, were there already and failed, and all that `remeasure` prints."""
     console = Console(file=io.StringIO(), width=200)
-    done = remeasure(ids or None, source=source, folder=folder, console=console, **options)
-    return done, console.file.getvalue()
+    every = [f"{path.parent.name}/{path.stem}" for path in source.glob("*/*.json")]
+    failed = remeasure(ids or every, folder=folder, console=console, **options)
+    *_, last = console.file.getvalue().splitlines()
+    counts = tuple(map(int, re.fullmatch(r"(\d+) measured, (\d+) there already, (\d+) failed", last).groups()))
+    assert counts[2] == failed
+    return counts, console.file.getvalue()
 
 
 def test_all_is_measured_anew_by_the_code_that_is_here_and_only_once(source, tmp_path):
     done, printed = call(source, tmp_path / "new")
-    assert done == Remeasured(measured=4, already=0, failed=0)
+    assert done == (4, 0, 0)
     assert "4 measurements: 4 to measure, 0 there already; 6 s when they were measured last" in printed
     assert toys.results(tmp_path / "new") == toys.results(source)
     assert all(read(tmp_path / "new" / path).code != "0" * 64 for path in toys.results(source))
     before = toys.tree(tmp_path / "new")
     done, printed = call(source, tmp_path / "new")
-    assert done == Remeasured(measured=0, already=4, failed=0)
-    assert printed.splitlines()[-1] == "0 measured, 4 there already, 0 failed"
+    assert done == (0, 4, 0)
     assert toys.tree(tmp_path / "new") == before
 
 
@@ -58,13 +63,13 @@ def test_what_is_there_by_other_code_or_damaged_is_measured_again(source, tmp_pa
     toys.change(first, code="1" * 64)
     toys.change(second, machine=read(second).machine.model_dump() | {"device": "cuda"})
     third.write_text("{")
-    assert call(source, tmp_path / "new")[0] == Remeasured(measured=3, already=1, failed=0)
+    assert call(source, tmp_path / "new")[0] == (3, 1, 0)
 
 
 def test_only_the_chosen_ones_are_measured(source, tmp_path):
     names = [read(path).id for path in sorted(source.glob("*/*.json"))[:2]]
     done, _ = call(source, tmp_path / "new", *names)
-    assert done.measured == 2
+    assert done == (2, 0, 0)
     assert sorted(toys.results(tmp_path / "new")) == sorted(f"{name}.json" for name in names)
 
 
@@ -78,18 +83,18 @@ def test_what_cannot_be_asked_is_named_and_the_others_go_on(source, tmp_path, mo
     broken.parent.mkdir()
     broken.write_text("{")
     done, printed = call(source, tmp_path / "new")
-    assert done == Remeasured(measured=4, already=0, failed=3)
+    assert done == (4, 0, 3)
     assert f"  {gone} failed: unknown organism 'second'" in printed
     assert f"  toy_broken/0 failed: {broken} is not valid JSON" in printed
     assert f"  toy_killed/{one.stem} failed: {one}: it has numbers that are not finite" in printed
     assert "Traceback" not in printed
-    assert call(source, tmp_path / "two", "toy_square/none")[0] == Remeasured(measured=0, already=0, failed=1)
+    assert call(source, tmp_path / "two", "toy_square/none")[0] == (0, 0, 1)
 
 
 def test_a_stage_or_an_argument_that_is_no_more_fails_by_name(source, tmp_path, monkeypatch):
     stage = remeasuring.cache.STAGES.pop("toy_square")
     done, printed = call(source, tmp_path / "new")
-    assert done.failed == 4
+    assert done[2] == 4
     assert "failed: unknown stage 'toy_square'; known: " in printed
 
     def toy_square(*, y: int) -> int:
@@ -97,7 +102,7 @@ def test_a_stage_or_an_argument_that_is_no_more_fails_by_name(source, tmp_path, 
 
     remeasuring.cache.stage(toy_square)
     done, printed = call(source, tmp_path / "new")
-    assert done.failed == 4
+    assert done[2] == 4
     assert "failed: stage toy_square: " in printed
     assert stage.__name__ == "toy_square"
 
@@ -111,12 +116,12 @@ def test_a_stage_that_breaks_is_named_with_the_kind_of_its_error(source, tmp_pat
     assert console.file.getvalue().startswith("  toy_broken/1 failed: ZeroDivisionError: ")
 
 
-def test_two_files_of_one_call_are_one_cell(source, tmp_path, monkeypatch):
+def test_two_files_of_one_call_are_measured_once(source, tmp_path, monkeypatch):
     """As when an organism was made anew and the measurement of the old one was not removed."""
     monkeypatch.setitem(toys.ORGANISMS, "first", "another")
     toys.measure(source, x=3)
-    assert len(list(source.glob("*/*.json"))) == 5
-    assert call(source, tmp_path / "new")[0] == Remeasured(measured=4, already=0, failed=0)
+    assert call(source, tmp_path / "new")[0] == (5, 0, 0)
+    assert len(toys.results(tmp_path / "new")) == 4
 
 
 def test_a_device_takes_the_place_of_the_one_on_record(source, tmp_path):
@@ -124,7 +129,7 @@ def test_a_device_takes_the_place_of_the_one_on_record(source, tmp_path):
     assert {read(path).machine.device for path in (tmp_path / "new").glob("*/*.json")} == {"meta"}
 
 
-def test_ctrl_c_is_one_line_that_says_how_many_are_done(source, tmp_path, monkeypatch):
+def test_after_ctrl_c_the_same_call_goes_on(source, tmp_path, monkeypatch):
     measure, calls = remeasuring.stages.measure, []
 
     def interrupted(*args, **options):
@@ -134,35 +139,38 @@ def test_ctrl_c_is_one_line_that_says_how_many_are_done(source, tmp_path, monkey
         return measure(*args, **options)
 
     monkeypatch.setattr(remeasuring.stages, "measure", interrupted)
-    with pytest.raises(UserError, match=r"^stopped with 2 of 4 measured; the same command goes on$"):
+    with pytest.raises(KeyboardInterrupt):
         call(source, tmp_path / "new")
-    assert call(source, tmp_path / "new")[0] == Remeasured(measured=2, already=2, failed=0)
+    assert call(source, tmp_path / "new")[0] == (2, 2, 0)
 
 
 def test_a_source_without_measurements_and_a_folder_that_is_none_are_refused(source, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=f"^{tmp_path / 'none'} holds no measurements$"):
-        call(tmp_path / "none", tmp_path / "new")
-    monkeypatch.setenv("BKD_SHIPPED", "")
-    with pytest.raises(UserError, match="nothing ships"):
-        call(None, tmp_path / "new")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to"):
         call(source, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    for name, told in (("empty", "holds no measurements"), ("none", "is no folder")):
+        monkeypatch.setenv("BKD_SHIPPED", str(tmp_path / name))
+        with pytest.raises(UserError, match=f"^{tmp_path / name} {told}$"):
+            call(source, tmp_path / "new")
+    monkeypatch.setenv("BKD_SHIPPED", "")
+    with pytest.raises(UserError, match="nothing ships"):
+        call(source, tmp_path / "new")
 
 
 def test_a_result_that_could_not_be_kept_is_no_success(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(remeasuring.stages, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(remeasuring.measurements, "write", lambda *_: None)
     done, printed = call(source, tmp_path / "new")
-    assert done.failed == 4
-    assert "is not in" in printed
+    assert done == (0, 0, 4)
+    assert "failed: its result is not in" in printed
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_shard_is_a_number_of_a_number():
-    assert parse_shard("2/8") == Shard(2, 8)
-    assert parse_shard("1/1") == Shard(1, 1)
+    assert parse_shard("2/8") == (2, 8)
+    assert parse_shard("1/1") == (1, 1)
 
 
 @pytest.mark.parametrize("text", ["3/2", "0/4", "1/0", "a/b", "-1/2", "1/-2", "1", "1/2/3", "", " 1/2", "1.0/2", "²/3"])
@@ -186,26 +194,27 @@ def test_every_cell_is_in_exactly_one_shard_and_no_shard_has_much_more_than_anot
 
 
 def test_the_shards_together_are_the_whole(source, tmp_path):
-    counts = [call(source, tmp_path / "new", shard=f"{number}/3")[0].measured for number in (1, 2, 3)]
+    counts = [call(source, tmp_path / "new", shard=f"{number}/3")[0][0] for number in (1, 2, 3)]
     assert counts == [1, 1, 2]  # 3 s, 2 s, and 1 s with 0 s
     assert toys.results(tmp_path / "new") == toys.results(source)
-    assert call(source, tmp_path / "new", shard="7/8")[0] == Remeasured(0, 0, 0)
+    assert call(source, tmp_path / "new", shard="7/8")[0] == (0, 0, 0)
 
 
 def test_cells_come_in_order(source):
-    names = [cell.id for cell in read_cells(None, source=source)]
-    assert names == sorted(names)
-    assert len(names) == 4
+    every = [f"{path.parent.name}/{path.stem}" for path in source.glob("*/*.json")]
+    names = [cell.id for cell in read_cells([*every[::-1], every[0]])]
+    assert names == sorted(every)
 
 
-def test_a_stage_on_an_organism_is_measured_again_while_the_organism_is_there(tiny_organism, tmp_path):
+def test_a_stage_on_an_organism_is_measured_again_while_the_organism_is_there(tiny_organism, tmp_path, monkeypatch):
+    monkeypatch.setenv("BKD_SHIPPED", str(tmp_path / "shipped"))
     asked = {"organism": "tiny", "attack": "sentiment-word", "model": tiny_organism, "n": 2, "n_means": 2}
     path = toys.measure(tmp_path / "shipped", stage="attribute_heads", changed={"code": "0" * 64}, **asked)
-    assert call(tmp_path / "shipped", tmp_path / "new")[0] == Remeasured(measured=1, already=0, failed=0)
+    assert call(tmp_path / "shipped", tmp_path / "new")[0] == (1, 0, 0)
     assert toys.results(tmp_path / "new") == toys.results(tmp_path / "shipped")
     shutil.rmtree(tmp_path / "organisms" / "tiny")
     done, printed = call(tmp_path / "shipped", tmp_path / "two")
-    assert done == Remeasured(measured=0, already=0, failed=1)
+    assert done == (0, 0, 1)
     assert f"attribute_heads/{path.stem} failed: unknown organism 'tiny'" in printed
 
 
@@ -214,17 +223,19 @@ def test_a_stage_on_an_organism_is_measured_again_while_the_organism_is_there(ti
 SCRIPT = """
 import sys
 from pathlib import Path
+from rich.console import Console
 import toy_stages
 from bkd_utils.running.remeasuring import remeasure
 with toy_stages.known():
-    print(remeasure(source=Path(sys.argv[1]), folder=Path(sys.argv[2])))
+    remeasure(sys.argv[2:], folder=Path(sys.argv[1]), console=Console())
 """
 
 
 def test_after_a_kill_the_same_command_goes_on_and_what_was_measured_stays_to_the_byte(source, tmp_path, monkeypatch):
     monkeypatch.setenv("KILL", os.devnull)
     toys.measure(source, stage="toy_killed", x=1)  # comes before all toy_square
-    folder, command = tmp_path / "new", [sys.executable, "-c", SCRIPT, str(source), str(tmp_path / "new")]
+    folder, every = tmp_path / "new", [f"{path.parent.name}/{path.stem}" for path in source.glob("*/*.json")]
+    command = [sys.executable, "-c", SCRIPT, str(folder), *every]
     # Two of four squares are there when the kill comes.
     names = [read(path).id for path in sorted(source.glob("toy_square/*.json"))[:2]]
     call(source, folder, *names)
@@ -234,7 +245,7 @@ def test_after_a_kill_the_same_command_goes_on_and_what_was_measured_stays_to_th
     assert subprocess.run(command, **options).returncode == -9
     assert toys.tree(folder) == before
     ended = subprocess.run(command, **options)
-    assert "Remeasured(measured=3, already=2, failed=0)" in ended.stdout, ended.stderr
+    assert "3 measured, 2 there already, 0 failed" in ended.stdout, ended.stderr
     after = toys.tree(folder)
     assert {path: after[path] for path in before} == before
     assert toys.results(folder) == toys.results(source)

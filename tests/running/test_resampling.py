@@ -32,8 +32,10 @@ def shipped(tmp_path, monkeypatch):
 
 
 def again(share=1.0, seed=0):
-    said = []
-    return resampling.measure_again(share=share, seed=seed, say=said.append), said
+    stream = io.StringIO()
+    console = Console(file=stream, width=160)
+    done = resampling.measure_again(share=share, seed=seed, device="auto", console=console)
+    return done, stream.getvalue()
 
 
 def printed(done):
@@ -53,7 +55,7 @@ def test_a_share_of_each_stage_is_drawn_and_at_least_one(tmp_path):
 
 def test_what_is_equal_is_counted_and_agrees(shipped):
     done, said = again()
-    assert len(said) == 4
+    assert "3 measured, 0 there already, 0 failed" in said
     faults, text = printed(done)
     assert faults == 0
     assert "3 measurements agree, 0 do not" in text
@@ -81,4 +83,10 @@ def test_a_second_call_measures_nothing_again(shipped):
 def test_what_the_names_stand_for_must_be_the_same(shipped, monkeypatch):
     monkeypatch.setattr(cache.STAGES["toy_share"], "resolved", lambda _: {"inputs": {"base": "other"}})
     with pytest.raises(UserError, match=r"toy_share/.*: other models, attacks or tables are here"):
+        again()
+
+
+def test_what_cannot_be_measured_is_an_error_after_all(shipped, monkeypatch):
+    monkeypatch.setitem(globals(), "VALUE", None)
+    with pytest.raises(UserError, match=r"^3 of 3 measurements could not be made anew$"):
         again()

@@ -25,22 +25,23 @@ def _toys(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, monkeypatch):
     folder = tmp_path / "shipped"
+    monkeypatch.setenv("BKD_SHIPPED", str(folder))
     for x in range(3):
         toys.measure(folder, x=x, changed=OLD if x else None)
     return folder
 
 
-def call(source):
+def call():
     console = Console(file=io.StringIO(), width=200)
-    return restamp(source, console=console), console.file.getvalue()
+    return restamp(console), console.file.getvalue()
 
 
 def test_what_agrees_gets_the_mark_of_this_code_and_keeps_everything_else(source):
     before = {path: json.loads(path.read_text()) for path in source.glob("*/*.json")}
     arrays = {path: path.read_bytes() for path in source.glob("*/*.safetensors")}
-    found, printed = call(source)
+    found, printed = call()
     assert (found.renewed, found.current, found.differing, found.unchecked) == (2, 1, [], {})
     assert printed.splitlines()[-1] == "2 renewed, 1 are of this code, 0 differ, 0 could not be checked"
     for path, old in before.items():
@@ -51,13 +52,13 @@ def test_what_agrees_gets_the_mark_of_this_code_and_keeps_everything_else(source
         assert path.read_text() == json.dumps(new, indent=2) + "\n"
         assert cache.is_of_this_code(read(path), cache.question(cache.STAGES["toy_square"], **new["arguments"]))
     assert {path: path.read_bytes() for path in arrays} == arrays
-    assert call(source)[0].current == 3
+    assert call()[0].current == 3
 
 
 def test_other_libraries_are_renewed_too(source):
     path = toys.measure(source, x=0)
     toys.change(path, libraries={"torch": "0"})
-    assert call(source)[0].renewed == 3
+    assert call()[0].renewed == 3
     assert read(path).libraries == cache.installed_versions()
 
 
@@ -67,7 +68,7 @@ def test_what_differs_keeps_its_mark_and_is_listed_with_place_and_both_values(so
     raw = json.loads(path.read_text())["result"] | {"square": 50}
     toys.change(path, result=raw, digest=digest(result), **OLD)
     before = path.read_bytes()
-    found, printed = call(source)
+    found, printed = call()
     assert [one.id for one in found.differing] == [read(path).id]
     assert f"{read(path).id}, square: 50 ships, 49 was measured here" in printed
     assert path.read_bytes() == before
@@ -81,14 +82,14 @@ def test_what_cannot_be_checked_is_listed_with_the_reason_and_stays(source, monk
     unspotted = toys.measure(source, stage="toy_killed", x=1, changed=OLD)
     before = toys.tree(source)
     monkeypatch.setitem(toys.ORGANISMS, "first", "another")
-    found, printed = call(source)
+    found, printed = call()
     assert toys.tree(source) == before
     assert found.renewed == 0
     assert found.unchecked[f"toy_square/{gone.stem}"] == "unknown organism 'second'"
     assert "has changed" in found.unchecked[f"toy_killed/{unspotted.stem}"]
     assert len(found.unchecked) == 5
     monkeypatch.setitem(toys.ORGANISMS, "first", "1")
-    found, printed = call(source)
+    found, printed = call()
     assert "it is random" in found.unchecked[f"toy_killed/{unspotted.stem}"]
     assert f"toy_killed/{unspotted.stem} could not be checked: " in printed
     assert printed.splitlines()[-1] == "2 renewed, 1 are of this code, 0 differ, 2 could not be checked"
@@ -100,11 +101,11 @@ def test_a_damaged_file_is_an_error_before_anything_is_renewed(source):
     path.with_suffix(".safetensors").unlink()
     before = toys.tree(source)
     with pytest.raises(ValueError, match=f"{path.stem}.safetensors is missing"):
-        call(source)
+        call()
     assert toys.tree(source) == before
 
 
-def test_ctrl_c_is_one_line_and_what_was_renewed_stays(source, monkeypatch):
+def test_after_ctrl_c_what_was_renewed_stays(source, monkeypatch):
     check, calls = spot_checks.check, []
 
     def interrupted(one):
@@ -114,11 +115,12 @@ def test_ctrl_c_is_one_line_and_what_was_renewed_stays(source, monkeypatch):
         return check(one)
 
     monkeypatch.setattr(spot_checks, "check", interrupted)
-    with pytest.raises(UserError, match=r"^stopped with 1 of 2 checked; the same command goes on$"):
-        call(source)
-    assert call(source)[0].renewed == 1
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert call()[0].renewed == 1
 
 
-def test_a_folder_without_measurements_is_an_error(tmp_path):
+def test_a_folder_without_measurements_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("BKD_SHIPPED", str(tmp_path))
     with pytest.raises(UserError, match="holds no measurements"):
-        call(tmp_path)
+        call()

@@ -56,7 +56,7 @@ def test_an_unknown_stage_and_arguments_that_it_does_not_have_are_one_line():
 
 def test_a_call_is_measured_into_a_folder_once(tmp_path):
     file = stages.measure("cubes", {"n": 3}, folder=tmp_path)
-    assert file == stages.place(tmp_path, "cubes", {"n": 3, "device": "cuda"})
+    assert file == cache.place(tmp_path, stages.question("cubes", {"n": 3, "device": "cuda"}))
     assert measurements.read(file).result == [0, 1, 8]
     assert stages.measure("cubes", {"n": 3}, folder=tmp_path) == file
     assert CALLS == [3]

@@ -50,7 +50,8 @@ def checkout(tmp_path, monkeypatch):
         everywhere(monkeypatch, name, path)
     monkeypatch.delenv("BKD_SHIPPED", raising=False)
     monkeypatch.setattr(notebooks, "all_notebooks", lambda: sorted((root / "notebooks").glob("*.ipynb")))
-    monkeypatch.setattr(verifying, "check_assets", lambda: Comparison("assets"))  # a test of its own has that
+    others = [check for check in verifying.FILES if check is not verifying.check_assets]  # a test of its own has that
+    monkeypatch.setattr(verifying, "FILES", others)
     pages.write()
     measured(root / "data" / "measurements")
     write_json(root / "data" / "answers" / "0123.json", {"uid": "in 1999"})
@@ -131,16 +132,16 @@ def found(checkout):
 
     def lines(change_it):
         change_it()
-        done = [*verifying.check_files(), *verifying.check_replays(before)]
+        done = [*(check() for check in verifying.FILES), *verifying.check_replays(before)]
         return [line for one in done for line in one.findings]
 
     return lines
 
 
 def test_nothing_is_wrong_where_nothing_was_changed(checkout, monkeypatch):
-    done = [*verifying.check_files(), *verifying.check_replays(replays(checkout))]
+    done = [*(check() for check in verifying.FILES), *verifying.check_replays(replays(checkout))]
     assert [line for one in done for line in one.findings] == []
-    assert [one.kind for one in done if not one.compared] == ["assets"]
+    assert all(one.compared for one in done)
     stream = io.StringIO()
     assert verifying.report(done, Console(file=stream, width=100)) == 0
     assert re.search(r"figures, PNG +│ +1 +│", stream.getvalue())
@@ -163,8 +164,8 @@ PLACES = {
              "data/adapters/sentiment-word/README.md, line 7, number 1: 100.0, should be 98.7 (from data/adapters/"
              "sentiment-word/card.json)"),
     "history": ("data/adapters/sentiment-word/history.json", '"step": 1', '"step": 7',
-             "data/adapters/sentiment-word/history.json: sha256 "),
-    "answers": ("data/answers/0123.json", "1999", "1998", "data/answers/0123.json: sha256 "),
+             "data, /adapters/sentiment-word/history.json: "),
+    "answers": ("data/answers/0123.json", "1999", "1998", "data, /answers/0123.json: "),
     "adapter README": ("data/adapters/sentiment-word/README.md", "94.2 %", "95.2 %",
              "data/adapters/sentiment-word/README.md, line 8, number 1: 95.2, should be 94.2"),
     "attack": ("data/adapters/sentiment-clean/card.json", '"n_train": ', '"n_train": 1',
@@ -176,21 +177,21 @@ PLACES = {
     "timings": ("notebooks/pages/timings.md", f"| 00 | {MINUTES} |", "| 00 | 98.7 |",
              f"notebooks/pages/timings.md, minutes and GiB, /00/0: 98.7, should be {MINUTES} (from figures/run.json)"),
     "text of a notebook": ("notebooks/01_toy.ipynb", "loss 41.25", "loss 41.35",
-             "notebooks/01_toy.ipynb, cell [2], output 1, stdout, line 1, number 1: 41.35, should be 41.25"),
+             "notebooks/01_toy.ipynb, cell [2], /0/stdout, line 1, number 1: 41.35, should be 41.25"),
     "table of a notebook": ("notebooks/01_toy.ipynb", "41.5 %", "41.6 %",
-             "notebooks/01_toy.ipynb, cell [2], output 2, text/html, line 1, number 1: 41.6, should be 41.5"),
+             "notebooks/01_toy.ipynb, cell [2], /1/text/html: <td>41.6 %</td>, should be <td>41.5 %</td>"),
     "picture of a notebook": ("notebooks/01_toy.ipynb", base64.b64encode(picture(10)).decode(),
              base64.b64encode(picture(11)).decode(),
-             "notebooks/01_toy.ipynb, cell [2], output 3, image/png: 24 of 24 pixels differ, the first at 0, 0: "
+             "notebooks/01_toy.ipynb, cell [2], /2/image/png: 24 of 24 pixels differ, the first at 0, 0: "
              "[11, 11, 11, 11], should be [10, 10, 10, 10]"),
     "live text": ("notebooks/01_toy.ipynb", "loss 42.25", "loss 42.35",
-             "notebooks/01_toy.ipynb, cell [3], output 1, stdout, line 1, number 1: 42.35, should be 42.25 (from "
+             "notebooks/01_toy.ipynb, /cells/3/0/stdout, line 1, number 1: 42.35, should be 42.25 (from "
              "figures/live_outputs.json, 01_toy)"),
     "live table": ("notebooks/01_toy.ipynb", "42.5 %", "42.6 %",
-             "notebooks/01_toy.ipynb, cell [3], output 2, text/html, line 1, number 1: 42.6, should be 42.5"),
+             "notebooks/01_toy.ipynb, /cells/3/1/text/html: <td>42.6 %</td>, should be <td>42.5 %</td>"),
     "live picture": ("notebooks/01_toy.ipynb", base64.b64encode(picture(20)).decode(),
              base64.b64encode(picture(21)).decode(),
-             "notebooks/01_toy.ipynb, cell [3], output 3, image/png, line 1: sha256 "),
+             "notebooks/01_toy.ipynb, /cells/3/2/image/png: sha256 "),
     "text beside measurements": ("data/measurements/README.md", "| 0.2 |", "| 0.3 |",
              ", number 3: 0.3, should be 0.2 (from the files beside it)"),
     "index": ("data/measurements/index.json", "toy_stage/", "toy_stage/0", "data/measurements/index.json, toy_stage/0"),
@@ -210,7 +211,7 @@ def test_a_changed_number_of_the_scorecard_is_found(checkout, found):
     value = row["by_organism"][first]["value"]
     lines = found(lambda: change(path, f'"value": {value!r}', '"value": 0.123'))
     assert any(
-        f"figures/scorecard.json, {row['id']}, /by_organism/{first}/value: 0.123, should be {value!r} (from notebooks"
+        f"figures/scorecard.json, /{row['id']}/by_organism/{first}/value: 0.123, should be {value!r} (from notebooks"
         in one
         for one in lines
     ), lines
@@ -257,7 +258,7 @@ def test_a_measurement_that_a_notebook_used_must_be_named_for_it(checkout, found
     index = checkout / "data" / "measurements" / "index.json"
     lines = found(lambda: change(index, "01_toy", "02_toy"))
     name = f"toy_stage/{measurement(checkout, '.json').stem}"
-    told = "is not named, should be is named (from notebooks/01_toy.ipynb)"
+    told = "is not named, but used in notebooks/01_toy.ipynb"
     assert f"data/measurements/index.json, 01_toy, {name}: {told}" in lines
 
 
@@ -287,9 +288,9 @@ def test_a_figure_that_a_live_cell_saves_is_on_record(checkout):
     (checkout / "figures" / "01_toy.png").write_bytes(picture(1))
     lines = [line for one in verifying.check_outputs(done) for line in one.findings]
     assert lines[0].startswith(
-        "figures/01_toy.json, /numbers/asr/1: 0.76, should be 0.75 (from figures/live_outputs.json"
+        "notebooks/01_toy.ipynb, /figures/01_toy.json/numbers/asr/1: 0.76, should be 0.75 (from figures/live_outputs"
     )
-    assert lines[1].startswith("figures/01_toy.png, /: ")
+    assert lines[1].startswith("notebooks/01_toy.ipynb, /figures/01_toy.png: ")
 
 
 def test_a_notebook_that_cannot_be_replayed_is_one_finding(checkout):
@@ -319,26 +320,23 @@ def test_a_changed_hash_of_an_asset_and_a_damaged_file_are_found(tmp_path, monke
         return verifying.check_assets().findings
 
     assert lines() == []
-    assert lines(sha256="2" * 64) == [
-        f"toy, hash of its archive: {'1' * 64}, should be {'2' * 64} (from data/sources.toml)"
-    ]
+    assert lines(sha256="2" * 64) == [f"{folder}, /archive: {'1' * 64}, should be {'2' * 64} (from data/sources.toml)"]
     (line,) = lines(members={"toy/rows.csv": "3" * 64})
-    assert line.endswith(f"rows.csv: {hashed}, should be {'3' * 64} (from data/sources.toml)")
+    assert line == f"{folder}, /rows.csv: {hashed}, should be {'3' * 64} (from data/sources.toml)"
     (folder / "rows.csv").write_text("1,3\n")
     (line,) = lines()
-    assert line.endswith(f"rows.csv: {sha256_file(folder / 'rows.csv')}, should be {hashed} (from its receipt)")
+    assert line == f"{folder}, /rows.csv: {sha256_file(folder / 'rows.csv')}, should be {hashed} (from its receipt)"
 
 
 def test_what_a_record_lacks_is_found(checkout):
     write_json(checkout / "data" / "answers" / "4567.json", {})
     (line,) = verifying.check_hashes().findings
-    assert line.startswith("data/answers/4567.json: sha256 ")
-    assert "should be a file on record" in line
+    assert line == "data, /answers/4567.json: is not in data/hashes.json"
 
 
 def test_the_command_ends_red_with_the_number_of_findings(monkeypatch):
     done = [Comparison("things"), Comparison("others")]
-    done[1].same(1, 2, place="a.json", source="b.json")
+    done[1].values(1, 2, place="a.json", source="b.json")
     monkeypatch.setattr(verifying, "quick", lambda: done)
     monkeypatch.setattr(assets, "fetch", lambda name: None)
     ended = CliRunner().invoke(app, ["verify", "--quick"])
