@@ -67,11 +67,11 @@ class Grid:
 
     def workers(self) -> dict[str, psutil.Process]:
         """The processes that make measurements now, by their cells."""
-        found = {}
+        found, started = {}, set(self.starts())
         for process in psutil.process_iter(["cmdline", "environ"]):
             line, environment = process.info["cmdline"] or [], process.info["environ"] or {}
             mine = environment.get("BKD_WORK") == str(self.work) and line[1:4] == ["-m", "bkd_utils", "cell"]
-            if mine and line[-1] in self.starts() and not line[-1].endswith("organism.json"):
+            if mine and line[-1] in started and not line[-1].endswith("organism.json"):
                 found[line[-1]] = process
         return found
 
@@ -87,7 +87,7 @@ class Grid:
                     if target not in besides and not self.is_done(target):
                         return target, process
                     process.resume()
-            time.sleep(0.1)
+            time.sleep(0.3)
         raise SystemExit("FAILED: no measurement was started in time")
 
     def interrupted(self) -> set[str]:
@@ -105,7 +105,7 @@ class Grid:
         hit.add(target)
         while not any(self.is_done(one) for one in self.starts() if not one.endswith("organism.json")):
             assert driver.poll() is None, "the grid came to its end without a measurement"
-            time.sleep(0.1)
+            time.sleep(0.3)
         _, process = self.next_worker(driver, besides=hit)
         done = {one for one in self.starts() if self.is_done(one)}
         driver.kill()
@@ -153,8 +153,6 @@ def killed_and_run_again(grid: Grid) -> None:
 
 
 def main() -> None:
-    from tiny import save_tiny
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="keep everything in this new folder")
     parser.add_argument("--only", choices=("slurm", "local"))
@@ -162,18 +160,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Slurm is stopped all the same
     if given.only != "local" and subprocess.call([HERE / "slurm.sh", "check"]):
         raise SystemExit(3)
-    kept = given.folder or Path(tempfile.mkdtemp(prefix="bkd-grid-"))
+    kept, results, began = given.folder or Path(tempfile.mkdtemp(prefix="bkd-grid-")), {}, time.monotonic()
     kept = kept.resolve()
-    model, profile = save_tiny(kept / "tiny", "llama"), kept / "profile"
-    profile.mkdir()
+    profile = kept / "profile"
+    profile.mkdir(parents=True)
     (profile / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in FAST.items()))
     os.environ["SNAKEMAKE_PROFILE"] = str(profile)
-    results, began, one = {}, time.monotonic(), Grid(kept / "sequential", model)
-    one.command = [sys.executable, "-c", SEQUENTIAL, str(model)]
-    sequential = one.start()
     try:
         if given.only != "local":
-            subprocess.run([HERE / "slurm.sh", "start", kept / "slurm"], check=True)
+            starting = subprocess.Popen([HERE / "slurm.sh", "start", kept / "slurm"])
+        from tiny import save_tiny  # seconds of imports, while Slurm starts
+
+        model = save_tiny(kept / "tiny", "llama")
+        one = Grid(kept / "sequential", model)
+        one.command = [sys.executable, "-c", SEQUENTIAL, str(model)]
+        sequential = one.start()
+        assert given.only == "local" or starting.wait() == 0, "Slurm did not start"
         for name in ("slurm", "local"):
             if given.only in (None, name):
                 results[name] = Grid(kept / f"on_{name}", model, executor=name)
