@@ -156,10 +156,8 @@ def _organism(profile: Profile, model: str, attack: str, seed: int) -> Cell:
     asked = {"attack": attack, "model": model, "recipe": profile.recipe, "seed": seed, "n": profile.organism.n}
     # A local folder may change, or be called like another one; an address of a hub says it all.
     label = short_name(model) if Path(model).expanduser().is_dir() else model.replace("/", "--")
-    target, card = (
-        f"{label}/{attack}-seed{seed}/organism.json",
-        ADAPTERS / shipped_name(attack, seed=seed) / "card.json",
-    )
+    target = f"{label}/{attack}-seed{seed}/organism.json"
+    card = ADAPTERS / shipped_name(attack, seed=seed) / "card.json"
     # As `making.obtain` has it: shipped organisms of other seeds than 0 have a shorter recipe.
     ships = model == DEFAULT_MODEL and card.is_file()
     if ships and (seed == 0 or read_card(card.parent, "recipe")["recipe"]["name"] == profile.recipe):
@@ -185,9 +183,8 @@ def is_there(cell: Cell, folder: Path) -> bool:
     """Does the folder of a grid hold this cell, of these sizes, and what it names?"""
     try:
         kept = read_json(folder / cell.target)
-        named = (
-            folder / "measurements" / f"{kept['measurement']}.json" if cell.needs else adapter_folder(kept["organism"])
-        )
+        measured = folder / "measurements" / f"{kept['measurement']}.json" if cell.needs else None
+        named = measured or adapter_folder(kept["organism"])
         return kept["asked"] == cell.asked and named.exists()
     except (OSError, ValueError, KeyError, TypeError, ModelError):
         return False

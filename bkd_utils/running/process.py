@@ -5,19 +5,16 @@ A run succeeds if its last cell ran in the right interpreter. The report of pape
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -25,10 +22,8 @@ import psutil
 
 from bkd_utils.common.files import ROOT, atomic_path
 from bkd_utils.running import notebooks
+from bkd_utils.running.ending import END_WITH_PARENT
 from bkd_utils.running.notebooks import NotebookError
-
-# In the child process: Linux ends papermill, and with it the kernel, when the runner is killed (1: PR_SET_PDEATHSIG).
-END_WITH_PARENT = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)

@@ -15,24 +15,13 @@ import psutil
 from rich.console import Console
 
 from bkd_utils.common.cache import kept_folder
-from bkd_utils.common.files import (
-    ASSETS,
-    CHECKOUT,
-    ROOT,
-    WORK,
-    UserError,
-    atomic_path,
-    check_writable,
-    read_json,
-    sha256_text,
-    write_json,
-)
-from bkd_utils.common.measurements import paths
+from bkd_utils.common.files import ASSETS, CHECKOUT, ROOT, WORK, UserError, check_writable, read_json, write_json
+from bkd_utils.common.measurements import digest, paths
 from bkd_utils.organisms.making import obtain
 from bkd_utils.running import stages
+from bkd_utils.running.ending import END_WITH_PARENT
 from bkd_utils.running.grid import Cell, Profile, is_there
 from bkd_utils.running.merging import merge
-from bkd_utils.running.process import END_WITH_PARENT
 
 # One rule for all cells. What exists is done, however old it is.
 SNAKEFILE = """import json
@@ -53,7 +42,7 @@ rule cell:
     log: "logs/{model}/{organism}/{stage}.log"
     threads: PLAN["threads"]
     resources: **PLAN["resources"]
-    shell: "exec {PLAN[command]} {output:q} > {log:q} 2>&1"
+    shell: "BKD_PARENT=$PPID exec {PLAN[command]} {output:q} > {log:q} 2>&1"
 """
 OPTIONS = ["--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock", "--latency-wait", "60"]
 OPTIONS += ["--scheduler", "greedy", "--quiet", "host", "rules", "reason"]
@@ -63,6 +52,8 @@ def make_cell(folder: Path, target: str) -> None:
     """Make one cell of the plan in a grid's folder: an organism, or a measurement. It ends with its parent process."""
     if END_WITH_PARENT:
         END_WITH_PARENT()
+        if os.environ.get("BKD_PARENT") not in (None, str(os.getppid())):  # which was killed while this one started
+            raise SystemExit(1)
     plan = read_json(folder / "plan.json")
     if target not in plan["cells"]:
         raise UserError(f"{folder / 'plan.json'} has no cell {target!r}")
@@ -96,9 +87,9 @@ def make(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another run works in {folder}; wait until it ends, or end it") from error
-        marker = f"bkd-{sha256_text(str(folder))[:12]}"
+        marker = f"bkd-{digest(str(folder))[:12]}"
         if executor == "slurm":
-            _cancel_jobs(marker)
+            _cancel_jobs(marker)  # which a killed run has left, so that no cell is made twice at once
             options += ["--slurm-jobname-prefix", marker]
         there = [cell for cell in cells if is_there(cell, folder)]
         for target in {cell.target for cell in cells} - {cell.target for cell in there}:
@@ -107,16 +98,17 @@ def make(
         # A cell is whole or not there at all, so that one which was just finished when a run was killed is done.
         shutil.rmtree(folder / ".snakemake" / "incomplete", ignore_errors=True)
         _write_plan(folder, profile, cells, executor=executor, device=device)
-        _supervise([sys.executable, "-m", "snakemake", *options], folder)
+        try:
+            _supervise([sys.executable, "-m", "snakemake", *options], folder)
+        finally:
+            if executor == "slurm":
+                _cancel_jobs(marker)  # that Snakemake does not know of any more, after Ctrl-C or an error of its own
         failed = [cell.target for cell in cells if not is_there(cell, folder)]
         made = len(cells) - len(there) - len(failed)
         console.print(f"{len(cells)} cells: {made} made, {len(there)} there already, {len(failed)} failed")
         for target in failed:
-            why = (
-                f"see {_log(folder, target)}"
-                if _log(folder, target).is_file()
-                else "was not started, or not to its end"
-            )
+            log = _log(folder, target)
+            why = f"see {log}" if log.is_file() else "was not started, or not to its end"
             console.print(f"  {target}: {why}", markup=False, style="red", soft_wrap=True)
         if paths(folder / "measurements"):
             merge([folder / "measurements"], into=kept_folder())
@@ -142,6 +134,8 @@ def _options(profile: Profile, executor: str, cores: int | None) -> list[str]:
         raise UserError("there is no Slurm here: sbatch is not on the PATH")
     jobs = 100 if cores is None else max(1, cores // profile.threads)
     chosen = [*OPTIONS, "--executor", "slurm", "--jobs", str(jobs)]
+    # A job whose status could not be asked for is waited for for ever: five attempts take less than a second.
+    chosen += ["--slurm-status-attempts", "1000"]
     # Without accounting, sacct answers nothing, and Snakemake would wait for ever.
     return chosen if _has_accounting() else [*chosen, "--slurm-status-command", "squeue"]
 
@@ -167,12 +161,12 @@ def _write_plan(folder: Path, profile: Profile, cells: list[Cell], *, executor: 
         "cells": {cell.target: {"asked": cell.asked, "needs": cell.needs} for cell in cells},
     }
     write_json(folder / "plan.json", plan)
-    with atomic_path(folder / "Snakefile") as temporary:
-        temporary.write_text(SNAKEFILE, encoding="utf-8")
+    (folder / "Snakefile").write_text(SNAKEFILE, encoding="utf-8")
 
 
 def _supervise(command: list[str], folder: Path) -> None:
     """Run Snakemake to its end. Ctrl-C and SIGTERM reach it as Ctrl-C, so that it ends its own jobs first."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background process ignores it
     process = subprocess.Popen(command, cwd=folder, start_new_session=True, preexec_fn=END_WITH_PARENT)
     try:
         process.wait()
@@ -186,10 +180,12 @@ def _supervise(command: list[str], folder: Path) -> None:
 
 
 def _cancel_jobs(marker: str) -> None:
-    """Cancel the jobs that a killed run has left on the cluster, so that no cell is made twice, and see them go."""
+    """Cancel the jobs of a grid that are left on the cluster, and see them go. Raises UserError if Slurm is silent."""
     while True:
-        listed = subprocess.run(["squeue", "--noheader", "--format=%i %j"], capture_output=True, text=True).stdout
-        left = [line.split()[0] for line in listed.splitlines() if f" {marker}" in line]
+        listed = subprocess.run(["squeue", "--noheader", "--format=%i %j"], capture_output=True, text=True)
+        if listed.returncode:
+            raise UserError(f"squeue does not answer: {listed.stderr.strip()}")
+        left = [line.split()[0] for line in listed.stdout.splitlines() if f" {marker}" in line]
         if not left:
             return
         subprocess.run(["scancel", *left], capture_output=True)

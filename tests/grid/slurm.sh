@@ -42,7 +42,7 @@ start)
     # A key and a socket of its own, so that a munge of the system is not touched.
     (umask 077 && head -c 1024 /dev/urandom >"$state/munge/key")
     memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 * 9 / 10))
-    sed -e "s|@HOST@|$(hostname)|g; s|@STATE@|$state|g; s|@CPUS@|$(getconf _NPROCESSORS_ONLN)|g; s|@MEMORY@|$memory|g" \
+    sed -e "s|@HOST@|$(hostname)|g; s|@STATE@|$state|g; s|@CPUS@|$(($(getconf _NPROCESSORS_ONLN) * 2))|g; s|@MEMORY@|$memory|g" \
         "$here/slurm.conf.template" >"$state/slurm.conf"
     mkdir -p "${conf%/*}"
     ln -sfn "$state/slurm.conf" $conf
@@ -61,6 +61,8 @@ start)
     ;;
 stop)
     state=$(realpath "$2")
+    # A job that outlives its slurmd would ask for it for ever.
+    timeout 20 bash -c 'scancel --user=root && while [[ -n $(squeue --noheader) ]]; do sleep 0.5; done' || true
     for pid in "$state/slurmd.pid" "$state/slurmctld.pid" "$state/munge/munged.pid"; do ended "$pid"; done
     [[ $(readlink $conf) != "$state/slurm.conf" ]] || rm -f $conf
     ;;

@@ -1,6 +1,7 @@
 """The cells of a grid: what a profile expands to, what it costs, what counts as done, and what is refused."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -294,6 +295,19 @@ def test_every_start_is_logged_and_an_unknown_cell_is_told(made, tmp_path):
     assert [line.split()[1] for line in starts] == ["one/sentiment-word-seed1/organism.json"] * 2
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_cell_whose_parent_was_killed_while_it_started_is_not_made(made, monkeypatch, tmp_path, alive):
+    make, asked = made
+    monkeypatch.setattr(workflow, "END_WITH_PARENT", lambda: None)
+    monkeypatch.setenv("BKD_PARENT", str(os.getppid() if alive else os.getppid() + 1))
+    if alive:
+        make("one/sentiment-word-seed1/organism.json")
+    else:
+        with pytest.raises(SystemExit):
+            make("one/sentiment-word-seed1/organism.json")
+    assert bool(asked) is (tmp_path / "starts.log").is_file() is alive
+
+
 def run(profile, cells, **options):
     how = {"executor": "local", "cores": 1, "device": "cpu", "console": Console(width=200)} | options
     return workflow.make("small", profile, cells, **how)
@@ -388,3 +402,53 @@ def test_without_accounting_snakemake_asks_squeue(written, monkeypatch, accounti
     options = workflow._options(written(), "slurm", 4)
     assert ("squeue" in options) is not accounting
     assert options[options.index("--jobs") + 1] == "4"
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Slurm whose jobs, by their numbers, go when they are cancelled; or that does not answer."""
+    state = SimpleNamespace(jobs={}, cancelled=[], code=0)
+
+    def call(command, **_):
+        if command[0] == "scancel":
+            state.cancelled += command[1:]
+            state.jobs = {number: name for number, name in state.jobs.items() if number not in command[1:]}
+        listed = "".join(f"{number} {name}\n" for number, name in state.jobs.items())
+        return SimpleNamespace(returncode=state.code, stdout=listed, stderr="no contact\n")
+
+    monkeypatch.setattr(workflow.subprocess, "run", call)
+    monkeypatch.setattr(workflow.shutil, "which", lambda name: name)
+    monkeypatch.setattr(workflow.time, "sleep", lambda seconds: None)
+    return state
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_jobs_of_the_grid_are_cancelled_before_and_after_and_no_others(
+    written, supervised, cluster, kept, error, tmp_path
+):
+    marker = f"bkd-{workflow.digest(str(tmp_path / 'grid' / 'small'))[:12]}"
+    cluster.jobs = {"7": f"{marker}_before", "8": "other"}
+
+    def works(folder):
+        assert cluster.cancelled == ["7"]
+        cluster.jobs["9"] = f"{marker}_lost"
+        if error:
+            raise error
+
+    supervised.works = works
+    if error:
+        with pytest.raises(error):
+            run(written(), [kept[0]], executor="slurm")
+    else:
+        run(written(), [kept[0]], executor="slurm")
+    assert cluster.cancelled == ["7", "9"]
+    assert cluster.jobs == {"8": "other"}
+    (command,) = supervised.commands
+    assert command[command.index("--slurm-jobname-prefix") + 1] == marker
+
+
+def test_nothing_is_started_while_slurm_does_not_answer(written, supervised, cluster):
+    cluster.code = 1
+    with pytest.raises(UserError, match=r"squeue does not answer: no contact$"):
+        run(written(), [], executor="slurm")
+    assert supervised.commands == []
