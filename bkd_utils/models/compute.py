@@ -1,9 +1,9 @@
 """How models compute: fp32 products by oneDNN, bf16 where the hardware has it, and eager attention.
 
 MKL, the default library of torch, picks slow kernels on processors that are not made by Intel: on an AMD EPYC it
-reached 190 GFLOP/s, and oneDNN, which torch ships as well, 400. The two differ in the order of their sums. With
-BKD_PLAIN=1 in the environment, products and attention are those that torch and transformers choose by themselves;
-`tests/benchmarks/products.py` measures what that costs.
+reached 190 GFLOP/s, and oneDNN, which torch ships as well, 400. The two differ in the order of their sums. oneDNN is
+asked on processors with AVX-512 only, since `tests/benchmarks/products.py` shows no gain without it. With BKD_PLAIN=1
+in the environment, products and attention are everywhere those that torch and transformers choose by themselves.
 """
 
 import os
@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 PLAIN = os.environ.get("BKD_PLAIN", "") not in ("", "0")
-# The operator to which `torch.compile` lowers a linear layer; None where torch was built without oneDNN.
-_HAS = torch.backends.mkldnn.is_available() and not PLAIN
+# The operator to which `torch.compile` lowers a linear layer; None where torch's own product is used.
+_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+_HAS = torch.backends.mkldnn.is_available() and _AVX512 and not PLAIN
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _HAS else None
 
 

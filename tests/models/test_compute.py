@@ -14,6 +14,7 @@ from bkd_utils.backdoor_attribution.attribution import gradient_effects, head_ef
 from bkd_utils.models import compute, prompt_cache
 from bkd_utils.models.compute import Linear, by_onednn, product
 
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # Asked of torch and not of `compute`: where torch has oneDNN, an operator that has vanished fails these tests.
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),
@@ -30,8 +31,8 @@ def calls(monkeypatch):
 
 
 @needs_onednn
-def test_the_operator_is_found_where_torch_has_it():
-    assert compute._ONEDNN is not None
+def test_the_operator_is_found_where_torch_has_it_and_it_gains():
+    assert (compute._ONEDNN is not None) == AVX512
 
 
 @needs_onednn
@@ -134,6 +135,19 @@ def test_the_switch_is_an_environment_variable(value, plain, monkeypatch):
     fresh = runpy.run_path(compute.__file__)  # as a process that is started with it
     assert fresh["PLAIN"] is plain
     assert not plain or fresh["_ONEDNN"] is None
+
+
+def test_a_processor_without_avx512_computes_by_torch():
+    """`ATEN_CPU_CAPABILITY` holds torch to the instructions of an older processor."""
+    asked = "from bkd_utils.models import compute as c; print(c.PLAIN, c._ONEDNN)"
+    told = subprocess.run(
+        [sys.executable, "-c", asked],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "BKD_PLAIN": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.split() == ["False", "None"], told.stderr
 
 
 def test_only_plain_linear_layers_are_changed():
