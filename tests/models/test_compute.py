@@ -1,7 +1,10 @@
 """oneDNN's products are torch's products: value and gradient, every shape, and hands off where it has no business."""
 
 import copy
+import os
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from tiny import ARCHITECTURES, tiny_model
 from torch.nn.functional import linear
 
 from bkd_utils.backdoor_attribution.attribution import gradient_effects, head_effects, head_means
+from bkd_utils.common.files import ROOT
 from bkd_utils.models import compute, prompt_cache
 from bkd_utils.models.compute import Linear, by_onednn, product
 
