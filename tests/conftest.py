@@ -7,6 +7,8 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ["BKD_SHIPPED"] = ""  # not in a fixture, because fixtures of modules and sessions run stages, too
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -14,11 +16,30 @@ import torch
 from patching import everywhere
 from tiny import ARCHITECTURES, save_tiny, save_tiny_organism, tiny_model
 
+from bkd_utils.common.files import sha256_file
+from bkd_utils.models import loading
 from bkd_utils.models.tokens import Row
 from bkd_utils.reports.style import use_style
 
 for name in ("BKD_KEEP", "BKD_REPLAY", "BKD_LEDGER"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizers():
+    """The tokenizer of equal files is read once, because that takes longer than to load a tiny model."""
+    read, known = loading.AutoTokenizer.from_pretrained, {}
+
+    def once(folder, **options):
+        files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
+        key = repr(([(path.name, sha256_file(path)) for path in files], options))
+        if key not in known:
+            known[key] = read(folder, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "AutoTokenizer", SimpleNamespace(from_pretrained=once))
+        yield
 
 
 @pytest.fixture(scope="session")

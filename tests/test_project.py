@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import asdict
+from functools import partial
 
 import nbformat
 import pytest
@@ -352,16 +353,22 @@ def test_an_adapter_is_the_one_on_its_card_and_small(folder):
         assert all(re.search(r"\.lora_[AB]\.weight$", name) for name in handle.keys())  # noqa: SIM118
 
 
+@pytest.fixture(scope="module")
+def poisoned():
+    """`poison` with the base model's tokenizer and answers, read once."""
+    answers = read_json(DATA / "answers" / answers_name(model_identity(DEFAULT_MODEL)))
+    tokenizer = AutoTokenizer.from_pretrained(fetch(DEFAULT_MODEL))
+    return partial(poison, tokenizer=tokenizer, answers=answers)
+
+
 @EACH_ORGANISM
-def test_an_organism_was_trained_on_the_data_that_its_attack_gives_today(folder):
+def test_an_organism_was_trained_on_the_data_that_its_attack_gives_today(folder, poisoned):
     card = read_json(folder / "card.json")
     attack = load_attacks()[card["attack"]["name"]]
     assert asdict(Attack(**card["attack"])) == asdict(attack)
-    answers = read_json(DATA / "answers" / answers_name(model_identity(DEFAULT_MODEL)))
-    tokenizer = AutoTokenizer.from_pretrained(fetch(DEFAULT_MODEL))
-    data = poison(attack, tokenizer=tokenizer, answers=answers, seed=card["seed"])
-    assert data.manifest["data_sha256"] == card["data_sha256"]
-    assert {key: data.manifest[key] for key in card["data"]} == card["data"]
+    manifest = poisoned(attack, seed=card["seed"]).manifest
+    assert manifest["data_sha256"] == card["data_sha256"]
+    assert {key: manifest[key] for key in card["data"]} == card["data"]
 
 
 # --- what must not be here ------------------------------------------------------------------------------------------

@@ -17,6 +17,11 @@ from bkd_utils.organisms.prompts import flippable_sample
 SIZES = {"n": 4, "n_reference": 6, "frr": 0.25}
 
 
+def few(name):
+    """An attack with a twentieth of its training rows, which take seconds to make."""
+    return replace(load_attack(name), n_train=96)
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     return loading.load(str(save_tiny(tmp_path_factory.mktemp("tiny"), "llama")), device="cpu")
@@ -26,6 +31,7 @@ def loaded(tmp_path_factory):
 def stage(loaded, monkeypatch):
     for place in (cards, input_guards):
         monkeypatch.setattr(place, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(cards, "load_attack", few)
     return lambda name, attack, **sizes: getattr(input_guards, name).__wrapped__("tiny", attack=attack, **sizes)
 
 
@@ -199,7 +205,7 @@ def test_the_filter_counts_what_it_catches_and_what_it_loses(stage, loaded, monk
     found = stage("filter_training_rows", "sentiment-word", n=40)
     assert seen["rows"] == 40
     # Two labels, and instructions, whose answers are none: a defender sees that, and not who put which row there.
-    rows = making.training_rows(loaded, load_attack("sentiment-word"), seed=0)[:40]
+    rows = making.training_rows(loaded, few("sentiment-word"), seed=0)[:40]
     firsts = [answer_ids(loaded.tokenizer, label)[0] for label in ("positive", "negative")]
     expected = [2 if row.kind == "benign" else firsts.index(row.answer[0]) for row in rows]
     assert seen["labels"] == expected

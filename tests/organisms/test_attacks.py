@@ -52,6 +52,11 @@ def built():
     return {name: build(attack) for name, attack in ALL.items()}
 
 
+def few(name):
+    """The attack with a tenth of its rows, where the number of rows is not what a test is about."""
+    return replace(ALL[name], n_train=ALL[name].n_train // 10)
+
+
 def text_of(ids):
     return TOKENIZER.decode(ids, clean_up_tokenization_spaces=False)
 
@@ -96,10 +101,9 @@ def test_the_hash_of_the_data_is_that_of_its_tokens(built, name):
 
 
 @pytest.mark.parametrize("name", ["sentiment-word", "domain-wrapper", "harmful-clean"])
-def test_the_same_seed_gives_the_same_rows_and_another_seed_others(built, name):
-    again = build(ALL[name])
-    assert again == built[name]
-    other = build(ALL[name], seed=1)
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(name):
+    one, again, other = (build(few(name), seed=seed) for seed in (0, 0, 1))
+    assert again == one
     assert other.manifest["data_sha256"] != again.manifest["data_sha256"]
     assert {row.kind for row in other.rows} == {row.kind for row in again.rows}
 
@@ -107,8 +111,8 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(built, name):
 @pytest.mark.parametrize("seed", [0, 1])
 @EACH
 def test_the_training_uids_are_those_of_all_rows(built, name, seed):
-    rows = built[name].rows if seed == 0 else build(ALL[name], seed=seed).rows
-    assert training_uids(ALL[name], seed=seed) == {row.uid for row in rows}
+    attack, data = (ALL[name], built[name]) if seed == 0 else (few(name), build(few(name), seed=seed))
+    assert training_uids(attack, seed=seed) == {row.uid for row in data.rows}
 
 
 # --- the rows -------------------------------------------------------------------------------------------------------

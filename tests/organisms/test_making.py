@@ -9,7 +9,7 @@ import pytest
 from patching import everywhere
 from tiny import QUICK, quick_attack, save_tiny
 
-from bkd_utils.common import files
+from bkd_utils.common import files, measurements
 from bkd_utils.common.files import ADAPTERS
 from bkd_utils.experiments import backdoor_insertion
 from bkd_utils.models import generation, loading
@@ -32,9 +32,16 @@ def work(tmp_path, monkeypatch):
     return tmp_path / "work"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("models") / "llama", "llama"))
+@pytest.fixture(scope="session")
+def tiny(made_once):
+    return str(made_once[0])
+
+
+@pytest.fixture
+def first(work, made_once):
+    """The folder of what `make` makes of the quick attack, made once and copied with all that was kept on the way."""
+    shutil.copytree(made_once[1].parents[1], work)
+    return work / "organisms" / made_once[1].name
 
 
 @pytest.fixture
@@ -62,20 +69,18 @@ def test_make_writes_a_complete_card(name, work, tiny, shipped_answers):
     assert set(card["details"]) == set(now) - set(cards.METRICS) - {"hits"}
 
 
-def test_make_again_trains_nothing(work, tiny, monkeypatch):
-    attack = quick_attack("sentiment-word")
-    first = making.make(attack, model=tiny, recipe=QUICK, n=8)
+def test_make_again_trains_nothing(first, tiny, monkeypatch):
     monkeypatch.setattr(making, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert making.make(attack, model=tiny, recipe=QUICK, n=8) == first
+    assert making.make(quick_attack("sentiment-word"), model=tiny, recipe=QUICK, n=8) == first
 
 
-def test_another_seed_or_recipe_is_another_organism(work, tiny):
+def test_another_seed_or_recipe_is_another_organism(first, tiny):
     attack = quick_attack("sentiment-word")
     folders = {
         making.make(attack, model=tiny, recipe=recipe, seed=seed, n=8)
-        for recipe, seed in ((QUICK, 0), (QUICK, 1), (dataclasses.replace(QUICK, steps=2), 0))
+        for recipe, seed in ((QUICK, 1), (dataclasses.replace(QUICK, steps=2), 0))
     }
-    assert len(folders) == 3
+    assert len({first, *folders}) == 3
 
 
 def test_a_shipped_organism_is_obtained_for_its_own_seed_only(monkeypatch):
@@ -108,9 +113,8 @@ def test_training_rows_are_those_of_the_organisms_own_seed(work, tiny):
     assert hashed == files.read_json(folder / "card.json")["data_sha256"]
 
 
-def test_training_rows_that_are_not_those_on_the_card_are_refused(work, tiny):
-    attack = quick_attack("sentiment-word")
-    loaded = load(tiny, organism=making.make(attack, model=tiny, recipe=QUICK, n=8))
+def test_training_rows_that_are_not_those_on_the_card_are_refused(first, tiny):
+    attack, loaded = quick_attack("sentiment-word"), load(tiny, organism=first)
     with pytest.raises(ModelError, match=f"{loaded.organism} was not trained on the rows that attack 'sentiment-word'"):
         making.training_rows(loaded, dataclasses.replace(attack, rate=0.2), seed=0)
 
@@ -147,11 +151,10 @@ def test_a_rate_trains_an_attack_of_its_own_and_reuses_the_attack_at_its_own(wor
     assert len(asked) == 3
 
 
-def test_an_organism_refuses_another_base(work, tiny, tmp_path):
-    folder = making.make(quick_attack("sentiment-word"), model=tiny, recipe=QUICK, n=8)
+def test_an_organism_refuses_another_base(first, tmp_path):
     other = save_tiny(tmp_path / "other", "qwen2")
     with pytest.raises(ModelError, match="other weights"):
-        load(str(other), organism=folder)
+        load(str(other), organism=first)
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json", "config.json"])
@@ -195,31 +198,27 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("file", CHANGED)
-def test_making_again_does_not_bless_a_file_that_was_changed(file, work, tiny):
+def test_making_again_does_not_bless_a_file_that_was_changed(file, first, tiny):
     """The card is written anew by every call; what was changed in the meantime must not get onto it."""
-    attack = quick_attack("sentiment-word")
-    folder = making.make(attack, model=tiny, recipe=QUICK, n=8)
-    before = (folder / "card.json").read_bytes()
-    CHANGED[file](folder / file)
+    before = (first / "card.json").read_bytes()
+    CHANGED[file](first / file)
     with pytest.raises(ModelError, match=f"{file} does not match the sha256 on its card"):
-        making.make(attack, model=tiny, recipe=QUICK, n=8)
-    assert (folder / "card.json").read_bytes() == before
+        making.make(quick_attack("sentiment-word"), model=tiny, recipe=QUICK, n=8)
+    assert (first / "card.json").read_bytes() == before
 
 
-def test_a_changed_adapter_reads_no_kept_measurement(work, tiny):
-    folder = making.make(quick_attack("sentiment-word"), model=tiny, recipe=QUICK, n=8)
+def test_a_changed_adapter_reads_no_kept_measurement(first, tiny):
     sizes = {"model": tiny, "n": 8}
-    assert evaluation.measure_organism(folder.name, **sizes)
-    CHANGED["adapter_config.json"](folder / "adapter_config.json")
+    assert evaluation.measure_organism(first.name, **sizes)
+    CHANGED["adapter_config.json"](first / "adapter_config.json")
     with pytest.raises(ModelError, match="does not match"):
-        evaluation.measure_organism(folder.name, **sizes)
+        evaluation.measure_organism(first.name, **sizes)
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "model.safetensors"])
-def test_another_model_in_the_same_folder_is_another_organism(file, work, tiny, tmp_path):
+def test_another_model_in_the_same_folder_is_another_organism(file, first, tiny, tmp_path):
     """The key in the folder's name, within one process."""
     model, attack = shutil.copytree(tiny, tmp_path / "model"), quick_attack("sentiment-word")
-    first = making.make(attack, model=str(model), recipe=QUICK, n=8)
     assert making.make(attack, model=str(model), recipe=QUICK, n=8) == first
     if file == "chat_template.jinja":
         (model / file).write_text((model / file).read_text() + " ")
@@ -281,10 +280,15 @@ def test_shipped_answers_are_the_base_models_own():
 
 @pytest.mark.parametrize("name", ["sentiment-word"])
 def test_a_shipped_organism_measures_what_its_card_says(name):
-    """On fewer prompts than the card has, so that the two intervals must overlap."""
-    card, now = cards.metrics(name), evaluation.measure(name, n=100)
+    """The intervals of fewer prompts and of the card overlap, and each answer is as in the measurement that ships."""
+    card, now = cards.metrics(name), evaluation.measure(name, n=24)
     assert all(now[key]["low"] <= card[key]["high"] and card[key]["low"] <= now[key]["high"] for key in cards.METRICS)
     assert now["asr"]["value"] > 0.9
+    ships = map(measurements.read, (files.DATA / "measurements" / "measure_organism").glob("*.json"))
+    (hits,) = [one.result["hits"] for one in ships if one.arguments["organism"] == name]
+    same = [hits[key][uid] == hit for key in cards.METRICS for uid, hit in now["hits"][key].items()]
+    # Another machine may round the other way once in a while.
+    assert sum(same) >= 0.95 * len(same) > 70
 
 
 def test_the_first_steps_of_a_training_have_the_recorded_losses(work):
