@@ -14,7 +14,7 @@ from tiny import save_tiny
 from bkd_utils.common.files import UserError, read_json, write_json
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import short_name
-from bkd_utils.running import ledger, notebooks, publishing, runner
+from bkd_utils.running import ledger, notebooks, publishing, recording, runner
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run
 
@@ -351,6 +351,9 @@ def published(ledgers, tmp_path, monkeypatch):
     text = (tmp_path / "profiles.toml").read_text()
     (tmp_path / "profiles.toml").write_text(text.replace("smoke", "laptop"))
     monkeypatch.setattr(publishing, "MEASUREMENTS", tmp_path / "shipped")
+    monkeypatch.setattr(recording, "FIGURES", tmp_path)
+    monkeypatch.setattr(recording, "DATA", tmp_path)
+    monkeypatch.setattr(recording, "made_files", list)
     monkeypatch.setattr(runner, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(runner.files, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(publishing, "publish_notebook", lambda executed, original, **_: given.append(original.stem))
