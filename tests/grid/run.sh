@@ -5,8 +5,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${VIRTUAL_ENV:-.venv}/bin/python
 if ! tests/grid/slurm.sh check 2>/dev/null && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-    (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        slurmctld slurmd slurm-client munge) >/dev/null 2>&1 || true
+    packages="slurmctld slurmd slurm-client munge"
+    timeout 300 sh -c "apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+        $packages" >/dev/null 2>&1 || true
 fi
 tests/grid/slurm.sh check || exit 3
 own=work/gridvenv
