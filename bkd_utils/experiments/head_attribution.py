@@ -200,7 +200,7 @@ def ablation_curves(
         if k in random_counts:
             matched = random_heads(orders["ACIE"][:k], n_heads=made.reference.shape[2], n=draws, seed=seed)
             todo += [("random", "published", False, draw, i) for i, draw in enumerate(matched)]
-    few = [k for k in (8, largest) if k in counts]
+    few = [k for k in dict.fromkeys((8, largest)) if k in counts]
     todo += [("ACIE", kind, True, orders["ACIE"][:k], 0) for k in few for kind in ("zero", "mean")]
     todo += [("necessity", "mean", True, orders["necessity"][:k], 0) for k in few]
     rows = []
