@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from bkd_utils.common import cache, measurements, spot_checks, validation
-from bkd_utils.common.files import UserError
+from bkd_utils.common.files import ADAPTERS, DATA, UserError, read_json
 from bkd_utils.common.measurements import Measurement
 from bkd_utils.common.results import Result
 from bkd_utils.common.spot_checks import Spot, compare, difference, leaves
@@ -39,6 +39,17 @@ def test_a_table_speaks_of_what_its_stage_takes_and_gives(name):
         assert {place.partition(".")[0] for place in spot.fields} <= {field.name for field in fields(kind)}
     if spot.rows:
         assert set(spot.rows) <= {field.name for field in fields(row)}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in STAGES if spot_checks.spots()[name].none is None))
+def test_the_measurement_that_is_checked_is_of_an_organism_that_ships(name, monkeypatch):
+    """Else a notebook in which nothing has made that organism could not check it."""
+    monkeypatch.setenv("BKD_SHIPPED", str(DATA / "measurements"))
+    spot = spot_checks.spots()[name]
+    given = read_json(spot_checks._cheapest(name, spot))["arguments"] | spot.part
+    named = [given[key] for key in ("organism", "control", "name") if given.get(key)]
+    named += list(given.get("organisms") or [])
+    assert set(named) <= {path.parent.name for path in ADAPTERS.glob("*/card.json")}
 
 
 @pytest.fixture
