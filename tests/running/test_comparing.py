@@ -24,7 +24,8 @@ def picture(pixels):
     return stream.getvalue()
 
 
-VALUE = {"asr": [0.5, {"n": 12, "who": "a"}], "none": None, "yes": True}
+SHARE = 23 / 24
+VALUE = {"asr": [SHARE, {"n": 12, "who": "a"}], "none": None, "yes": True}
 
 
 def test_equal_values_are_counted():
@@ -34,12 +35,15 @@ def test_equal_values_are_counted():
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        (VALUE | {"asr": [0.5000000000000001, VALUE["asr"][1]]}, "a.json, /asr/0: 0.5000000000000001, should be 0.5"),
-        (VALUE | {"asr": [0.5, {"n": 13, "who": "a"}]}, "a.json, /asr/1/n: 13, should be 12"),
-        (VALUE | {"asr": [0.5, {"n": 12, "who": "b"}]}, "a.json, /asr/1/who: b, should be a"),
+        (
+            VALUE | {"asr": [0.9583333333333333, VALUE["asr"][1]]},
+            "a.json, /asr/0: 0.9583333333333333, should be 0.9583333333333334",
+        ),
+        (VALUE | {"asr": [SHARE, {"n": 13, "who": "a"}]}, "a.json, /asr/1/n: 13, should be 12"),
+        (VALUE | {"asr": [SHARE, {"n": 12, "who": "b"}]}, "a.json, /asr/1/who: b, should be a"),
         (VALUE | {"none": 0}, "a.json, /none: 0, should be None"),
         (VALUE | {"yes": 1}, "a.json, /yes: 1, should be True"),
-        (VALUE | {"asr": [0.5]}, "a.json, length of /asr: 1, should be 2"),
+        (VALUE | {"asr": [SHARE]}, "a.json, length of /asr: 1, should be 2"),
         (VALUE | {"more": 1}, "a.json, /more: is not in b.json"),
         ({key: VALUE[key] for key in ("asr", "none")}, "a.json, /yes: is missing; it is in b.json"),
     ],
