@@ -107,7 +107,6 @@ def _measured(cell: Cell, folder: Path, console: Console) -> bool:
         if cell.problem:
             raise UserError(cell.problem)
         stages.measure(cell.stage, cell.arguments, folder=folder)
-
     except Exception as error:
         console.print(f"  {cell.id} failed: {one_line(error)}", style="red", markup=False, soft_wrap=True)
         return False
