@@ -3,7 +3,8 @@
 MKL, the default library of torch, picks slow kernels on processors that are not made by Intel: on an AMD EPYC it
 reached 190 GFLOP/s, and oneDNN, which torch ships as well, 400. The two differ in the order of their sums. oneDNN is
 asked on processors with AVX-512 only, because whole computations gain nothing without it
-(`tests/benchmarks/products.py`). With BKD_PLAIN=1 in the environment, products and attention are everywhere those that torch and transformers choose by themselves.
+(`tests/benchmarks/products.py`). With BKD_PLAIN=1 in the environment, products and attention are everywhere those that
+torch and transformers choose by themselves.
 """
 
 import os
