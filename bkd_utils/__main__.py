@@ -53,7 +53,7 @@ def run(
     from bkd_utils.running import publishing, remeasuring, runner
 
     paths = notebooks.select(only)
-    runner.profile_parameters(profile, paths)  # bad options are reported before anything is fetched
+    notebooks.profile_parameters(profile, paths)  # bad options are reported before anything is fetched
     if shard is not None:
         remeasuring.parse_shard(shard)
         if not remeasure or publish or (profile, model, seed, retrain) != ("laptop", DEFAULT, 0, False):
@@ -198,9 +198,11 @@ def verify(
 ) -> None:
     """Hold every committed number against the file that it comes from, and measure some of them anew."""
     from bkd_utils.common import assets
-    from bkd_utils.running import recording, resampling, verifying
+    from bkd_utils.running import verifying
 
     if record:
+        from bkd_utils.running import recording
+
         recording.record()
         return
     for name in assets.sources():
@@ -208,6 +210,8 @@ def verify(
     with console.status("replaying the notebooks"):
         faults = verifying.report(verifying.quick(), console)
     if not quick:
+        from bkd_utils.running import resampling
+
         again = resampling.measure_again(share=share, seed=seed, device=device, console=console)
         faults += resampling.report(again, console)
     raise typer.Exit(bool(faults))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, canonical_json, sha256_text, write_json
+from bkd_utils.common.validation import Count, Seed, check
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.identity import base_sha256, model_identity
 from bkd_utils.models.loading import (
@@ -68,7 +69,8 @@ def obtain(
     """
     spec, name = load_attack(attack), cards.shipped_name(attack, seed=seed)
     how = load_recipe(recipe, task=spec.task)
-    check_sample(spec, n=n, seed=seed)
+    check(Seed, seed, "seed")
+    check(Count, n, "n")
     pick_device(device)
     if not retrain and (ADAPTERS / name / "card.json").is_file():  # a broken card is no reason to train for minutes
         card = read_card(ADAPTERS / name, "base_sha256", "base_files", "attack", "seed", "recipe")

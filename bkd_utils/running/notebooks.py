@@ -5,14 +5,17 @@ import copy
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import nbformat
 from nbformat import NotebookNode
+from pydantic import Field
 
-from bkd_utils.common.files import NOTEBOOKS, atomic_path
+from bkd_utils.common.files import DATA, NOTEBOOKS, atomic_path
+from bkd_utils.common.validation import check, read_tables
 
 SENTINEL = "bkd-sentinel"
+Minutes = Annotated[float, Field(gt=0, le=100_000)]
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -82,6 +85,23 @@ def check_parameters(path: Path, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if not _alike(value, known[name]):
             raise NotebookError(f"{path.name}: {name} = {value!r} is of another type than its default, {known[name]!r}")
+
+
+def profile_parameters(profile: str, paths: list[Path]) -> tuple[dict[str, dict[str, Any]], int]:
+    """Parameters per notebook, and their limit in seconds. Raises ValueError for any that does not fit."""
+    tables = read_tables(DATA / "profiles.toml")
+    if profile not in tables:
+        raise NotebookError(f"unknown profile {profile!r}; known: {', '.join(tables)}")
+    chosen, where = dict(tables[profile]), f"profiles.toml, [{profile}]"
+    check(Minutes, chosen.pop("minutes_per_notebook", None), f"{where}: minutes_per_notebook")
+    known = {path.stem: path for path in all_notebooks()}
+    for name, given in chosen.items():
+        if name not in known:
+            raise NotebookError(f"{where}: no notebook {name!r}; there are: {', '.join(known)}")
+        check(dict[str, Any], given, f"{where}: {name}")
+        check_parameters(known[name], given)
+    limit = tables[profile]["minutes_per_notebook"] * 60
+    return {path.stem: chosen.get(path.stem, {}) for path in paths}, limit
 
 
 def _alike(value: Any, default: Any) -> bool:

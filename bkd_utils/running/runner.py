@@ -7,18 +7,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psutil
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from bkd_utils.common import cache, files
-from bkd_utils.common.files import DATA, FIGURES, WORK, read_json, sha256_file, write_json
+from bkd_utils.common.files import FIGURES, WORK, read_json, sha256_file, write_json
 from bkd_utils.common.measurements import commit
-from bkd_utils.common.validation import Seed, check, read_tables
+from bkd_utils.common.validation import Seed, check
 from bkd_utils.models.compute import product
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import short_name
@@ -28,25 +27,7 @@ from bkd_utils.running.ledger import Used
 from bkd_utils.running.notebooks import NotebookError
 from bkd_utils.running.process import Run, run_notebook
 
-Minutes = Annotated[float, Field(gt=0, le=100_000)]
 RECORDED = ("name", "minutes", "peak_gib", "status", "gflops")
-
-
-def profile_parameters(profile: str, paths: list[Path]) -> tuple[dict[str, dict[str, Any]], int]:
-    """Parameters per notebook, and their limit in seconds. Raises ValueError for any that does not fit."""
-    tables = read_tables(DATA / "profiles.toml")
-    if profile not in tables:
-        raise NotebookError(f"unknown profile {profile!r}; known: {', '.join(tables)}")
-    chosen, where = dict(tables[profile]), f"profiles.toml, [{profile}]"
-    check(Minutes, chosen.pop("minutes_per_notebook", None), f"{where}: minutes_per_notebook")
-    known = {path.stem: path for path in notebooks.all_notebooks()}
-    for name, given in chosen.items():
-        if name not in known:
-            raise NotebookError(f"{where}: no notebook {name!r}; there are: {', '.join(known)}")
-        check(dict[str, Any], given, f"{where}: {name}")
-        notebooks.check_parameters(known[name], given)
-    limit = tables[profile]["minutes_per_notebook"] * 60
-    return {path.stem: chosen.get(path.stem, {}) for path in paths}, limit
 
 
 def run_all(
@@ -77,7 +58,7 @@ def run_all(
     if publish and not _is_published(profile, common):
         committed = "the laptop profile, default model and seed, shipped organisms"
         raise NotebookError(f"--publish is for {committed}: that is what is committed")
-    table, limit = profile_parameters(profile, paths)
+    table, limit = notebooks.profile_parameters(profile, paths)
     kinds = ("figures", "executed", "ledgers")
     figures, executed, ledgers = (WORK / kind / profile / short_name(model) for kind in kinds)
     kept, ledgers = (WORK / "remeasured", ledgers / "remeasured") if remeasure else (cache.kept_folder(), ledgers)

@@ -1,7 +1,7 @@
 """Verify without a model that every number which is committed is that of the file behind it.
 
 Hashes are computed anew, generated tables are generated anew, and notebooks are replayed: what they draw and show must
-be what is stored.
+be what is stored. What takes seconds to import is imported by the check that needs it, while kernels start already.
 """
 
 import asyncio
@@ -17,16 +17,11 @@ from rich.table import Table
 from bkd_utils.common import assets, measurements
 from bkd_utils.common.files import ADAPTERS, ASSETS, DATA, FIGURES, ROOT, read_json, sha256_file
 from bkd_utils.common.results import plain
-from bkd_utils.models.folders import DEFAULT_MODEL
-from bkd_utils.models.loading import check_adapter, read_card
-from bkd_utils.organisms import cards
-from bkd_utils.organisms.attacks import Attack, load_attack
-from bkd_utils.reports import pages, tables
 from bkd_utils.running import notebooks, publishing
 from bkd_utils.running.comparing import Comparison, outputs
+from bkd_utils.running.notebooks import profile_parameters
 from bkd_utils.running.recording import HASHES, LIVE_OUTPUTS, live_outputs, made_files
 from bkd_utils.running.replaying import Replay, code_cells, is_live, replay
-from bkd_utils.running.runner import profile_parameters
 
 FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # of a file with a wrong content
 
@@ -112,6 +107,11 @@ def check_hashes() -> Comparison:
 
 def check_organisms() -> Comparison:
     """Organisms have the files on their cards, the attacks of today, and a text beside them that says what is there."""
+    from bkd_utils.models.folders import DEFAULT_MODEL
+    from bkd_utils.models.loading import check_adapter, read_card
+    from bkd_utils.organisms import cards
+    from bkd_utils.organisms.attacks import Attack, load_attack
+
     found = Comparison("organisms")
     for path in sorted(ADAPTERS.glob("*/card.json")):
         with named(found, path):
@@ -143,6 +143,8 @@ def check_assets() -> Comparison:
 
 def check_pages() -> Comparison:
     """README and pages hold the tables that are made for them, and the minutes of the committed run."""
+    from bkd_utils.reports import pages, tables
+
     found = Comparison("tables of README and pages")
     with named(found, FIGURES / "scorecard.json"):
         for page, parts in pages.made().items():

@@ -1,5 +1,7 @@
 """The self-test: it passes where all parts were found, and names what is wrong where one was not."""
 
+import shutil
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, GROUPED, SHARED, make_rows, tiny_model
@@ -27,8 +29,14 @@ LAYERED = {"layer_types": ["sliding_attention", "full_attention", "sliding_atten
 
 
 @pytest.fixture(autouse=True)
-def tested_anew(monkeypatch):
+def tested_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(self_test, "WORK", tmp_path)
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
     monkeypatch.setattr(self_test, "_known", {})
+    shutil.rmtree(self_test.WORK / "self_tests", ignore_errors=True)
 
 
 def small(kind, **options):
@@ -73,6 +81,33 @@ def test_a_kind_of_model_is_tested_once(monkeypatch):
     assert len(tested) == 3
 
 
+def test_that_a_model_can_do_everything_is_remembered_between_processes(monkeypatch, tmp_path):
+    tested = []
+    monkeypatch.setattr(self_test, "CHECKS", {"generate": tested.append})
+
+    def ask(model):
+        monkeypatch.setattr(self_test, "_known", {})  # as in a new process
+        capabilities(model)
+        return len(tested)
+
+    assert [ask(tiny_model("llama")) for _ in range(2)] == [1, 1]
+    assert ask(tiny_model("qwen2")) == 2
+    monkeypatch.setattr(self_test, "code_key", lambda _: "other code")
+    assert ask(tiny_model("llama")) == 3
+
+
+def test_a_refusal_is_not_remembered_between_processes(monkeypatch, tmp_path):
+    def fails(_):
+        raise ModelError("no memory for it just now")
+
+    monkeypatch.setattr(self_test, "CHECKS", {"generate": fails})
+    assert capabilities(tiny_model("llama")) == {"generate": "no memory for it just now"}
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(self_test, "_known", {})
+    monkeypatch.setattr(self_test, "CHECKS", {"generate": lambda _: None})
+    assert capabilities(tiny_model("llama")) == {"generate": ""}
+
+
 # --- faults that were silent ----------------------------------------------------------------------------------------
 
 
@@ -83,7 +118,7 @@ def test_a_layer_that_does_not_know_its_index_is_found(monkeypatch):
     def only_the_rest(layers):
         return ModuleList(one for one in layers if not isinstance(one, prompt_cache._Skipped))
 
-    monkeypatch.setattr(self_test, "_known", {})
+    forget(monkeypatch)
     monkeypatch.setattr(prompt_cache, "ModuleList", only_the_rest)
     assert "a pass from layer 1 on" in capabilities(gemma3())["attribute"]
     assert capabilities(tiny_model("llama"))["attribute"] == ""
@@ -102,7 +137,7 @@ def test_a_layer_that_does_not_know_its_index_is_found(monkeypatch):
 )
 def test_a_norm_or_multiplier_behind_attention_is_found(monkeypatch, kind, options, constant, value):
     assert capabilities(small(kind, **options))["steer"] == ""
-    monkeypatch.setattr(self_test, "_known", {})
+    forget(monkeypatch)
     monkeypatch.setattr(hooks, constant, value)
     assert capabilities(small(kind, **options))["steer"]
 
@@ -115,7 +150,7 @@ def test_the_wrong_layout_of_a_fused_matrix_is_found(monkeypatch, kind):
     assert capabilities(small(kind, **options))["slice"] == ""
     real = head_weights._matrices
     swapped = lambda *given: ((name, module, not grouped) for name, module, grouped in real(*given))  # noqa: E731
-    monkeypatch.setattr(self_test, "_known", {})
+    forget(monkeypatch)
     monkeypatch.setattr(head_weights, "_matrices", swapped)
     assert capabilities(small(kind, **options))["slice"]
 
@@ -130,7 +165,7 @@ def test_queries_taken_for_keys_are_found(monkeypatch):
 def test_distances_that_count_padding_are_found(monkeypatch):
     model = small("mpt", d_model=32, n_layers=3, n_heads=4, max_seq_len=64)
     assert capabilities(model) == dict.fromkeys(CHECKS, "")
-    monkeypatch.setattr(self_test, "_known", {})
+    forget(monkeypatch)
     monkeypatch.setattr("bkd_utils.models.generation.COUNTS_PADDING", ())
     assert "in a batch and alone" in capabilities(model)["generate"]
 
@@ -138,7 +173,7 @@ def test_distances_that_count_padding_are_found(monkeypatch):
 def test_attention_that_stays_fused_gives_no_maps(monkeypatch):
     model = small("falcon")
     assert capabilities(model)["compare maps"] == ""
-    monkeypatch.setattr(self_test, "_known", {})
+    forget(monkeypatch)
     monkeypatch.setattr(compute, "set_attention", lambda model, name: model.set_attn_implementation(name))
     assert capabilities(model)["compare maps"]
 

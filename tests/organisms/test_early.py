@@ -57,7 +57,7 @@ def test_a_number_of_prompts_that_is_none_is_refused_first(call, n):
         call(n=n)
 
 
-@pytest.mark.parametrize("call", [obtain, make, measure])
+@pytest.mark.parametrize("call", [make, measure])
 def test_more_prompts_than_the_data_have_are_refused_first(call):
     with pytest.raises(ValueError, match=r"usable.* rows, 100000 were asked for"):
         call(n=100_000)

@@ -32,7 +32,7 @@ def two_notebooks(tmp_path, monkeypatch):
     ]
     (tmp_path / "profiles.toml").write_text("[smoke]\nminutes_per_notebook = 2\n[smoke.01_sound]\nn = 7\n")
     monkeypatch.setattr(notebooks, "all_notebooks", lambda **_: paths)
-    monkeypatch.setattr(runner, "DATA", tmp_path)
+    monkeypatch.setattr(notebooks, "DATA", tmp_path)
     monkeypatch.setattr(runner, "WORK", tmp_path / "work")
     monkeypatch.setenv("BKD_WORK", str(tmp_path / "work"))
     monkeypatch.delenv("BKD_KEEP", raising=False)
@@ -114,15 +114,15 @@ def test_unfit_options_stop_everything_before_the_first_notebook(monkeypatch):
 
 
 def test_a_profile_with_a_parameter_that_no_notebook_has_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "DATA", tmp_path)
+    monkeypatch.setattr(notebooks, "DATA", tmp_path)
     (tmp_path / "profiles.toml").write_text("[smoke]\nminutes_per_notebook = 1\n[smoke.00_start_here]\nn_evil = 3\n")
     with pytest.raises(NotebookError, match="'n_evil'"):
-        runner.profile_parameters("smoke", notebooks.select("00"))
+        notebooks.profile_parameters("smoke", notebooks.select("00"))
 
 
 @pytest.mark.parametrize("profile", ["smoke", "laptop", "paper"])
 def test_every_profile_fits_the_notebooks(profile):
-    runner.profile_parameters(profile, notebooks.all_notebooks())
+    notebooks.profile_parameters(profile, notebooks.all_notebooks())
 
 
 SOUND = "[smoke]\nminutes_per_notebook = 1\n"
@@ -166,10 +166,10 @@ SOUND = "[smoke]\nminutes_per_notebook = 1\n"
 def test_a_fault_in_the_table_of_profiles_is_one_line_also_of_notebooks_not_chosen(
     text, message, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(runner, "DATA", tmp_path)
+    monkeypatch.setattr(notebooks, "DATA", tmp_path)
     (tmp_path / "profiles.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message) as caught:
-        runner.profile_parameters("smoke", notebooks.select("00"))
+        notebooks.profile_parameters("smoke", notebooks.select("00"))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -221,7 +221,7 @@ def test_a_full_disk_after_a_notebook_is_its_failure_too(two_notebooks, recorded
 
 def test_a_notebook_that_is_edited_or_deleted_while_others_run_is_its_failure(two_notebooks, recorded, monkeypatch):
     paths = notebooks.all_notebooks()
-    monkeypatch.setattr(runner, "profile_parameters", lambda *_: ({path.stem: {} for path in paths}, 9))
+    monkeypatch.setattr(notebooks, "profile_parameters", lambda *_: ({path.stem: {} for path in paths}, 9))
     paths[0].write_text("{")
     runs = runner.run_all(profile="smoke", console=Console(file=io.StringIO()))
     assert [(run.name, run.status) for run in runs] == [("00_broken", "failed"), ("01_sound", "ok")]
