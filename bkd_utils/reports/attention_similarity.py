@@ -27,6 +27,8 @@ INVENTED = {
 def two_heads() -> Figure:
     """A drawing of what the reading "last row" compares: the attention maps of two heads of a layer without and with a
     trigger, a frame around their last rows, and these side by side with their cosine. All weights are invented."""
+    dark = COLOURS["bound"]
+    hatched = ({"color": dark}, {"color": "none", "ec": dark, "hatch": "////"})
     figure, axes = panels(["head 1", "head 2", ""], rows=2, height=1.75, sharex=False, sharey=False)
     for (*maps, bars), (version, (tokens, rows)) in zip(axes, INVENTED.items(), strict=True):
         n, apart = len(tokens), np.subtract.outer(range(len(tokens)), range(len(tokens)))
@@ -37,10 +39,7 @@ def two_heads() -> Figure:
             look = {"vmin": 0, "vmax": 1, "cmap": "Greys", "upwards": False, "square": True}
             style.heat_map(panel, weights, rows=tokens, columns=tokens, **look)
             panel.add_patch(Rectangle((0, n - 1), n, 1, fill=False, ec=COLOURS["neutral"], lw=2, clip_on=False))
-            look = (
-                {"color": COLOURS["bound"]} if head == 0 else {"color": "none", "ec": COLOURS["bound"], "hatch": "////"}
-            )
-            bars.bar(np.arange(n) + 0.4 * head - 0.2, row, 0.4, label=f"last row of head {head + 1}", **look)
+            bars.bar(np.arange(n) + 0.4 * head - 0.2, row, 0.4, label=f"last row of head {head + 1}", **hatched[head])
         one, other = map(np.array, rows)
         cosine = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
         bars.set_title(f"last rows: cosine {cosine:.2f}", fontsize="small")
