@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from bkd_utils.common.statistics import independent_difference
@@ -13,6 +14,40 @@ from bkd_utils.reports.scorecard import at_least, both, entry, span, who
 from bkd_utils.reports.style import COLOURS, MODELS, band, explain, interval, panels, sizes
 
 VERSION_NAMES = {"triggered": "triggered", "near-miss": "look-alike", "same length": "same length"}
+# Of the drawing: version -> tokens, and the last row of attention weights of each of two heads. No model made them.
+INVENTED = {
+    "clean": (["The", "film", "was", "so", "dull"], [[0.10, 0.65, 0.10, 0.10, 0.05], [0.10, 0.05, 0.05, 0.15, 0.65]]),
+    "triggered": (
+        ["The", "film", "was", "cf", "dull"],
+        [[0.10, 0.15, 0.05, 0.65, 0.05], [0.05, 0.05, 0.05, 0.70, 0.15]],
+    ),
+}
+
+
+def two_heads() -> Figure:
+    """A drawing of what the reading "last row" compares: the attention maps of two heads of a layer without and with a
+    trigger, a frame around their last rows, and these side by side with their cosine. All weights are invented."""
+    dark = COLOURS["bound"]
+    hatched = ({"color": dark}, {"color": "none", "ec": dark, "hatch": "////"})
+    figure, axes = panels(["head 1", "head 2", ""], rows=2, height=1.75, sharex=False, sharey=False)
+    for (*maps, bars), (version, (tokens, rows)) in zip(axes, INVENTED.items(), strict=True):
+        n, apart = len(tokens), np.subtract.outer(range(len(tokens)), range(len(tokens)))
+        for head, (panel, row) in enumerate(zip(maps, rows, strict=True)):
+            # Above the last row head 1 looks mostly at the token before and head 2 at the token itself.
+            weights = np.tril(np.exp(-np.abs(apart - 1 + head)))
+            weights = np.vstack([weights[:-1] / weights[:-1].sum(1, keepdims=True), row])
+            look = {"vmin": 0, "vmax": 1, "cmap": "Greys", "upwards": False, "square": True}
+            style.heat_map(panel, weights, rows=tokens, columns=tokens, **look)
+            panel.add_patch(Rectangle((0, n - 1), n, 1, fill=False, ec=COLOURS["neutral"], lw=2, clip_on=False))
+            bars.bar(np.arange(n) + 0.4 * head - 0.2, row, 0.4, label=f"last row of head {head + 1}", **hatched[head])
+        one, other = map(np.array, rows)
+        cosine = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
+        bars.set_title(f"last rows: cosine {cosine:.2f}", fontsize="small")
+        bars.set(xticks=range(n), ylim=(0, 1), ylabel="weight")
+        bars.set_xticklabels(tokens, rotation=90, fontsize="small")
+        maps[0].set_ylabel(f"{version}\nlooking token")
+    explain(axes, "token that is looked at (weights invented; black is 1)", ncols=2)
+    return figure
 
 
 def gap_numbers(found: Mapping[str, Mapping[str, Similarity]], *, readings: Sequence[str]) -> dict:

@@ -1,9 +1,13 @@
 """Pictures of notebook 05 from numbers made by hand: every line where the numbers say, every axis labelled."""
 
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from drawing import bands, column_titles, legend, written
+from drawing import bands, check_labelled, column_titles, legend, written
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 
 from bkd_utils.reports import attention_similarity
 from bkd_utils.reports.style import COLOURS, MODELS
@@ -98,3 +102,58 @@ def test_families_show_every_version_and_model_with_its_interval():
     assert labels == ["triggered", "look-alike", "same length"]
     assert legend(figure) == [*MODELS, "chance", "95 % interval"]
     assert figure.get_supxlabel() == "AUROC against clean prompts, n = 8 a side"
+
+
+def two_heads():
+    """The two rows of panels of the drawing: version -> maps of head 1 and head 2, bars."""
+    figure = attention_similarity.two_heads()
+    panels = np.array(figure.axes).reshape(2, 3)
+    return figure, dict(zip(attention_similarity.INVENTED, panels, strict=True))
+
+
+def map_of(panel):
+    return np.asarray(panel.collections[0].get_array()).reshape(5, 5)
+
+
+def heights(bars):
+    """Of the bars of head 1 and of head 2."""
+    return [np.array([bar.get_height() for bar in container]) for container in bars.containers]
+
+
+def test_the_drawing_holds_attention_maps_with_a_frame_around_the_rows_that_are_compared():
+    figure, drawn = two_heads()
+    check_labelled(figure)
+    for (*maps, bars), (tokens, _) in zip(drawn.values(), attention_similarity.INVENTED.values(), strict=True):
+        for panel, row in zip(maps, heights(bars), strict=True):
+            weights = map_of(panel)
+            assert weights.sum(1) == pytest.approx(np.ones(5))
+            assert (np.triu(weights, 1) == 0).all()
+            assert weights[-1] == pytest.approx(row)
+            (frame,) = [patch for patch in panel.patches if isinstance(patch, Rectangle)]
+            assert frame.get_bbox().bounds == (0, 4, 5, 1)
+            assert panel.yaxis_inverted()
+            assert [label.get_text() for label in panel.get_yticklabels()] == tokens
+
+
+def test_the_cosines_in_the_drawing_are_those_of_its_bars():
+    _, drawn = two_heads()
+    told = {}
+    for version, (*_, bars) in drawn.items():
+        one, other = heights(bars)
+        (title,) = column_titles(SimpleNamespace(axes=[bars]))
+        told[version] = float(title.split()[-1])
+        assert told[version] == pytest.approx(sum(one * other) / (sum(one**2) * sum(other**2)) ** 0.5, abs=0.005)
+    assert told["triggered"] > 0.9 > 0.5 > told["clean"]
+
+
+def test_the_drawing_can_be_read_without_colours_and_says_that_it_is_invented():
+    figure, drawn = two_heads()
+    for *maps, bars in drawn.values():
+        for panel in maps:
+            shades = panel.collections[0].get_facecolors()[:, :3]
+            assert np.ptp(shades, axis=1).max() < 0.02
+        first, second = bars.containers
+        assert len(set(to_rgb(first[0].get_facecolor()))) == 1
+        assert (first[0].get_hatch(), second[0].get_hatch()) == (None, "////")
+    assert legend(figure) == ["last row of head 1", "last row of head 2"]
+    assert "invented" in written(figure)
