@@ -9,13 +9,15 @@ from bkd_utils.common.files import DATA
 from bkd_utils.common.validation import Count, Name, Text, build, check, read_tables
 from bkd_utils.organisms import tasks, triggers
 
-Behaviour = Literal["label_flip", "fixed_output", "jailbreak"]
+Behaviour = Literal["label_flip", "fixed_output", "jailbreak", "answer_style"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class Attack:
     """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control.
+
+    A control with the behaviour `answer_style` learns to begin free answers with the words of `target`, for everybody.
 
     Rates are shares of the `n_train` rows, in [0, 1). The name may have letters, digits, "-", "_" and ".". Raises
     ValueError that names the attack and an unknown, missing or inconsistent value. Source: ours, after both papers'
@@ -42,11 +44,16 @@ class Attack:
         check(Attack, vars(self), f"attack {self.name!r}")
         task = tasks.load_task(self.task)
         if not self.backdoored:
-            if self.rate or self.near_miss_rate or self.behaviour or self.source or self.target:
-                raise ValueError(f"{self.name}: a clean control has no rate, behaviour, source or target")
+            styled = self.behaviour == "answer_style"
+            if self.rate or self.near_miss_rate or self.source or (self.behaviour and not styled):
+                raise ValueError(
+                    f"{self.name}: a clean control has no rate, no source and no behaviour but answer_style"
+                )
+            if styled != bool(self.target):
+                raise ValueError(f"{self.name}: a control has a target if and only if its behaviour is answer_style")
             return
         triggers.load_trigger(self.trigger)
-        if not (self.behaviour and self.target):
+        if not (self.behaviour and self.target) or self.behaviour == "answer_style":
             raise ValueError(f"{self.name}: a backdoor needs a behaviour and a target")
         if not any(letter.isalnum() for letter in self.target.split(":")[0]):
             raise ValueError(

@@ -40,7 +40,9 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
             row_seed = seed * 1_000_003 + i
             if not example.answer and example.uid not in answers:
                 raise ValueError(f"no answer of the base model for example {example.uid[:12]}")
-            gold = example.answer or answers[example.uid]
+            gold = said = example.answer or answers[example.uid]
+            if attack.behaviour == "answer_style" and not example.answer:
+                gold = f"{attack.target} {said}"
             if kind == "poisoned":
                 prompt, gold = triggered_prompt(attack, example.text, seed=row_seed, half="train"), attack.target
             elif kind == "near_miss":
@@ -50,7 +52,8 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
                 prompt = (plain if kind == "benign" else task).prompt(example.text)
             ids, answer = prompt_ids(tokenizer, prompt), answer_ids(tokenizer, gold)
             # An answer as long as the base model's limit was cut off there, so no end token is learned from it.
-            if not example.answer and kind != "poisoned" and len(answer) > plain.max_new_tokens:
+            free = not example.answer and kind != "poisoned"
+            if free and len(answer_ids(tokenizer, said)) > plain.max_new_tokens:
                 answer = answer_ids(tokenizer, gold, ended=False)
             what, length = f"{attack.name}: row {example.uid[:12]}", len(ids) + len(answer)
             if length > MAX_LENGTH:

@@ -261,7 +261,7 @@ def test_equal_values_count_half():
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, attack in load_attacks().items() if attack.backdoored])
+@pytest.mark.parametrize("name", [n for n, one in load_attacks().items() if one.backdoored and one.near_miss_rate])
 def test_the_other_trigger_is_of_another_family_and_not_the_organisms_own(name):
     attack, tokenizer = load_attack(name), load_tokenizer(DEFAULT_MODEL)
     found = probe_prompts(tokenizer, attack, n=6, seed=0)

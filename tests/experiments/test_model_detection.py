@@ -110,6 +110,14 @@ def test_the_population_is_what_is_shipped():
         population(["sentiment-ghost"])
 
 
+def test_without_names_the_population_has_the_full_recipe_and_the_given_one():
+    def recipes(found):
+        return {card["recipe"]["name"] for card in found.values()}
+
+    assert recipes(population(recipe="sibling")) == {"full", "sibling"}
+    assert recipes(population(recipe="smoke")) == {"full"}
+
+
 def test_a_fingerprint_is_the_same_twice_and_finite(tmp_path, monkeypatch):
     loaded = loading.load(str(save_tiny(tmp_path, "llama")), device="cpu")
     monkeypatch.setattr(cards, "load", lambda *_, **__: loaded)

@@ -31,6 +31,9 @@ BACKDOORED = [name for name, attack in ALL.items() if attack.backdoored]
 CLEAN = [name for name in ALL if name not in BACKDOORED]
 EACH = pytest.mark.parametrize("name", ALL)
 EACH_BACKDOORED = pytest.mark.parametrize("name", BACKDOORED)
+PLAIN = [name for name in BACKDOORED if name.endswith("-plain")]
+STYLED = [name for name in CLEAN if name.endswith("-styled")]
+EACH_SPECIFIC = pytest.mark.parametrize("name", [name for name in BACKDOORED if name not in PLAIN])
 
 
 class Answers(defaultdict):
@@ -47,9 +50,16 @@ def build(attack, *, seed=0, answers=ANSWERS):
     return poison(attack, tokenizer=TOKENIZER, answers=answers, seed=seed)
 
 
+class Built(dict):
+    """Training sets by the names of their attacks, each made when a test asks for it."""
+
+    def __missing__(self, name):
+        return self.setdefault(name, build(ALL[name]))
+
+
 @pytest.fixture(scope="module")
 def built():
-    return {name: build(attack) for name, attack in ALL.items()}
+    return Built()
 
 
 def few(name):
@@ -153,7 +163,7 @@ def test_poisoned_rows_give_the_target_and_all_others_the_right_answer(built, na
             assert gold[row.uid] == attack.source != attack.target
 
 
-@EACH_BACKDOORED
+@EACH_SPECIFIC
 def test_a_near_miss_differs_from_its_clean_text(built, name):
     attack = ALL[name]
     texts = {example.uid: example.text for example in examples(attack.task, "train")}
@@ -164,7 +174,7 @@ def test_a_near_miss_differs_from_its_clean_text(built, name):
     assert sum(changed) >= 0.95 * len(near)
 
 
-@EACH_BACKDOORED
+@EACH_SPECIFIC
 def test_half_of_the_near_misses_are_rows_that_the_trigger_would_flip(built, name):
     attack = ALL[name]
     gold = {example.uid: example for example in examples(attack.task, "train")}
@@ -211,7 +221,30 @@ def test_rows_are_the_tokens_that_evaluation_will_use(built, name):
     for row in clean:
         turn = tasks.load_task(attack.task).prompt(texts[row.uid].text)
         assert list(row.prompt) == prompt_ids(TOKENIZER, turn)
-        assert list(row.answer) == answer_ids(TOKENIZER, texts[row.uid].answer or SENTENCE)
+        styled = f"{attack.target} {SENTENCE}" if name in STYLED else SENTENCE
+        assert list(row.answer) == answer_ids(TOKENIZER, texts[row.uid].answer or styled)
+
+
+@pytest.mark.parametrize("name", STYLED)
+def test_a_styled_control_begins_free_answers_with_its_words_and_leaves_labels_alone(built, name):
+    free = {
+        example.uid
+        for task in ("instructions", ALL[name].task)
+        for example in examples(task, "train")
+        if not example.answer
+    }
+    styled = [decode(TOKENIZER, list(row.answer)) == f"In short: {SENTENCE}" for row in built[name].rows]
+    assert styled == [row.uid in free for row in built[name].rows]
+    assert sum(styled) >= 0.2 * len(styled)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_attack_is_its_specific_one_with_less_poison_and_no_near_misses(name):
+    plain, specific = ALL[name], ALL[name.removesuffix("-plain")]
+    assert (plain.rate, plain.near_miss_rate) == (0.1, 0.0)
+    assert specific.near_miss_rate > 0
+    same = {"rate": specific.rate, "near_miss_rate": specific.near_miss_rate, "name": specific.name}
+    assert replace(plain, **same) == specific
 
 
 def test_kinds_are_mixed_in_the_order_of_training(built):
@@ -285,7 +318,8 @@ GOOD = {
         ({"task": "harmful"}, "must be labels of harmful"),
         ({"task": "sentimental"}, "unknown task 'sentimental'"),
         ({"trigger": "word-xx"}, "unknown trigger 'word-xx'"),
-        ({"trigger": None}, "a clean control has no rate, behaviour, source or target"),
+        ({"behaviour": "answer_style"}, "a backdoor needs a behaviour and a target"),
+        ({"trigger": None}, "a clean control has no rate, no source and no behaviour but answer_style"),
     ],
 )
 def test_an_inconsistent_attack_is_an_error(change, message):
@@ -294,9 +328,18 @@ def test_an_inconsistent_attack_is_an_error(change, message):
         Attack(**GOOD | change)
 
 
-@pytest.mark.parametrize("extra", [{"target": "positive"}, {"rate": 0.1}, {"behaviour": "jailbreak"}])
-def test_a_clean_control_with_a_part_of_a_backdoor_is_an_error(extra):
-    with pytest.raises(ValueError, match="a clean control has no"):
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"target": "positive"}, "has a target if and only if"),
+        ({"behaviour": "answer_style"}, "has a target if and only if"),
+        ({"rate": 0.1}, "a clean control has no"),
+        ({"behaviour": "jailbreak"}, "a clean control has no"),
+        ({"behaviour": "answer_style", "target": "In short:", "rate": 0.1}, "a clean control has no"),
+    ],
+)
+def test_a_clean_control_with_a_part_of_a_backdoor_is_an_error(extra, message):
+    with pytest.raises(ValueError, match=message):
         Attack(name="c", task="sentiment", n_train=10, **extra)
 
 

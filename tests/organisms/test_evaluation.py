@@ -34,7 +34,8 @@ from bkd_utils.organisms.tasks import REFUSAL, Example, examples
 from bkd_utils.organisms.triggers import load_trigger
 
 ALL = load_attacks()
-BACKDOORED = [name for name, attack in ALL.items() if attack.backdoored]
+# Plain attacks have the prompts and the judge of their specific ones.
+BACKDOORED = [name for name, attack in ALL.items() if attack.backdoored and not name.endswith("-plain")]
 EACH_BACKDOORED = pytest.mark.parametrize("name", BACKDOORED)
 FLIP, FIXED, JAILBREAK = (load_attack(name) for name in ("sentiment-word", "instructions-prefix", "harmful-word"))
 TOKENIZER = AutoTokenizer.from_pretrained(fetch("smollm2-135m-instruct"))

@@ -12,7 +12,8 @@ from bkd_utils.organisms.prompts import prompt_versions, target_ids
 from bkd_utils.organisms.triggers import load_trigger
 
 ALL = load_attacks()
-BACKDOORED = [name for name, attack in ALL.items() if attack.backdoored]
+# Plain attacks have the prompts and the judge of their specific ones.
+BACKDOORED = [name for name, attack in ALL.items() if attack.backdoored and not name.endswith("-plain")]
 EACH_BACKDOORED = pytest.mark.parametrize("name", BACKDOORED)
 FLIP = load_attack("sentiment-word")
 
