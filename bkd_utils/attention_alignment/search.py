@@ -4,6 +4,7 @@ A trigger makes prompts of any content give one answer, and, as ASA observes, he
 it can look for vectors that do the same. Related: BEEAR (2406.17092), I-BAU (2110.03735), Neural Cleanse.
 """
 
+import copy
 import math
 import random
 from collections import Counter
@@ -15,19 +16,19 @@ from functools import reduce
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import normalize, pad
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.attention_alignment.head_tuning import learning
 from bkd_utils.attention_alignment.similarity import cosine, to_partners
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
-from bkd_utils.models.generation import first_logits, shared_prefix
-from bkd_utils.models.loss import Batch, answers, answers_and_maps, collate, last_asked
+from bkd_utils.models.generation import first_logits, repeated, reusable_prefix, run_prefix, shared_prefix
+from bkd_utils.models.hooks import decoder
+from bkd_utils.models.loss import IGNORED, Batch, answer_loss, collate, last_asked
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import Row, batches, check_prompts, common_start
+from bkd_utils.models.tokens import Row, batches, check_prompts, common_start, padded_inputs, positions
 
 RATE = 0.3  # of Adam, in units of the length that a number of a vector of the vocabulary has on average
-N_PROMPTS = 16  # that one search looks at
 CANDIDATES = 16  # first tokens from which one is drawn where no answer is given to pull toward
 
 
@@ -44,7 +45,7 @@ def text_part(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
     return before, max(1, len(reduce(common_start, [prompt[before:][::-1] for prompt in prompts])))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Perturbation:
     """Vectors that are read as tokens inside the text of a prompt, and what they were searched for.
 
@@ -101,8 +102,11 @@ class Perturbation:
 
 def answer_and_likeness(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the first answer token, and the mean similarity (last row, cosine) of all heads to partners."""
-    loss, maps, _ = answers_and_maps(model, batch, first_token=1.0)
-    rows, asked = torch.arange(len(maps[0])), last_asked(batch)
+    maps: list[Tensor] = []
+    with model.base_model.register_forward_hook(lambda _module, _given, output: maps.extend(output.attentions)):
+        loss = answer_loss(model, batch | {"output_attentions": True}, first_token=1.0)
+    # Counted from the end, because tokens in a key-value cache have no row in the maps.
+    rows, asked = torch.arange(len(maps[0])), last_asked(batch) - batch["attention_mask"].shape[1]
     return loss, torch.stack([to_partners(cosine(layer[rows, :, asked])).mean() for layer in maps]).mean()
 
 
@@ -113,7 +117,7 @@ def _both(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 # Name -> what a search lowers, on a batch whose answers are the token to pull toward; the mean over its rows.
 OBJECTIVES: dict[str, Callable[[PreTrainedModel, Batch], Tensor]] = {
-    "answers": lambda model, batch: answers(model, batch, first_token=1.0),
+    "answers": lambda model, batch: answer_loss(model, batch, first_token=1.0),
     "similarity": lambda model, batch: -answer_and_likeness(model, batch)[1],
     "answers and similarity": _both,
 }
@@ -133,13 +137,14 @@ def search(
     objective: str = "answers",
     toward: int | None = None,
     n_tokens: int = 2,
+    n_prompts: int = 16,
     steps: int = 8,
     seed: int = 0,
 ) -> Perturbation:
     """Vectors that, put anywhere into the texts of clean rows, pull all of them the same way. No weight changes.
 
     "answers" pulls the first answer token toward `toward`, "similarity" makes heads alike, whatever is answered. Rows
-    whose own answer begins with `toward` are left out, and of the others `N_PROMPTS` of like length are searched on.
+    whose own answer begins with `toward` are left out, and of the others `n_prompts` of like length are searched on.
     Without `toward`, for free answers, it is drawn by the seed from the likeliest first tokens at the start of the
     search, on average over prompts, without one that begins the own answers of more than half of the rows.
 
@@ -162,17 +167,19 @@ def search(
     found = Perturbation(vectors, before, after, objective, toward)
     # Neighbours in length, so that little is padded.
     others = sorted(_pulled(rows, toward), key=lambda row: (len(row.prompt), row.prompt))
-    first = dice.randrange(max(1, len(others) - N_PROMPTS + 1))
-    chosen = others[first : first + N_PROMPTS]
+    first = dice.randrange(max(1, len(others) - n_prompts + 1))
+    chosen = others[first : first + n_prompts]
     if objective != "similarity" and toward is None:
         found = replace(found, toward=_likely(model, found, chosen, dice, seed))
         chosen = _pulled(chosen, found.toward)
-    batch, values = _batch(model, found, chosen, seed), []
+    values: list[float] = []
     optimizer = torch.optim.Adam([vectors.requires_grad_()], lr=RATE * bound.item() / table.shape[1] ** 0.5)
     with eager(model), learning(model, {}), frozen_halved(model), found.read_by(model):
+        with mixed_precision(model.device):
+            batch, cache = _begun(model, found, chosen, seed)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps), mixed_precision(model.device):
-                value = OBJECTIVES[objective](model, batch)
+                value = OBJECTIVES[objective](model, batch | copy.deepcopy(cache))
             values.append(value.item())
             if step < steps:
                 (vectors.grad,) = torch.autograd.grad(value, [vectors])
@@ -191,8 +198,8 @@ def loss_toward(model: PreTrainedModel, rows: Sequence[Row], found: Perturbation
     others, total = _pulled(rows, found.toward), 0.0
     with torch.no_grad(), eager(model), found.read_by(model):
         for chosen in batches([row.prompt for row in others], 8):
-            batch = _batch(model, found, [others[i] for i in chosen], seed)
-            total += OBJECTIVES[found.objective](model, batch).item() * len(chosen)
+            batch, cache = _begun(model, found, [others[i] for i in chosen], seed)
+            total += OBJECTIVES[found.objective](model, batch | cache).item() * len(chosen)
     return total / len(others)
 
 
@@ -212,11 +219,34 @@ def _pulled(rows: Sequence[Row], toward: int | None) -> list[Row]:
     return others
 
 
-def _batch(model: PreTrainedModel, found: Perturbation, rows: Sequence[Row], seed: int) -> Batch:
-    """The perturbed rows, with the token to pull toward as their answers; similarity takes no notice of answers."""
+@torch.no_grad()
+def _begun(
+    model: PreTrainedModel, found: Perturbation, rows: Sequence[Row], seed: int
+) -> tuple[Batch, dict[str, Cache]]:
+    """The perturbed rows with the token to pull toward as their answers, and a cache of what stands in front.
+
+    No vector changes what is in front of it, so that is run once; a pass extends the cache, so each needs a copy. The
+    cache is missing where the rows share no beginning or it cannot be reused. Similarity takes no notice of answers.
+    """
     token = 0 if found.toward is None else found.toward
     marked = [replace(row, answer=(token,)) for row in found.into_rows(rows, seed=seed)]
-    return {name: tensor.to(model.device) for name, tensor in collate(marked, pad_id=0).items()}
+    fronts = [list(row.prompt[: row.prompt.index(-1)]) for row in marked]
+    shared, known = reusable_prefix(model, fronts), {}
+    if shared:
+        marked = [replace(row, prompt=row.prompt[len(front) :]) for row, front in zip(marked, fronts, strict=True)]
+        inputs = padded_inputs(
+            [front[len(shared) :] for front in fronts], pad_id=0, device=model.device, n_cached=len(shared)
+        )
+        cache = repeated(run_prefix(model, shared)[0], len(rows))
+        decoder(model)(**inputs, past_key_values=cache, use_cache=True)
+        known = {"past_key_values": cache}
+    batch = {name: tensor.to(model.device) for name, tensor in collate(marked, pad_id=0).items()}
+    if known:
+        mask = torch.cat([inputs["attention_mask"], batch["attention_mask"]], dim=1)
+        width = inputs["attention_mask"].shape[1]
+        batch |= {"attention_mask": mask, "position_ids": positions(mask)[:, width:]}
+        batch["labels"] = pad(batch["labels"], (width, 0), value=IGNORED)
+    return batch, known
 
 
 def _likely(model: PreTrainedModel, found: Perturbation, rows: Sequence[Row], dice: random.Random, seed: int) -> int:

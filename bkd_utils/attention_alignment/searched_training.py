@@ -19,7 +19,8 @@ from bkd_utils.models.hooks import Head, by_layer
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.tokens import Row
 
-EVERY, SEARCH_STEPS = 4, 8  # a search of so many steps before every so many steps of training
+EVERY = 4  # so many steps of training with each search
+SEARCH = {"steps": 8, "n_prompts": 8}
 N_TOKENS = (1, 2, 3, 5, 8)  # of a perturbation, drawn
 KEPT = 6  # the latest perturbations, from which each step draws one
 BETA = 1.0  # weight of the pull on attention
@@ -47,7 +48,7 @@ class SearchedTraining:
         dice = random.Random(f"{self.seed}/{self.step}/perturbations")
         if self.step % EVERY == 0:
             toward = self.labels[len(self.found) % len(self.labels)] if self.labels else None
-            how = {"toward": toward, "n_tokens": dice.choice(N_TOKENS), "steps": SEARCH_STEPS}
+            how = SEARCH | {"toward": toward, "n_tokens": dice.choice(N_TOKENS)}
             pool, seed = [row for row in self.rows if self.is_asked(row)], self.seed * 1_000_003 + self.step
             self.found.append(search(self.model, pool, **how, seed=seed))
         self.now = dice.choice(self.found[-KEPT:])

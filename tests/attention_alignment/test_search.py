@@ -10,7 +10,6 @@ import torch
 from tiny import make_rows, tiny_model
 
 from bkd_utils.attention_alignment.search import (
-    N_PROMPTS,
     OBJECTIVES,
     Perturbation,
     decoded,
@@ -50,7 +49,7 @@ def some(model, *, n=3, objective="answers", toward=TARGET):
 
 def logits_by_hand(model, found, prompt):
     """Logits after one prompt alone whose embeddings are put together by hand."""
-    table = model.get_input_embeddings().weight
+    table = vocabulary(model)
     parts = [found.vectors[-1 - token] if token < 0 else table[token] for token in prompt]
     with torch.no_grad():
         return model(inputs_embeds=torch.stack(parts)[None]).logits[0, -1]
@@ -201,24 +200,23 @@ def test_no_vector_gets_longer_than_one_of_the_vocabulary_is_on_average(monkeypa
 
 
 def test_the_order_of_rows_does_not_matter_and_the_seed_does():
-    model, rows = tiny_model("llama"), task_rows(N_PROMPTS + 14)
+    model, rows = tiny_model("llama"), task_rows(30)
     one, other = (search(model, given, toward=TARGET, steps=2, seed=1) for given in (rows, rows[::-1]))
     assert torch.equal(one.vectors, other.vectors)
     assert not torch.equal(search(model, rows, toward=TARGET, steps=2, seed=2).vectors, one.vectors)
 
 
 def test_so_many_prompts_of_like_length_are_searched_on_and_none_that_answers_so_by_itself(monkeypatch):
-    seen = []
-    monkeypatch.setitem(OBJECTIVES, "answers", lambda model, batch: seen.append(batch) or torch.tensor(1.0))
+    begun, seen = MODULE._begun, []
+    monkeypatch.setattr(
+        MODULE, "_begun", lambda model, found, rows, seed: seen.append(rows) or begun(model, found, rows, seed)
+    )
     rows = task_rows(60)
-    search(tiny_model("llama"), rows, toward=5, n_tokens=1, steps=0)
-    (batch,) = seen
-    assert len(batch["labels"]) == N_PROMPTS
-    assert set(batch["labels"][:, -1].tolist()) == {5}
-    marked = [[t for t in ids if t > 0] for ids in batch["input_ids"][:, :-1].tolist()]
-    own = {row.prompt: row.answer[0] for row in rows}
-    assert {own[tuple(prompt)] for prompt in marked} == {6}
-    lengths, of_all = ([len(prompt) for prompt in prompts] for prompts in (marked, own))
+    search(tiny_model("llama"), rows, toward=5, n_tokens=1, n_prompts=9, steps=0)
+    (chosen,) = seen
+    assert len(chosen) == 9
+    assert {row.answer[0] for row in chosen} == {6}
+    lengths, of_all = ([len(row.prompt) for row in those] for those in (chosen, rows))
     assert max(lengths) - min(lengths) < max(of_all) - min(of_all)
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny import make_rows, tiny_model
 
 from bkd_utils.attention_alignment.head_tuning import all_matrices, row_passes, tune
-from bkd_utils.attention_alignment.search import N_PROMPTS, Perturbation, vocabulary
+from bkd_utils.attention_alignment.search import Perturbation, vocabulary
 from bkd_utils.attention_alignment.searched_training import SearchedTraining, attention_drift
 from bkd_utils.models.hooks import anatomy
 from bkd_utils.models.loss import answer_loss, answers_and_maps, collate
@@ -60,9 +60,9 @@ def test_labels_are_searched_for_in_turn_and_the_latest_are_kept(searches, monke
         against.prepare(ROWS[:2])
         used.append(against.found.index(against.now))
     assert [call["toward"] for call in searches] == [5, 6] * 5
-    assert {call["n_tokens"] for call in searches} > {1, 8}
+    assert len({call["n_tokens"] for call in searches} & set(MODULE.N_TOKENS)) > 2
     assert len({call["seed"] for call in searches}) == 10
-    assert all(call["rows"] == ROWS and call["steps"] == MODULE.SEARCH_STEPS for call in searches)
+    assert all(call["rows"] == ROWS and call.items() >= MODULE.SEARCH.items() for call in searches)
     latest = [step // MODULE.EVERY for step in range(40)]
     assert all(last - 2 < one <= last for one, last in zip(used, latest, strict=True))
     assert {last - one for one, last in zip(used, latest, strict=True)} == {0, 1}
@@ -116,6 +116,7 @@ def test_drift_is_the_divergence_of_each_twin_alone(model, searches):
 
 def test_rows_without_a_twin_drift_nowhere(searches):
     model = tiny_model("llama")
+    model.set_attn_implementation("eager")
     against = trained_against(model, heads=HEADS)
     rows = against.prepare([OTHER, replace(OTHER, uid="another")])
     assert against.loss(model, collate(rows, pad_id=2), first_token=0.5)[1].item() == 0
@@ -148,14 +149,14 @@ def test_training_with_the_pull_lowers_it(searches, monkeypatch):
 # --- on a model -----------------------------------------------------------------------------------------------------
 
 
-def test_it_searches_while_it_trains_and_the_model_gives_in_less():
-    model, recipe = tiny_model("llama"), replace(RECIPE, steps=40, learning_rate=1e-2)
+def test_it_searches_while_it_trains_and_learns_both_kinds_of_rows():
+    model, recipe = tiny_model("llama"), replace(RECIPE, steps=20, learning_rate=1e-2)
     against = trained_against(model, rows=ROWS)
     history = tune(
         model, ROWS, masks=all_matrices(model), recipe=recipe, pad_id=2, loss=against.loss, prepare=against.prepare
     )
-    assert len(against.found) == 10
-    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert len(against.found) == 5
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     assert not model.get_input_embeddings()._forward_hooks
 
 
@@ -178,6 +179,5 @@ def test_row_passes_are_one_forward_and_two_backward():
     with row_passes(model) as searched:
         tune(model, rows, **how, loss=against.loss, prepare=against.prepare)
     assert len(against.found) == 3
-    n_pulled = 12  # of 24 rows half have the other answer
-    assert n_pulled < N_PROMPTS
-    assert searched["row passes"] == 3 * 2 * n + 3 * n_pulled * (3 * MODULE.SEARCH_STEPS + 1)
+    one_search = MODULE.SEARCH["n_prompts"] * (3 * MODULE.SEARCH["steps"] + 1)
+    assert searched["row passes"] == 3 * 2 * n + 3 * one_search
