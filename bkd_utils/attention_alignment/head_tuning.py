@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.head_weights import Masks
-from bkd_utils.models.hooks import Head, anatomy
+from bkd_utils.models.hooks import Head, anatomy, editing
 from bkd_utils.models.loss import Batch, answers, collate
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe, batch_order
 
 # (model, batch, first_token=weight) -> the loss of the batch's answers, and the term that is added to it.
 Loss = Callable[..., tuple[Tensor, Tensor]]
+# rows of a step -> the rows that are trained in it
+Prepare = Callable[[Sequence[Row]], Sequence[Row]]
 
 
 def other_groups(
@@ -51,9 +53,12 @@ def other_groups(
     return draws
 
 
-def all_matrices(model: PreTrainedModel) -> Masks:
-    """All entries of all weight matrices inside the layers, without embeddings, norms and biases."""
-    inside = {id(parameter) for layer in anatomy(model).layers for parameter in layer.parameters()}
+def all_matrices(model: PreTrainedModel, *, part: str = "layers") -> Masks:
+    """All entries of all weight matrices inside the layers, without embeddings, norms and biases.
+
+    The part "attentions" is those of attention only.
+    """
+    inside = {id(parameter) for module in getattr(anatomy(model), part) for parameter in module.parameters()}
     chosen = [(name, one) for name, one in model.named_parameters() if id(one) in inside and one.ndim == 2]
     return {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in chosen}
 
@@ -71,14 +76,16 @@ def tune(
     recipe: Recipe,
     pad_id: int,
     loss: Loss = answers_only,
+    prepare: Prepare = list,
     seed: int = 0,
 ) -> list[dict[str, float]]:
     """Fine-tune the marked entries in place on rows with their answers; everything else stays bit for bit.
 
     Returns per step the loss of the answers and what was added to it, in nats. Masks are made by `head_slices`; rank
-    and alpha of the recipe are not used; attention is eager, so a loss may ask for its maps. Raises ValueError for
-    nothing to train, masks of another model or a loss that is not finite, RuntimeError if no weight has changed.
-    Source: ASA, head-wise tuning, in our reading of a head.
+    and alpha of the recipe are not used; attention is eager, so a loss may ask for its maps. `prepare` is called before
+    each step with its rows, and gives those that are trained. Raises ValueError for nothing to train, masks of another
+    model or a loss that is not finite, RuntimeError if no weight has changed. Source: ASA, head-wise tuning, in our
+    reading of a head.
 
     >>> from bkd_utils.models.head_weights import head_slices
     >>> before, masks = model.model.layers[0].self_attn.o_proj.weight.clone(), head_slices(model, [(0, 1)])
@@ -97,12 +104,12 @@ def tune(
     order = batch_order(rows, recipe=recipe, seed=seed)
     history = []
     # Fused attention kernels return no maps, and their backward pass is slower on a CPU.
-    with eager(model), _learning(model, masks), frozen_halved(model):
+    with eager(model), learning(model, masks), frozen_halved(model):
         # Weight decay would change entries outside the masks.
         optimizer = torch.optim.AdamW(trained.values(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=recipe.steps)
         for step in tqdm(range(recipe.steps), desc="tuning", unit="step", mininterval=2, leave=False):
-            batch = collate(order[step * recipe.batch_size : (step + 1) * recipe.batch_size], pad_id=pad_id)
+            batch = collate(prepare(order[step * recipe.batch_size : (step + 1) * recipe.batch_size]), pad_id=pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             with mixed_precision(model.device):
                 of_answers, added = loss(model, batch, first_token=recipe.first_token)
@@ -121,7 +128,27 @@ def tune(
 
 
 @contextmanager
-def _learning(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
+def row_passes(model: PreTrainedModel) -> Iterator[Counter]:
+    """While this lasts, "row passes" of the counter grows by 1 for each row of a forward and 2 of a backward pass.
+
+    A beginning that rows share counts as one row. Passes are counted at the input of the last layer, so tuning that
+    ends there has no backward pass.
+    """
+    count: Counter = Counter()
+
+    def note(_layer: int, hidden: Tensor) -> Tensor:
+        n_rows = len(hidden)
+        count.update({"row passes": n_rows})
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _slope: count.update({"row passes": 2 * n_rows}))
+        return hidden
+
+    with editing(anatomy(model).layers[-1:], note):
+        yield count
+
+
+@contextmanager
+def learning(model: PreTrainedModel, masks: Masks) -> Iterator[None]:
     """While this lasts, only the marked entries get gradients."""
     with ExitStack() as stack:
         for name, parameter in model.named_parameters():

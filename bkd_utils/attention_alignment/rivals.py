@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.attention_alignment.alignment import aligned
-from bkd_utils.attention_alignment.head_tuning import Loss, all_matrices, answers_only, tune
+from bkd_utils.attention_alignment.head_tuning import Loss, Prepare, all_matrices, answers_only, tune
+from bkd_utils.attention_alignment.searched_training import SearchedTraining
 from bkd_utils.attention_alignment.similarity import head_scores
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
@@ -36,18 +37,23 @@ PUSH, CONSISTENCY = 0.1, 5.5
 
 @dataclass(frozen=True)
 class Case:
-    """What a defender has: a model, clean rows with answers, and the heads that a score marks as suspicious."""
+    """What a defender has: a model, clean rows with answers, and the heads that a score marks as suspicious.
+
+    `labels` are the first tokens of the answers that the task knows, none where answers are free.
+    """
 
     model: PreTrainedModel
     rows: Sequence[Row]
     recipe: Recipe
     pad_id: int
     heads: Sequence[Head] = ()
+    labels: Sequence[int] = ()
     seed: int = 0
 
-    def tune(self, masks: Masks, loss: Loss = answers_only) -> None:
+    def tune(self, masks: Masks, loss: Loss = answers_only, prepare: Prepare = list) -> None:
         """`head_tuning.tune` on the clean rows."""
-        tune(self.model, self.rows, masks=masks, recipe=self.recipe, pad_id=self.pad_id, loss=loss, seed=self.seed)
+        how = {"recipe": self.recipe, "pad_id": self.pad_id, "loss": loss, "prepare": prepare, "seed": self.seed}
+        tune(self.model, self.rows, masks=masks, **how)
 
 
 def tune_all(case: Case) -> None:
@@ -82,6 +88,16 @@ def prune(model: PreTrainedModel, heads: Sequence[Head]) -> None:
         parameter = model.get_parameter(name)
         if id(parameter) in outputs:
             parameter[mask] = 0.0
+
+
+def tune_against_search(case: Case, masks: Masks, *, align: bool = False) -> None:
+    """Tune the marked entries on right answers to clean and to perturbed prompts (see `searched_training`).
+
+    With `align`, the given heads shall look under a perturbation where they look without it.
+    """
+    heads = case.heads if align else ()
+    against = SearchedTraining(case.model, case.rows, labels=case.labels, heads=heads, seed=case.seed)
+    case.tune(masks, against.loss, against.prepare)
 
 
 def accuracy(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> float:
@@ -209,6 +225,12 @@ TREATMENTS: dict[str, Callable[[Case], None]] = {
     "flat heads pruned": prune_flat_heads,
     "unneeded heads pruned": prune_unneeded_heads,
     "consistency": lambda case: case.tune(all_matrices(case.model), consistent),
+    "searched": lambda case: tune_against_search(case, all_matrices(case.model)),
+    "searched, attention": lambda case: tune_against_search(case, all_matrices(case.model, part="attentions")),
+    "searched, heads": lambda case: tune_against_search(case, head_slices(case.model, case.heads, unit=TUNED)),
+    "searched, heads aligned": lambda case: tune_against_search(
+        case, head_slices(case.model, case.heads, unit=TUNED), align=True
+    ),
 }
 
 

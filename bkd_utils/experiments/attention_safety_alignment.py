@@ -47,6 +47,9 @@ RATES |= dict.fromkeys(["fine-pruning", "flat heads pruned", "unneeded heads pru
 RATES |= dict.fromkeys(
     ["alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed"], RATES["alignment"]
 )
+# Not chosen by that rule: those of the other treatments of the same weights.
+RATES |= {"searched": RATES["fine-tuning"], "searched, attention": 3e-4}
+RATES |= dict.fromkeys(["searched, heads", "searched, heads aligned"], RATES["alignment"])
 RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
 
 
@@ -98,7 +101,9 @@ def case_of(
     rows = clean_rows(loaded, attack, n=n_rows, seed=seed)
     check_unseen(loaded, [row.uid for row in rows], attack=attack, seed=seed)
     chosen = [(layer, head) for layer, head in heads]
-    return Case(loaded.model, rows, recipe=recipe, pad_id=end_id(loaded.tokenizer), heads=chosen, seed=seed)
+    labels = [answer_ids(loaded.tokenizer, label)[0] for label in tasks.load_task(attack.task).labels]
+    how = {"recipe": recipe, "pad_id": end_id(loaded.tokenizer), "labels": labels, "seed": seed}
+    return Case(loaded.model, rows, heads=chosen, **how)
 
 
 def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, seed: int = 0) -> list[list[Head]]:

@@ -1,0 +1,185 @@
+"""What is trained against searched perturbations, the pull on attention by brute force, and what it costs."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import make_rows, tiny_model
+
+from bkd_utils.attention_alignment.head_tuning import all_matrices, row_passes, tune
+from bkd_utils.attention_alignment.search import Perturbation, vocabulary
+from bkd_utils.attention_alignment.searched_training import SearchedTraining, attention_drift
+from bkd_utils.models.hooks import anatomy
+from bkd_utils.models.loss import answer_loss, answers_and_maps, collate
+from bkd_utils.models.self_test import capabilities
+from bkd_utils.models.tokens import Row
+from bkd_utils.organisms.training import Recipe
+
+MODULE = sys.modules["bkd_utils.attention_alignment.searched_training"]
+BEFORE, AFTER = (7, 8, 9), (10, 11)
+ROWS = [
+    replace(row, prompt=(*row.prompt, *AFTER), answer=(5 + i % 2, 2))
+    for i, row in enumerate(make_rows(12, beginning=BEFORE))
+]
+OTHER = Row((*BEFORE, 900, 901, 902, *AFTER), (99, 2), "benign", "other")
+RECIPE = Recipe(name="test", steps=9, batch_size=4, learning_rate=1e-3, rank=1, alpha=1)
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """The arguments of every search; what is found is not searched for."""
+    calls = []
+
+    def draw(model, rows, **how):
+        calls.append(how | {"rows": rows})
+        return Perturbation(vocabulary(model)[: how["n_tokens"]], len(BEFORE), len(AFTER), "answers", how["toward"])
+
+    monkeypatch.setattr(MODULE, "search", draw)
+    return calls
+
+
+def trained_against(model, **changes):
+    return SearchedTraining(model, **({"rows": [*ROWS, OTHER], "labels": (5, 6)} | changes))
+
+
+def test_rows_are_trained_with_their_right_answers_as_they_are_and_perturbed(searches):
+    against, given = trained_against(tiny_model("llama")), [ROWS[0], OTHER, ROWS[1], ROWS[2]]
+    trained = against.prepare(given)
+    assert trained[:4] == [OTHER, *ROWS[:3]]
+    assert [row.answer for row in trained[4:]] == [row.answer for row in ROWS[:3]]
+    for row, marked in zip(ROWS, trained[4:], strict=False):
+        assert tuple(token for token in marked.prompt if token >= 0) == row.prompt
+        assert min(marked.prompt) == -len(against.now.vectors)
+    assert trained[4:] != against.prepare(given)[4:]  # other places, or another perturbation
+
+
+def test_labels_are_searched_for_in_turn_and_the_latest_are_kept(searches, monkeypatch):
+    monkeypatch.setattr(MODULE, "KEPT", 2)
+    against, used = trained_against(tiny_model("llama")), []
+    for _ in range(40):
+        against.prepare(ROWS[:2])
+        used.append(against.found.index(against.now))
+    assert [call["toward"] for call in searches] == [5, 6] * 5
+    assert len({call["n_tokens"] for call in searches} & set(MODULE.N_TOKENS)) > 2
+    assert len({call["seed"] for call in searches}) == 10
+    assert all(call["rows"] == ROWS and call.items() >= MODULE.SEARCH.items() for call in searches)
+    latest = [step // MODULE.EVERY for step in range(40)]
+    assert all(last - 2 < one <= last for one, last in zip(used, latest, strict=True))
+    assert {last - one for one, last in zip(used, latest, strict=True)} == {0, 1}
+
+
+def test_free_answers_are_all_perturbed_and_the_search_chooses(searches):
+    against = trained_against(tiny_model("llama"), labels=())
+    assert len(against.prepare([OTHER, ROWS[0]])) == 4
+    assert searches[0]["toward"] is None
+    assert searches[0]["rows"] == [*ROWS, OTHER]
+
+
+def test_the_loss_is_the_mean_of_both_kinds_of_rows(model, searches):
+    against = trained_against(model)
+    rows = against.prepare([*ROWS[:3], OTHER])
+    loss, added = against.loss(model, collate(rows, pad_id=2), first_token=0.5)
+    with against.now.read_by(model):
+        alone = [answer_loss(model, collate([row], pad_id=2), first_token=0.5).item() for row in rows]
+    assert loss.item() == pytest.approx(sum(alone) / 7, rel=1e-4)
+    assert added.item() == 0
+
+
+# --- where heads look -----------------------------------------------------------------------------------------------
+
+HEADS = [(0, 1), (0, 3), (1, 2)]
+
+
+def drift_by_hand(model, found, row, marked, layer, head):
+    """KL of the attention of one head at the last prompt token; rows alone, one number after the other."""
+    looks = []
+    model.set_attn_implementation("eager")
+    with found.read_by(model), torch.no_grad():
+        for prompt in (row.prompt, marked.prompt):
+            maps = model(torch.tensor([list(prompt)]), output_attentions=True).attentions[layer]
+            kept = [p for p, token in zip(maps[0, head, -1].double(), prompt, strict=True) if token >= 0]
+            looks.append([p / sum(kept) for p in kept])
+    return sum(p * (torch.log(p + 1e-8) - torch.log(q + 1e-8)) for p, q in zip(*looks, strict=True)).item()
+
+
+def test_drift_is_the_divergence_of_each_twin_alone(model, searches):
+    model.set_attn_implementation("eager")
+    against = trained_against(model, heads=HEADS, rows=ROWS)
+    rows = against.prepare([OTHER, *ROWS[:3]])
+    _, drift = against.loss(model, collate(rows, pad_id=2), first_token=0.5)
+    twins = list(zip(rows[1:4], rows[4:], strict=True))
+    by_head = {head: sum(drift_by_hand(model, against.now, *twin, *head) for twin in twins) / 3 for head in HEADS}
+    expected = ((by_head[0, 1] + by_head[0, 3]) / 2 + by_head[1, 2]) / 2
+    assert expected > 1e-3
+    assert drift.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_rows_without_a_twin_drift_nowhere(searches):
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    against = trained_against(model, heads=HEADS)
+    rows = against.prepare([OTHER, replace(OTHER, uid="another")])
+    assert against.loss(model, collate(rows, pad_id=2), first_token=0.5)[1].item() == 0
+
+
+def test_only_attention_under_the_perturbation_is_pulled(searches):
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    against = trained_against(model)
+    batch = collate(against.prepare(ROWS[:2]), pad_id=2)
+    with against.now.read_by(model):
+        _, maps, real = answers_and_maps(model, batch, first_token=0.5)
+    slope = torch.autograd.grad(attention_drift(maps, real, batch, {0: [1]}), maps[0])[0]
+    assert (slope[:2] == 0).all()
+    assert (slope[2:, 1].abs().sum((1, 2)) > 0).all()
+    assert (slope[2:, [0, 2, 3]] == 0).all()
+
+
+def test_training_with_the_pull_lowers_it(searches, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(MODULE, "BETA", 30.0)
+    monkeypatch.setattr(MODULE, "N_TOKENS", (3,))
+    against = trained_against(model, heads=HEADS, rows=ROWS)
+    recipe = replace(RECIPE, steps=40, learning_rate=1e-2)
+    how = {"masks": all_matrices(model, part="attentions"), "recipe": recipe, "pad_id": 2}
+    added = [row["added"] for row in tune(model, ROWS, loss=against.loss, prepare=against.prepare, **how)]
+    assert sum(added[-5:]) < 0.5 * sum(added[:5])
+
+
+# --- on a model -----------------------------------------------------------------------------------------------------
+
+
+def test_it_searches_while_it_trains_and_learns_both_kinds_of_rows():
+    model, recipe = tiny_model("llama"), replace(RECIPE, steps=20, learning_rate=1e-2)
+    against = trained_against(model, rows=ROWS)
+    history = tune(
+        model, ROWS, masks=all_matrices(model), recipe=recipe, pad_id=2, loss=against.loss, prepare=against.prepare
+    )
+    assert len(against.found) == 5
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_attention_matrices_are_those_inside_attention(model):
+    names, parts = all_matrices(model, part="attentions").keys(), anatomy(model)
+    inside = {id(one) for module in parts.attentions for one in module.parameters() if one.ndim == 2}
+    assert {id(model.get_parameter(name)) for name in names} == inside
+    assert names < all_matrices(model).keys()
+
+
+def test_row_passes_are_one_forward_and_two_backward():
+    """Rows without a shared beginning, so that nothing else runs."""
+    model, rows = tiny_model("llama"), [replace(row, answer=(5 + i % 2, 2)) for i, row in enumerate(make_rows(24))]
+    how = {"masks": all_matrices(model), "recipe": RECIPE, "pad_id": 2}
+    capabilities(model)  # otherwise the first search tests the model, and these passes count, too
+    with row_passes(model) as plain:
+        tune(model, rows, **how)
+    n = RECIPE.steps * RECIPE.batch_size
+    assert plain["row passes"] == 3 * n
+    against = trained_against(model, rows=rows)
+    with row_passes(model) as searched:
+        tune(model, rows, **how, loss=against.loss, prepare=against.prepare)
+    assert len(against.found) == 3
+    one_search = MODULE.SEARCH["n_prompts"] * (3 * MODULE.SEARCH["steps"] + 1)
+    assert searched["row passes"] == 3 * 2 * n + 3 * one_search
