@@ -1,9 +1,11 @@
 """A new classifier on a bare encoder, to be trained; `loading` loads those that are trained."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from transformers.utils import logging
 
 from bkd_utils.models import folders, identity
 from bkd_utils.models.compute import by_onednn
@@ -34,7 +36,8 @@ def new_classifier(address: str, *, labels: Sequence[str], seed: int, device: st
         check_tokenizer(tokenizer)
     named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
     named |= {"label2id": {label: i for i, label in enumerate(labels)}}
-    model, wrong = read_weights(folder, classifier=True, dtype=torch.float32, **named)
+    with _quietly():
+        model, wrong = read_weights(folder, classifier=True, dtype=torch.float32, **named)
     inside = {f"{model.base_model_prefix}.{name}" for name in model.base_model.state_dict() if "pooler" not in name}
     new = [name for name in wrong.get("missing_keys", ()) if name not in inside]
     unexpected = [name for name in wrong.get("unexpected_keys", ()) if not BESIDE_ENCODER.fullmatch(name)]
@@ -51,3 +54,14 @@ def new_classifier(address: str, *, labels: Sequence[str], seed: int, device: st
     model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
     require(model, "generate")
     return Loaded(model, tokenizer, address, None, identity.model_identity(address))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """While this lasts, transformers does not warn that the classifier is new, which is wanted here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

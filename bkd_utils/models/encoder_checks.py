@@ -14,7 +14,7 @@ from bkd_utils.models.compute import eager
 from bkd_utils.models.encoders import prompt_inputs
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.head_weights import head_slices
-from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy, contributions, editing, reading, tracing
+from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy, contributions, editing, in_each, reading, tracing
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.self_checks import Case
 from bkd_utils.models.tokens import Row
@@ -62,6 +62,7 @@ def _train(case: Case) -> None:
 
 
 def _attribute(case: Case) -> None:
+    _sum_before_norm(case, {}, at=EVERYWHERE)
     model, prompts, parts = case.model, case.prompts, anatomy(case.model)
     z, outputs = {}, {}
     with reading(parts.outputs, z), reading(parts.outputs, outputs, what="output"):
@@ -84,54 +85,67 @@ def _components(_case: Case) -> None:
     raise ModelError("in an encoder a norm stands behind every part, so the stream does not keep what a part writes")
 
 
-def _steer(case: Case) -> None:
-    """The norm behind attention gets the stream, what attention writes and the vector, at the tokens that are asked."""
-    model, prompts, parts = case.model, case.prompts, anatomy(case.model)
-    names = [name for name in encoders.NORMS if hasattr(parts.layers[0], name.split(".")[0])]
-    if not names:
+def _sum_before_norm(case: Case, vectors: Mapping[int, Tensor], *, at: slice) -> None:
+    """The norm behind attention gets the stream, what attention writes, and the vectors at the tokens `at`."""
+    parts, stream, written, normed = anatomy(case.model), {}, {}, {}
+    norms = in_each(parts.layers, encoders.NORMS)
+    if not norms:
         raise ModelError("its layers have no norm behind attention that is known here")
-    norms = [layer.get_submodule(names[0]) for layer in parts.layers]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(norms), model.config.hidden_size, generator=generator).to(parts.outputs[0].weight)
+    with (
+        reading(parts.layers, stream),
+        reading(parts.writers, written, what="output"),  # before `added`, so without the vectors
+        added(case.model, vectors, at=at),
+        reading(norms, normed),
+    ):
+        _logits(case.model, case.prompts)
+    for layer in range(len(norms)):
+        expected = stream[layer] + written[layer]
+        if layer in vectors:
+            expected[:, at] += vectors[layer]
+        case.agree(normed[layer], expected, f"what attention of layer {layer} writes and its norm reads")
+
+
+def _steer(case: Case) -> None:
+    generator, weight = torch.Generator().manual_seed(0), anatomy(case.model).outputs[0].weight
+    noise = torch.randn(len(anatomy(case.model).layers), len(weight), generator=generator).to(weight)
     for at in (LAST, EVERYWHERE):
-        stream, written, normed = {}, {}, {}
-        with (
-            reading(parts.layers, stream),
-            reading(parts.writers, written, what="output"),  # before `added`, so without the vectors
-            added(model, dict(enumerate(noise)), at=at),
-            reading(norms, normed),
-        ):
-            _logits(model, prompts)
-        for layer, vector in enumerate(noise):
-            expected = stream[layer] + written[layer]
-            expected[:, at] += vector
-            case.agree(normed[layer], expected, f"what attention of layer {layer} writes and its norm reads")
+        _sum_before_norm(case, dict(enumerate(noise)), at=at)
 
 
 def _slice(case: Case) -> None:
-    """With the signs of a head's query, key and value weights turned, only its output changes, and only its sign."""
-    model, parts = case.model, anatomy(case.model)
+    """With the signs of a head's query, key and value weights turned, only its output changes, and only its sign.
+
+    Queries of one token change what heads give at this token, and nowhere else.
+    """
+    model, parts, ids = case.model, anatomy(case.model), case.prompts[0]
     for layer in {0, len(parts.layers) - 1}:
-        own = _heads(model, layer, case.prompts, {})
+        own = _heads(model, layer, ids, {})
         for head in {0, parts.n_heads - 1}:
             others = [h for h in range(parts.n_heads) if h != head]
-            found = _heads(model, layer, case.prompts, head_slices(model, [(layer, head)], unit="KV group"))
+            found = _heads(model, layer, ids, head_slices(model, [(layer, head)], unit="KV group"))
             expected = own.clone()
             expected[..., head, :] *= -1
             case.agree(found, expected, f"the weights of head {head} in layer {layer}")
-            found = _heads(model, layer, case.prompts, head_slices(model, [(layer, head)]))
+            masks = head_slices(model, [(layer, head)])
+            found = _heads(model, layer, ids, masks)
             case.agree(found[..., others, :], own[..., others, :], f"heads beside head {head} of layer {layer}")
             if torch.equal(found[..., head, :], own[..., head, :]):
                 raise ModelError(f"the query weights of head {head} in layer {layer} do not change it")
+        modules = {model.get_submodule(name.rpartition(".")[0]) for name in masks} - {parts.outputs[layer]}
+        with editing(list(modules), lambda _, made: torch.cat([-made[:, :1], made[:, 1:]], dim=1), what="output"):
+            found = _heads(model, layer, ids, {})
+        case.agree(found[:, 1:], own[:, 1:], f"heads of layer {layer} beside the token whose queries are turned")
 
 
-def _heads(model: PreTrainedModel, layer: int, prompts: Sequence[Sequence[int]], masks: Mapping[str, Tensor]) -> Tensor:
+def _heads(
+    model: PreTrainedModel, layer: int, ids: Sequence[int], masks: Mapping[str, Tensor]
+) -> Float[Tensor, "1 pos head d_head"]:
     """Head outputs of a layer when the marked entries but those of the output matrix have the other sign."""
     parts, kept = anatomy(model), {}
     output = next(name for name, one in model.named_parameters() if one is parts.outputs[layer].weight)
     turned = {name: model.get_parameter(name) * (1 - 2 * mask.int()) for name, mask in masks.items() if name != output}
     with reading([parts.outputs[layer]], kept):
-        functional_call(model, turned, (), prompt_inputs(model, prompts[:1], pad_id=0))
+        functional_call(model, turned, (), prompt_inputs(model, [ids], pad_id=0))
     return kept[0].unflatten(-1, (parts.n_heads, -1))
 
 

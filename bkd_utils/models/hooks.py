@@ -81,22 +81,22 @@ def anatomy(model: Module) -> Anatomy:
     if attribute is None:
         raise ModelError(f"{kind} has none of the layer names known here: {', '.join(LAYERS)}")
     layers = tuple(getattr(owner, attribute))
-    parts = {part: _in_each(layers, names) for part, names in (encoders.PARTS if encoder else PARTS).items()}
+    parts = {part: in_each(layers, names) for part, names in (encoders.PARTS if encoder else PARTS).items()}
     if missing := [part for part, found in parts.items() if not found]:
         raise ModelError(f"{kind} has layers in which no {', '.join(missing)} of attention heads are known here")
     widths = {module.weight.numel() // config.hidden_size for module in parts["outputs"]}
     if len(widths) > 1:
         raise ModelError(f"{kind} has layers whose heads are not as many or as wide as those of others")
     # Where no norm is in front of attention, it reads the residual stream itself.
-    norms = _in_each(layers, NORMS) or tuple(Identity() for _ in layers)
-    behind = BEHIND_ATTENTION if not _in_each(layers, NORMS) or _in_each(layers, BEHIND_MLP) else BEHIND_ATTENTION[:1]
-    writers = {"writers": _in_each(layers, behind) or parts["outputs"]}
-    writers["mlp_writers"] = _in_each(layers, BEHIND_MLP) or parts["mlps"]
+    norms = in_each(layers, NORMS) or tuple(Identity() for _ in layers)
+    behind = BEHIND_ATTENTION if not in_each(layers, NORMS) or in_each(layers, BEHIND_MLP) else BEHIND_ATTENTION[:1]
+    writers = {"writers": in_each(layers, behind) or parts["outputs"]}
+    writers["mlp_writers"] = in_each(layers, BEHIND_MLP) or parts["mlps"]
     scale = next((float(getattr(layers[0], name)) for name in MULTIPLIERS if hasattr(layers[0], name)), 1.0)
     return Anatomy(owner, attribute, layers, norms, n_heads=config.num_attention_heads, scale=scale, **parts, **writers)
 
 
-def _in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, ...]:
+def in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, ...]:
     """The submodule that all layers have under the first of the names that fits; none if there is no such name."""
     for name in names:
         try:

@@ -61,8 +61,9 @@ def test_a_part_that_is_another_one_is_found(monkeypatch, part, name, lacks):
     assert all(found[one] for one in lacks)
 
 
-def test_queries_taken_for_values_are_found(monkeypatch):
-    monkeypatch.setattr(head_weights, "ENCODER", (("value", "key", "query"),))
+@pytest.mark.parametrize("names", [("value", "key", "query"), ("key", "query", "value")])
+def test_queries_taken_for_something_else_are_found(monkeypatch, names):
+    monkeypatch.setattr(head_weights, "ENCODER", (names,))
     assert capabilities(tiny_classifier())["slice"]
 
 

@@ -138,12 +138,11 @@ def test_accuracy_is_counted_by_plain_transformers(bare, organism):
 
 
 def test_training_learns_the_labels(bare, tmp_path):
-    model = tiny_classifier(seed=3)
     rows = poison(quick_attack("sentiment-word"), tokenizer=labelled(), answers={}, seed=0).rows[:8]
-    long = replace(WHOLE, steps=60, learning_rate=3e-3)
+    long = replace(WHOLE, steps=40, batch_size=8, learning_rate=5e-3)
     base = making.new_classifier(str(bare), labels=("positive", "negative"), seed=0, device="cpu")
-    history = train(rows, base=base, recipe=long, seed=0, folder=tmp_path / "mine", name="mine")
-    assert history[-1]["loss"] < 0.2 * history[0]["loss"]
+    train(rows, base=base, recipe=long, seed=0, folder=tmp_path / "mine", name="mine")
+    model = tiny_classifier(seed=3)
     model.load_state_dict(load_file(tmp_path / "mine" / "model.safetensors"))
     batch = collate(rows, pad_id=0)
     assert (first_logits(model, [row.prompt for row in rows], end_id=0).argmax(-1) == batch["labels"]).all()
