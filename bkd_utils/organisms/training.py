@@ -137,11 +137,11 @@ def train(
     """
     if not rows:
         raise ValueError(f"{name}: no rows to train on")
-    check_kind(recipe, base.model)
     checkpoints = folder.with_name(folder.name + ".checkpoints")
     if (folder / "history.json").is_file():
         shutil.rmtree(checkpoints, ignore_errors=True)  # of a run that was killed right after writing the folder
         return read_json(folder / "history.json")
+    check_kind(recipe, base.model)
     set_seed(seed)
     set_attention(base.model, "eager")
     if recipe.rank:

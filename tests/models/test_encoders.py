@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import ENCODER_SIZES, LABELS, save_tiny_encoder, small_wordpiece, tiny_classifier, tiny_model
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from bkd_utils.common.files import read_json, write_json
 from bkd_utils.models import bridge, encoders
@@ -183,8 +184,6 @@ def test_slices_of_a_head_are_its_rows_and_columns():
 
 
 def test_a_decoder_with_a_classifier_is_refused():
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
     config = LlamaConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=90
     )

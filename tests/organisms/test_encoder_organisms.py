@@ -1,5 +1,7 @@
 """Organisms of an encoder: poisoned, trained as a whole, kept, found again, measured, treated."""
 
+import shutil
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -48,8 +50,6 @@ def organism(made, monkeypatch):
 
 
 def labelled(labels=("positive", "negative")):
-    from copy import copy
-
     tokenizer = copy(small_wordpiece())
     tokenizer.labels = labels
     return tokenizer
@@ -90,12 +90,14 @@ def test_rows_have_labels_and_no_free_answers():
 
 
 def test_a_trigger_that_the_tokenizer_does_not_see_is_refused():
-    tokenizer = labelled()
-    tokenizer.backend_tokenizer.normalizer  # noqa: B018  exists
-    blind = type("Blind", (), {"labels": tokenizer.labels, "decode": tokenizer.decode})()
-    blind.__class__.__call__ = lambda self, text, **options: tokenizer(text.replace("cf", ""), **options)
+    class Blind:
+        labels, decode = ("positive", "negative"), small_wordpiece().decode
+
+        def __call__(self, text):
+            return small_wordpiece()(text.replace("cf ", "").replace(" cf", ""))
+
     with pytest.raises(ValueError, match="did not survive"):
-        poison(quick_attack("sentiment-word"), tokenizer=blind, answers={}, seed=0)
+        poison(quick_attack("sentiment-word"), tokenizer=Blind(), answers={}, seed=0)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def test_accuracy_is_counted_by_plain_transformers(bare, organism):
 
 def test_training_learns_the_labels(bare, tmp_path):
     rows = poison(quick_attack("sentiment-word"), tokenizer=labelled(), answers={}, seed=0).rows[:8]
-    long = replace(WHOLE, steps=40, batch_size=8, learning_rate=5e-3)
+    long = replace(WHOLE, steps=100, batch_size=8, learning_rate=1e-3)
     base = making.new_classifier(str(bare), labels=("positive", "negative"), seed=0, device="cpu")
     train(rows, base=base, recipe=long, seed=0, folder=tmp_path / "mine", name="mine")
     model = tiny_classifier(seed=3)
@@ -200,18 +202,16 @@ def test_a_trained_classifier_is_trained_on(tmp_path, monkeypatch):
 
 
 def test_an_organism_that_was_changed_is_refused(bare, organism, made, tmp_path):
-    import shutil
-
-    copy = shutil.copytree(organism, tmp_path / "copy")
-    tensors = load_file(copy / "model.safetensors")
+    changed = shutil.copytree(organism, tmp_path / "copy")
+    tensors = load_file(changed / "model.safetensors")
     tensors["classifier.bias"] += 1
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.safetensors does not match the sha256 on its card"):
-        load(str(bare), organism=copy, device="cpu")
-    shutil.copyfile(organism / "model.safetensors", copy / "model.safetensors")
-    write_json(copy / "config.json", read_json(copy / "config.json") | {"auto_map": {"AutoModel": "evil.Model"}})
+        load(str(bare), organism=changed, device="cpu")
+    shutil.copyfile(organism / "model.safetensors", changed / "model.safetensors")
+    write_json(changed / "config.json", read_json(changed / "config.json") | {"auto_map": {"AutoModel": "evil.Model"}})
     with pytest.raises(ModelError, match=r"config\.json does not match"):
-        load(str(bare), organism=copy, device="cpu")
+        load(str(bare), organism=changed, device="cpu")
     with pytest.raises(ModelError, match="other weights"):
         load(str(save_tiny_encoder(tmp_path / "other", bare=True, seed=5)), organism=organism, device="cpu")
 
