@@ -1,21 +1,25 @@
 """Paper 2 on an encoder: the readings are those of the row of [CLS], and every treatment runs by the same code."""
 
+from copy import copy
 from itertools import pairwise
 
 import pytest
 import torch
-from tiny import small_wordpiece, tiny_classifier
+from tiny import LABELS, small_wordpiece, tiny_classifier
 from torch.nn.functional import cosine_similarity
 
-from bkd_utils.attention_alignment import alignment, rivals
+from bkd_utils.attention_alignment import alignment, guards, rivals
 from bkd_utils.attention_alignment.alignment import ALIGNMENTS, aligned
 from bkd_utils.attention_alignment.head_tuning import tune
 from bkd_utils.attention_alignment.rivals import TREATMENTS, Case, accuracy, consistent, dormant, treat
 from bkd_utils.attention_alignment.similarity import READINGS, head_scores, head_similarity
 from bkd_utils.attention_alignment.surrogates import likeness, reaction, searched, start, surrogate
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
+from bkd_utils.models.folders import ModelError
+from bkd_utils.models.generation import first_logits
 from bkd_utils.models.head_weights import head_slices
 from bkd_utils.models.hooks import head_edit
+from bkd_utils.models.loading import Loaded
 from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe
@@ -200,3 +204,33 @@ def test_all_layers_count_for_consistency(model, rows):
     turns = [1 - cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(hidden)]
     assert len(turns) == 2
     assert found.item() == pytest.approx(rivals.CONSISTENCY * sum(turns).item() / 2, rel=1e-4)
+
+
+# --- guards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded(model):
+    tokenizer = copy(small_wordpiece())
+    tokenizer.labels = LABELS
+    return Loaded(model, tokenizer, "tiny", None)
+
+
+def test_a_vector_in_place_of_a_word_is_read_at_its_place(loaded, prompts):
+    """With the word's own embedding, nothing changes; the prompts are of different lengths."""
+    word = loaded.model.get_input_embeddings().weight[prompts[0][2]].detach()
+    found = guards._with_vector(loaded, [prompts[0], prompts[1]], [2, 3], word)
+    other = [*prompts[1][:3], prompts[0][2], *prompts[1][4:]]
+    for row, ids in zip(found, (prompts[0], other), strict=True):
+        assert torch.allclose(row, loaded.model(input_ids=torch.tensor([ids])).logits[0].softmax(-1), atol=1e-5)
+
+
+def test_guards_work_on_labels_or_say_why_not(loaded):
+    scores = guards.strip(loaded, TEXTS, turn=str, pool=["much too long"])
+    assert scores.shape == (4,)
+    assert (scores <= 0).all()
+    said = first_logits(loaded.model, [loaded.tokenizer(text).input_ids for text in TEXTS], end_id=0).argmax(-1)
+    scores = guards.rap(loaded, TEXTS, turn=str, protected=int(said[0]), clean=TEXTS[:1], word="mb")
+    assert ((scores > -float("inf")) == (said == said[0]).numpy()).all()
+    with pytest.raises(ModelError, match="ONION needs a causal language model"):
+        guards.onion(loaded, TEXTS)
