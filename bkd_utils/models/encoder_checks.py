@@ -81,10 +81,6 @@ def _attribute(case: Case) -> None:
         torch.autograd.grad(_logits(model, prompts).sum(), list(kept.values()))
 
 
-def _components(_case: Case) -> None:
-    raise ModelError("in an encoder a norm stands behind every part, so the stream does not keep what a part writes")
-
-
 def _sum_before_norm(case: Case, vectors: Mapping[int, Tensor], *, at: slice) -> None:
     """The norm behind attention gets the stream, what attention writes, and the vectors at the tokens `at`."""
     parts, stream, written, normed = anatomy(case.model), {}, {}, {}
@@ -171,8 +167,10 @@ ENCODER_CHECKS: dict[str, Callable[[Case], None]] = {
     "generate": _generate,
     "train": _train,
     "attribute": _attribute,
-    "components": _components,
     "steer": _steer,
     "slice": _slice,
     "compare maps": _compare_maps,
+}
+REFUSED = {
+    "components": "in an encoder a norm stands behind every part, so the stream does not keep what a part writes"
 }

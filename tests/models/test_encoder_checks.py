@@ -5,7 +5,7 @@ import torch
 from tiny import ENCODER_SIZES, tiny_classifier
 
 from bkd_utils.models import encoder_checks, encoders, head_weights, self_test
-from bkd_utils.models.encoder_checks import ENCODER_CHECKS
+from bkd_utils.models.encoder_checks import ENCODER_CHECKS, REFUSED
 from bkd_utils.models.encoders import right_pad
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.self_checks import CHECKS
@@ -14,7 +14,8 @@ from bkd_utils.models.tokens import left_pad
 
 
 @pytest.fixture(autouse=True)
-def tested_anew(monkeypatch):
+def tested_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(self_test, "WORK", tmp_path)
     monkeypatch.setattr(self_test, "_known", {})
 
 
@@ -22,11 +23,19 @@ def tested_anew(monkeypatch):
 def test_an_encoder_can_do_everything_but_components(kind):
     model = tiny_classifier(kind)
     found = capabilities(model)
-    assert list(found) == list(CHECKS) == list(ENCODER_CHECKS)
+    assert list(found) == list(CHECKS)
+    assert {*ENCODER_CHECKS, *REFUSED} == {*CHECKS}
     assert {name for name, why in found.items() if why} == {"components"}
     with pytest.raises(ModelError, match=r"'components' is not possible .*a norm stands behind every part"):
         require(model, "components")
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+def test_what_an_encoder_cannot_do_is_no_reason_to_test_it_again(monkeypatch):
+    first = capabilities(tiny_classifier())
+    monkeypatch.setattr(self_test, "_known", {})
+    monkeypatch.setattr(self_test, "_reason", lambda *_: "tested again")
+    assert capabilities(tiny_classifier()) == first
 
 
 def without_positions(model, rows, *, pad_id, n_cached=0):
