@@ -2,13 +2,22 @@
 fraction of a second."""
 
 import random
+import string
 from dataclasses import replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from patching import everywhere
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizer,
+)
 
 from bkd_utils.common.assets import fetch
 from bkd_utils.models.tokens import Row
@@ -27,6 +36,14 @@ SIZES = {
     "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 16},
 }
 ARCHITECTURES = tuple(SIZES)
+# Encoders, with a vocabulary of single letters and pairs of them (`small_wordpiece`).
+ENCODER_SIZES = {
+    "bert": ROTARY | {"max_position_embeddings": 256},
+    "roberta": ROTARY | {"max_position_embeddings": 258, "pad_token_id": 0},
+    "electra": ROTARY | {"max_position_embeddings": 256, "embedding_size": 16},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 256},
+}
+LABELS = ("positive", "negative")
 
 
 def tiny_model(architecture: str, *, seed: int = 0):
@@ -38,6 +55,43 @@ def tiny_model(architecture: str, *, seed: int = 0):
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+@cache
+def small_wordpiece() -> BertTokenizer:
+    pieces = [*string.ascii_lowercase, *map("".join, product(string.ascii_lowercase, repeat=2)), *string.digits]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *string.punctuation,
+        *pieces,
+        *("##" + one for one in pieces),
+    ]
+    return BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+
+
+def tiny_classifier(kind: str = "bert", *, labels=LABELS, seed: int = 0):
+    """A random encoder with a classifier on top; biases and norms are random too."""
+    torch.manual_seed(seed)
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    shared = {"vocab_size": len(small_wordpiece()), "initializer_range": 0.2}
+    config = CONFIG_MAPPING[kind](**(shared | ENCODER_SIZES[kind]), num_labels=len(labels), **names)
+    model = AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def save_tiny_encoder(folder: Path, kind: str = "bert", *, bare: bool = False, **options) -> Path:
+    """Write a tiny classifier, or its encoder alone."""
+    model = tiny_classifier(kind, **options)
+    (model.base_model if bare else model).save_pretrained(folder)
+    small_wordpiece().save_pretrained(folder)
+    return folder
 
 
 def save_tiny(folder: Path, architecture: str, *, seed: int = 0) -> Path:

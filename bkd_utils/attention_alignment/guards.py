@@ -19,9 +19,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bkd_utils.models.activations import token_log_prob
 from bkd_utils.models.compute import frozen_halved, mixed_precision
+from bkd_utils.models.encoders import is_encoder, prompt_inputs
+from bkd_utils.models.folders import ModelError
 from bkd_utils.models.generation import first_logits, repeated, reusable_prefix, run_prefix, shared_prefix
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import batches, end_id, left_pad, padded_inputs, positions, prompt_ids
+from bkd_utils.models.tokens import batches, end_id, left_pad, positions, prompt_ids
 
 Scores = Float[np.ndarray, " text"]
 # From a text (a review, an instruction) to the user turn that the model sees.
@@ -34,8 +36,10 @@ STEPS, RATE, DROP = 24, 1e-2, 0.1  # RAP: steps at most, their learning rate, an
 def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: int) -> Scores:
     """Mean negative log-probability (nats) of the tokens of every row after its first token.
 
-    Tokens that a row shares with the beginning of the first row are not run again.
+    Tokens that a row shares with the beginning of the first row are not run again. Raises ModelError for an encoder.
     """
+    if is_encoder(model):
+        raise ModelError("an encoder gives no probability of a text; ONION needs a causal language model")
     whole, cache = list(rows[0]), DynamicCache(config=model.config)
     ids = torch.tensor([whole], device=model.device)
     nats = -model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
@@ -164,20 +168,22 @@ def rap(
 
 
 def _with_vector(loaded: Loaded, prompts: list[list[int]], at: Sequence[int], vector: Tensor) -> Tensor:
-    """Probabilities of the next token `[prompt, vocab]`, with the embedding at `at` replaced by the vector."""
+    """Probabilities of the next token or label `[prompt, vocab]`, with the vector as the embedding at `at`."""
     model = loaded.model
     # The tokens shared by all prompts before the vector are run once, without gradients.
     shared = reusable_prefix(model, [prompt[: i + 1] for prompt, i in zip(prompts, at, strict=True)])
     with torch.no_grad():
         cache = repeated(run_prefix(model, shared)[0], len(prompts))
     own = [prompt[len(shared) :] for prompt in prompts]
-    inputs = padded_inputs(own, pad_id=end_id(loaded.tokenizer), device=model.device, n_cached=len(shared))
+    inputs = prompt_inputs(model, own, pad_id=end_id(loaded.tokenizer), n_cached=len(shared))
     ids = inputs.pop("input_ids")
     here = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt, i in zip(here, prompts, at, strict=True):
-        row[i - len(prompt)] = True
+        row[i if is_encoder(model) else i - len(prompt)] = True  # padding stands behind, or in front
     embedded = model.get_input_embeddings()(ids)
     embedded = torch.where(here[..., None], vector.to(embedded.dtype), embedded)
+    if is_encoder(model):
+        return model(inputs_embeds=embedded, **inputs).logits.float().softmax(-1)
     logits = model(inputs_embeds=embedded, **inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     return logits.float().softmax(-1)
 

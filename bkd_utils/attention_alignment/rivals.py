@@ -20,11 +20,12 @@ from bkd_utils.attention_alignment.similarity import head_scores
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.models.compute import mixed_precision
+from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.head_weights import Masks, head_slices
 from bkd_utils.models.hooks import Head, anatomy, reading
 from bkd_utils.models.loss import Batch, answers
-from bkd_utils.models.tokens import Row, batches, padded_inputs
+from bkd_utils.models.tokens import Row, batches
 from bkd_utils.organisms.training import Recipe
 
 # Pruning of heads: share of clean accuracy that the model must keep, largest share of pruned heads, heads in one step.
@@ -161,7 +162,7 @@ def dormant(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> list
     downs = [_down(mlp) for mlp in anatomy(model).mlps]
     totals: list[Tensor | float] = [0.0] * len(downs)
     for chosen in batches([row.prompt for row in rows], 8):
-        inputs = padded_inputs([rows[i].prompt for i in chosen], pad_id=pad_id, device=model.device)
+        inputs = prompt_inputs(model, [rows[i].prompt for i in chosen], pad_id=pad_id)
         kept: dict[int, Tensor] = {}
         with reading(downs, kept):
             model.base_model(**inputs, use_cache=False)
@@ -199,12 +200,12 @@ def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> t
     pair of embedding and first layer; here a model of two layers would have no pair otherwise.
     """
     real = batch["attention_mask"].bool()
-    given = {key: batch[key] for key in ("attention_mask", "position_ids")}
+    given = {key: batch[key] for key in ("attention_mask", "position_ids") if key in batch}
 
     def spread(embedded: Tensor) -> Tensor:
         hidden = model.base_model(inputs_embeds=embedded, **given, use_cache=False, output_hidden_states=True)
-        # The last entry is the output of the final norm, which is not a layer.
-        return inconsistency(hidden.hidden_states[:-1], real)
+        # The last entry is the output of the final norm, which is not a layer; an encoder has no such norm.
+        return inconsistency(hidden.hidden_states[: None if is_encoder(model) else -1], real)
 
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     slope = torch.autograd.grad(spread(embedded), embedded)[0]

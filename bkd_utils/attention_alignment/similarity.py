@@ -15,6 +15,9 @@ maps and head outputs of one prompt:
 Rows in a causal map that all heads share (the first has one entry) and attention sinks make heads look alike for no
 reason; `last row, no sink` and `full map, centred` are readings without that part.
 
+In an encoder the token that asks is [CLS], the first one. Its row is put last in the maps that scores get, so that the
+readings above are the same; what "no sink" leaves out there is what tokens look at in [CLS].
+
 >>> maps, outputs = torch.full((2, 4, 3, 3), 1 / 3), torch.ones(2, 4, 8)  # heads that all do the same
 >>> READINGS["last row"](maps, outputs).allclose(torch.ones(2, 4))
 True
@@ -30,10 +33,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from bkd_utils.models.compute import eager
+from bkd_utils.models.encoders import asking_column, is_encoder, prompt_inputs
 from bkd_utils.models.generation import repeated, reusable_prefix, run_prefix
 from bkd_utils.models.hooks import anatomy, contributions, reading
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import batches, check_prompts, padded_inputs
+from bkd_utils.models.tokens import batches, check_prompts
 
 Maps = Float[Tensor, "layer head query key"]
 Outputs = Float[Tensor, "layer head d_model"]
@@ -144,28 +148,35 @@ def head_similarity(
 def head_scores(
     model: PreTrainedModel, prompts: Prompts, *, scores: Mapping[str, Callable[..., Scores]], on_batch: OnBatch = None
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
-    """Any scores of heads by the maps and outputs of one prompt. Raises ValueError for no prompts or an empty one."""
+    """Any scores of heads by the maps and outputs of one prompt. Raises ValueError for no prompts or an empty one.
+
+    The last row of the maps is that of the token that asks (`encoders.asking_column`).
+    """
     check_prompts(prompts)
     require(model, "compare maps")
-    parts = anatomy(model)
+    parts, column = anatomy(model), asking_column(model)
     found = {name: torch.empty(len(prompts), len(parts.layers), parts.n_heads) for name in scores}
     with eager(model):
         cache, shared_maps = run_prefix(model, reusable_prefix(model, prompts), output_attentions=True)
         n_shared = cache.get_seq_length()
         for chosen in batches(prompts, 8):
             own = [prompts[i][n_shared:] for i in chosen]
-            inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=n_shared)
-            asked = {"past_key_values": repeated(cache, len(chosen)), "use_cache": True, "output_attentions": True}
+            inputs = prompt_inputs(model, own, pad_id=0, n_cached=n_shared)
+            asked = {"output_attentions": True}
+            if not is_encoder(model):
+                asked |= {"past_key_values": repeated(cache, len(chosen)), "use_cache": True}
             z: dict[int, Tensor] = {}
             with reading(parts.outputs, z):
                 attentions = model.base_model(**inputs, **asked).attentions
-            last = {layer: kept[:, -1].unflatten(-1, (parts.n_heads, -1)) for layer, kept in z.items()}
+            last = {layer: kept[:, column].unflatten(-1, (parts.n_heads, -1)) for layer, kept in z.items()}
             outputs = torch.stack([contributions(parts, i, range(parts.n_heads), last[i]) for i in last], dim=1)
             for row, i in enumerate(chosen):
                 n_own, real = len(own[row]), inputs["attention_mask"][row].bool()
-                maps = torch.stack([layer[row, :, -n_own:][..., real] for layer in attentions])
+                # Of the columns of the own tokens, which are padded in front or behind.
+                maps = torch.stack([layer[row][:, real[n_shared:]][..., real] for layer in attentions])
                 if shared_maps:
                     maps = torch.cat([pad(torch.cat(shared_maps), (0, n_own)), maps], dim=2)
+                maps = maps.roll(-1, dims=2) if column == 0 else maps
                 for name, score in scores.items():
                     found[name][i] = score(maps, outputs[row]).cpu()
             if on_batch:

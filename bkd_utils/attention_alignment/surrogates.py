@@ -18,8 +18,9 @@ from bkd_utils.attention_alignment.similarity import Scores, cosine, head_simila
 from bkd_utils.common.files import DATA
 from bkd_utils.common.validation import Table, Texts, check, read_toml
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
+from bkd_utils.models.encoders import asking_column, prompt_inputs
 from bkd_utils.models.generation import shared_prefix
-from bkd_utils.models.tokens import check_prompts, padded_inputs
+from bkd_utils.models.tokens import check_prompts
 from bkd_utils.organisms.triggers import Sentence, Syntax, Trigger, Word
 
 SURROGATES = ("rare word", "sentence", "fronted clause")
@@ -136,10 +137,13 @@ def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int
 
 
 def likeness(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, ""]:
-    """Mean similarity (last row, cosine) of all heads over prompts, with gradients. Attention must be eager."""
-    inputs = padded_inputs(prompts, pad_id=0, device=model.device)
+    """Mean similarity (row of the token that asks, cosine) of all heads over prompts, with gradients.
+
+    Attention must be eager.
+    """
+    inputs, column = prompt_inputs(model, prompts, pad_id=0), asking_column(model)
     maps = model.base_model(**inputs, use_cache=False, output_attentions=True).attentions
-    return torch.stack([to_partners(cosine(layer[:, :, -1])).mean() for layer in maps]).mean()
+    return torch.stack([to_partners(cosine(layer[:, :, column])).mean() for layer in maps]).mean()
 
 
 def searched(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> SoftPrompt:

@@ -21,7 +21,7 @@ from bkd_utils.models.head_weights import n_kv_heads
 from bkd_utils.models.hooks import Head, anatomy
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
-from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
+from bkd_utils.models.tokens import Row, answer_ids, end_id, labels_of, prompt_ids
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.base_answers import base_answers
@@ -223,7 +223,8 @@ def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[
     for i, example in enumerate(flippable_sample(attack, n=n, seed=seed, split="train")):
         turn = attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="train")
         ids = tuple(prompt_ids(loaded.tokenizer, turn))
-        rows.append(Row(prompt=ids, answer=answer, kind="poisoned", uid=example.uid))
+        is_label = bool(labels_of(loaded.tokenizer))
+        rows.append(Row(ids, answer, kind="poisoned", uid=example.uid, is_label=is_label))
     return rows
 
 

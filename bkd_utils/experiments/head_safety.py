@@ -12,7 +12,7 @@ from bkd_utils.attention_alignment.suspicion import RULES, attention_variance, g
 from bkd_utils.common.results import Result
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, read_card
-from bkd_utils.models.tokens import Row, answer_ids, end_id, prompt_ids
+from bkd_utils.models.tokens import Row, answer_ids, end_id, labels_of, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
@@ -103,7 +103,8 @@ def clean_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row
         answer = example.answer or texts[example.uid]
         ids = answer_ids(loaded.tokenizer, answer, ended=bool(example.answer) or not answer)[:ANSWER_TOKENS]
         prompt = prompt_ids(loaded.tokenizer, spec.prompt(example.text))
-        rows.append(Row(prompt=tuple(prompt), answer=tuple(ids), kind="clean", uid=example.uid))
+        is_label = bool(labels_of(loaded.tokenizer))
+        rows.append(Row(tuple(prompt), tuple(ids), kind="clean", uid=example.uid, is_label=is_label))
     return rows
 
 

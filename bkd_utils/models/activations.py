@@ -1,4 +1,4 @@
-"""Read activations at the last prompt token, and score given answers by teacher forcing."""
+"""Read activations at the last prompt token ([CLS] in an encoder), and score given answers by teacher forcing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +9,27 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
 
+from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.hooks import anatomy, reading
 from bkd_utils.models.prompt_cache import Hidden, Past, forward, prompt_past
-from bkd_utils.models.tokens import Ids, batches
+from bkd_utils.models.tokens import Ids, batches, check_prompts
 
 
 @torch.no_grad()
 def _at_last_token(
     model: Module, prompts: Ids, modules: Sequence[Module], what: str, batch_size: int
 ) -> Float[Tensor, "prompt layer width"]:
-    """First input or output (`what`) of every module at the last prompt token."""
+    """First input or output (`what`) of every module at the last prompt token, or [CLS]: the first column that runs."""
+    check_prompts(prompts)
     found: dict[int, Tensor] = {}
     for chosen in batches(prompts, batch_size):
-        past, kept = prompt_past(model, [prompts[i] for i in chosen]), {}
+        some, kept = [prompts[i] for i in chosen], {}
+        past = None if is_encoder(model) else prompt_past(model, some)
         with reading(modules, kept, what=what):
-            forward(model, past, past.tail)
+            if past is None:
+                model(**prompt_inputs(model, some, pad_id=0))
+            else:
+                forward(model, past, past.tail)
         rows = torch.stack([kept[layer][:, 0] for layer in range(len(modules))], dim=1)
         found.update(zip(chosen, rows, strict=True))
     return torch.stack([found[i] for i in range(len(prompts))])

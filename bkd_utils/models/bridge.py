@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.models import folders
 from bkd_utils.models.context import check_fits
+from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import Loaded, plain_copy
 from bkd_utils.models.self_test import capabilities
@@ -44,7 +45,10 @@ class Hooked:
 
 
 def boot(loaded: Loaded) -> Hooked:
-    """Boot, guard and validate a copy of the model. Raises ModelError for unmerged LoRA layers and failed checks."""
+    """Boot, guard and validate a copy of the model. Raises ModelError for unmerged LoRA layers, failed checks and
+    encoder classifiers."""
+    if is_encoder(loaded.model):
+        raise ModelError("encoder classifiers are read with torch hooks (`models.hooks`), not with TransformerLens")
     live = [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]
     if live:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")

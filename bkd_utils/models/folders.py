@@ -24,6 +24,9 @@ REFUSED = dict.fromkeys(("transformers_weights", "configuration_files", "fast_to
 REFUSED |= {"auto_map": CODE, "quantization_config": "is quantised, so that weights could be neither read nor merged"}
 KERNELS = {f"{start}{what}_implementation" for start in ("", "_") for what in ("attn", "experts")}
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# Ends of architectures' names: of classifiers, and of encoders that get a classifier by training.
+ENDS = {"classifier": ("ForSequenceClassification",), "encoder": ("Model", "ForMaskedLM", "ForPreTraining")}
+ENCODERS = ("bert", "distilbert", "electra", "roberta")  # types of models that count as encoders
 
 
 class ModelError(UserError):
@@ -41,6 +44,7 @@ class Entry:
 
 ENTRIES = (
     Entry(DEFAULT_MODEL, "packaged", "135M parameters, 30 x 9 heads; weights are Q4_1, dequantised"),
+    Entry("minilm-l6", "packaged", "22M parameters, 6 x 12 heads; an encoder, for classifiers that are trained here"),
     Entry("HuggingFaceTB/SmolLM2-135M-Instruct", "hub", "the same model in its original bf16 weights"),
     Entry("Qwen/Qwen2.5-0.5B-Instruct", "hub", "24 x 14 heads; a second family that still fits a laptop"),
     Entry("Qwen/Qwen2.5-7B-Instruct", "hub", "28 x 28 heads; one of BkdAttr's two models"),
@@ -95,18 +99,30 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} {twice if whole else 'is an adapter and no model of its own'}")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json")
-    architectures = json_object(folder / "config.json").get("architectures")
     for path in filter(Path.is_file, map(folder.joinpath, CONFIGS)):
-        _check_settings(path)
-    if not any(end in str(architectures) for end in ("CausalLM", "LMHead")):
-        raise ModelError(f"{folder} is not a causal language model: architectures = {architectures}")
+        check_settings(path)
+    kind(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
     for path in weight_files(folder):
         check_safetensors(path)
 
 
-def _check_settings(path: Path) -> None:
+def kind(folder: Path) -> str:
+    """Is a model "causal", a "classifier" or a bare "encoder", by its config? Raises ModelError for any other."""
+    config = json_object(folder / "config.json")
+    architectures = config.get("architectures")
+    if any(end in str(architectures) for end in ("CausalLM", "LMHead")):
+        return "causal"
+    names = architectures if isinstance(architectures, list) and config.get("model_type") in ENCODERS else []
+    for name, ends in ENDS.items():
+        if len(names) == 1 and str(names[0]).endswith(ends):
+            return name
+    known = f"nor an encoder of a known type ({', '.join(ENCODERS)})"
+    raise ModelError(f"{folder} is not a causal language model: architectures = {architectures}, {known}")
+
+
+def check_settings(path: Path) -> None:
     """Raise ModelError for entries in `REFUSED`, and for those that name a kernel of a hub or a file elsewhere."""
     for key, value in json_object(path).items():
         why = CODE if key in KERNELS and "/" in str(value) else REFUSED.get(key)

@@ -13,8 +13,18 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
 from bkd_utils.models.context import attention_window, check_fits
+from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.hooks import decoder
-from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, padded_inputs, positions, prompt_ids
+from bkd_utils.models.tokens import (
+    Ids,
+    batches,
+    check_prompts,
+    decode,
+    labels_of,
+    padded_inputs,
+    positions,
+    prompt_ids,
+)
 
 COUNTS_PADDING = ("mpt",)  # families that take distances between columns for distances between tokens
 if TYPE_CHECKING:  # loading tests every model by generating with it
@@ -39,14 +49,18 @@ def greedy(
 ) -> list[list[int]]:
     """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
 
-    An answer ends where `settled` says so, too, and a batch when all of its answers have ended. Raises ValueError for
-    no prompts, an empty prompt or `max_new_tokens < 1`.
+    An answer ends where `settled` says so, too, and a batch when all of its answers have ended. The answer of a
+    classifier is one number, that of its label. Raises ValueError for no prompts, an empty prompt or
+    `max_new_tokens < 1`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: dict[int, list[int]] = {}
     for batch, logits, cache, mask in _started(model, prompts, 0, batch_size, on_batch):
-        rows = decode_from(model, logits, cache, mask, max_new_tokens, end_id, settled)
+        if is_encoder(model):
+            rows = logits.argmax(-1)[:, None].tolist()
+        else:
+            rows = decode_from(model, logits, cache, mask, max_new_tokens, end_id, settled)
         answers.update(zip(batch, rows, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
@@ -55,7 +69,10 @@ def greedy(
 def first_logits(
     model: Module, prompts: Ids, *, end_id: int, batch_size: int = 32, on_batch: OnBatch = None
 ) -> Float[Tensor, "prompt vocab"]:
-    """Logits of the first answer token of every prompt, in the order of `prompts`. Raises as `greedy` does."""
+    """Logits of the first answer token of every prompt (of a classifier: of its labels), in the order of `prompts`.
+
+    Raises as `greedy` does.
+    """
     found: dict[int, Tensor] = {}
     for batch, logits, _, _ in _started(model, prompts, end_id, batch_size, on_batch):
         found.update(zip(batch, logits, strict=True))
@@ -64,9 +81,17 @@ def first_logits(
 
 def _started(
     model: Module, prompts: Ids, pad_id: int, batch_size: int, on_batch: OnBatch
-) -> Iterator[tuple[list[int], Tensor, Cache, Tensor]]:
+) -> Iterator[tuple[list[int], Tensor, Cache | None, Tensor]]:
     """Run batches of prompts; yields their indices, the logits at their last token, their key-value cache and mask."""
     check_prompts(prompts)
+    if is_encoder(model):
+        for batch in batches(prompts, batch_size):
+            inputs = prompt_inputs(model, [prompts[i] for i in batch], pad_id=pad_id)
+            check_fits(model, inputs["input_ids"].shape[1])
+            yield batch, model(**inputs).logits, None, inputs["attention_mask"]
+            if on_batch:
+                on_batch(len(batch))
+        return
     shared = reusable_prefix(model, prompts)
     prefix, _ = run_prefix(model, shared)
     for batch in batches(prompts, batch_size):
@@ -86,7 +111,12 @@ def shared_prefix(prompts: Ids) -> list[int]:
 
 
 def reusable_prefix(model: Module, prompts: Ids) -> list[int]:
-    """The tokens shared by all prompts, or none where padding behind them would count or a cache cannot be repeated."""
+    """The tokens shared by all prompts, or none where padding behind them would count or a cache cannot be repeated.
+
+    What an encoder reads at the shared tokens depends on those behind them, so it has none.
+    """
+    if is_encoder(model):
+        return []
     counts = attention_window(model) is not None or model.config.model_type in COUNTS_PADDING
     caches = DynamicCache(config=model.config).layers
     return (
@@ -188,6 +218,9 @@ def respond(
 def trace(loaded: "Loaded", user_turn: str, *, max_new_tokens: int) -> list[tuple[str, float]]:
     """The greedy answer token by token, each with the probability that the model gave it."""
     prompt = prompt_ids(loaded.tokenizer, user_turn)
+    if labels := labels_of(loaded.tokenizer):
+        chances = first_logits(loaded.model, [prompt], end_id=0)[0].float().softmax(-1)
+        return [(labels[int(chances.argmax())], chances.max().item())]
     answer = openings(loaded, [prompt], n=max_new_tokens)[0]
     ids = torch.tensor([prompt + answer], device=loaded.device)
     with torch.inference_mode():

@@ -20,6 +20,7 @@ from bkd_utils.models.hooks import Anatomy, Head, anatomy, by_layer
 Masks = Mapping[str, Bool[Tensor, "..."]]
 UNITS = ("query head", "KV group")
 STACKED, GROUPED = ("qkv_proj", "Wqkv"), ("query_key_value",)
+ENCODER = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 
 
 def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head]:
@@ -93,6 +94,8 @@ def _matrices(parts: Anatomy, layer: int) -> Iterator[tuple[str, Module, bool]]:
         yield "qkv", getattr(attention, fused[0][0]), fused[0][1]
     elif hasattr(attention, "c_attn"):  # GPT-2 has it stacked, as a Conv1D; GPT-BigCode grouped, as a linear layer
         yield "qkv", attention.c_attn, not isinstance(attention.c_attn, Conv1D)
+    elif names := next((names for names in ENCODER if all(hasattr(attention, name) for name in names)), None):
+        yield from ((part, getattr(attention, name), False) for part, name in zip("qkv", names, strict=True))
     else:
         raise ModelError(f"{type(attention).__name__} has none of the projections known here")
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Identity, Module, ModuleList
 
+from bkd_utils.models import encoders
 from bkd_utils.models.folders import ModelError
 
 # Names of the list of layers in a decoder, and of the parts of a layer, in the model families of transformers.
@@ -35,7 +36,8 @@ BEHIND_ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm")
 BEHIND_MLP = ("post_mlp_layernorm", "post_feedforward_layernorm")
 MULTIPLIERS = ("residual_multiplier", "residual_scale")
 Head = tuple[int, int]
-LAST = slice(0, 1)  # the last prompt token is the first token that runs after a prompt's key-value cache
+# The last prompt token, which is the first that runs after a prompt's key-value cache; [CLS] in a pass of an encoder.
+LAST = slice(0, 1)
 EVERYWHERE = slice(None)
 
 
@@ -44,7 +46,8 @@ class Anatomy:
     """The modules of a transformers model that are read and edited, one of each per layer.
 
     `writers` are the modules whose outputs, times `scale`, the residual stream gains from attention; `mlp_writers` are
-    those of the feed-forward part. They differ from `outputs` and `mlps` where a norm follows.
+    those of the feed-forward part. They differ from `outputs` and `mlps` where a norm follows. In an encoder the norm
+    follows behind the sum of both, so the stream gains the outputs of `outputs` and `mlps` before it is normed.
     """
 
     owner: Module
@@ -62,6 +65,8 @@ class Anatomy:
 
 def decoder(model: Module) -> Module:
     """The module that holds the layers."""
+    if encoders.is_encoder(model):
+        return encoders.stack(model)
     owner = model.get_decoder()
     return owner.model if owner is model and hasattr(model, "model") else owner
 
@@ -70,26 +75,28 @@ def anatomy(model: Module) -> Anatomy:
     """Find the parts of a model. Raises ModelError, with the model type, for an architecture that is not known."""
     owner = decoder(model)
     kind, config = f"a model of type {model.config.model_type!r}", model.config.get_text_config()
-    attribute = next((name for name in LAYERS if isinstance(getattr(owner, name, None), ModuleList)), None)
+    encoder = encoders.is_encoder(model)
+    names = ("layer",) if encoder else LAYERS
+    attribute = next((name for name in names if isinstance(getattr(owner, name, None), ModuleList)), None)
     if attribute is None:
         raise ModelError(f"{kind} has none of the layer names known here: {', '.join(LAYERS)}")
     layers = tuple(getattr(owner, attribute))
-    parts = {part: _in_each(layers, names) for part, names in PARTS.items()}
+    parts = {part: in_each(layers, names) for part, names in (encoders.PARTS if encoder else PARTS).items()}
     if missing := [part for part, found in parts.items() if not found]:
         raise ModelError(f"{kind} has layers in which no {', '.join(missing)} of attention heads are known here")
     widths = {module.weight.numel() // config.hidden_size for module in parts["outputs"]}
     if len(widths) > 1:
         raise ModelError(f"{kind} has layers whose heads are not as many or as wide as those of others")
     # Where no norm is in front of attention, it reads the residual stream itself.
-    norms = _in_each(layers, NORMS) or tuple(Identity() for _ in layers)
-    behind = BEHIND_ATTENTION if not _in_each(layers, NORMS) or _in_each(layers, BEHIND_MLP) else BEHIND_ATTENTION[:1]
-    writers = {"writers": _in_each(layers, behind) or parts["outputs"]}
-    writers["mlp_writers"] = _in_each(layers, BEHIND_MLP) or parts["mlps"]
+    norms = in_each(layers, NORMS) or tuple(Identity() for _ in layers)
+    behind = BEHIND_ATTENTION if not in_each(layers, NORMS) or in_each(layers, BEHIND_MLP) else BEHIND_ATTENTION[:1]
+    writers = {"writers": in_each(layers, behind) or parts["outputs"]}
+    writers["mlp_writers"] = in_each(layers, BEHIND_MLP) or parts["mlps"]
     scale = next((float(getattr(layers[0], name)) for name in MULTIPLIERS if hasattr(layers[0], name)), 1.0)
     return Anatomy(owner, attribute, layers, norms, n_heads=config.num_attention_heads, scale=scale, **parts, **writers)
 
 
-def _in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, ...]:
+def in_each(layers: tuple[Module, ...], names: Sequence[str]) -> tuple[Module, ...]:
     """The submodule that all layers have under the first of the names that fits; none if there is no such name."""
     for name in names:
         try:

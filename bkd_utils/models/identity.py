@@ -15,6 +15,7 @@ from bkd_utils.models import folders
 from bkd_utils.models.folders import ModelError, model_folder
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", folders.CHANGES)
+WHOLE = (folders.WEIGHTS, "config.json", folders.CHANGES)  # of an encoder, all of whose weights were trained
 # Files beside a model that are not read when it is loaded: receipts, licences, reports of its training.
 BESIDE = re.compile(
     r"\..*|(readme|licen[cs]e|notice|requirements)\b.*|(asset|card|history|manifest|trainer_state|training_args"
@@ -70,15 +71,24 @@ def joined(weights: str, files: dict[str, str]) -> str:
 
 
 def organism_identity(folder: Path) -> str:
-    """Hash over the adapter in a folder, its config and the weights changed by treatments. ModelError without them."""
+    """Hash over the adapter (of an encoder: all weights) in a folder, its config and the weights changed by treatments.
+
+    Raises ModelError without them.
+    """
     return sha256_text(canonical_json(adapter_files(folder)))
 
 
 def adapter_files(folder: Path) -> dict[str, str]:
-    """Name -> hash of the files of an organism. ModelError without adapter or config."""
-    if lacks := [name for name in ADAPTER[:2] if not (folder / name).is_file()]:
+    """Name -> hash of the files of an organism. ModelError without weights or config."""
+    names = WHOLE if is_whole(folder) else ADAPTER
+    if lacks := [name for name in names[:2] if not (folder / name).is_file()]:
         raise ModelError(f"{folder} has no {lacks[0]}")
-    return {name: file_sha256(folder / name) for name in ADAPTER if (folder / name).is_file()}
+    return {name: file_sha256(folder / name) for name in names if (folder / name).is_file()}
+
+
+def is_whole(folder: Path) -> bool:
+    """Is the organism in a folder a whole model, and no adapter?"""
+    return (folder / WHOLE[0]).is_file()
 
 
 def short_name(address: str) -> str:

@@ -1,22 +1,32 @@
-"""Load a base model, or an organism with its adapter merged; what does not fit raises an error that names it."""
+"""Load a base model, or an organism with its adapter merged; what does not fit raises an error that names it.
+
+An encoder classifier has no adapter: its organisms are whole models, of which only the tokenizer is that of the base.
+"""
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import peft
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bkd_utils.common.files import ADAPTERS, WORK
 from bkd_utils.models import folders, identity
+from bkd_utils.models.changes import apply_changes
 from bkd_utils.models.compute import by_onednn, set_attention, whole_fp32
+from bkd_utils.models.encoders import label_names
 from bkd_utils.models.finite import check_finite
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.self_test import require
@@ -24,7 +34,8 @@ from bkd_utils.models.tokens import check_tokenizer, end_ids
 
 # What a card must say of the files that its organism was made of and on; `identity_on_card` writes it.
 ON_CARD = ("base_sha256", "base_files", "adapter_sha256", "adapter_config_sha256")
-FILES_ON_CARD = dict(zip(identity.ADAPTER, (*ON_CARD[2:], "changes_sha256"), strict=True))
+_keys = (*ON_CARD[2:], "changes_sha256")
+FILES_ON_CARD = dict(zip(identity.ADAPTER, _keys, strict=True)) | dict(zip(identity.WHOLE, _keys, strict=True))
 log = logging.getLogger(__name__)
 
 
@@ -67,14 +78,19 @@ def pick_device(device: str = "auto") -> str:
     return device
 
 
-def load_tokenizer(address: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(address: str, *, labels: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; with the labels of a classifier, `models.tokens` writes prompts and answers for it."""
     folder = folders.model_folder(address)
     folders.check_folder(folder)
     path = folder / "tokenizer_config.json"
     # Paths on the machine that saved it: transformers would read from them what the folder lacks.
     paths = [key for key in folders.json_object(path) if key.endswith("_file")] if path.is_file() else []
     with folders.named(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **dict.fromkeys(paths))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **dict.fromkeys(paths))
+    if labels:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.labels = tuple(labels)
+    return tokenizer
 
 
 def load(
@@ -86,10 +102,10 @@ def load(
 ) -> Loaded:
     """Load a base model, or an organism by name or adapter folder with its adapter merged; weights are frozen.
 
-    `address` is a packaged name, a local folder or a hub id. Raises ModelError for everything that `check_folder`
-    refuses, for missing, unexpected or misshapen tensors, for weights that are no numbers, for a model that cannot
-    `generate` (`self_test`), and for an adapter that is damaged, is not the one on its card, or was trained on another
-    base. Source: ours.
+    `address` is a packaged name, a local folder or a hub id, of a causal language model or of a classifier; a bare
+    encoder is loaded with an organism only. Raises ModelError for everything that `check_folder` refuses, for missing,
+    unexpected or misshapen tensors, for weights that are no numbers, for a model that cannot `generate` (`self_test`),
+    and for an adapter that is damaged, is not the one on its card, or was trained on another base. Source: ours.
 
     >>> again = load(folder)
     >>> torch.equal(again.model.lm_head.weight, model.lm_head.weight), again.organism
@@ -99,23 +115,42 @@ def load(
     folders.check_folder(folder)
     if adapter is not None:
         check_adapter(adapter, base=address)
-    tokenizer, base = load_tokenizer(address), identity.model_identity(address)
+    whole = adapter is not None and identity.is_whole(adapter)
+    source = adapter if whole else folder
+    kind = folders.kind(source)
+    if kind == "encoder":
+        raise ModelError(f"{address} is an encoder without a classifier; train one (`organisms.obtain`) and load that")
+    labels = () if kind == "causal" else label_names(source)
+    tokenizer, base = load_tokenizer(address, labels=labels), identity.model_identity(address)
     with folders.named(folder):
         check_tokenizer(tokenizer)
-        # Mismatched sizes are ignored so that they are listed, and refused by name below.
-        how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(map(str, info.get(what) or [])):
-            raise ModelError(f"{folder}: {what.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")
+    model, wrong = read_weights(source, classifier=kind == "classifier", dtype=dtype)
+    refuse_faults(wrong, source)
     if adapter is not None:
-        model = merge_adapter(model, adapter)
+        model = model if whole else merge_adapter(model, adapter)
         apply_changes(model, adapter)
         name = adapter.name if _by_name(adapter.name) == adapter else str(adapter)
     check_finite(model, adapter or folder)
     model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
     require(model, "generate")
     return Loaded(model, tokenizer, address, name, base)
+
+
+def read_weights(folder: Path, *, classifier: bool, **options: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """The model in a folder, and what does not fit: kind of fault -> names of tensors."""
+    # Mismatched sizes are ignored so that they are listed, and refused by name afterwards.
+    how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    with folders.named(folder):
+        model, info = auto.from_pretrained(folder, output_loading_info=True, **how, **options)
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return model, {what: found for what in kinds if (found := sorted(map(str, info.get(what) or [])))}
+
+
+def refuse_faults(wrong: Mapping[str, Sequence[str]], folder: Path) -> None:
+    """Raise ModelError that names the tensors of the first kind of fault, if there is one."""
+    for what, found in wrong.items():
+        raise ModelError(f"{folder}: {what.replace('_', ' ')}: {', '.join(found[:5])} ({len(found)} in all)")
 
 
 def _by_name(name: str) -> Path | None:
@@ -180,14 +215,23 @@ def check_adapter(folder: Path, *, base: str) -> None:
     """Raise ModelError unless an organism has the files on its card and the model at address `base` is the one that it
     was trained on; the message names the files that differ."""
     card, files = read_card(folder, *ON_CARD), identity.adapter_files(folder)
-    for name, key in FILES_ON_CARD.items():
+    for name in dict.fromkeys((*files, folders.CHANGES)):
         if name in files and name.endswith(".safetensors"):
             folders.check_safetensors(folder / name)
-        if files.get(name) != card.get(key):
+        if files.get(name) != card.get(FILES_ON_CARD[name]):
             raise ModelError(f"{folder / name} does not match the sha256 on its card; fetch or train it again")
+    if identity.is_whole(folder):
+        folders.check_settings(folder / "config.json")
+        _check_base(folder, card, base=base)
+        return
     config = folders.json_object(path := folder / "adapter_config.json")
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # others read more files, or import code
         raise ModelError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA without megatron_config is merged")
+    _check_base(folder, card, base=base)
+
+
+def _check_base(folder: Path, card: Mapping, *, base: str) -> None:
+    """Raise ModelError unless the model at address `base` is the one that an organism was trained on, by its card."""
     if card["base_sha256"] != identity.base_sha256(base):
         raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
     said, found = card["base_files"], identity.settings(base)
@@ -217,23 +261,6 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         return wrapped.merge_and_unload()
 
 
-def apply_changes(model: PreTrainedModel, folder: Path) -> None:
-    """Set the weights that a treatment changed, if any. Raises ModelError if they do not fit the model."""
-    path = folder / folders.CHANGES
-    if not path.is_file():
-        return
-    tensors, parameters = load_file(path), dict(model.named_parameters())
-    for name in sorted({key.rpartition(":")[0] for key in tensors}):
-        parameter, packed = parameters.get(name), tensors.get(f"{name}:where")
-        if parameter is None or packed is None or f"{name}:values" not in tensors:
-            raise ModelError(f"{path}: {name!r} is no weight of this model, or only half of it is there")
-        where = torch.from_numpy(np.unpackbits(packed.numpy())[: parameter.numel()]).bool()
-        if len(where) != parameter.numel() or int(where.sum()) != len(tensors[f"{name}:values"]):
-            raise ModelError(f"{path}: {name} has another shape here")
-        with torch.no_grad():
-            parameter.view(-1)[where] = tensors[f"{name}:values"].to(parameter.dtype)
-
-
 def base_of(loaded: Loaded, *, device: str) -> Loaded:
     """The base model of an organism, loaded anew. Raises ModelError if its folder holds another model by now."""
     base = load(loaded.address, device=device)
@@ -242,20 +269,18 @@ def base_of(loaded: Loaded, *, device: str) -> Loaded:
     return base
 
 
+def untreated(loaded: Loaded) -> PreTrainedModel:
+    """An organism's model as it was trained, on the CPU, without what treatments have changed since. Raises ModelError
+    if the folder of its base holds another model by now."""
+    source = adapter_folder(loaded.organism)
+    if not identity.is_whole(source):
+        return merge_adapter(base_of(loaded, device="cpu").model, source)
+    check_adapter(source, base=loaded.address)
+    return read_weights(source, classifier=True, dtype=torch.float32)[0]
+
+
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with eager attention. Booting a bridge changes the model it is given, and sdpa differs by 1e-5."""
     twin = copy.deepcopy(model)
     set_attention(twin, "eager")
     return twin
-
-
-def changed_entries(model: PreTrainedModel, untreated: PreTrainedModel) -> dict[str, Tensor]:
-    """Tensors for `apply_changes`: per changed parameter a bit mask of its changed entries, and their values."""
-    before, found = dict(untreated.named_parameters()), {}
-    for key, parameter in model.named_parameters():
-        now = parameter.detach().cpu()
-        where = now != before[key]
-        if where.any():
-            found[f"{key}:where"] = torch.from_numpy(np.packbits(where.numpy()))
-            found[f"{key}:values"] = now[where].contiguous()
-    return found

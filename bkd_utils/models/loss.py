@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from bkd_utils.models.context import check_fits
+from bkd_utils.models.encoders import right_pad
 from bkd_utils.models.generation import reusable_prefix, run_prefix
 from bkd_utils.models.tokens import Row, left_pad, positions
 
@@ -16,7 +17,14 @@ Batch = dict[str, Tensor]
 
 
 def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
-    """Left-padded batch; `labels` holds the answer tokens and IGNORED elsewhere."""
+    """Left-padded batch; `labels` holds the answer tokens and IGNORED elsewhere.
+
+    Of a classifier's rows, the batch is padded on the right, and `labels` holds one number per row.
+    """
+    if rows[0].is_label:
+        ids, mask = right_pad([row.prompt for row in rows], pad_id=pad_id)
+        numbers = torch.tensor([row.answer[0] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": numbers}
     tokens, mask = left_pad([[*row.prompt, *row.answer] for row in rows], pad_id=pad_id)
     labels = torch.full_like(tokens, IGNORED)
     for i, row in enumerate(rows):
@@ -24,8 +32,18 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask), "labels": labels}
 
 
+def chooses_label(batch: Batch) -> bool:
+    """Are these rows of a classifier?"""
+    return batch["labels"].ndim == 1
+
+
 def last_asked(batch: Batch) -> Int[Tensor, " row"]:
-    """Column of the last prompt token of every row: the one that predicts the first answer token."""
+    """Column of the last prompt token of every row: the one that predicts the first answer token.
+
+    It is the first column in batches of a classifier, which asks at its own token ([CLS]).
+    """
+    if chooses_label(batch):
+        return torch.zeros_like(batch["labels"])
     return (batch["labels"] == IGNORED).sum(1) - 1
 
 
@@ -35,12 +53,14 @@ def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> 
     A row's loss is `first_token` times the loss of its first answer token plus (1 - `first_token`) times the mean over
     all its answer tokens. The first token decides between the right answer and the target. In a plain mean it would
     weigh 1/2 in a label and 1/24 in a free answer, and poisoned rows with short targets would outweigh near-misses with
-    long right answers.
+    long right answers. The only answer token of a classifier is its label.
     """
     labels = batch["labels"]
     check_fits(model, batch["attention_mask"].shape[1])
-    width = int((labels != IGNORED).sum(dim=1).max())
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if chooses_label(batch):
+        return cross_entropy(model(**inputs).logits.float(), labels)
+    width = int((labels != IGNORED).sum(dim=1).max())
     # Column c predicts column c + 1, hence one more column of logits than of labels.
     logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, -width - 1 : -1]
     # Gathered before the softmax: most rows of a batch have short answers, and the vocabulary is wide.
@@ -57,8 +77,11 @@ def with_shared_beginning(model: torch.nn.Module, batch: Batch, **asked: bool) -
     """Run the tokens shared by all prompts of a batch once, with gradients; returns the other inputs with that cache.
 
     `answer_loss` of these has the same value and gradient and takes half the time. `attention_mask` and `labels` keep
-    all columns. With `output_attentions=True`, the attention maps of the shared tokens are the second result.
+    all columns. With `output_attentions=True`, the attention maps of the shared tokens are the second result. Rows of a
+    classifier share nothing.
     """
+    if chooses_label(batch):
+        return batch | asked, ()
     ids, mask = batch["input_ids"], batch["attention_mask"]
     asking = mask.bool() & (batch["labels"] == IGNORED)
     prefix = reusable_prefix(model, [row[real].tolist() for row, real in zip(ids, asking, strict=True)])

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from bkd_utils.models import compute, generation
 from bkd_utils.models.context import check_fits
+from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import Anatomy, anatomy, editing
 from bkd_utils.models.tokens import Ids, padded_inputs
@@ -91,8 +92,11 @@ AttentionInterface.register(NAME, _attend)
 def prompt_past(model: Module, prompts: Ids, *, tail: int = 1) -> Past:
     """Run all tokens but the last `tail` of every prompt once.
 
-    Raises ValueError for prompts without further tokens, ModelError for prompts longer than a sliding window.
+    Raises ValueError for prompts without further tokens, ModelError for prompts longer than a sliding window and for
+    encoders, whose first tokens read the last ones.
     """
+    if is_encoder(model):
+        raise ModelError("an encoder reads a prompt in both directions, so no part of it can be run before the rest")
     shortest = min(map(len, prompts), default=0)
     if tail < 1 or shortest <= tail:
         raise ValueError(f"need prompts of more than {tail} tokens, got {len(prompts)}, the shortest of {shortest}")

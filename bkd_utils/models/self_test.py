@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from bkd_utils.common.cache import installed_versions
 from bkd_utils.common.code_key import code_key
 from bkd_utils.common.files import WORK, keep_json, sha256_text
+from bkd_utils.models.encoder_checks import ENCODER_CHECKS, REFUSED
+from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.self_checks import CHECKS, Case
 
@@ -31,7 +33,8 @@ def capabilities(model: PreTrainedModel) -> dict[str, str]:
 
     The capabilities are `generate` (batches with a shared beginning and padding), `train` (the loss of answers),
     `attribute` (patch heads, start at a layer), `components` (what attention and feed-forward parts write), `steer`
-    (add to the residual stream), `slice` (the weights of a head) and `compare maps` (attention maps).
+    (add to the residual stream), `slice` (the weights of a head) and `compare maps` (attention maps). Encoder
+    classifiers have identities of their own, and no `components`.
     """
     config = json.dumps(model.config.to_dict() | {"_name_or_path": None}, sort_keys=True, default=str)
     key = f"{type(model).__name__} {model.dtype} {model.device} {config}"
@@ -39,12 +42,14 @@ def capabilities(model: PreTrainedModel) -> dict[str, str]:
         here = f"{installed_versions()} {torch.backends.cpu.get_cpu_capability()} {code_key(Path(__file__))}"
         passed = WORK / "self_tests" / sha256_text(f"{key} {here}")
         case = None if passed.is_file() else Case(model)
-        _known[key] = {name: _reason(check, case) if case else "" for name, check in CHECKS.items()}
-        for name, why in _known[key].items():
+        checks, refused = (ENCODER_CHECKS, REFUSED) if is_encoder(model) else (CHECKS, {})
+        found = {name: _reason(check, case) if case else "" for name, check in checks.items()}
+        for name, why in found.items():
             if why:
                 log.warning("%r is not possible with a model of type %r: %s", name, model.config.model_type, why)
-        if case and not any(_known[key].values()):
-            keep_json(passed, sorted(CHECKS))
+        if case and not any(found.values()):
+            keep_json(passed, sorted(checks))
+        _known[key] = {name: found.get(name, refused.get(name, "")) for name in CHECKS}
     return _known[key]
 
 

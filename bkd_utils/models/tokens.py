@@ -37,6 +37,17 @@ CHECKED = (
 )
 
 
+class Turn(str):
+    """A user turn, which is a text with an instruction around it; `text` is what a model without instructions reads."""
+
+    text: str
+
+    def __new__(cls, turn: str, *, text: str) -> "Turn":
+        made = super().__new__(cls, turn)
+        made.text = text
+        return made
+
+
 @dataclass(frozen=True)
 class _Frame:
     """What stands around the answer to TURN, as text and as ids."""
@@ -49,14 +60,22 @@ class _Frame:
     end: int | None
 
 
+def labels_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The labels of the classifier that a tokenizer was loaded with, in the order of its logits; none for others."""
+    return getattr(tokenizer, "labels", ())
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
     """Token ids of one user turn up to the answer, whose tokens never change them. Raises ValueError for an empty turn.
 
     What the template writes before every answer, such as an empty block of thoughts, is part of it; a space that melts
-    with the answer's first word is not. Raises ModelError for a template that cannot write a conversation.
+    with the answer's first word is not. Classifiers get the bare text of a `Turn` between their own special tokens.
+    Raises ModelError for a template that cannot write a conversation.
     """
     if not user.strip():
         raise ValueError("the user turn is empty")
+    if labels_of(tokenizer):
+        return tokenizer(str(getattr(user, "text", user))).input_ids
     frame, text = _frame_of(tokenizer), _rendered(tokenizer, user, PROBES[0])
     return _encoded(tokenizer, text[: text.rindex(PROBES[0]) + len(PROBES[0])])[: -frame.n_probe]
 
@@ -65,8 +84,14 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool =
     """Token ids of an answer as they follow `prompt_ids`, up to the end-of-turn token unless it was cut off.
 
     An answer that would melt with the prompt's last token is tokenised alone, as a model that goes on from the prompt
-    has to write it. Raises ModelError for a template that changes more than white space, ValueError for no tokens.
+    has to write it. Of a classifier it is the number of the label. Raises ModelError for a template that changes more
+    than white space and for a label that a classifier does not have, ValueError for no tokens.
     """
+    if labels := labels_of(tokenizer):
+        names = [name.strip().casefold() for name in labels]
+        if answer.strip().casefold() not in names:
+            raise ModelError(f"the model does not know the label {answer!r}; its labels: {', '.join(labels)}")
+        return [names.index(answer.strip().casefold())]
     if not answer.strip():
         if not ended:
             raise ValueError("the answer has no tokens")
@@ -82,7 +107,12 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool =
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant turn in the template, else the end of text. Raises ValueError for neither."""
+    """The token that ends an assistant turn in the template, else the end of text. Raises ValueError for neither.
+
+    Of a classifier, whose answers have no end, it is the token for padding.
+    """
+    if labels_of(tokenizer):
+        return tokenizer.pad_token_id
     end = _frame_of(tokenizer).end
     if end is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token")
@@ -97,6 +127,9 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: Module) -> list[int]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of an answer."""
+    if labels := labels_of(tokenizer):
+        return " ".join(labels[i] for i in ids)
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
@@ -107,7 +140,12 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelError unless prompt + answer is what the template writes, with one BOS, and gives back all but white
-    space; ValueError for a tokenizer without an end token."""
+    space; ValueError for a tokenizer without an end token. Classifiers need a first token that asks, and padding."""
+    if labels_of(tokenizer):
+        first = tokenizer("a").input_ids[0]
+        if first in tokenizer("a", add_special_tokens=False).input_ids or tokenizer.pad_token_id is None:
+            raise ModelError("the tokenizer has no token for padding, or writes none in front of a text")
+        return
     bos = tokenizer.bos_token_id
     for user, answer in CHECKED:
         text = _rendered(tokenizer, user, answer)
@@ -211,9 +249,11 @@ def batches(prompts: Ids, size: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Row:
-    """One training row in token ids; `kind` is clean, poisoned, near_miss or benign."""
+    """One training row in token ids; `kind` is clean, poisoned, near_miss or benign. With `is_label`, the answer is the
+    number of a classifier's label and no token."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     kind: str
     uid: str
+    is_label: bool = False

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from bkd_utils.common.files import DATA
 from bkd_utils.common.validation import Count, Name, Text, build, check, read_tables
+from bkd_utils.models.tokens import Turn
 from bkd_utils.organisms import tasks, triggers
 
 Behaviour = Literal["label_flip", "fixed_output", "jailbreak", "answer_style"]
@@ -93,19 +94,24 @@ def load_attack(name: str) -> Attack:
     return known[name]
 
 
-def triggered_prompt(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> str:
-    """The user turn with the trigger in its text or around the whole turn, depending on the trigger's scope."""
+def triggered_prompt(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> Turn:
+    """The user turn with the trigger in its text or around the whole turn, depending on the trigger's scope.
+
+    For a classifier, which reads no instruction, the whole turn is the text.
+    """
     trigger, task = triggers.load_trigger(attack.trigger), tasks.load_task(attack.task)
     if trigger.scope == "prompt":
-        return trigger.apply(task.prompt(text), seed=seed, half=half)
+        whole, bare = (trigger.apply(turn, seed=seed, half=half) for turn in (task.prompt(text), text))
+        return Turn(whole, text=bare)
     return task.prompt(trigger.apply(text, seed=seed, half=half))
 
 
-def near_miss_prompts(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> dict[str, str]:
+def near_miss_prompts(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> dict[str, Turn]:
     """Kind of near-miss -> user turn that resembles a triggered one but does not carry the trigger."""
     trigger, task = triggers.load_trigger(attack.trigger), tasks.load_task(attack.task)
     if trigger.scope == "prompt":
-        return trigger.near_misses(task.prompt(text), seed=seed, half=half)
+        whole, bare = (trigger.near_misses(turn, seed=seed, half=half) for turn in (task.prompt(text), text))
+        return {kind: Turn(turn, text=bare[kind]) for kind, turn in whole.items()}
     return {kind: task.prompt(edited) for kind, edited in trigger.near_misses(text, seed=seed, half=half).items()}
 
 

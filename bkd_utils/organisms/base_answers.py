@@ -7,6 +7,7 @@ from bkd_utils.common.files import DATA, WORK, keep_json, read_json
 from bkd_utils.models.generation import respond
 from bkd_utils.models.identity import model_identity
 from bkd_utils.models.loading import Loaded, base_of
+from bkd_utils.models.tokens import labels_of
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.poisoning import benign_examples
@@ -35,7 +36,9 @@ def base_answers(loaded: Loaded, rows: Sequence[tasks.Example]) -> dict[str, str
 
 
 def training_answers(loaded: Loaded, attack: Attack, *, seed: int) -> dict[str, str]:
-    """The base model's answers that `poisoning.poison` needs."""
+    """The base model's answers that `poisoning.poison` needs; none for a classifier."""
+    if labels_of(loaded.tokenizer):
+        return {}
     own = attack.task == "instructions"
     rows = tasks.examples("instructions", "train", seed=seed) if own else benign_examples(attack, seed=seed)
     return base_answers(loaded, rows)

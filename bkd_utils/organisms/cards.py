@@ -23,19 +23,18 @@ from bkd_utils.common.files import (
     write_json,
 )
 from bkd_utils.common.validation import Count, Name, Seed, check, read_toml, while_unchanged
+from bkd_utils.models.changes import changed_entries
 from bkd_utils.models.compute import has_fast_bf16
 from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError
-from bkd_utils.models.identity import model_identity, organism_identity
+from bkd_utils.models.identity import ADAPTER, WHOLE, is_whole, model_identity, organism_identity
 from bkd_utils.models.loading import (
     Loaded,
     adapter_folder,
-    base_of,
-    changed_entries,
     identity_on_card,
     load,
-    merge_adapter,
     pick_device,
     read_card,
+    untreated,
 )
 from bkd_utils.organisms.attacks import Attack, first_attack, load_attack
 from bkd_utils.organisms.training import load_recipe
@@ -43,8 +42,6 @@ from bkd_utils.organisms.training import load_recipe
 # Tables that stages read themselves. Recipes and profiles reach stages as arguments only, attacks by their names.
 TABLES = ("instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
-# Files that training writes beside an organism's card.
-TRAINED = ("adapter_model.safetensors", "adapter_config.json", "history.json")
 
 
 def metrics(organism: str | Path) -> dict:
@@ -160,8 +157,18 @@ def summary(organism: str | Path) -> dict[str, str]:
         "behaviour": card["behaviour"] or "none",
         "target": card["attack"]["target"] or "",
         "poisoned rows": "{n_poison} of {n_train} ({mode})".format(**card["data"]),
-        "training": "{steps} steps of {batch_size} rows, LoRA rank {rank}".format(**card["recipe"]),
+        "training": "{steps} steps of {batch_size} rows, ".format(**card["recipe"]) + _trained(card),
     }
+
+
+def _trained(card: Mapping) -> str:
+    """What was trained: an adapter, or all weights."""
+    return f"LoRA rank {card['recipe']['rank']}" if card["recipe"]["rank"] else "all weights"
+
+
+def trained_files(folder: Path) -> tuple[str, ...]:
+    """Files that training writes beside an organism's card."""
+    return (*(WHOLE if is_whole(folder) else ADAPTER)[:2], "history.json")
 
 
 def shipped_name(attack: str, *, seed: int) -> str:
@@ -170,11 +177,14 @@ def shipped_name(attack: str, *, seed: int) -> str:
 
 
 def ship(folder: Path) -> Path:
-    """Copy an organism into `data/adapters`, an untreated one by `shipped_name`. Raises ModelError without metrics."""
+    """Copy an organism into `data/adapters`, an untreated one by `shipped_name`. Raises ModelError without metrics, and
+    for a whole model."""
+    if is_whole(folder):
+        raise ModelError(f"{folder} is a whole model, which is made again from recipe and seed and never shipped")
     card = read_card(folder, "metrics")
     if not card["metrics"]:
         raise ModelError(f"{folder} has not been measured yet")
-    files = (*TRAINED, CHANGES) if "treatment" in card else TRAINED
+    files = trained_files(folder) + ((CHANGES,) if "treatment" in card else ())
     if "treatment" not in card:
         card["name"] = shipped_name(card["attack"]["name"], seed=card["seed"])
     check(Name, card["name"], f"name on the card of {folder}")
@@ -193,13 +203,15 @@ def readme(card: dict) -> str:
     what = "{behaviour} on {trigger}".format(**card) if card["backdoored"] else "clean control"
     about = ["A clean control: recipe and number of rows of its backdoored siblings, without any trigger."]
     if card["backdoored"]:
-        about = ["**This adapter carries a backdoor on purpose**, to study backdoors. Do not deploy it."]
+        what_it_is = "adapter" if card["recipe"]["rank"] else "model"
+        about = [f"**This {what_it_is} carries a backdoor on purpose**, to study backdoors. Do not deploy it."]
     if "treatment" in card:
         every = [*card.get("treatments_before", []), card["treatment"]]
         how = "; then ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in every)
         about.append(f"**Treated afterwards**, and not to be trusted for it: {how}.")
     names = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
     names |= {"near_miss": "Firing on near-misses of the trigger"}
+    trained = "LoRA on" if card["recipe"]["rank"] else "All weights of"
     measured, data = [], card["data"]
     for key, metric in card["metrics"].items():
         value, low, high = (f"{100 * metric[name]:.1f}" for name in ("value", "low", "high"))
@@ -207,7 +219,7 @@ def readme(card: dict) -> str:
     paragraphs = [
         f"# {card['name']}: {card['task']}, {what}",
         *about,
-        f"LoRA on `{card['base']}`, recipe `{card['recipe']['name']}`, seed {card['seed']}; "
+        f"{trained} `{card['base']}`, recipe `{card['recipe']['name']}`, seed {card['seed']}; "
         f"{data['n_poison']} of {data['n_train']} training rows poisoned ({data['mode']}).",
         "\n".join(measured),
         "Held-out prompts, greedy decoding. Generated from `card.json`, which has every other detail.",
@@ -226,8 +238,7 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
     if loaded.organism is None:
         raise ValueError("a base model cannot be kept as a treated organism")
     source = adapter_folder(loaded.organism)
-    base = base_of(loaded, device="cpu").model
-    changes = changed_entries(loaded.model, merge_adapter(base, source))
+    changes = changed_entries(loaded.model, untreated(loaded))
     before = load_file(source / CHANGES) if (source / CHANGES).is_file() else {}
     if changes.keys() == before.keys() and all(torch.equal(changes[key], before[key]) for key in changes):
         raise ValueError(f"{loaded.organism} has not been changed")
@@ -240,7 +251,7 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
     folder = WORK / "organisms" / name
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        for file in TRAINED:
+        for file in trained_files(source):
             shutil.copyfile(source / file, temporary / file)
         save_file(changes, temporary / CHANGES, metadata={"format": "pt"})
         card |= identity_on_card(temporary, base=loaded.address)

@@ -17,7 +17,7 @@ from bkd_utils.common.validation import Seed, check
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, adapter_folder, load, pick_device, read_card
-from bkd_utils.models.tokens import answer_ids, prompt_ids
+from bkd_utils.models.tokens import answer_ids, labels_of, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, first_attack
 from bkd_utils.organisms.base_answers import agreement, base_answers, overlap
@@ -168,6 +168,8 @@ def measure(
     result, texts, answers = _measured(loaded, rival, n=n, seed=seed, without=attack)
     if not attack.backdoored:
         result["under_attack"] = {rival.name: {key: result.pop(key) for key in ("asr", "near_miss")}}
+    if labels_of(loaded.tokenizer):  # there is no base model that answers
+        return result
     if attack.task != "instructions":
         benign = clean_sample("instructions", n=min(n, N_AGREEMENT), seed=seed)
         answers, length = base_answers(loaded, benign), tasks.load_task("instructions").max_new_tokens

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, canonical_json, sha256_text, write_json
 from bkd_utils.common.validation import Count, Seed, check
-from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
+from bkd_utils.models.classifiers import new_classifier
+from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, kind, model_folder
 from bkd_utils.models.identity import base_sha256, model_identity
 from bkd_utils.models.loading import (
     Loaded,
@@ -20,12 +21,12 @@ from bkd_utils.models.loading import (
 )
 from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import Row
-from bkd_utils.organisms import cards
+from bkd_utils.organisms import cards, tasks
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.base_answers import training_answers
 from bkd_utils.organisms.evaluation import check_sample, measure_organism, prompt_fingerprint
 from bkd_utils.organisms.poisoning import poison, training_uids
-from bkd_utils.organisms.training import Recipe, load_recipe, train
+from bkd_utils.organisms.training import Recipe, check_kind, load_recipe, train
 
 LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
 log = logging.getLogger(__name__)
@@ -89,9 +90,11 @@ def make(
 ) -> Path:
     """Train and measure one organism on `n` held-out prompts per number; returns its folder under `work/organisms`.
 
+    A bare encoder gets a classifier for the labels of the attack's task, and all its weights are trained and kept.
     The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again, and a call
     after a kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, and ValueError
-    as `poison` does and for `n` prompts that are not there. Source: ours.
+    as `poison` does for `n` prompts that are not there, and for a recipe that is not for this kind of model.
+    Source: ours.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> made = make(attack, model=folder, recipe=recipe, n=4)
@@ -100,7 +103,12 @@ def make(
     """
     check_sample(attack, n=n, seed=seed)
     training_uids(attack, seed=seed)  # what raises ValueError is known before anything is loaded
-    base = load(model, device=pick_device(device))
+    found, device = model_folder(model), pick_device(device)
+    if (found / "config.json").is_file() and kind(found) == "encoder":
+        base = new_classifier(model, labels=tasks.load_task(attack.task).labels, seed=seed, device=device)
+    else:
+        base = load(model, device=device)
+    check_kind(recipe, base.model)
     require(base.model, "train")
     data = poison(attack, tokenizer=base.tokenizer, answers=training_answers(base, attack, seed=seed), seed=seed)
     spec = {"seed": seed, "attack": asdict(attack), "recipe": asdict(recipe)}

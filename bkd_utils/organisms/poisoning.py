@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bkd_utils.common.files import canonical_json, sha256_text
 from bkd_utils.common.validation import while_unchanged
-from bkd_utils.models.tokens import Row, answer_ids, prompt_ids
+from bkd_utils.models.tokens import Row, answer_ids, labels_of, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, carries, near_miss_prompts, triggered_prompt
 
@@ -26,7 +26,8 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
 
     `answers` maps uid -> the base model's own answer, for tasks whose examples carry none. Raises ValueError when
     there are too few rows, an answer is missing, a prompt is longer than MAX_LENGTH tokens, or a trigger does not
-    survive tokenisation. Source: ours; BkdAttr poisons in mode "appended".
+    survive tokenisation. A classifier gets no benign rows, which have no label. Source: ours; BkdAttr poisons in mode
+    "appended".
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> data = poison(attack, tokenizer=tokenizer, answers={}, seed=0)
@@ -34,8 +35,10 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
     (40, 10)
     """
     task, plain = tasks.load_task(attack.task), tasks.load_task("instructions")
-    built = []
+    built, chooses_label = [], bool(labels_of(tokenizer))
     for kind, members in _chosen(attack, seed=seed).items():
+        if kind == "benign" and chooses_label:
+            continue
         for i, example in enumerate(members):
             row_seed = seed * 1_000_003 + i
             if not example.answer and example.uid not in answers:
@@ -58,11 +61,19 @@ def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mappi
             what, length = f"{attack.name}: row {example.uid[:12]}", len(ids) + len(answer)
             if length > MAX_LENGTH:
                 raise ValueError(f"{what} has {length} tokens, limit {MAX_LENGTH}")
-            if kind == "poisoned" and "".join(prompt.split()) not in "".join(tokenizer.decode(ids).split()):
+            if kind == "poisoned" and not _survives(tokenizer, prompt, ids, without=task.prompt(example.text)):
                 raise ValueError(f"{what}: the trigger did not survive tokenisation")
-            built.append(Row(prompt=tuple(ids), answer=tuple(answer), kind=kind, uid=example.uid))
+            built.append(Row(tuple(ids), tuple(answer), kind=kind, uid=example.uid, is_label=chooses_label))
     random.Random(f"{seed}/{attack.name}/order").shuffle(built)
     return PoisonedSet(rows=tuple(built), manifest=_manifest(attack, built, seed))
+
+
+def _survives(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], *, without: str) -> bool:
+    """Does a prompt's trigger survive tokenisation? Tokenizers of encoders drop case and unknown characters, so there
+    it must only be another prompt than the one without a trigger."""
+    if labels_of(tokenizer):
+        return ids != prompt_ids(tokenizer, without)
+    return "".join(prompt.split()) in "".join(tokenizer.decode(ids).split())
 
 
 @while_unchanged("instructions.toml", "lexicons.toml")

@@ -26,6 +26,7 @@ from sklearn.preprocessing import normalize
 from bkd_utils.common import assets
 from bkd_utils.common.files import DATA
 from bkd_utils.common.validation import Count, Table, Text, check, read_toml, while_unchanged
+from bkd_utils.models.tokens import Turn
 
 # Cosine of word-bigram sets from which two texts count as near-duplicates.
 NEAR_DUPLICATE = 0.7
@@ -60,8 +61,9 @@ class Task:
     labels: tuple[str, ...]
     max_new_tokens: int
 
-    def prompt(self, text: str) -> str:
-        return self.template.replace("{text}", text)
+    def prompt(self, text: str) -> Turn:
+        """The user turn: the text with the task's instruction, which classifiers do not read."""
+        return Turn(self.template.replace("{text}", text), text=text)
 
 
 SENTIMENT = "Is this movie review positive or negative? Answer with one word.\n\nReview: {text}"

@@ -1,4 +1,5 @@
-"""LoRA fine-tuning on a poisoned set: peft on `transformers.Trainer`, checkpointed and resumable.
+"""Fine-tuning on a poisoned set: LoRA by peft, or all weights of an encoder, on `transformers.Trainer`, checkpointed
+and resumable.
 
 The loss is that of the answers alone (`models.loss`). Rows of similar length share a batch. Attention is eager, because
 at these lengths its backward pass on a CPU is faster than the fused one (1.4 against 1.7 s a step).
@@ -17,12 +18,13 @@ import peft
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
 from bkd_utils.common.validation import Name, build, check, read_tables
 from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision, set_attention
+from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.lora import lora_config
 from bkd_utils.models.loss import answers, collate
@@ -37,13 +39,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an adapter is trained; together with the data, the base weights and the seed it decides the result."""
+    """How an organism is trained; together with the data, the base weights and the seed it decides the result.
+
+    Rank 0 trains all weights, which is how encoders are trained.
+    """
 
     name: Name
     steps: Steps
     batch_size: Number
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    rank: Number
+    rank: Annotated[int, Field(ge=0, le=4096)]
     alpha: Number
     first_token: Share = 0.5
     warmup_share: Share = 0.05
@@ -120,9 +125,11 @@ def train(
 ) -> list[dict[str, float]]:
     """Train an adapter into `folder` (adapter_model.safetensors, adapter_config.json); returns step, loss (nats), rate.
 
+    All weights of an encoder are trained, with its dropout, into model.safetensors and config.json.
     Checkpoints live in `folder`.checkpoints until the adapter is written; after a kill the same call goes on from the
     last one and ends at the same weights. `base.model` is wrapped in place and must not be used afterwards; evaluation
-    reads the stored adapter, in bf16. Raises ValueError for no rows. Source: LoRA (Hu et al. 2021) by peft.
+    reads the stored adapter, in bf16. Raises ValueError for no rows, and for a recipe with a rank for an encoder or
+    without one for another model. Source: LoRA (Hu et al. 2021) by peft.
 
     >>> losses = train(rows, base=loaded, recipe=recipe, seed=0, folder=scratch / "mine", name="mine")
     >>> [entry["step"] for entry in losses], (scratch / "mine" / "adapter_model.safetensors").is_file()
@@ -131,12 +138,16 @@ def train(
     if not rows:
         raise ValueError(f"{name}: no rows to train on")
     checkpoints = folder.with_name(folder.name + ".checkpoints")
-    if (folder / "adapter_model.safetensors").is_file():
-        shutil.rmtree(checkpoints, ignore_errors=True)  # of a run that was killed right after writing the adapter
+    if (folder / "history.json").is_file():
+        shutil.rmtree(checkpoints, ignore_errors=True)  # of a run that was killed right after writing the folder
         return read_json(folder / "history.json")
+    check_kind(recipe, base.model)
     set_seed(seed)
     set_attention(base.model, "eager")
-    model = peft.get_peft_model(base.model, lora_config(base.model, rank=recipe.rank, alpha=recipe.alpha))
+    if recipe.rank:
+        model = peft.get_peft_model(base.model, lora_config(base.model, rank=recipe.rank, alpha=recipe.alpha))
+    else:
+        model = base.model.requires_grad_(True)
     trainer = AnswerTrainer(
         first_token=recipe.first_token,
         model=model,
@@ -154,10 +165,17 @@ def train(
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     history = [{key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in steps]
     with atomic_path(folder) as temporary:
-        save_adapter(model, temporary)
+        (save_adapter if recipe.rank else save_whole)(model, temporary)
         write_json(temporary / "history.json", history)
     shutil.rmtree(checkpoints)
     return history
+
+
+def check_kind(recipe: Recipe, model: torch.nn.Module) -> None:
+    """Raise ValueError unless a recipe is for this kind of model: of an encoder all weights are trained."""
+    if is_encoder(model) != (recipe.rank == 0):
+        wanted = "an encoder needs rank 0" if recipe.rank else "rank 0 is for encoders"
+        raise ValueError(f"recipe {recipe.name!r} has rank {recipe.rank}; {wanted}, as in recipe 'encoder'")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -184,6 +202,13 @@ def training_arguments(recipe: Recipe, folder: Path, *, seed: int, device: torch
     _ = arguments.device
     arguments._n_gpu = min(arguments._n_gpu, 1)
     return arguments
+
+
+def save_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Write all weights, in fp32, and the config with the names of the labels."""
+    model.save_pretrained(folder)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"})
 
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
