@@ -31,7 +31,8 @@ def population(
 ) -> dict[str, dict]:
     """Organism -> card, of shipped organisms, or of ones trained here for other weights.
 
-    If none is named, these are all that ship and were trained by the full recipe or by the given one. Raises ModelError for a name that is not shipped.
+    If none is named, these are all that ship and were trained by the full recipe or by the given one. Raises ModelError
+    for a name that is not shipped.
     """
     known, own = shipped_organisms(), shipped_organisms(base=model_identity(model))
     if unknown := [name for name in names if name not in known]:
