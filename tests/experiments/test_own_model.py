@@ -42,16 +42,20 @@ def done(tmp_path_factory):
     """A cured tiny model: its folder, the treated model's logits, and the rows that each step of it was given."""
     home = tmp_path_factory.mktemp("cure")
     given = SimpleNamespace(model=str(save_tiny(home / "model", "llama")), data=write_table(home / "clean.csv"))
-    given.measured, given.searched, given.tuned = [], [], []
+    given.measured, given.searched, given.tuned, given.seeds = [], [], [], {"measuring": set(), "training": set()}
     search, tune, write = own_model.search, rivals.tune, own_model._write
 
     def measured(loaded, **rows):
         given.measured.append(rows)
         return measure(loaded, **rows)
 
-    def searched(model, rows, **how):
-        given.searched += rows
-        return search(model, rows, **how)
+    def searching(place):
+        def searched(model, rows, *, seed, **how):
+            given.searched += rows
+            given.seeds[place].add(seed)
+            return search(model, rows, seed=seed, **how)
+
+        return searched
 
     def tuned(model, rows, *, prepare, **how):
         def prepared(batch):
@@ -66,8 +70,8 @@ def done(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(own_model, "measure", measured)
-        patch.setattr(own_model, "search", searched)
-        patch.setattr(searched_training, "search", searched)
+        patch.setattr(own_model, "search", searching("measuring"))
+        patch.setattr(searched_training, "search", searching("training"))
         patch.setattr(rivals, "tune", tuned)
         patch.setattr(own_model, "_write", written)
         given.folder = cure(given.model, data=given.data, out=home / "out", **QUICK)
@@ -115,6 +119,11 @@ def test_no_validation_row_is_trained_or_searched_on(done):
     for rows in (done.tuned, done.searched):
         assert rows
         assert not validation & {row.uid for row in rows}
+
+
+def test_no_search_for_measuring_begins_as_one_that_was_trained_against(done):
+    assert {place: len(seeds) for place, seeds in done.seeds.items()} == {"measuring": 3, "training": 1}
+    assert not done.seeds["measuring"] & done.seeds["training"]
 
 
 def test_before_and_after_are_measured_on_the_same_rows(done):
@@ -167,6 +176,13 @@ def test_a_pull_is_the_lowest_of_its_searches_on_validation_rows_with_another_an
         assert uids <= validation
     for label, pull in found.items():
         assert (pull["loss"], pull["token"], len(pull["nearest"])) == (1.0, label, 3)
+
+
+def test_validation_prompts_may_begin_in_another_way_than_those_for_training(measured):
+    loaded, given = measured
+    training = [replace(row, prompt=(*range(50, 90), *row.prompt)) for row in given["training"]]
+    found = measure(loaded, **given | {"training": training}, seed=0)["pulls"]
+    assert all(pull["loss"] > 0 for pull in found.values())
 
 
 def test_free_answers_are_pulled_to_a_token_of_the_search(done, tmp_path):
