@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from bkd_utils.attention_alignment.rivals import Case, treat
 from bkd_utils.attention_alignment.search import decoded, loss_toward, search, text_part
+from bkd_utils.attention_alignment.searched_training import SEARCH
 from bkd_utils.common.cache import installed_versions
 from bkd_utils.common.files import WORK, UserError, atomic_path, check_writable, read_json, sha256_file, write_json
 from bkd_utils.common.statistics import share
@@ -29,7 +30,7 @@ from bkd_utils.organisms.cards import write_treated
 
 METHODS = ("searched", "searched, attention", "fine-tuning")
 LENGTHS = (2, 3, 5)  # tokens of the perturbations that are searched for to measure a pull, one search each
-N_JUDGED = 64  # validation rows on which a search is judged, at most
+N_JUDGED = 32  # validation rows on which a search is judged, at most
 FREE = "one first token"  # in place of a label where answers are free
 REPORT = "report.json"
 
@@ -103,7 +104,7 @@ def measure(
         for i, n_tokens in enumerate(LENGTHS):
             # Not a seed of `SearchedTraining`, whose perturbations the model has been trained against.
             own = seed * 1_000_003 + 1_000_000 + i
-            found = search(loaded.model, training, toward=token, n_tokens=n_tokens, seed=own)
+            found = search(loaded.model, training, toward=token, n_tokens=n_tokens, seed=own, **SEARCH)
             found = replace(found, before=before, after=after)
             tried.append((loss_toward(loaded.model, judges, found, seed=seed), i, found))
         loss, _, best = min(tried)
