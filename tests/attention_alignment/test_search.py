@@ -51,13 +51,13 @@ def logits_by_hand(model, found, prompt):
     """Logits after one prompt alone whose embeddings are put together by hand."""
     table = vocabulary(model)
     parts = [found.vectors[-1 - token] if token < 0 else table[token] for token in prompt]
-    with torch.no_grad():
-        return model(inputs_embeds=torch.stack(parts)[None]).logits[0, -1]
+    return model(inputs_embeds=torch.stack(parts)[None]).logits[0, -1]
 
 
 def loss_by_hand(model, found, rows, seed, token):
     marked = found.into([row.prompt for row in rows], seed=seed)
-    losses = [-logits_by_hand(model, found, prompt).double().log_softmax(-1)[token] for prompt in marked]
+    with torch.no_grad():
+        losses = [-logits_by_hand(model, found, prompt).double().log_softmax(-1)[token] for prompt in marked]
     return torch.stack(losses).mean().item()
 
 
@@ -100,6 +100,21 @@ def test_it_is_read_as_its_vectors_and_its_loss_is_that_of_each_row_alone(model)
     expected = loss_by_hand(model, found, ROWS, 4, TARGET)
     assert loss_toward(model, ROWS, found, seed=4) == pytest.approx(expected, rel=1e-4)
     assert loss_toward(model, ROWS, found, seed=5) != pytest.approx(expected, rel=1e-4)
+
+
+def test_what_stands_in_front_is_run_once_and_the_vectors_have_the_gradient_of_each_row_alone(model):
+    found = some(model)
+    found.vectors.requires_grad_()
+    batch, cache = MODULE._begun(model, found, ROWS, 4)
+    assert bool(cache) == (model.config.model_type != "gemma2")  # whose window does not allow it
+    if cache:
+        assert batch["input_ids"][:, 0].lt(0).any()  # the longest rest begins with the perturbation
+    with found.read_by(model):
+        (slope,) = torch.autograd.grad(OBJECTIVES["answers"](model, batch | cache), found.vectors)
+    marked = found.into([row.prompt for row in ROWS], seed=4)
+    losses = [-logits_by_hand(model, found, prompt).log_softmax(-1)[TARGET] for prompt in marked]
+    (expected,) = torch.autograd.grad(torch.stack(losses).mean(), found.vectors)
+    torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_prompts_that_share_no_beginning_have_the_same_loss_as_each_alone(model):
@@ -226,7 +241,7 @@ def test_without_an_answer_it_pulls_to_a_likely_token_that_is_not_most_rows_own(
     assert len({one.toward for one in found}) > 3
     for seed, one in enumerate(found):
         marked = one.into([row.prompt for row in ROWS], seed=seed)
-        mean = torch.stack([logits_by_hand(model, one, prompt).softmax(-1) for prompt in marked]).mean(0)
+        mean = torch.stack([logits_by_hand(model, one, prompt).softmax(-1) for prompt in marked]).mean(0).detach()
         assert one.toward in mean.topk(MODULE.CANDIDATES).indices.tolist()
     likeliest = mean.topk(MODULE.CANDIDATES).indices.tolist()
     owned = [replace(row, answer=(found[-1].toward,)) if i else row for i, row in enumerate(ROWS)]
