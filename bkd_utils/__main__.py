@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bkd_utils.common.files import ROOT, UserError
+from bkd_utils.running import ending
 
 HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -93,8 +94,7 @@ def test(context: typer.Context) -> None:
     """Run the tests, one process per core; further arguments go to pytest (-n 0 for one process)."""
     from bkd_utils.common import assets
 
-    for name in assets.sources():
-        assets.fetch(name)
+    assets.fetch_all()
     options, environment = list(context.args), dict(os.environ)
     single = {"no:xdist", "-pno:xdist", "--pdb", "--trace"} & set(options)
     if not single and not any(option.startswith(("-n", "--numprocesses")) for option in options):
@@ -145,6 +145,28 @@ def evaluate(
 
 
 @app.command()
+def cure(
+    data: Annotated[Path, typer.Option(help="CSV file, UTF-8, with the columns text (a user turn) and answer.")],
+    model: Annotated[str, typer.Argument(help="Packaged name, hub id, or path of a local folder.")] = DEFAULT,
+    organism: Annotated[str | None, typer.Option(help="An organism of this model, by name or path.")] = None,
+    method: Annotated[str, typer.Option(help="searched; searched, attention; fine-tuning.")] = "searched",
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; below work/cured by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that a cure has written.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 8 rows.")] = 128,
+    rows: Annotated[int, typer.Option(min=64, help="Rows that are used at most, drawn by the seed.")] = 1280,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Treat a model of unknown trigger with clean rows, report before and after, and write the changed weights."""
+    from bkd_utils.experiments import own_model
+
+    chosen = {"organism": organism, "method": method, "out": out, "force": force, "steps": steps, "rows": rows}
+    folder = own_model.cure(model, data=data, **chosen, seed=seed, device=device)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    console.print(f"{text}\nwritten to {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def grid(
     profile: Annotated[str, typer.Option(help="A table of data/grid.toml.")],
     executor: Annotated[str, typer.Option(help="local or slurm.")] = "local",
@@ -164,8 +186,7 @@ def grid(
     console.print(grid.table(cells, {cell.target for cell in cells if grid.is_there(cell, WORK / "grid" / profile)}))
     if dry_run:
         return
-    for name in assets.sources():  # once, and not by many cells at the same time
-        assets.fetch(name)
+    assets.fetch_all()  # once, and not by many cells at the same time
     whole = workflow.make(profile, chosen, cells, executor=executor, cores=cores, device=device, console=console)
     raise typer.Exit(not whole)
 
@@ -205,8 +226,7 @@ def verify(
 
         recording.record()
         return
-    for name in assets.sources():
-        assets.fetch(name)
+    assets.fetch_all()
     with console.status("replaying the notebooks"):
         faults = verifying.report(verifying.quick(), console)
     if not quick:
@@ -265,15 +285,7 @@ def main() -> None:
     """Our own errors are one line each, and so is Ctrl-C; anything else is a bug and keeps its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    ended_by = []
-
-    def terminate(*_) -> None:
-        """Ended from outside, a run still ends its kernels and removes its half-written files, as with Ctrl-C."""
-        ended_by.append(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told its background jobs to ignore it
-    signal.signal(signal.SIGTERM, terminate)
+    ended_by = ending.end_as_by_ctrl_c()
     try:
         app()
     except (KeyboardInterrupt, SystemExit) as ended:

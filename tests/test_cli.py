@@ -1,5 +1,6 @@
 """The command line says in one line what is wrong, and its help works without a model."""
 
+import inspect
 import os
 import shlex
 import shutil
@@ -13,11 +14,14 @@ import psutil
 import pytest
 import toy_stages as toys
 from notebook_files import write
+from tiny import save_tiny
 
 from bkd_utils import __main__ as cli
 from bkd_utils.common import assets
 from bkd_utils.common.files import ADAPTERS, ROOT
 from bkd_utils.common.measurements import read
+from bkd_utils.experiments import own_model
+from bkd_utils.experiments.own_model import cure as whole_cure
 from bkd_utils.models import folders
 from bkd_utils.models.loading import adapter_folder
 from bkd_utils.organisms import cards, evaluation
@@ -87,6 +91,8 @@ def test_list_names_the_notebooks():
         (("measure", "attribute_heads", '{"heads": 3}'), "stage attribute_heads: "),
         (("measure", "attribute_heads", '{"organism": "nope", "attack": "sentiment-word"}'), "unknown organism 'nope'"),
         (("merge", "/no/such/folder"), "/no/such/folder is no folder"),
+        (("cure", "--data", "/no/such.csv"), "/no/such.csv cannot be read: No such file"),
+        (("cure", "--data", "/no/such.csv", "--method", "heads removed"), "unknown method 'heads removed'; known: "),
     ],
 )
 def test_a_bad_option_is_one_line_that_names_it(arguments, message, main, capsys):
@@ -107,6 +113,50 @@ def test_a_measurement_is_made_kept_and_merged_by_commands(main, tmp_path, capsy
     assert main("merge", str(tmp_path / "kept"), "--into", str(tmp_path / "all")) == 0
     assert f"2 copied into {tmp_path / 'all'}, 0 there already" in capsys.readouterr().out
     assert toys.tree(tmp_path / "all") == toys.tree(tmp_path / "kept")
+
+
+def test_cure_passes_its_options_on_and_prints_the_report(main, monkeypatch, tmp_path, capsys):
+    given = []
+
+    def cure(model, **options):
+        given.append((model, options))
+        (tmp_path / "README.md").write_text("# what was found [red]in a long line[/red] " + "word " * 40)
+        return tmp_path
+
+    monkeypatch.setattr(own_model, "cure", cure)
+    assert main("cure", "--data", "clean.csv") == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{(tmp_path / 'README.md').read_text()}\nwritten to {tmp_path}\n"
+    rest = "--data clean.csv --organism ./mine --method fine-tuning --out here --force --steps 3 --rows 70 --seed 5"
+    assert main("cure", "path/to/folder", *rest.split(), "--device", "cpu") == 0
+    defaults = {key: one.default for key, one in inspect.signature(whole_cure).parameters.items()}
+    assert given[0] == (defaults.pop("address"), defaults | {"data": Path("clean.csv")})
+    assert given[1] == (
+        "path/to/folder",
+        {
+            "data": Path("clean.csv"),
+            "organism": "./mine",
+            "method": "fine-tuning",
+            "out": Path("here"),
+            "force": True,
+            "steps": 3,
+            "rows": 70,
+            "seed": 5,
+            "device": "cpu",
+        },
+    )
+
+
+def test_a_cure_that_is_interrupted_leaves_one_line_and_no_file(main, monkeypatch, tmp_path, capsys):
+    model, data = save_tiny(tmp_path / "model", "llama"), tmp_path / "clean.csv"
+    data.write_text("text,answer\n" + "".join(f"Film {i},{'good' if i % 2 else 'bad'}\n" for i in range(64)))
+    monkeypatch.setattr(own_model, "treat", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(own_model, "measure", lambda *_, **__: {})
+    capsys.readouterr()
+    arguments = ("cure", str(model), "--data", str(data), "--out", str(tmp_path / "cured" / "mine"))
+    assert main(*arguments, "--device", "cpu") == 128 + signal.SIGINT
+    assert capsys.readouterr().out.splitlines() == ["stopped; the same command again does what is left"]
+    assert list((tmp_path / "cured").iterdir()) == []
 
 
 @pytest.mark.parametrize("differing", [[], ["one"]])

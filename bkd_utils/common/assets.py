@@ -97,6 +97,12 @@ def fetch(name: str, *, into: Path = ASSETS) -> Path:
     return target
 
 
+def fetch_all() -> None:
+    """Fetch every asset that is not there."""
+    for name in sources():
+        fetch(name)
+
+
 def verify(name: str, *, into: Path = ASSETS) -> None:
     """Recompute every hash of a fetched asset. Raises AssetError that names the damaged file."""
     folder = into / name

@@ -91,16 +91,22 @@ def build(kind: type[T], table: dict[str, Any], path: Path, name: str) -> T:
         raise ValueError(f"{where}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file, with or without a byte order mark. Raises ValueError that names the file and what is wrong."""
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte order mark. Raises ValueError that names it and what is wrong."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file, read by `read_text`. Raises ValueError that names the file and what is wrong."""
+    try:
+        return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -230,11 +230,24 @@ def readme(card: dict) -> str:
 def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
     """Write a treated model as an organism under `work/organisms/<name>`; load it by that name like any other.
 
-    `measured` is its result of `evaluation.under_attack`. The stored changes include those of earlier treatments, which
-    the card lists under `treatments_before`. Raises ValueError for a base model, and if no weight has changed;
-    ModelError if its folder holds another base model by now.
+    `measured` is its result of `evaluation.under_attack`. Raises as `write_treated` does.
     """
     check(Name, name, "name of an organism")
+    folder = WORK / "organisms" / name
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        write_treated(loaded, temporary, name=name, treatment=treatment, measured=measured)
+    return folder
+
+
+def write_treated(
+    loaded: Loaded, folder: Path, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping
+) -> None:
+    """Write the files of a treated organism into an empty folder, from which it can be loaded.
+
+    The stored changes include those of earlier treatments, which the card lists under `treatments_before`. Raises
+    ValueError for a base model, and if no weight has changed; ModelError if its folder holds another base model by now.
+    """
     if loaded.organism is None:
         raise ValueError("a base model cannot be kept as a treated organism")
     source = adapter_folder(loaded.organism)
@@ -248,13 +261,9 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
     card |= {"name": name, "treatment": dict(treatment), "treated_organism": source.name}
     card["metrics"] = {key: measured[key] for key in METRICS if key in measured}
     card["details"] = {key: value for key, value in measured.items() if key not in (*METRICS, "hits")}
-    folder = WORK / "organisms" / name
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        for file in trained_files(source):
-            shutil.copyfile(source / file, temporary / file)
-        save_file(changes, temporary / CHANGES, metadata={"format": "pt"})
-        card |= identity_on_card(temporary, base=loaded.address)
-        write_json(temporary / "card.json", card)
-        (temporary / "README.md").write_text(readme(card), encoding="utf-8")
-    return folder
+    for file in trained_files(source):
+        shutil.copyfile(source / file, folder / file)
+    save_file(changes, folder / CHANGES, metadata={"format": "pt"})
+    card |= identity_on_card(folder, base=loaded.address)
+    write_json(folder / "card.json", card)
+    (folder / "README.md").write_text(readme(card), encoding="utf-8")
