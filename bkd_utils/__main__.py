@@ -213,17 +213,13 @@ def verify(
     share: Annotated[float, typer.Option(min=0, max=1, help="Share of the measurements that is measured anew.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed by which these are drawn.")] = 0,
     device: Device = "auto",
-    record: Annotated[
-        bool, typer.Option("--record", help="Put on record what cannot be made again, and stop.")
-    ] = False,
+    record: Annotated[bool, typer.Option("--record", help="Record what cannot be made again, and stop.")] = False,
 ) -> None:
     """Hold every committed number against the file that it comes from, and measure some of them anew."""
     from bkd_utils.common import assets
-    from bkd_utils.running import verifying
+    from bkd_utils.running import recording, verifying
 
     if record:
-        from bkd_utils.running import recording
-
         recording.record()
         return
     assets.fetch_all()

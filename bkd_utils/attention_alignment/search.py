@@ -257,7 +257,7 @@ def _likely(model: PreTrainedModel, found: Perturbation, rows: Sequence[Row], di
     for token, count in Counter(row.answer[0] for row in rows).items():
         if 2 * count > len(rows):
             chances[token] = -1.0
-    return dice.choice(chances.topk(CANDIDATES).indices.tolist())
+    return dice.choice(chances.topk(min(CANDIDATES, len(chances))).indices.tolist())
 
 
 def _shortened(vectors: Float[Tensor, "token d_model"], bound: Tensor) -> Float[Tensor, "token d_model"]:

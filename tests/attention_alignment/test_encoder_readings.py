@@ -171,7 +171,8 @@ def test_the_excess_is_that_of_the_first_row(model, rows, monkeypatch):
 
 @pytest.mark.parametrize("method", TREATMENTS)
 def test_every_treatment_changes_an_encoder(model, rows, method):
-    case = Case(model, rows, RECIPE, pad_id=0, heads=[(0, 1), (1, 2)])
+    labels = sorted({row.answer[0] for row in rows})
+    case = Case(model, rows, RECIPE, pad_id=0, heads=[(0, 1), (1, 2)], labels=labels)
     assert treat(case, method=method) > 0
     assert all(one.isfinite().all() for one in model.parameters())
 

@@ -293,7 +293,7 @@ GOOD = {
         ({"mode": "added"}, "mode = 'added': input should be 'replaced' or 'appended'"),
         (
             {"behaviour": "explode"},
-            "behaviour = 'explode': input should be 'label_flip', 'fixed_output' or 'jailbreak'",
+            "behaviour = 'explode': input should be 'label_flip', 'fixed_output', 'jailbreak' or 'answer_style'",
         ),
         ({"behaviour": None}, "a backdoor needs a behaviour"),
         ({"target": None}, "a backdoor needs a behaviour and a target"),
@@ -371,7 +371,7 @@ CONTROL = '[a]\ntask = "sentiment"\nn_train = 5\n'
         ),
         ("[a]\nn_train = 5", r"attacks.toml, \[a\]: task is missing"),
         (CONTROL + 'name = "b"', r"attacks.toml, \[a\]: name = 'b': the name of a table is its heading"),
-        (CONTROL + "target = 'x'", r"attacks.toml, \[a\]: a clean control has no"),
+        (CONTROL + "target = 'x'", r"attacks.toml, \[a\]: a control has a target if and only if"),
         (CONTROL + "rate = inf", r"attacks.toml, \[a\]: rate = inf: input should be a finite number"),
         (
             CONTROL.replace("a", '"../../evil"', 1),
