@@ -233,6 +233,8 @@ TREATMENTS: dict[str, Callable[[Case], None]] = {
         case, head_slices(case.model, case.heads, unit=TUNED), align=True
     ),
 }
+# Ours, and not what is published: named apart in every table.
+SEARCHED = tuple(name for name in TREATMENTS if name.startswith("searched"))
 
 
 def treat(case: Case, *, method: str) -> int:

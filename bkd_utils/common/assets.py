@@ -40,7 +40,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class Source:
-    """One table of `data/sources.toml`. Raises ValueError for a value that is not allowed."""
+    """One table of `data/sources.toml` or `data/models.toml`. Raises ValueError for a value that is not allowed."""
 
     name: Name
     about: Text
@@ -58,10 +58,11 @@ class Source:
         check(Source, vars(self), f"source {self.name!r}")
 
 
-def sources(path: Path = DATA / "sources.toml") -> dict[str, Source]:
-    """All assets by name, in the order of the file. Raises AssetError that names the fault if it is malformed."""
+def sources(*paths: Path) -> dict[str, Source]:
+    """All assets by name, in the order of the files. Raises AssetError that names the fault if one is malformed."""
+    paths = paths or (DATA / "sources.toml", DATA / "models.toml")
     try:
-        return {name: build(Source, table, path, name) for name, table in read_tables(path).items()}
+        return {name: build(Source, table, path, name) for path in paths for name, table in read_tables(path).items()}
     except ValueError as error:
         raise AssetError(f"not a valid list of sources: {error}") from error
 
