@@ -5,7 +5,7 @@ a trigger. Each is written from its published idea for causal language models; i
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.attention_alignment.alignment import aligned
 from bkd_utils.attention_alignment.head_tuning import Loss, Prepare, all_matrices, answers_only, tune
+from bkd_utils.attention_alignment.search import Perturbation
 from bkd_utils.attention_alignment.searched_training import SearchedTraining
 from bkd_utils.attention_alignment.similarity import head_scores
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
@@ -40,7 +41,8 @@ PUSH, CONSISTENCY = 0.1, 5.5
 class Case:
     """What a defender has: a model, clean rows with answers, and the heads that a score marks as suspicious.
 
-    `labels` are the first tokens of the answers that the task knows, none where answers are free.
+    `labels` are the first tokens of the answers that the task knows, none where answers are free. A treatment that
+    searches for perturbations adds them to `found`.
     """
 
     model: PreTrainedModel
@@ -50,6 +52,7 @@ class Case:
     heads: Sequence[Head] = ()
     labels: Sequence[int] = ()
     seed: int = 0
+    found: list[Perturbation] = field(default_factory=list)
 
     def tune(self, masks: Masks, loss: Loss = answers_only, prepare: Prepare = list) -> None:
         """`head_tuning.tune` on the clean rows."""
@@ -97,7 +100,8 @@ def tune_against_search(case: Case, masks: Masks, *, align: bool = False) -> Non
     With `align`, the given heads shall look under a perturbation where they look without it.
     """
     heads = case.heads if align else ()
-    against = SearchedTraining(case.model, case.rows, labels=case.labels, heads=heads, seed=case.seed)
+    how = {"labels": case.labels, "heads": heads, "seed": case.seed, "found": case.found}
+    against = SearchedTraining(case.model, case.rows, **how)
     case.tune(masks, against.loss, against.prepare)
 
 

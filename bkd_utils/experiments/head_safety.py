@@ -92,12 +92,27 @@ def clean_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row
     of the attacker, which is simulated by leaving out by uid what the attacker used. The choice looks at no trigger and
     at no poisoned text, so a row may carry the trigger by nature. Raises ValueError if there are too few rows.
     """
-    spec = tasks.load_task(attack.task)
-    chosen = unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed)
-    open_ended, texts = [example.uid for example in chosen if not example.answer], {}
+    return _rows_of(loaded, unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed), task=attack.task)
+
+
+def free_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
+    """`n` benign instructions that the organism was not trained on, with the untreated model's own answers.
+
+    Trained beside the rows of a task with labels, they keep what the model says elsewhere. Raises ValueError if there
+    are too few, and for a classifier, which knows no other task.
+    """
+    if labels_of(loaded.tokenizer):
+        raise ValueError(f"{loaded.organism} is a classifier and has no answers to instructions")
+    return _rows_of(loaded, unseen_examples(loaded, attack, task="instructions", n=n, seed=seed), task="instructions")
+
+
+def _rows_of(loaded: Loaded, chosen: Sequence[Example], *, task: str) -> list[Row]:
+    """Rows with the gold answers of examples, or else with the model's own."""
+    spec, texts = tasks.load_task(task), {}
+    open_ended = [example.uid for example in chosen if not example.answer]
     if open_ended:
         which = {"model": loaded.address, "device": loaded.device.type}
-        texts = collect_own_answers(loaded.organism, task=attack.task, uids=open_ended, **which)
+        texts = collect_own_answers(loaded.organism, task=task, uids=open_ended, **which)
     rows = []
     for example in chosen:
         answer = example.answer or texts[example.uid]

@@ -1,0 +1,76 @@
+"""Treat one organism against perturbations that are searched for, and measure what is left and what was found."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bkd_utils.attention_alignment.head_tuning import row_passes
+from bkd_utils.attention_alignment.rivals import treat
+from bkd_utils.common.results import Result
+from bkd_utils.experiments.attention_safety_alignment import RATES, case_of, recipe_of, what_is_left
+from bkd_utils.experiments.head_safety import check_unseen, free_rows
+from bkd_utils.models.loading import Loaded
+from bkd_utils.models.tokens import decode
+from bkd_utils.organisms.attacks import Attack
+from bkd_utils.organisms.cards import organism_stage
+
+
+@dataclass(frozen=True)
+class Found(Result):
+    """One search while the model was treated: the first answer token that it pulled toward, its number of vectors, and
+    the value of its objective (nats) before and after it."""
+
+    toward: str
+    n_tokens: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Cured(Result):
+    """A treatment with its cost: `row_passes` as of `head_tuning.row_passes`, so that rivals can be given as many."""
+
+    after: dict[str, dict]  # as of `what_is_left`
+    parameters: int  # how many weights differ
+    row_passes: int
+    minutes: float  # of the treatment alone
+    searches: list[Found]
+
+
+@organism_stage
+def cure_and_measure(
+    loaded: Loaded,
+    attack: Attack,
+    *,
+    method: str = "searched",
+    heads: Sequence[Sequence[int]] = (),
+    n_rows: int = 1024,
+    n_free: int = 128,
+    steps: int = 128,
+    batch_size: int = 8,
+    n: int = 96,
+    seed: int = 0,
+) -> Cured:
+    """One method of `rivals.TREATMENTS` on `n_rows` rows of the attack's task and `n_free` instructions.
+
+    The instructions have the model's own answers. The organism was trained on none of the rows.
+
+    Raises ValueError for an unknown method, and as `rivals.treat`, `case_of` and `free_rows` do.
+    """
+    if method not in RATES:
+        raise ValueError(f"unknown method {method!r}; known: {'; '.join(RATES)}")
+    recipe = recipe_of(steps=steps, learning_rate=RATES[method], batch_size=batch_size)
+    case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
+    if n_free:
+        free = free_rows(loaded, attack, n=n_free, seed=seed)
+        check_unseen(loaded, [row.uid for row in free], attack=attack, seed=seed)
+        case = replace(case, rows=[*case.rows, *free])
+    started = time.monotonic()
+    with row_passes(loaded.model) as passes:
+        count = treat(case, method=method)
+    minutes = round((time.monotonic() - started) / 60, 2)
+    searches = [
+        Found(decode(loaded.tokenizer, [one.toward]), len(one.vectors), one.start, one.end) for one in case.found
+    ]
+    after = what_is_left(loaded, attack, n=n, seed=seed)
+    return Cured(after, count, passes["row passes"], minutes, searches)
