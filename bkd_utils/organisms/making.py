@@ -93,7 +93,7 @@ def make(
     A bare encoder gets a classifier for the labels of the attack's task, and all its weights are trained and kept.
     The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again, and a call
     after a kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, and ValueError
-    as `poison` does for `n` prompts that are not there, and for a recipe that is not for this kind of model.
+    as `poison` does, for `n` prompts that are not there, and for a recipe that is not for this kind of model.
     Source: ours.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
