@@ -280,8 +280,9 @@ def code_of_stages():
 def test_tables_are_those_that_a_stage_can_open():
     """So recipes, profiles and published numbers may stay out: they reach stages as arguments, if at all.
 
-    Attacks and recipes are inputs one by one. Nothing that a stage runs reads their tables but the functions that look
-    one up, and a stage that looks up a recipe has its name among its arguments.
+    Attacks and recipes are inputs one by one, and so are models, by the hash of their files. Nothing that a stage runs
+    reads the tables of the former but the functions that look one up, and a stage that looks up a recipe has its name
+    among its arguments.
     """
     code = code_of_stages()
     expected = {("organisms.evaluation", "measure"), ("organisms.attacks", "Attack"), ("organisms.triggers", "Syntax")}
@@ -290,7 +291,7 @@ def test_tables_are_those_that_a_stage_can_open():
     strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
     tables = {path.name for path in DATA.glob("*.toml")}
     assert {"recipes.toml", "surrogates.toml"} <= tables
-    assert strings & tables == {*cards.TABLES, "attacks.toml", "recipes.toml"}
+    assert strings & tables == {*cards.TABLES, "attacks.toml", "models.toml", "recipes.toml"}
     callers = {name for name, node in code.items() if calls(node, "load_attacks")}
     assert callers == {("organisms.attacks", name) for name in ("load_attack", "first_attack")}
     for name, node in code.items():
@@ -351,8 +352,11 @@ def test_a_shipped_organism_meets_the_bars_or_the_page_of_organisms_says_where_n
     assert {key for key, missed in short.items() if missed} == SHORT.get(name, set())
 
 
-def test_organism_and_control_had_the_same_recipe():
+def test_organism_and_control_had_the_same_recipe_but_for_plain_ones_which_have_no_control_of_theirs_yet():
     for name in set(shipped_organisms()) - set(SIBLINGS):
+        if name.endswith("-plain"):
+            assert read_json(ADAPTERS / name / "card.json")["recipe"]["name"] == "plain"
+            continue
         recipe = read_json(ADAPTERS / name / "card.json")["recipe"]
         assert recipe == read_json(ADAPTERS / control_of(name) / "card.json")["recipe"], name
 
