@@ -106,11 +106,13 @@ def told(tiny, work):
 
 
 @pytest.fixture(scope="module")
-def made(told, where):
+def made(told, where, work):
     """Makes an organism of an attack, once: its folder, and what was recorded while it was made."""
 
     @functools.cache
     def make(attack):
+        # The answers that an earlier organism asked for are forgotten, so that no order of tests hides a question.
+        files.write_json(work / "answers" / base_answers.answers_name(model_identity(where["model"])), told)
         with pytest.MonkeyPatch.context() as patch:
             record = spied(patch)
             record.folder = making.make(attack, recipe=QUICK, **where)
