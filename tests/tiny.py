@@ -86,6 +86,12 @@ def tiny_classifier(kind: str = "bert", *, labels=LABELS, seed: int = 0):
     return model
 
 
+def label_rows(texts):
+    """Rows of a tiny classifier on these texts, with its two labels in turn."""
+    prompts = [small_wordpiece()(text).input_ids for text in texts]
+    return [Row(tuple(ids), (i % 2,), "clean", str(i), is_label=True) for i, ids in enumerate(prompts)]
+
+
 def save_tiny_encoder(folder: Path, kind: str = "bert", *, bare: bool = False, **options) -> Path:
     """Write a tiny classifier, or its encoder alone."""
     model = tiny_classifier(kind, **options)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import LABELS, small_wordpiece, tiny_classifier
+from tiny import LABELS, label_rows, small_wordpiece, tiny_classifier
 from torch.nn.functional import cosine_similarity
 
 from bkd_utils.attention_alignment import alignment, guards, rivals
@@ -21,7 +21,6 @@ from bkd_utils.models.head_weights import head_slices
 from bkd_utils.models.hooks import head_edit
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.loss import answer_loss, collate
-from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe
 
 RECIPE = Recipe(name="quick", steps=2, batch_size=4, learning_rate=1e-2, rank=0, alpha=1)
@@ -34,8 +33,8 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def rows(prompts):
-    return [Row(tuple(ids), (i % 2,), "clean", str(i), is_label=True) for i, ids in enumerate(prompts)]
+def rows():
+    return label_rows(TEXTS)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ENCODER_SIZES, LABELS, save_tiny_encoder, small_wordpiece, tiny_classifier, tiny_model
+from tiny import ENCODER_SIZES, LABELS, label_rows, save_tiny_encoder, small_wordpiece, tiny_classifier, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -17,7 +17,7 @@ from bkd_utils.models.hooks import anatomy
 from bkd_utils.models.loading import load
 from bkd_utils.models.loss import answer_loss, answers_and_maps, collate, last_asked
 from bkd_utils.models.prompt_cache import prompt_past
-from bkd_utils.models.tokens import Row, Turn, answer_ids, decode, end_id, labels_of, prompt_ids
+from bkd_utils.models.tokens import Turn, answer_ids, decode, end_id, labels_of, prompt_ids
 
 TEXTS = ["A fine film.", "It is dull, long and loud.", "No."]
 
@@ -38,8 +38,8 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def rows(prompts):
-    return [Row(tuple(ids), (i % 2,), "clean", str(i), is_label=True) for i, ids in enumerate(prompts)]
+def rows():
+    return label_rows(TEXTS)
 
 
 def alone(model, prompt):
