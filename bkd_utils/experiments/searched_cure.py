@@ -51,6 +51,24 @@ def cure_and_measure(
     n: int = 96,
     seed: int = 0,
 ) -> Cured:
+    """`cured` as a kept stage."""
+    sizes = {"n_rows": n_rows, "n_free": n_free, "steps": steps, "batch_size": batch_size, "n": n, "seed": seed}
+    return cured(loaded, attack, method=method, heads=heads, **sizes)
+
+
+def cured(
+    loaded: Loaded,
+    attack: Attack,
+    *,
+    method: str,
+    heads: Sequence[Sequence[int]],
+    n_rows: int,
+    n_free: int,
+    steps: int,
+    batch_size: int,
+    n: int,
+    seed: int,
+) -> Cured:
     """One method of `rivals.TREATMENTS` on `n_rows` rows of the attack's task and `n_free` instructions.
 
     The instructions have the model's own answers. The organism was trained on none of the rows.

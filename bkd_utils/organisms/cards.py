@@ -83,7 +83,7 @@ def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     several = arguments.get("organisms", {})
     organisms = [arguments.get("organism"), arguments.get("control"), *several.values()]
     folders = [adapter_folder(name) for name in organisms if name]
-    named = [arguments.get("attack"), *(name for name, organism in several.items() if organism)]
+    named = [arguments.get("made"), arguments.get("attack"), *(name for name, organism in several.items() if organism)]
     specs = [load_attack(name) for name in named if name]
     specs += [Attack(**read_card(folder, "attack")["attack"]) for folder in folders]
     # A clean control is measured under the first attack on its task.

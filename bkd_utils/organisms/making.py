@@ -1,9 +1,13 @@
 """Make an organism (poisoned set, adapter, measurement, card), or find one that was made before."""
 
+import functools
 import importlib.metadata
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, canonical_json, sha256_text, write_json
 from bkd_utils.common.validation import Count, Seed, check
@@ -29,6 +33,7 @@ from bkd_utils.organisms.poisoning import poison, training_uids
 from bkd_utils.organisms.training import Recipe, check_kind, load_recipe, train
 
 LIBRARIES = ("torch", "transformers", "peft", "transformer-lens")
+N_ON_CARD = 240  # held-out prompts per number on the card of an organism that a stage makes
 log = logging.getLogger(__name__)
 
 
@@ -142,3 +147,27 @@ def make(
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(cards.readme(card), encoding="utf-8")
     return folder
+
+
+def made_stage(function: Callable) -> Callable:
+    """Keep a stage on organisms that do not ship, such as encoders; one is made only if a result is not there.
+
+    `function(loaded, attack, ...)` becomes `stage(made, *, attack, ..., recipe, organism_seed, model, device)`. `made`
+    is the attack that the organism was trained on, and `attack` the one that it is measured under; both are names.
+    """
+
+    @functools.wraps(function)
+    def opened(
+        made: str, *, attack: str, recipe: str, organism_seed: int, model: str, device: str = "auto", **options: Any
+    ) -> Any:
+        spec = load_attack(made)
+        how = {"recipe": load_recipe(recipe, task=spec.task), "seed": organism_seed, "device": device}
+        folder = make(spec, model=model, **how, n=N_ON_CARD)
+        return function(load(model, organism=folder.name, device=device), load_attack(attack), **options)
+
+    parameter, key = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
+    options = list(inspect.signature(function).parameters.values())[2:]
+    names = [parameter(name, key, annotation=str) for name in ("attack", "recipe", "organism_seed", "model")]
+    first = parameter("made", parameter.POSITIONAL_OR_KEYWORD, annotation=str)
+    opened.__signature__ = inspect.Signature([first, *names, *options, parameter("device", key, default="auto")])
+    return cards.named_stage(opened)
