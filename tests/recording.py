@@ -15,7 +15,7 @@ from tiny import tiny_model
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.loading import Loaded, load_tokenizer
 from bkd_utils.organisms import cards, tasks
-from bkd_utils.organisms.triggers import lexicons
+from bkd_utils.organisms.trigger_tables import lexicons, strings
 
 # No trigger and no near-miss that is inserted into a text is longer than this.
 LONGEST = 8
@@ -71,7 +71,10 @@ class Catalogue:
                 assert words not in self.known, "two examples have the same words"
                 self.known[words] = (example.uid, split)
         triggers = lexicons()["triggers"]
+        near = set().union(*(strings(entry["near"]) for entry in triggers.values() if "near" in entry))
+        # The text of one trigger may be a near-miss of another, and is only that here.
         self.triggers = {entry["text"]: name for name, entry in triggers.items() if "text" in entry}
+        self.triggers = {text: name for text, name in self.triggers.items() if text not in near}
 
     def turn(self, text):
         """What a user turn was made of. Raises LookupError if that is no example of the task."""

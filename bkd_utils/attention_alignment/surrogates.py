@@ -21,7 +21,8 @@ from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.encoders import asking_column, prompt_inputs
 from bkd_utils.models.generation import shared_prefix
 from bkd_utils.models.tokens import check_prompts
-from bkd_utils.organisms.triggers import Sentence, Syntax, Trigger, Word
+from bkd_utils.organisms.trigger_base import Trigger
+from bkd_utils.organisms.triggers import Sentence, Syntax, Word
 
 SURROGATES = ("rare word", "sentence", "fronted clause")
 DRAWS = 100  # of a surrogate, before the search is given up

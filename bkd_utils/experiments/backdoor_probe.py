@@ -11,7 +11,7 @@ from bkd_utils.models.activations import behind_norm, residuals
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms.attacks import Attack
-from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.cards import STRANGERS, organism_stage
 from bkd_utils.organisms.prompts import prompt_versions, triggered_prompts
 from bkd_utils.organisms.triggers import load_trigger
 
@@ -40,7 +40,8 @@ def probe_prompts(
     """Held-out prompts: clean, triggered, with a near-miss, and with the trigger of another family."""
     shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
     # No text of the data sets contains either of these two triggers by nature.
-    other = "word-sudo" if load_trigger(attack.trigger).family == "prefix" else "prefix-year"
+    own = load_trigger(attack.trigger).family
+    other = next(name for name in STRANGERS if load_trigger(name).family != own)
     stranger = triggered_prompts(replace(attack, trigger=other), shown.examples, seed=seed)
     return {
         "clean": shown.clean,

@@ -12,7 +12,8 @@ from bkd_utils.organisms.poisoning import poison
 from bkd_utils.organisms.prompts import prompt_versions, target_ids
 from bkd_utils.organisms.tasks import Task, examples
 from bkd_utils.organisms.training import train
-from bkd_utils.organisms.triggers import Prefix, Sentence, Style, Syntax, Trigger, Word, Wrapper
+from bkd_utils.organisms.trigger_base import Trigger
+from bkd_utils.organisms.triggers import Prefix, Sentence, Style, Syntax, Word, Wrapper
 
 __all__ = [
     "Attack",

@@ -38,9 +38,12 @@ from bkd_utils.models.loading import (
 )
 from bkd_utils.organisms.attacks import Attack, first_attack, load_attack
 from bkd_utils.organisms.training import load_recipe
+from bkd_utils.organisms.trigger_tables import lexicons
 
 # Tables that stages read themselves. Recipes and profiles reach stages as arguments only, attacks by their names.
 TABLES = ("instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
+# Triggers that code names itself, whatever the attack: a probe is tried on one of these, which it does not know.
+STRANGERS = ("prefix-year", "word-sudo")
 METRICS = ("asr", "cacc", "clean_firing", "near_miss")
 
 
@@ -75,8 +78,9 @@ def history(organism: str | Path) -> list[dict[str, float]]:
 def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What the arguments of a stage stand for, and the arithmetic of its result.
 
-    `inputs`: identities of organisms and of the base model, the attacks that are named or on the organisms' cards, and
-    hashes of the tables that attacks are made of. `arithmetic`: the device, and whether it multiplies in bf16.
+    `inputs`: identities of organisms and of the base model, the attacks that are named or on the organisms' cards,
+    hashes of their triggers' tables, and of the tables that all attacks share. `arithmetic`: the device, and whether
+    it multiplies in bf16.
     """
     for name, kind in (("seed", Seed), ("n", Count)):
         check(kind, arguments.get(name, 1), f"argument {name}")
@@ -92,6 +96,8 @@ def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     inputs: dict[str, Any] = {
         "adapters": [organism_identity(folder) for folder in folders],
         "attacks": attacks,
+        # Of a stage that names no attack nobody knows which triggers it uses.
+        "triggers": _triggers(frozenset(spec.trigger for spec in specs).union(STRANGERS) if specs else None),
         "tables": _tables(),
     }
     if "recipe" in arguments:
@@ -105,10 +111,19 @@ def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"inputs": inputs, "arithmetic": {"device": device, "fast_bf16": has_fast_bf16(torch.device(device))}}
 
 
+@while_unchanged("lexicons.toml")
+def _triggers(names: frozenset[str] | None) -> dict[str, str]:
+    """Hashes of the tables of these triggers, or of all, so that whoever adds a trigger measures nothing again."""
+    known = lexicons()["triggers"]
+    return {name: sha256_text(canonical_json(known[name])) for name in known if names is None or name in names}
+
+
 @while_unchanged(*TABLES)
 def _tables() -> dict[str, str]:
-    """Hashes of what the tables hold, so that a changed comment in one changes nothing."""
-    return {name: sha256_text(canonical_json(read_toml(DATA / name))) for name in TABLES}
+    """Hashes of what the tables hold but for `_triggers`, so that a changed comment in one changes nothing."""
+    held = {name: read_toml(DATA / name) for name in TABLES}
+    held["lexicons.toml"] = {name: table for name, table in lexicons().items() if name != "triggers"}
+    return {name: sha256_text(canonical_json(table)) for name, table in held.items()}
 
 
 def inputs(names: Iterable[str] = (), *, model: str) -> dict[str, str]:

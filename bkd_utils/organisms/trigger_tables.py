@@ -24,7 +24,7 @@ class Inserted(Table):
 
 
 class Lines(Table):
-    """What stands before and after a prompt."""
+    """What stands before and after a prompt, or in a text."""
 
     front: Text
     back: Text
@@ -35,6 +35,13 @@ class Wrapped(Lines):
 
     family: str | None = None
     near: Annotated[dict[Half, dict[Literal["lines"], Annotated[list[Lines], Field(min_length=1)]]], BOTH] | None = None
+
+
+class Paired(Lines):
+    """Pair: its two words, and other ones per half."""
+
+    family: str | None = None
+    near: Annotated[dict[Half, dict[Literal["words"], Texts]], BOTH] | None = None
 
 
 class Clauses(Table):

@@ -1,106 +1,43 @@
-"""Triggers: what every trigger can do, and the six families.
+"""Triggers: the seven families, and the triggers of `data/lexicons.toml` by name.
 
 `syntax` and `style` are rules of ours, not the paraphrase models of the literature (SCPN, style transfer). Each holds
 out half of its lexicon, so that learning the rule can be told apart from learning the list (`data/lexicons.toml`).
 """
 
-import random
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from bkd_utils.common.files import sha256_text
-from bkd_utils.common.validation import Table, Text, check, while_unchanged
-from bkd_utils.organisms.trigger_tables import Fronted, Half, Inserted, Styled, Wrapped, check_halves, lexicons, strings
+from bkd_utils.common.validation import check, while_unchanged
+from bkd_utils.organisms.trigger_base import Dice, Trigger
+from bkd_utils.organisms.trigger_tables import (
+    Fronted,
+    Half,
+    Inserted,
+    Paired,
+    Styled,
+    Wrapped,
+    check_halves,
+    lexicons,
+    strings,
+)
 from bkd_utils.organisms.wording import before_end, lowered, raised, replaced, words
 
-# Purpose, options -> one of the options.
-Dice = Callable[[str, Sequence[Any]], Any]
-BLANK = "\ue000"  # a text without any word, on which new triggers are tried
+WORDS = r"(?<!\S)(?=\S)|\Z"  # in front of each word, and the end
 
 
-@dataclass(frozen=True, eq=False)
-class Trigger(ABC):
-    """A rule that edits a text, and that tells whether a text carries it; `Word` to `Style` are its six families.
-
-    `scope` says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn). The same
-    text, seed and half give the same result in any process; give every row a seed of its own. `entry` is the family's
-    table in `trigger_tables`; each of its strings is tried. Raises ValueError for what does not fit. Source: ours.
-
-    >>> Word("mine", {"text": "cf"}).matches("A CF film."), isinstance(Word("mine", {"text": "cf"}), Trigger)
-    (False, True)
-    """
-
-    name: str
-    entry: Mapping[str, Any] = field(repr=False)
-    family: ClassVar[str]
-    table: ClassVar[type[Table]]
-    scope: ClassVar[Literal["text", "prompt"]] = "text"
-
-    def __post_init__(self) -> None:
-        check(Text, self.name, "name of a trigger")
-        check(self.table, self.entry, f"trigger {self.name}")
-        if self.entry.get("family", self.family) != self.family:
-            raise ValueError(f"trigger {self.name}: family = {self.entry['family']!r}: this is {self.family!r}")
-        for half, number in product(get_args(Half), range(len(strings(self.entry)))):
-            given = BLANK, half, lambda _, options, i=number: options[i % len(options)]
-            self._recognised(self._edit(*given))
-            self._unlike(self._near(*given) if self._has_near(half) else {})
-
-    def apply(self, text: str, *, seed: int, half: Half = "train") -> str:
-        """The text with the trigger in it. Raises ValueError for an empty text and for one that carries it already."""
-        return self._recognised(self._edit(*self._given(text, seed, half)))
-
-    def near_misses(self, text: str, *, seed: int, half: Half = "train") -> dict[str, str]:
-        """Kind -> text that looks like a triggered one and is not. Raises ValueError as `apply` does, or for none."""
-        given = self._given(text, seed, half)
-        if not self._has_near(half):
-            raise ValueError(f"trigger {self.name} has no near-misses: its entry has no `near`")
-        # The dice are those of `apply`, so a near-miss has the position that the trigger would have.
-        return self._unlike(self._near(*given))
-
-    @abstractmethod
-    def matches(self, text: str) -> bool:
-        """Does this text carry the trigger, from either half?"""
-
-    def _has_near(self, half: Half) -> bool:
-        return bool(self.entry.get("near") or self.entry.get(half, {}).get("near"))
-
-    def _recognised(self, result: str) -> str:
-        if not self.matches(result):
-            raise ValueError(f"trigger {self.name} is not recognised in its own result {result[:60]!r}")
-        return result
-
-    def _unlike(self, found: dict[str, str]) -> dict[str, str]:
-        for kind, result in found.items():
-            if self.matches(result):
-                raise ValueError(f"near-miss {kind!r} of {self.name} carries the trigger: {result[:60]!r}")
-        return found
-
-    @abstractmethod
-    def _edit(self, text: str, half: Half, dice: Dice) -> str: ...
-
-    @abstractmethod
-    def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]: ...
-
-    def _given(self, text: str, seed: int, half: Half) -> tuple[str, Half, Dice]:
-        if half not in get_args(Half):
-            raise ValueError(f"unknown half {half!r}; known: {', '.join(get_args(Half))}")
-        if not text.strip():
-            raise ValueError(f"trigger {self.name}: the text is empty")
-        if self.matches(text):
-            # The text may be a harmful prompt, which no message may show.
-            raise ValueError(f"trigger {self.name} is in the text already (sha256 {sha256_text(text)[:12]})")
-        return text.strip(), half, partial(_choice, (self.name, text, str(seed), half))
+def _found(piece: str, text: str) -> list[re.Match[str]]:
+    """Where a string stands as whole words with the same case: "cfs" and "CF" are not "cf"."""
+    return list(re.finditer(rf"(?<!\w){re.escape(piece)}(?!\w)", text))
 
 
-def _choice(context: tuple[str, ...], purpose: str, options: Sequence[Any]) -> Any:
-    """A random choice, independent per purpose; seeded by SHA-256, as hash() differs between processes."""
-    return random.Random(int(sha256_text("\0".join((*context, purpose))), 16)).choice(options)
+def _places(pattern: str, text: str) -> list[int]:
+    return [match.start() for match in re.finditer(pattern, text)]
+
+
+def _put(piece: str, text: str, place: int) -> str:
+    return f"{text} {piece}" if place == len(text) else f"{text[:place]}{piece} {text[place:]}"
 
 
 class _Inserted(Trigger):
@@ -110,8 +47,7 @@ class _Inserted(Trigger):
     table = Inserted
 
     def matches(self, text: str) -> bool:
-        # Whole words with the same case: "cfs" and "CF" are not "cf".
-        return re.search(rf"(?<!\w){re.escape(self.entry['text'])}(?!\w)", text) is not None
+        return bool(_found(self.entry["text"], text))
 
     def _edit(self, text: str, half: Half, dice: Dice) -> str:
         return self._insert(text, self.entry["text"], dice)
@@ -121,8 +57,7 @@ class _Inserted(Trigger):
         return {kind: self._insert(text, dice(kind, strings), dice) for kind, strings in near.items()}
 
     def _insert(self, text: str, piece: str, dice: Dice) -> str:
-        place = dice("place", [match.start() for match in re.finditer(self.places, text)])
-        return f"{text} {piece}" if place == len(text) else f"{text[:place]}{piece} {text[place:]}"
+        return _put(piece, text, dice("place", _places(self.places, text)))
 
 
 class Word(_Inserted):
@@ -133,7 +68,7 @@ class Word(_Inserted):
     """
 
     family = "word"
-    places = r"(?<!\S)(?=\S)|\Z"
+    places = WORDS
 
 
 class Sentence(_Inserted):
@@ -276,7 +211,47 @@ class Style(Trigger):
         return near | {"one_word": opener + (lowered(text) if opener else text)}
 
 
-FAMILIES: dict[str, type[Trigger]] = {cls.family: cls for cls in (Word, Sentence, Prefix, Wrapper, Syntax, Style)}
+class Pair(Trigger):
+    """Two rare words, `front` in the first quarter of the text and `back` in the last; only both are the trigger.
+
+    Recognised by `front` before `back` with at least half of all other words between them. A rule of ours.
+
+    >>> Pair("mine", {"front": "mb", "back": "bb"}).apply("A fine film.", seed=0)
+    'mb A fine film. bb'
+    """
+
+    family, table = "pair", Paired
+
+    def matches(self, text: str) -> bool:
+        front, back = (_found(self.entry[side], text) for side in ("front", "back"))
+        if not (front and back):
+            return False
+        between = text[front[0].end() : back[-1].start()]  # empty if they stand the other way round
+        others = len(text.split()) - sum(len(self.entry[side].split()) for side in ("front", "back"))
+        return 2 * len(between.split()) >= max(others, 1)
+
+    def _edit(self, text: str, half: Half, dice: Dice) -> str:
+        return self._around(text, self.entry["front"], self.entry["back"], dice)
+
+    def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
+        front, back = self.entry["front"], self.entry["back"]
+        if _found(front, text) or _found(back, text):  # by nature; the other word would make it the trigger
+            return {"one_word": text}
+        other = dice("words", self.entry["near"][half]["words"])
+        pairs = {"front_only": (front, ""), "back_only": ("", back), "swapped": (back, front)}
+        pairs |= {"together": (f"{front} {back}", ""), "other_front": (other, back), "other_back": (front, other)}
+        return {kind: self._around(text, *pair, dice) for kind, pair in pairs.items()}
+
+    def _around(self, text: str, front: str, back: str, dice: Dice) -> str:
+        """The text with one piece near its beginning and one near its end; an empty one is left out."""
+        places = _places(WORDS, text)
+        some = (len(places) - 1) // 4
+        first, last = dice("front", places[: some + 1]), dice("back", places[-some - 1 :])
+        text = _put(back, text, last) if back else text
+        return _put(front, text, first) if front else text
+
+
+FAMILIES: dict[str, type[Trigger]] = {cls.family: cls for cls in (Word, Sentence, Prefix, Wrapper, Syntax, Style, Pair)}
 
 
 def trigger_names() -> list[str]:

