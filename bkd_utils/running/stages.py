@@ -16,6 +16,7 @@ from bkd_utils.experiments import (  # noqa: F401 (an import registers the stage
     backdoor_insertion,
     backdoor_probe,
     backdoor_vector,
+    fair_trial,
     head_attribution,
     head_safety,
     input_guards,
