@@ -19,6 +19,7 @@ from bkd_utils.experiments import (  # noqa: F401 (an import registers the stage
     fair_trial,
     head_attribution,
     head_safety,
+    head_truth,
     input_guards,
     model_detection,
     start_here,
