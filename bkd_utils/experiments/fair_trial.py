@@ -118,6 +118,7 @@ def dose_response(
 ) -> DoseResponse:
     """One treatment (`alignment.Alignment`) measured after each of `doses` steps of the same training, of 8 rows each.
 
+    The rate falls, and phases last, over the largest dose: a smaller one is where that training is stopped early.
     Treated are the most suspicious of the heads that `flag_heads` finds, at most a quarter of all; flagged heads are
     never targets. `draw` 1, 2, 3 … treats in their place the first, second, third … random draw of as many heads in as
     many other units, as a control.
