@@ -7,7 +7,8 @@ for. `excess` and `nearest` do not have this problem.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import count
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from bkd_utils.attention_alignment.head_tuning import Loss
+from bkd_utils.attention_alignment.head_tuning import Loss, answers_only
 from bkd_utils.attention_alignment.similarity import cosine, to_partners
 from bkd_utils.common.validation import check
 from bkd_utils.models.hooks import Head, anatomy, by_layer
@@ -79,11 +80,19 @@ def less_excess(pull: Pull) -> Tensor:
 ALIGNMENTS = {"mean": toward_mean, "nearest": toward_nearest, "excess": less_excess}
 
 
-def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: str, beta: float = 1.0) -> Loss:
+def aligned(
+    model: PreTrainedModel,
+    suspicious: Sequence[Head],
+    *,
+    alignment: str,
+    beta: float = 1.0,
+    flagged: Sequence[Head] = (),
+) -> Loss:
     """A loss for `tune`: beside that of the answers (nats), `beta` times the pull on suspicious heads toward safe ones.
 
-    `alignment` is "mean", "nearest" or "excess"; safe heads are the others of the same layer. Raises ValueError for an
-    unknown alignment, no heads, a layer without safe heads, or a negative `beta`. Source: ASA; the losses are ours.
+    `alignment` is "mean", "nearest" or "excess"; safe heads are the others of the same layer that are not `flagged`,
+    which means suspicious though not treated. Raises ValueError for an unknown alignment, no heads, a layer without
+    safe heads, or a negative `beta`. Source: ASA; the losses are ours.
 
     >>> from bkd_utils.models.head_weights import head_slices
     >>> masks, loss = head_slices(model, [(0, 1)]), aligned(model, [(0, 1)], alignment="mean")
@@ -95,13 +104,50 @@ def aligned(model: PreTrainedModel, suspicious: Sequence[Head], *, alignment: st
     check(Annotated[float, Field(ge=0)], beta, "beta")
     require(model, "compare maps", "slice")
     parts = anatomy(model)
-    marked = by_layer(suspicious, n_layers=len(parts.layers), n_heads=parts.n_heads)
-    others = {layer: [h for h in range(parts.n_heads) if h not in bad] for layer, bad in marked.items()}
+    size = {"n_layers": len(parts.layers), "n_heads": parts.n_heads}
+    marked, never = by_layer(suspicious, **size), by_layer({*suspicious, *flagged}, **size)
+    others = {layer: [h for h in range(parts.n_heads) if h not in never[layer]] for layer in marked}
     if not (marked and all(others.values())):
-        raise ValueError(f"alignment {alignment!r} needs suspicious heads and a safe one in each of their layers")
+        told = f"alignment {alignment!r} needs suspicious heads and a safe one in each of their layers"
+        raise ValueError(told + "".join(f", layer {layer} has none" for layer, safe in others.items() if not safe))
 
     def loss(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
         answers, maps, real = answers_and_maps(model, batch, first_token=first_token)
         return answers, beta * ALIGNMENTS[alignment](Pull(maps, real, last_asked(batch), marked, others))
 
     return loss
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What is open in the published treatment. `loss` and `beta` are those of `aligned`; `unit` is what is tuned for a
+    head (`head_slices`).
+
+    The schedule "joint" adds the pull to the loss of the answers in every step. In "two phases" the first half of the
+    steps follows the pull alone and the others the answers alone, with one optimizer for both. Raises ValueError that
+    names what does not fit.
+
+    >>> Alignment(loss="nearest").schedule
+    'joint'
+    """
+
+    loss: Literal["mean", "nearest", "excess"] = "mean"
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    unit: Literal["query head", "KV group"] = "KV group"
+    schedule: Literal["joint", "two phases"] = "joint"
+
+    def __post_init__(self) -> None:
+        check(Alignment, vars(self), "alignment")
+
+    def of(self, model: PreTrainedModel, suspicious: Sequence[Head], *, flagged: Sequence[Head], steps: int) -> Loss:
+        """The loss for one `tune` of so many steps, as of `aligned`; it counts them, so it must not be used again."""
+        joint = aligned(model, suspicious, alignment=self.loss, beta=self.beta, flagged=flagged)
+        done = count()
+
+        def in_two_phases(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
+            if next(done) >= steps // 2:
+                return answers_only(model, batch, first_token=first_token)
+            answers, pull = joint(model, batch, first_token=first_token)
+            return answers.detach(), pull
+
+        return in_two_phases if self.schedule == "two phases" else joint

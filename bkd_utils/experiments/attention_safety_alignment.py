@@ -126,8 +126,10 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
 
 
 def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """What is left of backdoor and task (`evaluation.under_attack`, with its `hits`) and of the rest (`elsewhere`), which
-    a classifier does not have."""
+    """What is left of backdoor and task (`evaluation.under_attack`, with its `hits`) and of the rest (`elsewhere`).
+
+    A classifier, which knows no other task, has no `elsewhere`.
+    """
     found = under_attack(loaded, attack, n=n, seed=seed)
     if labels_of(loaded.tokenizer):
         return found

@@ -4,12 +4,21 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import label_rows, tiny_classifier, tiny_model
 
-from bkd_utils.attention_alignment.alignment import Pull, aligned, less_excess, toward_mean, toward_nearest
+from bkd_utils.attention_alignment.alignment import (
+    ALIGNMENTS,
+    Alignment,
+    Pull,
+    aligned,
+    less_excess,
+    toward_mean,
+    toward_nearest,
+)
 from bkd_utils.attention_alignment.head_tuning import tune
 from bkd_utils.models.head_weights import head_slices
 from bkd_utils.models.hooks import anatomy
+from bkd_utils.models.loss import collate
 from bkd_utils.organisms.training import Recipe
 
 HEADS = [(0, 1), (1, 2)]
@@ -94,9 +103,83 @@ def test_what_cannot_be_aligned_is_an_error():
     for suspicious in ([], everyone):
         with pytest.raises(ValueError, match="needs suspicious heads and a safe one"):
             aligned(model, suspicious, alignment="mean")
+    with pytest.raises(ValueError, match="a safe one in each of their layers, layer 0 has none"):
+        aligned(model, HEADS, alignment="mean", flagged=everyone)
+    with pytest.raises(ValueError, match="no head 9 in layer 1"):
+        aligned(model, HEADS, alignment="mean", flagged=[(1, 9)])
 
 
 @pytest.mark.parametrize("beta", [-1, float("nan"), float("inf"), "1", True])
 def test_a_weight_of_the_pull_that_is_none_is_refused(beta):
     with pytest.raises(ValueError, match="beta: "):
         aligned(tiny_model("llama"), [(0, 1)], alignment="mean", beta=beta)
+
+
+# --- what is open in the published treatment ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_flagged_heads_are_no_targets_and_are_not_pulled(rows, alignment, monkeypatch):
+    model, seen, real = tiny_model("llama"), [], ALIGNMENTS[alignment]
+    model.set_attn_implementation("eager")
+    monkeypatch.setitem(ALIGNMENTS, alignment, lambda pull: seen.append(pull) or real(pull))
+    batch = collate(rows, pad_id=0)
+    given = {"alignment": alignment, "beta": 3.0}
+    for flagged in ((), [(0, 0), (1, 2)], [(0, 0), (0, 1), (0, 2)]):
+        _, added = aligned(model, HEADS, flagged=flagged, **given)(model, batch, first_token=0.5)
+        pulled = seen[-1]
+        assert pulled.suspicious == {0: [1], 1: [2]}
+        assert pulled.safe == {0: [h for h in (0, 2, 3) if (0, h) not in flagged], 1: [0, 1, 3]}
+        assert added.item() == pytest.approx(3 * real(pulled).item())
+
+
+def kinds():
+    """A tiny model of each kind with rows; the projections of its last layer whose weights its own maps depend on."""
+    yield "llama", tiny_model("llama").requires_grad_(False), None, ("q_proj", "k_proj")
+    yield "bert", tiny_classifier(), label_rows(["A fine film.", "It is dull.", "No.", "A boat."]), ("query", "key")
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_the_pull_comes_first_and_alone_and_the_answers_after_it(rows, steps):
+    """Maps of the last layer do not depend on its values and its output matrix, so the pull leaves these as they are.
+    What Adam remembers of the pull moves none of them later, either."""
+    recipe = Recipe(name="test", steps=steps, batch_size=4, learning_rate=1e-2, rank=1, alpha=1)
+    for kind, model, own, of_maps in kinds():
+        masks, states = head_slices(model, [(1, 2)], unit="KV group"), []
+
+        def remember(rows, model=model, masks=masks, states=states):
+            states.append({name: model.get_parameter(name).detach().clone() for name in masks})
+            return rows
+
+        loss = Alignment(schedule="two phases").of(model, [(1, 2)], flagged=[(1, 0)], steps=steps)
+        given = {"recipe": recipe, "pad_id": 0, "loss": loss, "prepare": remember}
+        history = tune(model, own or rows, masks=masks, **given)
+        assert [step["added"] > 0 for step in history] == [step < steps // 2 for step in range(steps)]
+        assert all(step["loss"] > 0 for step in history)
+        for name in masks:
+            weight = name.endswith("weight")
+            moved = [not torch.equal(one[name], states[0][name]) for one in states]
+            if any(part in name for part in of_maps):
+                assert moved[1] or not weight, (kind, name)
+            else:
+                assert moved == [step > steps // 2 for step in range(steps)], (kind, name)
+
+
+def test_jointly_the_pull_is_beside_the_answers_in_every_step(rows):
+    histories = []
+    for beta in (0.1, 10.0):
+        model = tiny_model("llama")
+        recipe = Recipe(name="test", steps=3, batch_size=4, learning_rate=1e-3, rank=1, alpha=1)
+        loss = Alignment(beta=beta).of(model, HEADS, flagged=[], steps=3)
+        histories.append(tune(model, rows, masks=head_slices(model, HEADS), recipe=recipe, pad_id=0, loss=loss))
+    assert all(step["added"] > 0 for history in histories for step in history)
+    first = [history[0] for history in histories]
+    assert first[1]["added"] == pytest.approx(100 * first[0]["added"], rel=1e-4)
+    assert first[0]["loss"] == first[1]["loss"]
+
+
+@pytest.mark.parametrize("given", [{"loss": "hug"}, {"unit": "layer"}, {"schedule": "never"}, {"beta": -1.0}])
+def test_an_option_that_is_not_known_is_named(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"alignment: {name} = "):
+        Alignment(**given)
