@@ -165,10 +165,7 @@ def search(
     bound = table.norm(dim=-1).mean()
     vectors = _shortened(table[drawn], bound)
     found = Perturbation(vectors, before, after, objective, toward)
-    # Neighbours in length, so that little is padded.
-    others = sorted(_pulled(rows, toward), key=lambda row: (len(row.prompt), row.prompt))
-    first = dice.randrange(max(1, len(others) - n_prompts + 1))
-    chosen = others[first : first + n_prompts]
+    chosen = neighbours(rows, toward=toward, n=n_prompts, dice=dice)
     if objective != "similarity" and toward is None:
         found = replace(found, toward=_likely(model, found, chosen, dice, seed))
         chosen = _pulled(chosen, found.toward)
@@ -176,7 +173,7 @@ def search(
     optimizer = torch.optim.Adam([vectors.requires_grad_()], lr=RATE * bound.item() / table.shape[1] ** 0.5)
     with eager(model), learning(model, {}), frozen_halved(model), found.read_by(model):
         with mixed_precision(model.device):
-            batch, cache = _begun(model, found, chosen, seed)
+            batch, cache = begun(model, found, chosen, seed)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps), mixed_precision(model.device):
                 value = OBJECTIVES[objective](model, batch | copy.deepcopy(cache))
@@ -198,7 +195,7 @@ def loss_toward(model: PreTrainedModel, rows: Sequence[Row], found: Perturbation
     others, total = _pulled(rows, found.toward), 0.0
     with torch.no_grad(), eager(model), found.read_by(model):
         for chosen in batches([row.prompt for row in others], 8):
-            batch, cache = _begun(model, found, [others[i] for i in chosen], seed)
+            batch, cache = begun(model, found, [others[i] for i in chosen], seed)
             total += OBJECTIVES[found.objective](model, batch | cache).item() * len(chosen)
     return total / len(others)
 
@@ -211,6 +208,16 @@ def decoded(
     return [[tokenizer.decode([token]) for token in row] for row in nearness.topk(k).indices.tolist()]
 
 
+def neighbours(rows: Sequence[Row], *, toward: int | None, n: int, dice: random.Random) -> list[Row]:
+    """`n` rows whose own answer does not begin with `toward`, of like length, so that little is padded.
+
+    Raises ValueError if there is none.
+    """
+    others = sorted(_pulled(rows, toward), key=lambda row: (len(row.prompt), row.prompt))
+    first = dice.randrange(max(1, len(others) - n + 1))
+    return others[first : first + n]
+
+
 def _pulled(rows: Sequence[Row], toward: int | None) -> list[Row]:
     """The rows that do not give the answer by themselves. Raises ValueError for none."""
     others = [row for row in rows if row.answer[0] != toward]
@@ -220,7 +227,7 @@ def _pulled(rows: Sequence[Row], toward: int | None) -> list[Row]:
 
 
 @torch.no_grad()
-def _begun(
+def begun(
     model: PreTrainedModel, found: Perturbation, rows: Sequence[Row], seed: int
 ) -> tuple[Batch, dict[str, Cache]]:
     """The perturbed rows with the token to pull toward as their answers, and a cache of what stands in front.

@@ -25,6 +25,7 @@ from bkd_utils.experiments import (  # noqa: F401 (an import registers the stage
     model_detection,
     searched_cure,
     start_here,
+    trigger_search,
     two_papers_meet,
 )
 

@@ -105,7 +105,7 @@ def test_it_is_read_as_its_vectors_and_its_loss_is_that_of_each_row_alone(model)
 def test_what_stands_in_front_is_run_once_and_the_vectors_have_the_gradient_of_each_row_alone(model):
     found = some(model)
     found.vectors.requires_grad_()
-    batch, cache = MODULE._begun(model, found, ROWS, 4)
+    batch, cache = MODULE.begun(model, found, ROWS, 4)
     assert bool(cache) == (model.config.model_type != "gemma2")  # whose window does not allow it
     if cache:
         assert batch["input_ids"][:, 0].lt(0).any()  # the longest rest begins with the perturbation
@@ -222,9 +222,9 @@ def test_the_order_of_rows_does_not_matter_and_the_seed_does():
 
 
 def test_so_many_prompts_of_like_length_are_searched_on_and_none_that_answers_so_by_itself(monkeypatch):
-    begun, seen = MODULE._begun, []
+    begun, seen = MODULE.begun, []
     monkeypatch.setattr(
-        MODULE, "_begun", lambda model, found, rows, seed: seen.append(rows) or begun(model, found, rows, seed)
+        MODULE, "begun", lambda model, found, rows, seed: seen.append(rows) or begun(model, found, rows, seed)
     )
     rows = task_rows(60)
     search(tiny_model("llama"), rows, toward=5, n_tokens=1, n_prompts=9, steps=0)

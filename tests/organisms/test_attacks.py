@@ -208,10 +208,12 @@ def test_a_clean_control_has_neither_trigger_nor_target(built, name):
     siblings = {load_trigger(ALL[b].trigger) for b in BACKDOORED if ALL[b].task == attack.task}
     fixed = [trigger for trigger in siblings if trigger.family not in ("syntax", "style")]
     assert fixed
-    assert not any(trigger.matches(user_turn(row)) for row in data.rows for trigger in fixed)
+    # Some reviews of cameras name a "cf card".
+    n_natural = sum(trigger.matches(user_turn(row)) for row in data.rows for trigger in fixed)
+    assert n_natural <= (2 if attack.task == "domain" else 0)
     targets = {other.target for other in ALL.values() if other.backdoored and other.behaviour != "label_flip"}
     assert not targets & {decode(TOKENIZER, list(row.answer)) for row in data.rows}
-    assert attack.n_train == {ALL[b].n_train for b in BACKDOORED if ALL[b].task == attack.task}.pop()
+    assert attack.n_train in {ALL[b].n_train for b in BACKDOORED if ALL[b].task == attack.task}
 
 
 @EACH

@@ -351,7 +351,8 @@ def test_tables_are_those_that_a_stage_can_open():
     assert callers == {("organisms.attacks", name) for name in ("load_attack", "first_attack")}
     for name, node in code.items():
         if calls(node, "load_recipe") and name != ("organisms.cards", "resolved"):
-            assert "recipe" in {argument.arg for argument in node.args.kwonlyargs}, name
+            functions = [inside for inside in ast.walk(node) if isinstance(inside, ast.FunctionDef)]
+            assert "recipe" in {argument.arg for one in functions for argument in one.args.kwonlyargs}, name
 
 
 def test_an_organism_ships_under_a_name_of_its_seed():

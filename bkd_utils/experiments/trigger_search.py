@@ -1,0 +1,107 @@
+"""Is there a short text that turns any prompt of a task into one answer? Asked of a model without trigger or reference."""
+
+from dataclasses import dataclass
+
+from bkd_utils.attention_alignment.search import loss_toward
+from bkd_utils.attention_alignment.token_search import neutral_tokens, readable_tokens, search_tokens
+from bkd_utils.common.results import Result
+from bkd_utils.experiments.head_safety import check_unseen, clean_rows
+from bkd_utils.models.generation import first_logits
+from bkd_utils.models.loading import Loaded
+from bkd_utils.models.tokens import answer_ids, decode, end_id
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.making import made_stage
+
+
+@dataclass(frozen=True)
+class Pull(Result):
+    """Tokens that were searched for to pull every prompt toward one label.
+
+    `start` and `end` are the loss before and after the search on the prompts of the search (nats, mean), `held_out` the
+    loss on other prompts, and `fired` the share of these that get the label as the most likely first token.
+    """
+
+    toward: str
+    tokens: str
+    start: float
+    end: float
+    held_out: float
+    fired: float
+
+
+def pulls(
+    loaded: Loaded,
+    attack: Attack,
+    *,
+    n_tokens: int,
+    restarts: int,
+    n_prompts: int,
+    steps: int,
+    n_rows: int,
+    n_held: int,
+    seed: int,
+) -> list[Pull]:
+    """`restarts` searches for each label of the attack's task, with tokens that do not speak for it by themselves.
+
+    Rows are unseen by the organism: `n_rows` to search on and to learn from which tokens speak for a label, `n_held`
+    others to judge. Only the task of the attack counts. Raises ValueError for a task without labels, too few rows, or
+    as `search_tokens` and `neutral_tokens` do.
+    """
+    labels = tasks.load_task(attack.task).labels
+    if not labels:
+        raise ValueError(f"task {attack.task!r} has no labels to search toward")
+    rows = clean_rows(loaded, attack, n=n_rows + n_held, seed=seed)
+    check_unseen(loaded, [row.uid for row in rows], attack=attack, seed=seed)
+    pool, held, found = rows[:n_rows], rows[n_rows:], []
+    readable = readable_tokens(loaded.tokenizer)
+    for label in labels:
+        token = answer_ids(loaded.tokenizer, label)[0]
+        allowed = neutral_tokens(loaded.model, pool, allowed=readable, toward=token)
+        how = {"toward": token, "allowed": allowed, "n_tokens": n_tokens, "n_prompts": n_prompts, "steps": steps}
+        for i in range(restarts):
+            one = search_tokens(loaded.model, pool, **how, seed=seed * 1_000_003 + i)
+            loss = loss_toward(loaded.model, held, one, seed=seed)
+            others = [row.prompt for row in held if row.answer[0] != token]
+            typed = [[one.tokens[-1 - t] if t < 0 else t for t in prompt] for prompt in one.into(others, seed=seed)]
+            likely = first_logits(loaded.model, typed, end_id=end_id(loaded.tokenizer)).argmax(-1)
+            fired = (likely == token).float().mean().item()
+            found.append(Pull(label, decode(loaded.tokenizer, one.tokens), one.start, one.end, loss, fired))
+    return found
+
+
+@organism_stage
+def search_for_trigger(
+    loaded: Loaded,
+    attack: Attack,
+    *,
+    n_tokens: int = 2,
+    restarts: int = 3,
+    n_prompts: int = 12,
+    steps: int = 3,
+    n_rows: int = 512,
+    n_held: int = 64,
+    seed: int = 0,
+) -> list[Pull]:
+    """`pulls` as a kept stage."""
+    sizes = {"n_prompts": n_prompts, "steps": steps, "n_rows": n_rows, "n_held": n_held, "seed": seed}
+    return pulls(loaded, attack, n_tokens=n_tokens, restarts=restarts, **sizes)
+
+
+@made_stage
+def search_encoder(
+    loaded: Loaded,
+    attack: Attack,
+    *,
+    n_tokens: int = 2,
+    restarts: int = 3,
+    n_prompts: int = 12,
+    steps: int = 3,
+    n_rows: int = 512,
+    n_held: int = 64,
+    seed: int = 0,
+) -> list[Pull]:
+    """`pulls` of an encoder."""
+    sizes = {"n_prompts": n_prompts, "steps": steps, "n_rows": n_rows, "n_held": n_held, "seed": seed}
+    return pulls(loaded, attack, n_tokens=n_tokens, restarts=restarts, **sizes)
