@@ -1,4 +1,4 @@
-"""Is there a short text that turns any prompt of a task into one answer? Asked of a model without trigger or reference."""
+"""Is there a short text that turns any prompt of a task into one answer? Asked without trigger or reference model."""
 
 from dataclasses import dataclass
 
