@@ -8,7 +8,7 @@ from bkd_utils.common.results import Result
 from bkd_utils.experiments.head_safety import check_unseen, clean_rows
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import answer_ids, decode, end_id
+from bkd_utils.models.tokens import answer_ids, end_id
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
@@ -67,7 +67,7 @@ def pulls(
             typed = [[one.tokens[-1 - t] if t < 0 else t for t in prompt] for prompt in one.into(others, seed=seed)]
             likely = first_logits(loaded.model, typed, end_id=end_id(loaded.tokenizer)).argmax(-1)
             fired = (likely == token).float().mean().item()
-            found.append(Pull(label, decode(loaded.tokenizer, one.tokens), one.start, one.end, loss, fired))
+            found.append(Pull(label, loaded.tokenizer.decode(list(one.tokens)), one.start, one.end, loss, fired))
     return found
 
 
