@@ -53,7 +53,7 @@ def neutral_tokens(
     before, after = text_part([row.prompt for row in rows])
     table = vocabulary(model)
     texts = torch.stack([table[list(row.prompt[before : len(row.prompt) - after])].mean(0) for row in rows])
-    texts = (texts - texts.mean(0)).nan_to_num()  # a row without a text says nothing
+    texts = (texts - texts.nanmean(0)).nan_to_num()  # a row without a text says nothing
     gram = texts.T @ texts
     ridge = gram.diagonal().mean() * torch.eye(len(gram), device=model.device)
     says = table[allowed] @ torch.linalg.solve(gram + ridge, texts.T @ (hits - hits.mean()))
