@@ -51,9 +51,9 @@ def neutral_tokens(
     if not 0 < hits.mean() < 1:
         raise ValueError(f"{int(hits.sum())} of {len(rows)} rows answer token {toward}: nothing to learn from")
     before, after = text_part([row.prompt for row in rows])
-    table = vocabulary(model)
+    table, allowed = vocabulary(model), allowed.to(model.device)
     texts = torch.stack([table[list(row.prompt[before : len(row.prompt) - after])].mean(0) for row in rows])
-    texts = (texts - texts.mean(0)).nan_to_num()  # a row without a text says nothing
+    texts = (texts - texts.nanmean(0)).nan_to_num()  # a row without a text says nothing
     gram = texts.T @ texts
     ridge = gram.diagonal().mean() * torch.eye(len(gram), device=model.device)
     says = table[allowed] @ torch.linalg.solve(gram + ridge, texts.T @ (hits - hits.mean()))

@@ -33,7 +33,7 @@ def decorated(path):
     """Names of the functions of a file that are stages."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         how = {ast.unparse(one) for one in getattr(node, "decorator_list", [])}
-        if how & {"stage", "named_stage", "organism_stage"}:
+        if how & {"stage", "named_stage", "organism_stage", "made_stage"}:
             yield node.name
 
 
