@@ -88,20 +88,24 @@ def test_with_all_exchanges_tried_each_step_takes_the_best(case):
         assert found.tokens == now
 
 
-def test_candidates_are_those_of_the_steepest_slope_and_the_best_of_them_is_kept(case):
+def test_candidates_are_those_of_the_steepest_slope_and_the_best_of_them_is_kept(case, monkeypatch):
+    seen, loss = [], MODULE._loss
+    monkeypatch.setattr(MODULE, "_loss", lambda *given: seen.append(tuple(given[3].tolist())) or loss(*given))
     model, table = case[0], vocabulary(case[0])
     start = found_by(case, steps=0)
     vectors = table[list(start.tokens)].clone().requires_grad_()
     (slope,) = torch.autograd.grad(losses_by_hand(case, start.tokens, vectors=vectors), vectors)
-    change = {}  # of the loss, to first order
-    for text in exchanges(start.tokens):
-        moved = table[list(text)] - table[list(start.tokens)]
-        change[text] = (slope * moved).sum().item()
-    for n in (1, 3):
-        tried = sorted(change, key=change.get)[:n]
+    before = table[list(start.tokens)]
+    # Of the loss, to first order. No exchange at all is there once for each place.
+    change = [(text, (slope * (table[list(text)] - before)).sum().item()) for text in exchanges(start.tokens)]
+    for n in (1, 7):
+        seen.clear()
+        found = found_by(case, n_candidates=n)
+        tried = seen[1:]  # behind the tokens of the start
+        assert len(tried) == n
+        assert [dict(change)[text] for text in tried] == pytest.approx(sorted(fall for _, fall in change)[:n], abs=1e-5)
         losses = {text: losses_by_hand(case, text).item() for text in tried}
         best = min(losses, key=losses.get)
-        found = found_by(case, n_candidates=n)
         kept = best if losses[best] < start.start else start.tokens
         assert (found.tokens, found.end) == (kept, pytest.approx(min(start.start, losses[best]), rel=1e-4))
     assert not any(parameter.requires_grad for parameter in model.parameters())
