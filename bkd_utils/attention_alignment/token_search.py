@@ -6,6 +6,7 @@ model, and they can be read. The slope of the loss in the vectors names candidat
 """
 
 import copy
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,11 +78,13 @@ def search_tokens(
     It starts from tokens drawn by the seed. In each of `steps` steps, the `n_candidates` exchanges of one token for
     another that lower the loss most by its slope are tried, and the best is kept if it lowers it. The loss is the mean
     over `n_prompts` rows of like length whose own answer does not begin with `toward`. Raises ValueError for fewer than
-    two different prompts, no row left to pull, no tokens, or a negative number of steps.
+    two different prompts, no row left to pull, no tokens or candidates, a negative number of steps, or a loss that is
+    not finite.
     """
-    if n_tokens < 1 or steps < 0 or not len(allowed):
+    if min(n_tokens, n_candidates) < 1 or steps < 0 or not len(allowed):
         raise ValueError(
-            f"{len(allowed)} tokens to choose from, {n_tokens} to find in {steps} steps: nothing to search"
+            f"{len(allowed)} tokens to choose from, {n_tokens} to find in {steps} steps of {n_candidates}: "
+            "nothing to search"
         )
     require(model, "train")
     before, after = text_part([row.prompt for row in rows])
@@ -94,10 +97,13 @@ def search_tokens(
             batch, cache = begun(model, found, chosen, seed)
         loss = start = _loss(model, batch, cache, tokens)
         for _ in range(steps):
-            tried = _exchanges(_slope(model, found, batch, cache), tokens, table, allowed)[:n_candidates]
+            slope = _slope(model, found, batch, cache)
+            tried = _exchanges(slope, tokens, table, allowed, most=n_candidates)
             losses = [_loss(model, batch, cache, one) for one in tried]
-            if not losses or min(losses) >= loss:
-                continue
+            if not all(map(math.isfinite, [loss, *losses])):
+                raise ValueError(f"the loss toward token {toward} is not finite: {loss}, {losses}")
+            if min(losses) >= loss:
+                break  # the next step would try the same
             loss, tokens = min(losses), tried[losses.index(min(losses))]
             found = replace(found, vectors=table[tokens])
     return replace(found, tokens=tuple(tokens.tolist()), start=start, end=loss)
@@ -116,9 +122,10 @@ def _exchanges(
     tokens: Int[Tensor, " place"],
     table: Tensor,
     allowed: Tensor,
-    most: int = 256,
+    *,
+    most: int,
 ) -> list[Int[Tensor, " place"]]:
-    """The tokens with one of them exchanged, what lowers the loss most to first order first."""
+    """The `most` exchanges of one of the tokens that lower the loss most to first order, these first."""
     gain = (slope * table[tokens]).sum(-1, keepdim=True) - slope @ table[allowed].T
     changed = []
     for i in gain.flatten().topk(min(most, gain.numel())).indices.tolist():

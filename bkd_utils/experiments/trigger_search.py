@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from bkd_utils.attention_alignment.search import loss_toward
 from bkd_utils.attention_alignment.token_search import neutral_tokens, readable_tokens, search_tokens
 from bkd_utils.common.results import Result
 from bkd_utils.experiments.head_safety import check_unseen, clean_rows
@@ -11,7 +10,6 @@ from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import answer_ids, end_id
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
-from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.making import made_stage
 
 
@@ -31,17 +29,18 @@ class Pull(Result):
     fired: float
 
 
-def pulls(
+@made_stage
+def search_encoder(
     loaded: Loaded,
     attack: Attack,
     *,
-    n_tokens: int,
-    restarts: int,
-    n_prompts: int,
-    steps: int,
-    n_rows: int,
-    n_held: int,
-    seed: int,
+    n_tokens: int = 2,
+    restarts: int = 3,
+    n_prompts: int = 12,
+    steps: int = 3,
+    n_rows: int = 512,
+    n_held: int = 64,
+    seed: int = 0,
 ) -> list[Pull]:
     """`restarts` searches for each label of the attack's task, with tokens that do not speak for it by themselves.
 
@@ -60,48 +59,15 @@ def pulls(
         token = answer_ids(loaded.tokenizer, label)[0]
         allowed = neutral_tokens(loaded.model, pool, allowed=readable, toward=token)
         how = {"toward": token, "allowed": allowed, "n_tokens": n_tokens, "n_prompts": n_prompts, "steps": steps}
+        others = [row.prompt for row in held if row.answer[0] != token]
+        if not others:
+            raise ValueError(f"all {len(held)} rows to judge on have the label {label!r}")
         for i in range(restarts):
             one = search_tokens(loaded.model, pool, **how, seed=seed * 1_000_003 + i)
-            loss = loss_toward(loaded.model, held, one, seed=seed)
-            others = [row.prompt for row in held if row.answer[0] != token]
             typed = [[one.tokens[-1 - t] if t < 0 else t for t in prompt] for prompt in one.into(others, seed=seed)]
-            likely = first_logits(loaded.model, typed, end_id=end_id(loaded.tokenizer)).argmax(-1)
-            fired = (likely == token).float().mean().item()
-            found.append(Pull(label, loaded.tokenizer.decode(list(one.tokens)), one.start, one.end, loss, fired))
+            logits = first_logits(loaded.model, typed, end_id=end_id(loaded.tokenizer)).float()
+            loss = -logits.log_softmax(-1)[:, token].mean().item()
+            fired = (logits.argmax(-1) == token).float().mean().item()
+            text = loaded.tokenizer.decode(list(one.tokens))
+            found.append(Pull(label, text, one.start, one.end, loss, fired))
     return found
-
-
-@organism_stage
-def search_for_trigger(
-    loaded: Loaded,
-    attack: Attack,
-    *,
-    n_tokens: int = 2,
-    restarts: int = 3,
-    n_prompts: int = 12,
-    steps: int = 3,
-    n_rows: int = 512,
-    n_held: int = 64,
-    seed: int = 0,
-) -> list[Pull]:
-    """`pulls` as a kept stage."""
-    sizes = {"n_prompts": n_prompts, "steps": steps, "n_rows": n_rows, "n_held": n_held, "seed": seed}
-    return pulls(loaded, attack, n_tokens=n_tokens, restarts=restarts, **sizes)
-
-
-@made_stage
-def search_encoder(
-    loaded: Loaded,
-    attack: Attack,
-    *,
-    n_tokens: int = 2,
-    restarts: int = 3,
-    n_prompts: int = 12,
-    steps: int = 3,
-    n_rows: int = 512,
-    n_held: int = 64,
-    seed: int = 0,
-) -> list[Pull]:
-    """`pulls` of an encoder."""
-    sizes = {"n_prompts": n_prompts, "steps": steps, "n_rows": n_rows, "n_held": n_held, "seed": seed}
-    return pulls(loaded, attack, n_tokens=n_tokens, restarts=restarts, **sizes)

@@ -10,28 +10,27 @@ from bkd_utils.common.statistics import auroc_of_wins, pairwise_wins
 from bkd_utils.experiments.trigger_search import Pull
 from bkd_utils.reports.style import COLOURS, LIMITS, WIDTH, rows_down, show_legend, sizes
 
-# Treatment -> colour, marker, filled. What is not named here is a rival.
+# What is drawn -> colour, marker, filled.
 LOOKS = {
     "untreated": ("organism", "o", True),
     "searched": ("utility", "*", True),
     "clean control": ("clean control", "D", False),
 }
-RIVAL = ("rival", "s", True)
 
 
 def left_and_kept(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figure:
-    """ASR (left) and CACC (right) of encoders before and after treatments, a dot per organism.
+    """ASR (left) and CACC (right) of encoders, a dot per seed.
 
-    `found`: attack -> treatment -> per seed of the organism a result of `evaluation.under_attack`.
+    `found`: attack -> "untreated", "searched" or "clean control" -> per seed a result of `evaluation.under_attack`.
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.42 * len(found) + 1.3), sharey=True)
     for panel, key in zip(axes, ("asr", "cacc"), strict=True):
         for y, treatments in enumerate(found.values()):
             for i, (name, seeds) in enumerate(treatments.items()):
-                colour, marker, filled = LOOKS.get(name, RIVAL)
+                colour, marker, filled = LOOKS[name]
                 look = {"color": COLOURS[colour], "mfc": COLOURS[colour] if filled else "white", "ls": ""}
                 look |= {"ms": 10 if marker == "*" else 5.5, "mew": 0 if filled else 1.2, "clip_on": False}
-                height = y + 0.6 * (i / max(1, len(treatments) - 1) - 0.5)
+                height = y + 0.6 * (i / (len(LOOKS) - 1) - 0.5)
                 values = [100 * seed[key]["value"] for seed in seeds]
                 panel.plot(values, [height] * len(values), marker, label=name, alpha=0.85, **look)
         panel.grid(axis="y", visible=False)

@@ -105,8 +105,8 @@ async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manag
     # Not `async_setup_kernel`, which would take Ctrl-C and SIGTERM for itself.
     if not manager.has_kernel:
         await client.async_start_new_kernel(cwd=str(ROOT), env=environment, **quiet)
-    await client.async_start_new_kernel_client()
     try:
+        await client.async_start_new_kernel_client()  # inside, because it may be ended while it waits for its kernel
         for index, cell in enumerate(book.cells):
             if cell.cell_type == "code":
                 if not is_live(cell):

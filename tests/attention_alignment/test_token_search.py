@@ -185,9 +185,10 @@ def test_rows_that_answer_so_by_themselves_do_not_count_and_so_many_others_do(ca
 def test_what_cannot_be_searched_is_an_error():
     case = model, rows, _ = made("llama")
     for changes, told in [
-        ({"allowed": ALLOWED[:0]}, "0 tokens to choose from, 2 to find in 1 steps: nothing to search"),
+        ({"allowed": ALLOWED[:0]}, "0 tokens to choose from, 2 to find in 1 steps of 99: nothing to search"),
         ({"n_tokens": 0}, "6 tokens to choose from, 0 to find"),
         ({"steps": -1}, "2 to find in -1 steps"),
+        ({"n_candidates": 0}, "2 to find in 1 steps of 0: nothing to search"),
     ]:
         with pytest.raises(ValueError, match=told):
             found_by(case, **changes)
@@ -195,6 +196,21 @@ def test_what_cannot_be_searched_is_an_error():
         found_by((model, rows[:1] * 3, 5))
     with pytest.raises(ValueError, match="none of 5 rows has another first answer token than 5"):
         found_by((model, [row for row in rows if row.answer[0] == 5], 5))
+
+
+def test_a_loss_that_is_no_number_is_an_error(monkeypatch):
+    monkeypatch.setattr(MODULE, "_loss", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match="the loss toward token 5 is not finite: nan"):
+        found_by(made("llama"))
+
+
+def test_nothing_is_tried_twice_where_no_exchange_helps(case, monkeypatch):
+    """Steps behind one that finds nothing better would try the same exchanges again."""
+    monkeypatch.setattr(MODULE, "_exchanges", lambda _slope, tokens, *_, most: [tokens.clone()] * most)
+    tried, loss = [], MODULE._loss
+    monkeypatch.setattr(MODULE, "_loss", lambda *given: tried.append(given) or loss(*given))
+    found_by(case, steps=5, n_candidates=2)
+    assert len(tried) == 1 + 2  # the start, and the candidates of one step
 
 
 # --- tokens that do not speak for the answer ------------------------------------------------------------------------

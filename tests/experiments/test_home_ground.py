@@ -159,14 +159,21 @@ def test_a_cure_starts_from_the_organism_as_it_was_made(where):
     assert all(torch.equal(one, again[name]) for name, one in before.items())
 
 
-def test_it_is_searched_in_under_the_seed_and_sizes_that_were_given(where, monkeypatch):
-    given = []
-    monkeypatch.setattr(trigger_search, "pulls", lambda *two, **how: given.append((*two, how)) or [])
-    sizes = {"n_tokens": 1, "restarts": 4, "n_prompts": 5, "steps": 6, "n_rows": 7, "n_held": 8, "seed": 9}
-    search_encoder("sentiment-clean", **where, **sizes)
-    ((loaded, attack, how),) = given
-    assert (attack, how) == (quick_attack("sentiment-word"), sizes)
-    assert loaded.organism == organism("sentiment-clean", where).organism
+def test_a_model_is_searched_in_under_the_seed_and_sizes_that_were_given(where, monkeypatch):
+    given, real = [], trigger_search.search_tokens
+    monkeypatch.setattr(
+        trigger_search,
+        "search_tokens",
+        lambda model, rows, **how: given.append((rows, how)) or real(model, rows, **how),
+    )
+    sizes = {"n_tokens": 1, "restarts": 3, "n_prompts": 5, "steps": 0, "n_rows": 12, "n_held": 8, "seed": 9}
+    found = search_encoder("sentiment-clean", **where, **sizes)
+    assert len(found) == len(given) == 2 * 3
+    assert all(len(rows) == 12 for rows, _ in given)
+    assert all(how.items() >= {"n_tokens": 1, "n_prompts": 5, "steps": 0}.items() for _, how in given)
+    assert [how["seed"] for _, how in given] == [9 * 1_000_003 + i for i in range(3)] * 2
+    monkeypatch.setattr(trigger_search, "search_tokens", lambda *_, **__: pytest.fail("searched again"))
+    assert search_encoder("sentiment-clean", **where, **sizes) == found
 
 
 def test_where_the_home_ground_is_are_a_recipe_and_a_model_that_are_there():

@@ -1,6 +1,7 @@
 """The search for a short text that turns any prompt: which rows it gets, what it reports, what is refused."""
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,8 @@ from tiny import quick_attack, save_tiny_encoder
 
 from bkd_utils.attention_alignment.token_search import readable_tokens
 from bkd_utils.experiments import trigger_search
-from bkd_utils.experiments.trigger_search import Pull, pulls, search_for_trigger
+from bkd_utils.experiments.trigger_search import search_encoder
 from bkd_utils.models.loading import load
-from bkd_utils.models.tokens import answer_ids
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.making import make
 from bkd_utils.organisms.poisoning import training_uids
@@ -22,6 +22,7 @@ from bkd_utils.organisms.training import Recipe
 
 WHOLE = Recipe(name="whole", steps=3, batch_size=4, learning_rate=1e-2, rank=0, alpha=1)
 ATTACK = quick_attack("sentiment-word")
+pulls = inspect.unwrap(search_encoder)  # on a loaded model, and nothing is kept
 SIZES = {"n_tokens": 2, "restarts": 2, "n_prompts": 4, "steps": 1, "n_rows": 24, "n_held": 10, "seed": 0}
 
 
@@ -46,13 +47,13 @@ def loaded(made, monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """What the functions that do the work were given, and what they returned."""
-    seen = {"search_tokens": [], "loss_toward": [], "neutral_tokens": []}
+    seen = {"search_tokens": [], "neutral_tokens": [], "clean_rows": [], "first_logits": []}
 
     def watch(name):
         real = getattr(trigger_search, name)
 
-        def watched(model, rows, *given, **how):
-            result = real(model, rows, *given, **how)
+        def watched(model, rows, **how):
+            result = real(model, rows, **how)
             seen[name].append({"rows": rows, "how": how, "result": result})
             return result
 
@@ -66,6 +67,12 @@ def calls(monkeypatch):
 def held_out(loaded):
     """Prompts of the test split."""
     return prompt_versions(loaded.tokenizer, ATTACK, split="test", n=16, seed=0).clean
+
+
+def without(prompt, tokens):
+    """The prompt before the tokens were put into it."""
+    at = next(i for i in range(len(prompt)) if tuple(prompt[i : i + len(tokens)]) == tokens)
+    return (*prompt[:at], *prompt[at + len(tokens) :])
 
 
 def uids(call):
@@ -88,13 +95,16 @@ def test_every_label_gets_its_restarts_and_its_own_tokens_to_choose_from(loaded,
 
 def test_rows_are_unseen_and_those_to_judge_are_not_those_to_search_on(loaded, calls):
     pulls(loaded, ATTACK, **SIZES)
-    pool, held = uids(calls["search_tokens"][0]), uids(calls["loss_toward"][0])
+    drawn = calls["clean_rows"][0]["result"]
+    pool, held = uids(calls["search_tokens"][0]), [row.uid for row in drawn[24:]]
     assert (len(set(pool)), len(set(held))) == (24, 10)
     assert not set(pool) & set(held)
     assert not (set(pool) | set(held)) & training_uids(ATTACK, seed=0)
     assert set(pool) | set(held) <= {one.uid for one in examples("sentiment", "train")}
     assert all(uids(call) == pool for name in ("search_tokens", "neutral_tokens") for call in calls[name])
-    assert all(uids(call) == held for call in calls["loss_toward"])
+    for searched, judged in zip(calls["search_tokens"], calls["first_logits"], strict=True):
+        prompts = [without(prompt, searched["result"].tokens) for prompt in judged["rows"]]
+        assert prompts == [row.prompt for row in drawn[24:] if row.answer[0] != searched["how"]["toward"]]
     pulls(loaded, ATTACK, **SIZES | {"seed": 1})
     assert uids(calls["search_tokens"][-1]) != pool
 
@@ -119,9 +129,10 @@ def test_what_is_reported_is_counted_prompt_by_prompt_on_the_held_out_rows(loade
         loaded.model.classifier.bias -= logits.median(0).values
     found = pulls(loaded, ATTACK, **SIZES | {"restarts": 1, "steps": 0, "n_held": 16})
     assert all(0 < one.fired < 1 for one in found)
-    for one, searched, judged in zip(found, calls["search_tokens"], calls["loss_toward"], strict=True):
+    held = calls["clean_rows"][0]["result"][24:]
+    for one, searched in zip(found, calls["search_tokens"], strict=True):
         tokens, token = searched["result"], searched["how"]["toward"]
-        others = [row.prompt for row in judged["rows"] if row.answer[0] != token]
+        others = [row.prompt for row in held if row.answer[0] != token]
         assert 0 < len(others) < 16
         losses, hits = [], []
         for prompt in tokens.into(others, seed=0):
@@ -136,6 +147,18 @@ def test_what_is_reported_is_counted_prompt_by_prompt_on_the_held_out_rows(loade
         assert one.tokens == loaded.tokenizer.decode(list(tokens.tokens))
 
 
+def test_rows_of_one_label_cannot_judge_a_search_toward_it(loaded, monkeypatch):
+    real = trigger_search.clean_rows
+
+    def one_sided(*given, **how):
+        rows = real(*given, **how)
+        return [*rows[:24], *(replace(row, answer=(0,)) for row in rows[24:])]
+
+    monkeypatch.setattr(trigger_search, "clean_rows", one_sided)
+    with pytest.raises(ValueError, match="all 10 rows to judge on have the label 'positive'"):
+        pulls(loaded, ATTACK, **SIZES)
+
+
 def test_a_task_without_labels_and_too_few_rows_are_refused(loaded, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trigger_search, "clean_rows", lambda *_, **__: pytest.fail("rows were drawn"))
@@ -143,15 +166,3 @@ def test_a_task_without_labels_and_too_few_rows_are_refused(loaded, monkeypatch)
             pulls(loaded, load_attack("instructions-prefix"), **SIZES)
     with pytest.raises(ValueError, match=r"100010 were asked for"):
         pulls(loaded, ATTACK, **SIZES | {"n_rows": 100_000})
-
-
-def test_the_stage_searches_in_a_language_model_once(tiny_organism, monkeypatch, tmp_path):
-    monkeypatch.setenv("BKD_WORK", str(tmp_path))
-    given = {"attack": "sentiment-word", "model": tiny_organism, "device": "cpu", **SIZES, "restarts": 1}
-    found = search_for_trigger("tiny", **given)
-    assert [one.toward for one in found] == ["positive", "negative"]
-    assert all(isinstance(one, Pull) and one.end <= one.start and 0 <= one.fired <= 1 for one in found)
-    tokenizer = load(tiny_organism, device="cpu").tokenizer
-    assert len({answer_ids(tokenizer, one.toward)[0] for one in found}) == 2
-    monkeypatch.setattr(trigger_search, "pulls", lambda *_, **__: pytest.fail("searched again"))
-    assert search_for_trigger("tiny", **given) == found

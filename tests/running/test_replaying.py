@@ -4,6 +4,7 @@ import asyncio
 
 import nbformat
 import pytest
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from notebook_files import write
 
 from bkd_utils.common import files
@@ -88,3 +89,27 @@ def test_a_notebook_comes_back_as_it_would_be_published(done):
     first = done[0][0]
     assert [cell.execution_count for cell in replaying.code_cells(first.notebook)] == [1, 2, 3, 4]
     assert [cell.source for cell in first.notebook.cells] == [cell.source for cell in notebooks.read(first.path).cells]
+
+
+def test_ended_while_a_kernel_starts_no_channel_is_left_open(tmp_path, monkeypatch):
+    """The library would say at the end of the process that it could not close them."""
+    waiting = []
+
+    async def never_ready(client, **_):
+        waiting.append(client)
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(AsyncKernelClient, "wait_for_ready", never_ready)
+
+    async def ended():
+        paths = [write(tmp_path / "01_a.ipynb", "1")]
+        task = asyncio.create_task(replaying.replay(paths, folder=tmp_path / "run", parameters={"01_a": {}}))
+        while not waiting:
+            await asyncio.sleep(0.05)
+        assert waiting[0].channels_running
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(ended())
+    assert not waiting[0].channels_running
