@@ -31,7 +31,7 @@ from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
-from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.making import made_stage
 
 READING = "last row"  # of attention, which in an encoder is that of [CLS]
 ROUNDS = 2  # surrogate triggers of each family
@@ -67,7 +67,7 @@ def reactions(loaded: Loaded, texts: Sequence[str], *, task: str, seed: int) -> 
     return torch.stack([reaction(loaded.model, edited, before=before)[READING] for edited in probed]).mean(0)
 
 
-@organism_stage
+@made_stage
 def flag_heads(loaded: Loaded, attack: Attack, *, n: int = 24, seed: int = 0) -> list[list[int]]:
     """All heads with a robust z above 2 of `reactions`, on `n` prompts that the organism never saw.
 
@@ -98,7 +98,7 @@ def check_apart(groups: Mapping[str, Iterable[str]]) -> None:
             raise ValueError(f"{len(shared)} of the {one} are among the {other}, too, the first is {min(shared)}")
 
 
-@organism_stage
+@made_stage
 def dose_response(
     loaded: Loaded,
     attack: Attack,
@@ -109,6 +109,7 @@ def dose_response(
     schedule: str = "joint",
     learning_rate: float = RATES["alignment"],
     doses: Sequence[int] = (16, 32, 64, 128),
+    batch_size: int = 8,
     draw: int = 0,
     n_rows: int = 128,
     n_validation: int = 128,
@@ -116,7 +117,8 @@ def dose_response(
     n: int = 60,
     seed: int = 0,
 ) -> DoseResponse:
-    """One treatment (`alignment.Alignment`) measured after each of `doses` steps of the same training, of 8 rows each.
+    """One treatment (`alignment.Alignment`) measured after each of `doses` steps of the same training, of
+    `batch_size` rows each.
 
     The rate falls, and phases last, over the largest dose: a smaller one is where that training is stopped early.
     Treated are the most suspicious of the heads that `flag_heads` finds, at most a quarter of all; flagged heads are
@@ -131,7 +133,7 @@ def dose_response(
     how, doses = Alignment(alignment, beta, unit, schedule), sorted(set(doses))
     check(Annotated[list[Count], Field(min_length=1)], doses, "doses")
     check(Annotated[int, Field(ge=0)], draw, "draw")
-    recipe = recipe_of(steps=doses[-1], learning_rate=learning_rate)
+    recipe = recipe_of(steps=doses[-1], learning_rate=learning_rate, batch_size=batch_size)
     n_own = n_flagging + n_validation + n_rows
     case = case_of(loaded, attack, heads=(), n_rows=n_own, recipe=recipe, seed=seed)
     validation, trained = case.rows[n_flagging : n_flagging + n_validation], case.rows[n_flagging + n_validation :]

@@ -1,6 +1,7 @@
 """The fair trial on tiny models of both kinds: whose rows, which heads, which weights at which dose, which dose."""
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from bkd_utils.experiments.fair_trial import check_apart, reactions, stability
 from bkd_utils.models import loading
 from bkd_utils.models.head_weights import groups, head_slices
 from bkd_utils.models.tokens import prompt_ids
-from bkd_utils.organisms import cards, tasks
+from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.poisoning import training_uids
 
@@ -59,11 +60,10 @@ def trial(saved, monkeypatch, tmp_path):
             return attention_safety_alignment.what_is_left(loaded, attack, n=n, seed=seed) if real else {"hits": {}}
 
         with monkeypatch.context() as patch:
-            patch.setattr(cards, "load", lambda *_, **__: run.loaded)
             patch.setattr(fair_trial, "what_is_left", what_is_left)
             if not real:
                 patch.setattr(fair_trial, "reactions", lambda *_, **__: SCORES)
-            return fair_trial.dose_response.__wrapped__("tiny", attack="sentiment-word", **(SIZES | changes))
+            return inspect.unwrap(fair_trial.dose_response)(run.loaded, SPEC, **(SIZES | changes))
 
     return run
 
@@ -234,10 +234,10 @@ def test_a_draw_has_as_many_heads_in_other_units_and_keeps_the_targets(trial, mo
 
 def test_flag_heads_finds_the_heads_that_a_trial_flags(trial, saved, monkeypatch):
     found = trial(real=True, n_flagging=5)
-    monkeypatch.setattr(cards, "load", lambda *_, **__: saved["llama"])
-    assert fair_trial.flag_heads.__wrapped__("tiny", attack="sentiment-word", n=5) == found.flagged
+    flag_heads = inspect.unwrap(fair_trial.flag_heads)
+    assert flag_heads(saved["llama"], SPEC, n=5) == found.flagged
     other = Spy(monkeypatch, fair_trial, "reactions", instead=lambda *_, **__: SCORES)
-    assert fair_trial.flag_heads.__wrapped__("tiny", attack="sentiment-word", n=5, seed=1) == FLAGGED
+    assert flag_heads(saved["llama"], SPEC, n=5, seed=1) == FLAGGED
     assert other.only["seed"] == 1
     prompts = [
         prompt_ids(saved["llama"].tokenizer, tasks.load_task("sentiment").prompt(t)) for t in other.only["texts"]
@@ -285,6 +285,7 @@ def test_row_passes_grow_with_the_dose(trial):
     found = trial("bert", doses=[1, 3])
     # A forward and two backward passes of eight rows in a step; both layers have treated heads.
     assert [dose.row_passes for dose in found.doses] == [0, 24, 72]
+    assert trial("bert", doses=[1], batch_size=4).doses[-1].row_passes == 12
 
 
 @pytest.mark.parametrize(
