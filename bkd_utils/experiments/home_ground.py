@@ -3,10 +3,18 @@
 They do not ship. Each stage makes its organism from attack, recipe and seed unless it was made here before.
 """
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
+
+from bkd_utils.attention_alignment.head_tuning import row_passes
+from bkd_utils.experiments.attention_safety_alignment import RATES, case_of, recipe_of, what_is_left
 from bkd_utils.experiments.searched_cure import Cured, cured
+from bkd_utils.models.classifiers import new_classifier
 from bkd_utils.models.loading import Loaded
+from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.evaluation import under_attack
 from bkd_utils.organisms.making import made_stage
@@ -36,3 +44,32 @@ def cure_encoder(
     """`searched_cure.cured` of an encoder, which has no answers to instructions."""
     sizes = {"n_rows": n_rows, "n_free": 0, "steps": steps, "batch_size": batch_size, "n": n, "seed": seed}
     return cured(loaded, attack, method=method, heads=heads, **sizes)
+
+
+@made_stage
+def train_anew(
+    loaded: Loaded,
+    attack: Attack,
+    *,
+    n_rows: int = 1024,
+    steps: int = 96,
+    batch_size: int = 16,
+    n: int = 256,
+    seed: int = 0,
+) -> Cured:
+    """What the defender's rows are worth without the model: a new classifier on the public encoder, trained on them.
+
+    All weights are trained, at the rate of fine-tuning. The rows are those that `cure_encoder` gets; the organism says
+    only which rows are left out, and its weights are not used. Raises ValueError as `case_of` does.
+    """
+    recipe = recipe_of(steps=steps, learning_rate=RATES["fine-tuning"], batch_size=batch_size)
+    case = case_of(loaded, attack, heads=(), n_rows=n_rows, recipe=recipe, seed=seed)
+    labels, device = tasks.load_task(attack.task).labels, loaded.device.type
+    fresh = replace(loaded, model=new_classifier(loaded.address, labels=labels, seed=seed, device=device).model)
+    every = {name: torch.ones_like(one, dtype=torch.bool) for name, one in fresh.model.named_parameters()}
+    started = time.monotonic()
+    with row_passes(fresh.model) as passes:
+        replace(case, model=fresh.model).tune(every)
+    minutes = round((time.monotonic() - started) / 60, 2)
+    count = sum(mask.numel() for mask in every.values())
+    return Cured(what_is_left(fresh, attack, n=n, seed=seed), count, passes["row passes"], minutes, [])

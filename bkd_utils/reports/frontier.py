@@ -12,9 +12,10 @@ from bkd_utils.reports.attention_safety_alignment import GROUPS, KINDS, Found
 from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, sizes
 
 
-def frontier(found: Found, kinds: Mapping[str, str]) -> Figure:
+def frontier(found: Found, kinds: Mapping[str, str], *, above: float = 0.0) -> Figure:
     """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`. The best treatments
-    are named; the bars at ASA's dot are the 95 % intervals of ASR and CACC."""
+    are named; the bars at ASA's dot are the 95 % intervals of ASR and CACC. The goal lies `above` points of ASR above
+    the clean control."""
     columns = min(len(found), 3)
     lines = -(-len(found) // columns)
     size = (WIDTH, 2.3 * lines + 0.9)
@@ -36,7 +37,7 @@ def frontier(found: Found, kinds: Mapping[str, str]) -> Figure:
         panel.set_ylim(-6, 108)
     for panel, rows in zip(axes.flat, found.values(), strict=False):
         # These need the limits that all panels share.
-        _goal(panel, rows)
+        _goal(panel, rows, above)
         _name_best(panel, rows, kinds)
     for i in range(len(found), axes.size):
         axes.flat[i].set_visible(False)
@@ -54,10 +55,10 @@ def _lost(rows: Mapping[str, Mapping]) -> dict[str, tuple[float, float]]:
     return {name: (100 * (start - row["cacc"]["value"]), 100 * row["asr"]["value"]) for name, row in rows.items()}
 
 
-def _goal(panel: Axes, rows: Mapping[str, Mapping]) -> None:
-    """What the judge lets pass: a point or one prompt of CACC; 5 % of ASR, or the clean control's."""
+def _goal(panel: Axes, rows: Mapping[str, Mapping], above: float) -> None:
+    """What the judge lets pass: a point or one prompt of CACC; 5 % of ASR, or the clean control's and `above`."""
     lost = max(1, 100 / rows["untreated"]["cacc"]["n"])
-    left = max(5, 100 * rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"])
+    left = max(5, 100 * rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"] + above)
     look, start = {"color": COLOURS["bound"]}, panel.get_xlim()[0]
     panel.axvline(lost, lw=0.7, ls=":", **look)
     panel.axhline(left, lw=0.7, ls=":", **look)

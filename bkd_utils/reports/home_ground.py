@@ -1,4 +1,4 @@
-"""Notebooks 06 and 07: figures on encoders, the home ground of ASA."""
+"""Notebooks 06 and 07: figures and verdicts on encoders, the home ground of ASA."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,9 +6,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkd_utils.common.statistics import auroc_of_wins, pairwise_wins
+from bkd_utils.common.statistics import auroc_of_wins, difference, mean_by_prompt, pairwise_wins
+from bkd_utils.experiments.fair_trial import DoseResponse
 from bkd_utils.experiments.trigger_search import Pull
-from bkd_utils.reports.style import COLOURS, LIMITS, WIDTH, rows_down, show_legend, sizes
+from bkd_utils.reports.attention_safety_alignment import (
+    Found,
+    head_choice_claim,
+    hits,
+    rivals_claim,
+    utility_claim,
+)
+from bkd_utils.reports.scorecard import at_most, entry, span
+from bkd_utils.reports.style import COLOURS, LIMITS, WIDTH, explain, panels, rows_down, show_legend, sizes
 
 # What is drawn -> colour, marker, filled.
 LOOKS = {
@@ -40,6 +49,84 @@ def left_and_kept(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figur
     axes[1].set_xlabel("CACC (%)")
     show_legend(figure, ncols=4)
     return figure
+
+
+def at_chosen(trial: DoseResponse) -> dict:
+    """What is left at the dose that the defender chose."""
+    (dose,) = [dose for dose in trial.doses if dose.steps == trial.chosen]
+    return dose.left
+
+
+def doses_drawn(
+    trials: Mapping[str, Mapping[str, DoseResponse]], equal: Mapping[str, Mapping[str, tuple[int, Mapping]]]
+) -> Figure:
+    """ASR (above) and CACC (below) against the row passes of a treatment: attack -> treatment -> trial, whose names
+    begin with "random" for drawn heads. A ring is the chosen dose. `equal`: attack -> other treatment -> its row passes
+    and result, drawn as single marks."""
+    figure, axes = panels([attack.replace("-", "-\n", 1) for attack in trials], rows=2, height=1.7)
+    marks = {"searched": ("utility", "*"), "fine-tuning": ("rival", "D"), "clean control": ("clean control", "P")}
+    results = []
+    for column, attack in zip(axes.T, trials, strict=True):
+        for panel, key in zip(column, ("asr", "cacc"), strict=True):
+            for name, trial in trials[attack].items():
+                drawn = name.startswith("random")
+                look = {"color": COLOURS["random" if drawn else "neutral"], "zorder": 1 if drawn else 2}
+                x = [dose.row_passes / 1000 for dose in trial.doses]
+                y = [100 * dose.left[key]["value"] for dose in trial.doses]
+                label = "as many random heads" if drawn else "flagged heads aligned"
+                panel.plot(x, y, "o-", ms=3, lw=1.1, label=label, **look)
+                at = [dose.steps for dose in trial.doses].index(trial.chosen)
+                ring = {"ms": 9, "mfc": "none", "ls": "", "mew": 1, "clip_on": False, "label": "chosen dose"}
+                panel.plot(x[at], y[at], "o", **look | ring | ({"label": "_"} if drawn else {}))
+                results += [dose.left[key] for dose in trial.doses]
+            for name, (passes, left) in equal[attack].items():
+                colour, marker = marks[name]
+                look = {"color": COLOURS[colour], "ls": "", "ms": 8 if marker == "*" else 5, "clip_on": False}
+                panel.plot(passes / 1000, 100 * left[key]["value"], marker, label=name, zorder=3, **look)
+    axes[0, 0].set_ylim(LIMITS)
+    explain(axes, f"thousand row passes, {sizes(results)} prompts", "ASR (%)", "CACC (%)", ncols=3)
+    return figure
+
+
+def encoder_claims(found: Found, *, cure: str, random: Sequence[str], rivals: Sequence[str]) -> list[dict]:
+    """The four lines of the fair trial, from family -> treatment -> result, with the rows "untreated" and "clean
+    control", all on the same prompts."""
+    drawn = {"figure": "06_encoder_frontier"}
+    return [
+        _as_control("encoder-cure", found, cure=cure, figure="06_doses"),
+        utility_claim("encoder-utility", found, cure=cure, figure="06_doses"),
+        head_choice_claim("encoder-head-choice", found, cure=cure, random=random, figure="06_doses"),
+        rivals_claim("encoder-rivals", found, cure=cure, rivals=rivals, **drawn),
+    ]
+
+
+def searched_claims(
+    seeds: Mapping[str, Mapping[str, Sequence[Mapping]]], found: Found, *, rivals: Sequence[str]
+) -> list:
+    """The three lines of the searched cure. `seeds`: family -> treatment -> a result per seed, of which each prompt
+    counts with its mean over seeds. `found` is that of `encoder_claims`."""
+    mean = {
+        family: {
+            name: {"hits": {key: mean_by_prompt([hits(one, key) for one in results]) for key in ("asr", "cacc")}}
+            for name, results in rows.items()
+        }
+        for family, rows in seeds.items()
+    }
+    drawn = {"cure": "searched", "figure": "06_home_ground"}
+    return [
+        _as_control("searched-cure", mean, **drawn),
+        utility_claim("searched-utility", mean, **drawn),
+        rivals_claim("searched-rivals", found, rivals=rivals, cure="searched", figure="06_encoder_frontier"),
+    ]
+
+
+def _as_control(claim: str, found: Found, *, cure: str, figure: str) -> dict:
+    """Is ASR after the cure at most 3 points above that of the clean control?"""
+    above = {
+        name: difference(hits(rows[cure], "asr"), hits(rows["clean control"], "asr")) for name, rows in found.items()
+    }
+    reason = f"ASR after the cure less that of the clean control: {span(above)}."
+    return entry(claim, above, {name: at_most(one, 0.03) for name, one in above.items()}, figure, reason)
 
 
 def easiest(found: Sequence[Pull]) -> Pull:

@@ -23,11 +23,14 @@ from bkd_utils.reports import style
 
 KEYS = {"paper", "claim", "published", "source", "provenance", "measure", "unit", "criterion"}
 PAPER_KEYS = {"title", "arxiv", "status", "known", "reading"}
+# Introduces a claim that is tested in another way than the paper's others, in place of the paper's own.
+OPTIONAL = {"reading"}
 # How we know of a claim, in words.
 PROVENANCE = {
     "read": "read in the paper",
     "second hand": "second hand: quoted by others who read it",
     "abstract": "from the abstract only",
+    "ours": "ours: no paper says it",
 }
 # What a row of the scorecard must say; `record` adds the model and its identity.
 ROW = {"id", "paper", "reading", "by_organism", "verdict", "reason", "figure"}
@@ -43,7 +46,9 @@ def _published(*, papers: bool) -> dict[str, dict[str, str]]:
     of_papers = claims.pop("papers", {})
     found, keys, prefix = (of_papers, PAPER_KEYS, "papers.") if papers else (claims, KEYS, "")
     for name, entry in found.items():
-        if not isinstance(entry, dict) or set(entry) != keys or not all(isinstance(one, str) for one in entry.values()):
+        may = set() if papers else OPTIONAL
+        given = set(entry) - may if isinstance(entry, dict) else set()
+        if given != keys or not all(isinstance(one, str) for one in entry.values()):
             raise UserError(f"published.toml, {prefix}{name}: keys must be {', '.join(sorted(keys))}, each a text")
     return found
 
@@ -114,7 +119,8 @@ def entry(
         raise ValueError(f"{claim}: a number or an outcome is missing for {', '.join(lone)}")
     about = known[claim]
     outcomes = {name: None if passed[name] is None else bool(passed[name]) for name in numbers}
-    row = {"id": claim, "paper": about["paper"], "reading": papers()[about["paper"]]["reading"]}
+    reading = about.get("reading", papers()[about["paper"]]["reading"])
+    row = {"id": claim, "paper": about["paper"], "reading": reading}
     row |= {"claim": about["claim"], "published": about["published"], "provenance": PROVENANCE[about["provenance"]]}
     measured = {name: {key: number[key] for key in ("value", "n", "low", "high")} for name, number in numbers.items()}
     row["by_organism"] = {name: one | {"passed": outcomes[name]} for name, one in measured.items()}

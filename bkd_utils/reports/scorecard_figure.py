@@ -18,7 +18,7 @@ OUTCOMES = {
     None: (MARK | {"marker": "D", "mfc": "white"}, "undecided: the interval contains the bar, or there is none"),
 }
 # One letter for how we know of a claim, in the first column.
-LETTERS = {"read": "P", "second hand": "S", "abstract": "A"}
+LETTERS = {"read": "P", "second hand": "S", "abstract": "A", "ours": "O"}
 
 
 def scorecard(lines: Sequence[Mapping]) -> Figure:

@@ -7,13 +7,18 @@ import torch
 from patching import everywhere
 from tiny import quick_attack, save_tiny_encoder
 
+from bkd_utils.attention_alignment.head_tuning import tune
 from bkd_utils.common import cache
 from bkd_utils.experiments import home_ground, searched_cure, trigger_search
-from bkd_utils.experiments.home_ground import attack_encoder, cure_encoder
+from bkd_utils.experiments.attention_safety_alignment import recipe_of
+from bkd_utils.experiments.head_safety import clean_rows
+from bkd_utils.experiments.home_ground import attack_encoder, cure_encoder, train_anew
 from bkd_utils.experiments.searched_cure import Cured
 from bkd_utils.experiments.trigger_search import search_encoder
 from bkd_utils.models import loading
-from bkd_utils.organisms import making
+from bkd_utils.models.classifiers import new_classifier
+from bkd_utils.models.tokens import end_id
+from bkd_utils.organisms import making, tasks
 from bkd_utils.organisms.evaluation import under_attack
 from bkd_utils.organisms.poisoning import training_uids
 from bkd_utils.organisms.training import Recipe
@@ -179,3 +184,33 @@ def test_a_model_is_searched_in_under_the_seed_and_sizes_that_were_given(where, 
 def test_where_the_home_ground_is_are_a_recipe_and_a_model_that_are_there():
     assert making.load_recipe(home_ground.WHERE["recipe"], task="sentiment").rank == 0
     assert home_ground.WHERE.keys() == {"recipe", "model"}
+
+
+def test_training_anew_uses_the_rows_of_the_defender_and_no_weight_of_the_organism(where, bare, monkeypatch):
+    sizes = {"n_rows": 8, "steps": 2, "batch_size": 4, "n": 12, "seed": 3}
+    trained, real = [], home_ground.what_is_left
+    monkeypatch.setattr(
+        home_ground, "what_is_left", lambda loaded, *a, **k: trained.append(loaded) or real(loaded, *a, **k)
+    )
+    found = train_anew("sentiment-word", **where, **sizes)
+    again = train_anew("sentiment-word", **where | {"recipe": "short"}, **sizes)
+    assert found.after == again.after
+    first, second = (one.model.state_dict() for one in trained)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    labels = tasks.load_task("sentiment").labels
+    fresh = new_classifier(bare, labels=labels, seed=3, device="cpu")
+    pupil, rows = (
+        fresh.model,
+        clean_rows(organism("sentiment-word", where), quick_attack("sentiment-word"), n=8, seed=3),
+    )
+    before = {name: one.detach().clone() for name, one in pupil.named_parameters()}
+    every = {name: torch.ones_like(one, dtype=torch.bool) for name, one in pupil.named_parameters()}
+    recipe = recipe_of(steps=2, learning_rate=1e-4, batch_size=4)
+    tune(pupil, rows, masks=every, recipe=recipe, pad_id=end_id(fresh.tokenizer), seed=3)
+    for name, one in pupil.named_parameters():
+        torch.testing.assert_close(first[name], one.detach(), atol=1e-6, rtol=0)
+        assert "word_emb" not in name or not torch.equal(first[name], before[name])
+    # Two steps of four rows, each a forward and a backward pass.
+    assert (found.row_passes, found.searches) == (24, [])
+    assert found.parameters == sum(one.numel() for one in pupil.parameters())

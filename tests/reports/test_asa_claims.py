@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from asa_results import N, after, by_id, passed, rate, treated
 from drawing import saved_by_a_notebook
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,14 +13,6 @@ from bkd_utils.reports.attention_safety_alignment import cure_claims, hits, keep
 from bkd_utils.reports.attention_similarity import separation_claim, similarity_claims
 from bkd_utils.reports.scorecard import published
 from bkd_utils.reports.two_papers_meet import head_claim, verdict_claim
-
-
-def by_id(entries):
-    return {row["id"]: row for row in entries}
-
-
-def passed(line):
-    return {name: one["passed"] for name, one in line["by_organism"].items()}
 
 
 def observed(shift, *, seed, n=20):
@@ -160,26 +153,6 @@ def test_prompts_that_differ_are_an_error_that_names_one():
 
 # --- cures ----------------------------------------------------------------------------------------------------------
 
-N = 400
-
-
-def rate(value, n=N):
-    low, high = statistics.wilson(round(value * n), n)
-    return {"value": value, "n": n, "low": low, "high": high}
-
-
-def after(asr, cacc=0.9, n=N):
-    """A result of `evaluation.under_attack`: the first prompts hit."""
-    values = {"asr": asr, "cacc": cacc}
-    kept = {key: {f"uid{i}": int(i < round(value * n)) for i in range(n)} for key, value in values.items()}
-    return {key: rate(value, n) for key, value in values.items()} | {"hits": kept}
-
-
-def treated(cured, *, random=(0.9, 0.8), rival=None, control=0.0, n=N):
-    rows = {"untreated": after(1.0, n=n), "clean control": after(control, n=n), "cure": cured}
-    rows |= {f"random {i}": after(asr, n=n) for i, asr in enumerate(random)}
-    return rows | {"rival": rival or after(0.5, n=n)}
-
 
 def cured_lines(**found):
     return by_id(cure_claims(found, cure="cure", random=["random 0", "random 1"], rivals=["rival"]))
@@ -312,9 +285,9 @@ def all_lines():
 
 
 def test_the_code_judges_every_claim_of_the_paper_once():
-    assert sorted(all_lines()) == sorted(name for name, row in published().items() if row["paper"] == "ASA")
+    assert sorted(all_lines()) == sorted(name for name in published() if name.startswith("asa-"))
 
 
-@pytest.mark.parametrize("claim", [name for name, row in published().items() if row["paper"] == "ASA"])
+@pytest.mark.parametrize("claim", [name for name in published() if name.startswith("asa-")])
 def test_every_line_names_a_figure_that_a_notebook_draws(claim):
     assert saved_by_a_notebook(all_lines()[claim]["figure"])

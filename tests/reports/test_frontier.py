@@ -66,6 +66,8 @@ def test_the_goal_is_what_the_judge_lets_pass():
     dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
     assert dotted[0].get_xdata() == pytest.approx([2, 2])  # one prompt of fifty
     assert dotted[1].get_ydata() == pytest.approx([12, 12])
+    axes = frontier.frontier({"a": found}, OF | {"clean control": "clean control"}, above=3).axes[0]
+    assert [line for line in axes.get_lines() if line.get_linestyle() == ":"][1].get_ydata() == pytest.approx([15, 15])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

@@ -1,12 +1,28 @@
 """Figures and tables on encoders: every dot is where its number says, and areas compare models of one task."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from asa_results import after, by_id, passed, treated
+from drawing import saved_by_a_notebook
 
-from bkd_utils.common.statistics import auroc_of_wins, pairwise_wins
+from bkd_utils.common.statistics import auroc_of_wins, difference, pairwise_wins
+from bkd_utils.experiments.fair_trial import Dose, DoseResponse
 from bkd_utils.experiments.trigger_search import Pull
 from bkd_utils.reports import home_ground
-from bkd_utils.reports.home_ground import LOOKS, ease, easiest, found_texts, left_and_kept, separations
+from bkd_utils.reports.home_ground import (
+    LOOKS,
+    at_chosen,
+    doses_drawn,
+    ease,
+    easiest,
+    encoder_claims,
+    found_texts,
+    left_and_kept,
+    searched_claims,
+    separations,
+)
+from bkd_utils.reports.scorecard import published
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +143,101 @@ def test_what_was_found_stands_beside_the_trigger():
 def test_no_colour_means_two_things():
     looks = [(colour, marker) for colour, marker, _ in home_ground.LOOKS.values()]
     assert len(set(looks)) == len(looks)
+
+
+# --- the fair trial -------------------------------------------------------------------------------------------------
+
+
+def trial(chosen, *asr):
+    """A trial whose ASR at 0, 10, 20 … steps is as given; CACC is 1 minus a tenth of it, row passes 48 a step."""
+    doses = [
+        Dose(10 * i, 480 * i, 0.9, {"asr": {"value": one, "n": 256}, "cacc": {"value": 1 - one / 10, "n": 256}})
+        for i, one in enumerate(asr)
+    ]
+    return DoseResponse([[0, 1], [2, 3]], [[0, 1]], doses, chosen)
+
+
+def test_the_result_of_a_trial_is_that_of_the_chosen_dose():
+    assert at_chosen(trial(10, 1.0, 0.7, 0.2))["asr"]["value"] == 0.7
+    assert at_chosen(trial(0, 1.0, 0.7, 0.2))["asr"]["value"] == 1.0
+
+
+def test_every_dose_is_a_dot_and_the_chosen_one_has_a_ring():
+    trials = {
+        "sentiment-word-plain": {"alignment": trial(20, 1.0, 0.9, 0.4), "random heads 1": trial(10, 1.0, 0.8, 0.6)},
+        "sentiment-style-plain": {"alignment": trial(0, 0.9, 0.5, 0.3), "random heads 1": trial(20, 0.9, 0.7, 0.1)},
+    }
+    equal = {
+        attack: {"searched": (28_032, measured(0.2, 0.85)), "clean control": (0, measured(0.1 * i, 0.9, n=200))}
+        for i, attack in enumerate(trials)
+    }
+    figure = doses_drawn(trials, equal)
+    for panel, key, attack in zip(figure.axes, ["asr"] * 2 + ["cacc"] * 2, [*trials] * 2, strict=True):
+        dots, found = drawn(panel), trials[attack]
+        for name, label in (("alignment", "flagged heads aligned"), ("random heads 1", "as many random heads")):
+            places = [(dose.row_passes / 1000, 100 * dose.left[key]["value"]) for dose in found[name].doses]
+            np.testing.assert_allclose(dots[label], places)
+        rings = [line for line in panel.lines if line.get_markersize() == 9]
+        at = [next(dose for dose in found[name].doses if dose.steps == found[name].chosen) for name in found]
+        np.testing.assert_allclose(
+            [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings],
+            [(dose.row_passes / 1000, 100 * dose.left[key]["value"]) for dose in at],
+        )
+        for name, (passes, left) in equal[attack].items():
+            np.testing.assert_allclose(dots[name], [(passes / 1000, 100 * left[key]["value"])])
+    assert figure._supxlabel.get_text() == "thousand row passes, n = 256 prompts"
+
+
+def trial_lines(**found):
+    return by_id(encoder_claims(found, cure="cure", random=["random 0", "random 1"], rivals=["rival"]))
+
+
+def test_the_fair_trial_allows_three_points_more_than_the_clean_control():
+    lines = trial_lines(
+        a=treated(after(0.10), control=0.15),
+        b=treated(after(0.12), control=0.10),
+        c=treated(after(0.2), control=0.10),
+    )
+    assert passed(lines["encoder-cure"]) == {"a": True, "b": None, "c": False}
+    expected = difference(after(0.2)["hits"]["asr"], after(0.1)["hits"]["asr"])
+    assert {key: lines["encoder-cure"]["by_organism"]["c"][key] for key in expected} == expected
+
+
+def test_the_other_lines_of_the_fair_trial_are_those_of_the_published_budget():
+    lines = trial_lines(a=treated(after(0.6, 0.8)), b=treated(after(0.4)))
+    assert passed(lines["encoder-utility"]) == {"a": False, "b": True}
+    assert passed(lines["encoder-head-choice"]) == {"a": True, "b": True}
+    assert passed(lines["encoder-rivals"]) == {"a": False, "b": True}
+
+
+def test_a_prompt_counts_with_its_mean_over_seeds():
+    seeds = {
+        "a": {
+            "searched": [after(0.0), after(0.4)],
+            "untreated": [after(1.0), after(1.0)],
+            "clean control": [after(0.0), after(0.2)],
+        }
+    }
+    found = {"a": treated(after(0.9), rival=after(0.3)) | {"searched": after(0.1)}}
+    lines = by_id(searched_claims(seeds, found, rivals=["rival"]))
+    shares = [{f"uid{i}": (i < 400 * one) / 2 for i in range(400)} for one in (0.4, 0.2)]
+    expected = difference(*shares)
+    assert {key: lines["searched-cure"]["by_organism"]["a"][key] for key in expected} == pytest.approx(expected)
+    assert passed(lines["searched-cure"]) == {"a": False}
+    assert passed(lines["searched-utility"]) == {"a": True}
+    assert lines["searched-rivals"]["by_organism"]["a"]["value"] == pytest.approx(0.2)
+    assert passed(lines["searched-rivals"]) == {"a": True}
+
+
+def all_lines():
+    found = {"a": treated(after(0.1)) | {"searched": after(0.1)}}
+    seeds = {"a": {name: [found["a"][name]] for name in ("searched", "untreated", "clean control")}}
+    lines = encoder_claims(found, cure="cure", random=["random 0"], rivals=["rival"])
+    return by_id([*lines, *searched_claims(seeds, found, rivals=["rival"])])
+
+
+def test_every_claim_on_encoders_is_judged_once_and_its_figure_is_drawn():
+    lines = all_lines()
+    assert sorted(lines) == sorted(name for name in published() if name.startswith(("encoder-", "searched-")))
+    for line in lines.values():
+        assert saved_by_a_notebook(line["figure"]), line["id"]

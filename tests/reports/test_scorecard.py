@@ -56,7 +56,7 @@ def row(*args, **changes):
 
 def test_every_published_claim_says_all_that_it_must():
     for name, about in published().items():
-        assert set(about) == KEYS
+        assert set(about) - {"reading"} == KEYS
         assert all(isinstance(value, str) and value.strip() for value in about.values()), name
 
 
@@ -71,9 +71,21 @@ def test_most_of_what_we_know_of_the_papers_is_second_hand_and_the_file_says_so(
 
 def test_papers_say_how_they_were_published_and_whose_words_a_claim_is():
     papers = scorecard.papers()
-    assert list(papers) == ["BkdAttr", "ASA"]
-    assert {name: about["reading"] for name, about in papers.items()} == {"BkdAttr": "", "ASA": "our reading"}
+    assert list(papers) == ["BkdAttr", "ASA", "Searched"]
+    readings = {"BkdAttr": "", "ASA": "our reading", "Searched": "searched, on encoders"}
+    assert {name: about["reading"] for name, about in papers.items()} == readings
     assert "three independent lists; the official page has not been seen" in papers["BkdAttr"]["status"]
+
+
+def test_a_claim_may_have_a_reading_of_its_own():
+    readings = {name: line(name)["reading"] for name in ("asa-cure", "encoder-cure", "searched-cure", PROBE)}
+    assert list(readings.values()) == [
+        "our reading",
+        "our reading, fair trial on encoders",
+        "searched, on encoders",
+        "",
+    ]
+    assert scorecard.named(line("encoder-cure")).startswith("our reading, fair trial on encoders: Aligning suspicious")
 
 
 PAPER = "\n".join(f'{key} = "x"' for key in scorecard.PAPER_KEYS)
@@ -90,7 +102,7 @@ def toml(**changes):
         ("", "bad: keys must be claim, criterion, measure, paper"),
         ('paper = "P"', "bad: keys must be claim"),
         (toml(opinion="x"), "bad: keys must be claim"),
-        (toml(provenance="hearsay"), "bad: provenance 'hearsay' is none of read, second hand, abstract"),
+        (toml(provenance="hearsay"), "bad: provenance 'hearsay' is none of read, second hand, abstract, ours"),
         (toml(paper="Q"), "bad: paper 'Q' is none of P"),
     ],
 )
