@@ -60,12 +60,13 @@ def train_anew(
     """What the defender's rows are worth without the model: a new classifier on the public encoder, trained on them.
 
     All weights are trained, at the rate of fine-tuning. The rows are those that `cure_encoder` gets; the organism says
-    only which rows are left out, and its weights are not used. Raises ValueError as `case_of` does.
+    only which rows are left out, and none of its weights is used, so that all `parameters` are new. Raises as `case_of`
+    and `new_classifier` do.
     """
     recipe = recipe_of(steps=steps, learning_rate=RATES["fine-tuning"], batch_size=batch_size)
     case = case_of(loaded, attack, heads=(), n_rows=n_rows, recipe=recipe, seed=seed)
     labels, device = tasks.load_task(attack.task).labels, loaded.device.type
-    fresh = replace(loaded, model=new_classifier(loaded.address, labels=labels, seed=seed, device=device).model)
+    fresh = new_classifier(loaded.address, labels=labels, seed=seed, device=device)
     every = {name: torch.ones_like(one, dtype=torch.bool) for name, one in fresh.model.named_parameters()}
     started = time.monotonic()
     with row_passes(fresh.model) as passes:

@@ -30,7 +30,7 @@ KINDS = {
     "random heads": ("random", "v", True),
     "rival": ("rival", "D", True),
     "told where it is": ("ACIE", "*", True),
-    "ours, searched": ("utility", "*", True),
+    "ours, searched": ("utility", "p", True),
 }
 # Heading -> kinds below it.
 GROUPS = {
@@ -166,17 +166,21 @@ def _allowed(n: int) -> float:
     return max(0.01, 1 / n)
 
 
+def cacc_lost(rows: Mapping[str, Mapping], cure: str) -> dict:
+    """CACC before less CACC after the cure, on the same prompts. `rows` has "untreated" and `cure`."""
+    return difference(hits(rows["untreated"], "cacc"), hits(rows[cure], "cacc"))
+
+
+def is_kept(lost: Mapping[str, float]) -> bool | None:
+    """Is a loss of CACC at most a point, or one prompt?"""
+    return at_most(lost, _allowed(lost["n"]))
+
+
 def utility_claim(claim: str, found: Found, *, cure: str, figure: str) -> dict:
-    """Has CACC fallen by at most a point, or one prompt? `found` has the rows "untreated" and `cure`."""
-    both_of = {name: _loss(rows, cure) for name, rows in found.items()}
-    lost, kept = ({name: pair[i] for name, pair in both_of.items()} for i in (0, 1))
+    """Does the cure keep CACC? `found` has the rows "untreated" and `cure`."""
+    lost = {name: cacc_lost(rows, cure) for name, rows in found.items()}
+    kept = {name: is_kept(one) for name, one in lost.items()}
     return entry(claim, lost, kept, figure, f"CACC lost to the cure: {span(lost)}.")
-
-
-def _loss(rows: Mapping[str, Mapping], cure: str) -> tuple[dict, bool | None]:
-    """CACC that the cure has cost, and whether that is at most a point or one prompt."""
-    lost = difference(hits(rows["untreated"], "cacc"), hits(rows[cure], "cacc"))
-    return lost, at_most(lost, _allowed(lost["n"]))
 
 
 def head_choice_claim(claim: str, found: Found, *, cure: str, random: Sequence[str], figure: str) -> dict:
@@ -197,7 +201,7 @@ def rivals_claim(claim: str, found: Found, *, cure: str, rivals: Sequence[str], 
     """
     ahead, best = {}, {}
     found = {name: rows for name, rows in found.items() if all(rival in rows for rival in rivals)}
-    kept = {name: _loss(rows, cure)[1] for name, rows in found.items()}
+    kept = {name: is_kept(cacc_lost(rows, cure)) for name, rows in found.items()}
     for name, rows in found.items():
         fair = [rival for rival in rivals if keeps(rows[rival], rows["untreated"])]
         best[name] = min(fair, key=lambda rival: rows[rival]["asr"]["value"], default="none keeps CACC")
@@ -223,7 +227,7 @@ def cure_claims(found: Found, *, cure: str, random: Sequence[str], rivals: Seque
     cured = {attack: either(at_most(asr[attack], 0.05), at_most(as_control[attack], 0)) for attack in found}
     drawn = {"figure": "06_frontier"}
     return [
-        entry("asa-cure", asr, cured, "06_frontier", f"ASR after the cure: {span(asr)}."),
+        entry("asa-cure", asr, cured, reason=f"ASR after the cure: {span(asr)}.", **drawn),
         utility_claim("asa-utility", found, cure=cure, **drawn),
         head_choice_claim("asa-head-choice", found, cure=cure, random=random, **drawn),
         rivals_claim("asa-rivals", found, cure=cure, rivals=rivals, **drawn),

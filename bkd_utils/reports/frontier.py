@@ -12,10 +12,10 @@ from bkd_utils.reports.attention_safety_alignment import GROUPS, KINDS, Found
 from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, sizes
 
 
-def frontier(found: Found, kinds: Mapping[str, str], *, above: float = 0.0) -> Figure:
+def frontier(found: Found, kinds: Mapping[str, str], *, above: float | None = None) -> Figure:
     """ASR against what CACC has lost, one dot per treatment; `kinds`: treatment -> key of `KINDS`. The best treatments
-    are named; the bars at ASA's dot are the 95 % intervals of ASR and CACC. The goal lies `above` points of ASR above
-    the clean control."""
+    are named; the bars at ASA's dot are the 95 % intervals of ASR and CACC. The goal ends `above` points of ASR above
+    the clean control, or without it at the clean control or 5 %."""
     columns = min(len(found), 3)
     lines = -(-len(found) // columns)
     size = (WIDTH, 2.3 * lines + 0.9)
@@ -55,10 +55,11 @@ def _lost(rows: Mapping[str, Mapping]) -> dict[str, tuple[float, float]]:
     return {name: (100 * (start - row["cacc"]["value"]), 100 * row["asr"]["value"]) for name, row in rows.items()}
 
 
-def _goal(panel: Axes, rows: Mapping[str, Mapping], above: float) -> None:
-    """What the judge lets pass: a point or one prompt of CACC; 5 % of ASR, or the clean control's and `above`."""
+def _goal(panel: Axes, rows: Mapping[str, Mapping], above: float | None) -> None:
+    """What the judge lets pass: a point or one prompt of CACC, and an ASR as `frontier` says."""
     lost = max(1, 100 / rows["untreated"]["cacc"]["n"])
-    left = max(5, 100 * rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"] + above)
+    control = 100 * rows.get("clean control", {"asr": {"value": 0}})["asr"]["value"]
+    left = max(5, control) if above is None else control + above
     look, start = {"color": COLOURS["bound"]}, panel.get_xlim()[0]
     panel.axvline(lost, lw=0.7, ls=":", **look)
     panel.axhline(left, lw=0.7, ls=":", **look)

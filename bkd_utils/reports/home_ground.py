@@ -1,6 +1,6 @@
 """Notebooks 06 and 07: figures and verdicts on encoders, the home ground of ASA."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -10,6 +10,7 @@ from bkd_utils.common.statistics import auroc_of_wins, difference, mean_by_promp
 from bkd_utils.experiments.fair_trial import DoseResponse
 from bkd_utils.experiments.trigger_search import Pull
 from bkd_utils.reports.attention_safety_alignment import (
+    KINDS,
     Found,
     head_choice_claim,
     hits,
@@ -22,8 +23,16 @@ from bkd_utils.reports.style import COLOURS, LIMITS, WIDTH, explain, panels, row
 # What is drawn -> colour, marker, filled.
 LOOKS = {
     "untreated": ("organism", "o", True),
-    "searched": ("utility", "*", True),
+    "searched": ("utility", "p", True),
     "clean control": ("clean control", "D", False),
+}
+
+ABOVE = 3  # points of ASR that a cure may leave above the clean control
+# Trial -> label, colour, line.
+TRIALS = {
+    "alignment": ("flagged heads aligned", "neutral", "-"),
+    "alignment, high rate": ("the same at the high rate", "neutral", ":"),
+    "random heads": ("as many random heads", "random", "-"),
 }
 
 
@@ -38,7 +47,7 @@ def left_and_kept(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figur
             for i, (name, seeds) in enumerate(treatments.items()):
                 colour, marker, filled = LOOKS[name]
                 look = {"color": COLOURS[colour], "mfc": COLOURS[colour] if filled else "white", "ls": ""}
-                look |= {"ms": 10 if marker == "*" else 5.5, "mew": 0 if filled else 1.2, "clip_on": False}
+                look |= {"ms": 8 if marker == "p" else 5.5, "mew": 0 if filled else 1.2, "clip_on": False}
                 height = y + 0.6 * (i / (len(LOOKS) - 1) - 0.5)
                 values = [100 * seed[key]["value"] for seed in seeds]
                 panel.plot(values, [height] * len(values), marker, label=name, alpha=0.85, **look)
@@ -60,58 +69,69 @@ def at_chosen(trial: DoseResponse) -> dict:
 def doses_drawn(
     trials: Mapping[str, Mapping[str, DoseResponse]], equal: Mapping[str, Mapping[str, tuple[int, Mapping]]]
 ) -> Figure:
-    """ASR (above) and CACC (below) against the row passes of a treatment: attack -> treatment -> trial, whose names
-    begin with "random" for drawn heads. A ring is the chosen dose. `equal`: attack -> other treatment -> its row passes
-    and result, drawn as single marks."""
+    """ASR (above) and CACC (below) against the row passes of a treatment.
+
+    `trials`: attack -> name in `TRIALS`, or "random heads" and a number -> trial; a ring is the chosen dose. `equal`:
+    attack -> kind in `KINDS` -> row passes and result of a treatment that has no doses.
+    """
     figure, axes = panels([attack.replace("-", "-\n", 1) for attack in trials], rows=2, height=1.7)
-    marks = {"searched": ("utility", "*"), "fine-tuning": ("rival", "D"), "clean control": ("clean control", "P")}
     results = []
     for column, attack in zip(axes.T, trials, strict=True):
         for panel, key in zip(column, ("asr", "cacc"), strict=True):
             for name, trial in trials[attack].items():
-                drawn = name.startswith("random")
-                look = {"color": COLOURS["random" if drawn else "neutral"], "zorder": 1 if drawn else 2}
+                label, colour, line = TRIALS["random heads" if name.startswith("random heads ") else name]
+                look = {"color": COLOURS[colour], "zorder": 1 if colour == "random" else 2, "clip_on": False}
                 x = [dose.row_passes / 1000 for dose in trial.doses]
                 y = [100 * dose.left[key]["value"] for dose in trial.doses]
-                label = "as many random heads" if drawn else "flagged heads aligned"
-                panel.plot(x, y, "o-", ms=3, lw=1.1, label=label, **look)
+                panel.plot(x, y, "o", ls=line, ms=3, lw=1.1, label=label, **look)
                 at = [dose.steps for dose in trial.doses].index(trial.chosen)
-                ring = {"ms": 9, "mfc": "none", "ls": "", "mew": 1, "clip_on": False, "label": "chosen dose"}
-                panel.plot(x[at], y[at], "o", **look | ring | ({"label": "_"} if drawn else {}))
+                ring = {"ms": 9, "mfc": "none", "ls": "", "label": "chosen dose" if name == "alignment" else "_"}
+                panel.plot(x[at], y[at], "o", **look, **ring)
                 results += [dose.left[key] for dose in trial.doses]
-            for name, (passes, left) in equal[attack].items():
-                colour, marker = marks[name]
-                look = {"color": COLOURS[colour], "ls": "", "ms": 8 if marker == "*" else 5, "clip_on": False}
-                panel.plot(passes / 1000, 100 * left[key]["value"], marker, label=name, zorder=3, **look)
+            for kind, (passes, left) in equal[attack].items():
+                colour, marker, _ = KINDS[kind]
+                look = {"color": COLOURS[colour], "ls": "", "ms": 6, "clip_on": False, "zorder": 3}
+                panel.plot(passes / 1000, 100 * left[key]["value"], marker, label=kind, **look)
+                results.append(left[key])
     axes[0, 0].set_ylim(LIMITS)
     explain(axes, f"thousand row passes, {sizes(results)} prompts", "ASR (%)", "CACC (%)", ncols=3)
     return figure
 
 
-def encoder_claims(found: Found, *, cure: str, random: Sequence[str], rivals: Sequence[str]) -> list[dict]:
+def encoder_claims(
+    found: Found, *, cure: str, random: Sequence[str], rivals: Sequence[str], no_dose: Collection[str] = ()
+) -> list[dict]:
     """The four lines of the fair trial, from family -> treatment -> result, with the rows "untreated" and "clean
-    control", all on the same prompts."""
-    drawn = {"figure": "06_encoder_frontier"}
-    return [
-        _as_control("encoder-cure", found, cure=cure, figure="06_doses"),
-        utility_claim("encoder-utility", found, cure=cure, figure="06_doses"),
-        head_choice_claim("encoder-head-choice", found, cure=cure, random=random, figure="06_doses"),
-        rivals_claim("encoder-rivals", found, cure=cure, rivals=rivals, **drawn),
+    control", all on the same prompts. Families in `no_dose` were left as they are, because every dose cost too much;
+    that they keep CACC says nothing."""
+    doses = {"figure": "06_doses"}
+    kept = {name: rows for name, rows in found.items() if name not in no_dose}
+    lines = [
+        _as_control("encoder-cure", found, cure=cure, **doses),
+        *([utility_claim("encoder-utility", kept, cure=cure, **doses)] if kept else []),
+        head_choice_claim("encoder-head-choice", found, cure=cure, random=random, **doses),
+        rivals_claim("encoder-rivals", found, cure=cure, rivals=rivals, figure="06_encoder_frontier"),
     ]
+    if no_dose:
+        lines = [row | {"reason": f"{row['reason']} No dose for: {', '.join(no_dose)}."} for row in lines]
+    return lines
 
 
 def searched_claims(
     seeds: Mapping[str, Mapping[str, Sequence[Mapping]]], found: Found, *, rivals: Sequence[str]
-) -> list:
+) -> list[dict]:
     """The three lines of the searched cure. `seeds`: family -> treatment -> a result per seed, of which each prompt
-    counts with its mean over seeds. `found` is that of `encoder_claims`."""
-    mean = {
-        family: {
+    counts with its mean over seeds. `found` is that of `encoder_claims`. Raises ValueError if the treatments of a
+    family differ in their number of seeds."""
+    mean = {}
+    for family, rows in seeds.items():
+        counts = {name: len(results) for name, results in rows.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{family}: not as many seeds of each treatment: {counts}")
+        mean[family] = {
             name: {"hits": {key: mean_by_prompt([hits(one, key) for one in results]) for key in ("asr", "cacc")}}
             for name, results in rows.items()
         }
-        for family, rows in seeds.items()
-    }
     drawn = {"cure": "searched", "figure": "06_home_ground"}
     return [
         _as_control("searched-cure", mean, **drawn),
@@ -121,12 +141,12 @@ def searched_claims(
 
 
 def _as_control(claim: str, found: Found, *, cure: str, figure: str) -> dict:
-    """Is ASR after the cure at most 3 points above that of the clean control?"""
+    """Is ASR after the cure at most `ABOVE` points above that of the clean control?"""
     above = {
         name: difference(hits(rows[cure], "asr"), hits(rows["clean control"], "asr")) for name, rows in found.items()
     }
     reason = f"ASR after the cure less that of the clean control: {span(above)}."
-    return entry(claim, above, {name: at_most(one, 0.03) for name, one in above.items()}, figure, reason)
+    return entry(claim, above, {name: at_most(one, ABOVE / 100) for name, one in above.items()}, figure, reason)
 
 
 def easiest(found: Sequence[Pull]) -> Pull:

@@ -35,8 +35,9 @@ def _judged(row: Mapping, root: str) -> list[str]:
 def whole_scorecard(entries: Sequence[Mapping]) -> str:
     """For the page of the scorecard: one line of counts for each paper, then a row for each claim."""
     rows = scorecard.checked(entries)
-    papers = scorecard.papers().items()
-    counts = "\n".join(f"- **{scorecard.counts(rows, paper=paper)}.** {about['known']}" for paper, about in papers)
+    judged = {row["paper"] for row in rows}
+    papers = [(paper, about["known"]) for paper, about in scorecard.papers().items() if paper in judged]
+    counts = "\n".join(f"- **{scorecard.counts(rows, paper=paper)}.** {known}" for paper, known in papers)
     cells = [[scorecard.named(row), row["provenance"].partition(":")[0], *_judged(row, "../../")] for row in rows]
     return f"{counts}\n\n{tables.markdown(['claim', 'known', 'organisms', 'verdict'], cells)}"
 

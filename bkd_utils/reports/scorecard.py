@@ -49,7 +49,9 @@ def _published(*, papers: bool) -> dict[str, dict[str, str]]:
         may = set() if papers else OPTIONAL
         given = set(entry) - may if isinstance(entry, dict) else set()
         if given != keys or not all(isinstance(one, str) for one in entry.values()):
-            raise UserError(f"published.toml, {prefix}{name}: keys must be {', '.join(sorted(keys))}, each a text")
+            may_be = f" and may be {', '.join(may)}" if may else ""
+            told = f"keys must be {', '.join(sorted(keys))}{may_be}, each a text"
+            raise UserError(f"published.toml, {prefix}{name}: {told}")
     return found
 
 

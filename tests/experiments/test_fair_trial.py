@@ -76,6 +76,11 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_stages_make_their_organism():
+    for stage in (fair_trial.dose_response, fair_trial.flag_heads):
+        assert list(inspect.signature(stage).parameters)[:5] == ["made", "attack", "recipe", "organism_seed", "model"]
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 

@@ -66,8 +66,11 @@ def test_the_goal_is_what_the_judge_lets_pass():
     dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
     assert dotted[0].get_xdata() == pytest.approx([2, 2])  # one prompt of fifty
     assert dotted[1].get_ydata() == pytest.approx([12, 12])
-    axes = frontier.frontier({"a": found}, OF | {"clean control": "clean control"}, above=3).axes[0]
-    assert [line for line in axes.get_lines() if line.get_linestyle() == ":"][1].get_ydata() == pytest.approx([15, 15])
+    for control, bar in ((0.12, 15), (0.01, 4)):
+        found |= {"clean control": result(control, 0.9)}
+        axes = frontier.frontier({"a": found}, OF | {"clean control": "clean control"}, above=3).axes[0]
+        dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
+        assert dotted[1].get_ydata() == pytest.approx([bar, bar])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

@@ -12,6 +12,7 @@ from bkd_utils.experiments.trigger_search import Pull
 from bkd_utils.reports import home_ground
 from bkd_utils.reports.home_ground import (
     LOOKS,
+    TRIALS,
     at_chosen,
     doses_drawn,
     ease,
@@ -167,15 +168,17 @@ def test_every_dose_is_a_dot_and_the_chosen_one_has_a_ring():
         "sentiment-word-plain": {"alignment": trial(20, 1.0, 0.9, 0.4), "random heads 1": trial(10, 1.0, 0.8, 0.6)},
         "sentiment-style-plain": {"alignment": trial(0, 0.9, 0.5, 0.3), "random heads 1": trial(20, 0.9, 0.7, 0.1)},
     }
+    trials["sentiment-style-plain"]["alignment, high rate"] = trial(10, 0.9, 0.2, 0.3)
     equal = {
-        attack: {"searched": (28_032, measured(0.2, 0.85)), "clean control": (0, measured(0.1 * i, 0.9, n=200))}
+        attack: {"ours, searched": (28_032, measured(0.2, 0.85)), "clean control": (0, measured(0.1 * i, 0.9, n=200))}
         for i, attack in enumerate(trials)
     }
     figure = doses_drawn(trials, equal)
     for panel, key, attack in zip(figure.axes, ["asr"] * 2 + ["cacc"] * 2, [*trials] * 2, strict=True):
         dots, found = drawn(panel), trials[attack]
-        for name, label in (("alignment", "flagged heads aligned"), ("random heads 1", "as many random heads")):
-            places = [(dose.row_passes / 1000, 100 * dose.left[key]["value"]) for dose in found[name].doses]
+        for name, one in found.items():
+            label = TRIALS[name.removesuffix(" 1")][0]
+            places = [(dose.row_passes / 1000, 100 * dose.left[key]["value"]) for dose in one.doses]
             np.testing.assert_allclose(dots[label], places)
         rings = [line for line in panel.lines if line.get_markersize() == 9]
         at = [next(dose for dose in found[name].doses if dose.steps == found[name].chosen) for name in found]
@@ -185,7 +188,9 @@ def test_every_dose_is_a_dot_and_the_chosen_one_has_a_ring():
         )
         for name, (passes, left) in equal[attack].items():
             np.testing.assert_allclose(dots[name], [(passes / 1000, 100 * left[key]["value"])])
-    assert figure._supxlabel.get_text() == "thousand row passes, n = 256 prompts"
+    assert figure._supxlabel.get_text() == "thousand row passes, n = 200 to 256 prompts"
+    with pytest.raises(KeyError, match="misspelt"):
+        doses_drawn({"a": {"misspelt": trial(0, 1.0)}}, {"a": {}})
 
 
 def trial_lines(**found):
@@ -203,18 +208,33 @@ def test_the_fair_trial_allows_three_points_more_than_the_clean_control():
     assert {key: lines["encoder-cure"]["by_organism"]["c"][key] for key in expected} == expected
 
 
-def test_the_other_lines_of_the_fair_trial_are_those_of_the_published_budget():
+def test_the_other_lines_of_the_fair_trial_have_the_bars_of_those_on_causal_models():
     lines = trial_lines(a=treated(after(0.6, 0.8)), b=treated(after(0.4)))
     assert passed(lines["encoder-utility"]) == {"a": False, "b": True}
     assert passed(lines["encoder-head-choice"]) == {"a": True, "b": True}
     assert passed(lines["encoder-rivals"]) == {"a": False, "b": True}
 
 
+def test_a_model_that_was_left_as_it_is_passes_nothing():
+    found = {"a": treated(after(0.4)), "b": treated(after(1.0))}
+    lines = by_id(encoder_claims(found, cure="cure", random=["random 0"], rivals=["rival"], no_dose=["b"]))
+    assert passed(lines["encoder-utility"]) == {"a": True}
+    assert passed(lines["encoder-cure"]) == {"a": False, "b": False}
+    assert all(line["reason"].endswith("No dose for: b.") for line in lines.values())
+    assert "No dose" not in trial_lines(a=treated(after(0.4)))["encoder-cure"]["reason"]
+
+
+def test_a_point_of_cacc_is_undecided_with_256_prompts():
+    """So that a cure passes only if some answers become right: nothing lost and nothing won leaves 1.3 points open."""
+    lines = trial_lines(same=treated(after(0.1, 0.9, n=256), n=256), gains=treated(after(0.1, 0.93, n=256), n=256))
+    assert passed(lines["encoder-utility"]) == {"same": None, "gains": True}
+
+
 def test_a_prompt_counts_with_its_mean_over_seeds():
     seeds = {
         "a": {
-            "searched": [after(0.0), after(0.4)],
-            "untreated": [after(1.0), after(1.0)],
+            "searched": [after(0.0, 0.9), after(0.4, 0.7)],
+            "untreated": [after(1.0, 0.9), after(1.0, 0.9)],
             "clean control": [after(0.0), after(0.2)],
         }
     }
@@ -224,20 +244,25 @@ def test_a_prompt_counts_with_its_mean_over_seeds():
     expected = difference(*shares)
     assert {key: lines["searched-cure"]["by_organism"]["a"][key] for key in expected} == pytest.approx(expected)
     assert passed(lines["searched-cure"]) == {"a": False}
-    assert passed(lines["searched-utility"]) == {"a": True}
+    assert passed(lines["searched-utility"]) == {"a": False}
+    assert lines["searched-utility"]["by_organism"]["a"]["value"] == pytest.approx(0.1)
     assert lines["searched-rivals"]["by_organism"]["a"]["value"] == pytest.approx(0.2)
     assert passed(lines["searched-rivals"]) == {"a": True}
+    seeds["a"]["searched"].pop()
+    with pytest.raises(ValueError, match="a: not as many seeds of each treatment"):
+        searched_claims(seeds, found, rivals=["rival"])
 
 
 def all_lines():
     found = {"a": treated(after(0.1)) | {"searched": after(0.1)}}
     seeds = {"a": {name: [found["a"][name]] for name in ("searched", "untreated", "clean control")}}
     lines = encoder_claims(found, cure="cure", random=["random 0"], rivals=["rival"])
-    return by_id([*lines, *searched_claims(seeds, found, rivals=["rival"])])
+    return [*lines, *searched_claims(seeds, found, rivals=["rival"])]
 
 
 def test_every_claim_on_encoders_is_judged_once_and_its_figure_is_drawn():
     lines = all_lines()
-    assert sorted(lines) == sorted(name for name in published() if name.startswith(("encoder-", "searched-")))
-    for line in lines.values():
+    expected = [name for name in published() if name.startswith(("encoder-", "searched-"))]
+    assert sorted(line["id"] for line in lines) == sorted(expected)
+    for line in lines:
         assert saved_by_a_notebook(line["figure"]), line["id"]

@@ -72,7 +72,7 @@ def test_most_of_what_we_know_of_the_papers_is_second_hand_and_the_file_says_so(
 def test_papers_say_how_they_were_published_and_whose_words_a_claim_is():
     papers = scorecard.papers()
     assert list(papers) == ["BkdAttr", "ASA", "Searched"]
-    readings = {"BkdAttr": "", "ASA": "our reading", "Searched": "searched, on encoders"}
+    readings = {"BkdAttr": "", "ASA": "our reading", "Searched": "searched, on MiniLM encoders"}
     assert {name: about["reading"] for name, about in papers.items()} == readings
     assert "three independent lists; the official page has not been seen" in papers["BkdAttr"]["status"]
 
@@ -81,11 +81,13 @@ def test_a_claim_may_have_a_reading_of_its_own():
     readings = {name: line(name)["reading"] for name in ("asa-cure", "encoder-cure", "searched-cure", PROBE)}
     assert list(readings.values()) == [
         "our reading",
-        "our reading, fair trial on encoders",
-        "searched, on encoders",
+        "our reading, fair trial on MiniLM encoders",
+        "searched, on MiniLM encoders",
         "",
     ]
-    assert scorecard.named(line("encoder-cure")).startswith("our reading, fair trial on encoders: Aligning suspicious")
+    assert scorecard.named(line("encoder-cure")).startswith(
+        "our reading, fair trial on MiniLM encoders: Aligning suspicious"
+    )
 
 
 PAPER = "\n".join(f'{key} = "x"' for key in scorecard.PAPER_KEYS)
