@@ -123,7 +123,8 @@ def dose_response(
     The rate falls, and phases last, over the largest dose: a smaller one is where that training is stopped early.
     Treated are the most suspicious of the heads that `flag_heads` finds, at most a quarter of all; flagged heads are
     never targets. `draw` 1, 2, 3 … treats in their place the first, second, third … random draw of as many heads in as
-    many other units, as a control.
+    many other units, as a control, in which all heads that are not drawn can be targets: flagged and drawn heads
+    together may be a whole layer.
 
     The defender's rows, all unseen by the organism, are in an order of the seed: `n_flagging`, then `n_validation`,
     then `n_rows` to train, so that more of the last change nothing else. Held-out prompts are `n` of each kind. Raises
@@ -154,7 +155,7 @@ def dose_response(
         heads = _other_heads(loaded, heads, unit=unit, draw=draw, seed=seed)
     if heads:
         masks = head_slices(loaded.model, heads, unit=unit)
-        loss = how.of(loaded.model, heads, flagged=flagged, steps=recipe.steps)
+        loss = how.of(loaded.model, heads, flagged=() if draw else flagged, steps=recipe.steps)
         for steps, (passes, entries) in _trained(replace(case, rows=trained), masks, loss, doses=doses).items():
             with torch.no_grad():
                 for name, mask in masks.items():

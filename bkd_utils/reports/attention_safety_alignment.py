@@ -30,11 +30,12 @@ KINDS = {
     "random heads": ("random", "v", True),
     "rival": ("rival", "D", True),
     "told where it is": ("ACIE", "*", True),
+    "trained anew": ("base model", "^", True),
     "ours, searched": ("utility", "p", True),
 }
 # Heading -> kinds below it.
 GROUPS = {
-    "no treatment": ("untreated", "clean control"),
+    "no treatment": ("untreated", "clean control", "trained anew"),
     "ASA and same heads": ("ASA, our reading", "same heads, other treatment"),
     "ASA on other heads": ("random heads",),
     "rivals": ("rival",),
