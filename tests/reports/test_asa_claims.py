@@ -222,6 +222,13 @@ def test_no_rival_that_keeps_the_model_may_do_better():
     assert passed(cured_lines(a=worse)["asa-rivals"]) == {"a": False}
 
 
+def test_the_bar_is_the_rival_that_leaves_least():
+    found = {"a": treated(after(0.4), rival=after(0.6)) | {"other": after(0.2), "third": after(0.5)}}
+    lines = by_id(cure_claims(found, cure="cure", random=["random 0"], rivals=["rival", "other", "third"]))
+    assert lines["asa-rivals"]["by_organism"]["a"]["value"] == pytest.approx(-0.2)
+    assert "Best rival that keeps CACC: other (a)." in lines["asa-rivals"]["reason"]
+
+
 def test_a_cure_whose_loss_of_accuracy_is_undecided_is_not_ahead():
     lines = cured_lines(a=treated(after(0.0, n=32), n=32))
     assert passed(lines["asa-rivals"]) == {"a": None}
