@@ -9,7 +9,7 @@ from bkd_utils.reports import scorecard, tables
 
 # The claims that the README shows; notebooks/pages/scorecard.md shows all of them.
 KEY_CLAIMS = ("bkdattr-probe-backdoor", "bkdattr-ablation", "bkdattr-vector-subtract")
-KEY_CLAIMS += ("asa-similarity", "asa-heads", "asa-cure", "encoder-cure")
+KEY_CLAIMS += ("asa-similarity", "asa-heads", "encoder-cure")
 # A notebook's row in the README ends in its minutes; on the page of timings in its minutes and GiB.
 README_ROW = re.compile(r'^\| <img src="figures/\d\d_.*\]\(notebooks/(.*)\.ipynb\) \|.*\| (\d+) \|$', re.MULTILINE)
 TIMINGS_ROW = re.compile(r"^\| (\d\d) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
