@@ -19,7 +19,6 @@ from bkd_utils.experiments import (  # noqa: F401 (an import registers the stage
     fair_trial,
     head_attribution,
     head_safety,
-    head_truth,
     home_ground,
     input_guards,
     model_detection,
