@@ -13,13 +13,8 @@ from bkd_utils.reports.style import COLOURS, INTERVAL, LIMITS, explain, interval
 
 # Attack -> treatment -> the numbers of `evaluation.under_attack`.
 Found = Mapping[str, Mapping[str, Mapping]]
-# What is counted -> name, colour, look; the same beside each other everywhere in this notebook.
-COUNTED = {
-    "asr": ("ASR", "organism", {"marker": "o"}),
-    "near_miss": ("near-miss firing", "near-miss", {"marker": "^"}),
-    "clean_firing": ("clean firing", "neutral", {"marker": "o", "mfc": "white"}),
-    "cacc": ("CACC", "utility", {"marker": "s"}),
-}
+# What is counted -> name, colour, marker.
+COUNTED = {"asr": ("ASR", "organism", "o"), "cacc": ("CACC", "utility", "s")}
 REMARK = {"va": "center", "fontsize": "x-small", "color": COLOURS["bound"]}
 # Kind of treatment -> colour, marker, filled.
 KINDS = {
@@ -45,11 +40,14 @@ GROUPS = {
 
 
 def repairs(found: Found, kinds: Mapping[str, str]) -> Figure:
-    """ASR, near-miss firing, clean firing and CACC after every treatment; `kinds`: treatment -> key of `KINDS`, which
-    groups the rows. The grey line is the mean ASR that random heads leave."""
-    places, headings = _places(list(dict.fromkeys(name for rows in found.values() for name in rows)), kinds)
+    """ASR and CACC after every treatment that all organisms got; `kinds`: treatment -> key of `KINDS`, which groups the
+    rows. The grey line is the mean ASR that random heads leave. Raises ValueError if the organisms share none."""
+    shared = [name for name in next(iter(found.values())) if all(name in rows for rows in found.values())]
+    if not shared:
+        raise ValueError(f"no treatment was given to all of {', '.join(found)}")
+    places, headings = _places(shared, kinds)
     bottom = max(places.values()) + 0.6
-    figure, axes = panels([attack.replace("-", "-\n", 1) for attack in found], height=0.31 * bottom + 0.9)
+    figure, axes = panels([attack.replace("-", "-\n", 1) for attack in found], height=0.27 * bottom + 0.9)
     for panel, rows in zip(axes[0], found.values(), strict=True):
         for y in headings.values():
             panel.axhline(y, color=COLOURS["pale"], lw=0.6)
@@ -58,18 +56,15 @@ def repairs(found: Found, kinds: Mapping[str, str]) -> Figure:
             label = "mean ASR with random heads"
             panel.axvline(100 * np.mean(drawn), color=COLOURS["random"], lw=3, alpha=0.5, zorder=0, label=label)
         for name, y in places.items():
-            if name not in rows:
-                panel.text(0, y, "not run", **REMARK)
-                continue
-            for i, (key, (label, colour, look)) in enumerate(COUNTED.items()):
-                interval(panel, y + 0.2 * (i - 1.5), rows[name][key], colour=colour, label=label, ms=3, **look)
+            for (key, (label, colour, marker)), shift in zip(COUNTED.items(), (-0.16, 0.16), strict=True):
+                interval(panel, y + shift, rows[name][key], colour=colour, label=label, ms=3.5, marker=marker)
         panel.set(ylim=(bottom, -0.6), xlim=LIMITS)
         panel.grid(False, axis="y")
         panel.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks([*places.values(), *headings.values()], [*places, *headings], fontsize="small")
     for label in axes[0, 0].get_yticklabels()[len(places) :]:
         label.set(color=COLOURS["bound"], fontstyle="italic")
-    results = [row[key] for rows in found.values() for row in rows.values() for key in COUNTED]
+    results = [rows[name][key] for rows in found.values() for name in places for key in COUNTED]
     explain(axes, f"prompts (%), {sizes(results)}", bars=INTERVAL)
     return figure
 

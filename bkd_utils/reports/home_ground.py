@@ -1,4 +1,4 @@
-"""Notebooks 06 and 07: figures and verdicts on encoders, the home ground of ASA."""
+"""Notebooks 06 and 07: figures and verdicts on encoders, the home ground of ASA, and on the searched cure."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -12,17 +12,20 @@ from bkd_utils.experiments.trigger_search import Pull
 from bkd_utils.reports.attention_safety_alignment import (
     KINDS,
     Found,
+    cacc_lost,
     head_choice_claim,
     hits,
+    is_kept,
     rivals_claim,
     utility_claim,
 )
-from bkd_utils.reports.scorecard import at_most, entry, span
+from bkd_utils.reports.scorecard import at_most, both, entry, span
 from bkd_utils.reports.style import COLOURS, LIMITS, WIDTH, explain, panels, rows_down, show_legend, sizes
 
 # What is drawn -> colour, marker, filled.
 LOOKS = {
     "untreated": ("organism", "o", True),
+    "fine-tuning": ("rival", "s", True),
     "searched": ("utility", "p", True),
     "clean control": ("clean control", "D", False),
 }
@@ -37,9 +40,9 @@ TRIALS = {
 
 
 def left_and_kept(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figure:
-    """ASR (left) and CACC (right) of encoders, a dot per seed.
+    """ASR (left) and CACC (right) before and after the searched cure, a dot per seed.
 
-    `found`: attack -> "untreated", "searched" or "clean control" -> per seed a result of `evaluation.under_attack`.
+    `found`: attack -> name in `LOOKS` -> per seed a result of `evaluation.under_attack`.
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.42 * len(found) + 1.3), sharey=True)
     for panel, key in zip(axes, ("asr", "cacc"), strict=True):
@@ -140,11 +143,25 @@ def searched_claims(
     ]
 
 
-def _as_control(claim: str, found: Found, *, cure: str, figure: str) -> dict:
-    """Is ASR after the cure at most `ABOVE` points above that of the clean control?"""
-    above = {
+def causal_claim(found: Found) -> dict:
+    """The line of the searched cure on causal organisms, from attack -> treatment -> result. An organism passes if both
+    its ASR and its CACC do."""
+    above, lost = _above(found, "searched"), {name: cacc_lost(rows, "searched") for name, rows in found.items()}
+    passed = {name: both(at_most(one, ABOVE / 100), is_kept(lost[name])) for name, one in above.items()}
+    reason = f"ASR after the cure less that of the clean control: {span(above)}; CACC lost to the cure: {span(lost)}."
+    return entry("searched-causal", above, passed, "06_searched", reason)
+
+
+def _above(found: Found, cure: str) -> dict[str, dict]:
+    """ASR after the cure less that of the clean control, on the same prompts."""
+    return {
         name: difference(hits(rows[cure], "asr"), hits(rows["clean control"], "asr")) for name, rows in found.items()
     }
+
+
+def _as_control(claim: str, found: Found, *, cure: str, figure: str) -> dict:
+    """Is ASR after the cure at most `ABOVE` points above that of the clean control?"""
+    above = _above(found, cure)
     reason = f"ASR after the cure less that of the clean control: {span(above)}."
     return entry(claim, above, {name: at_most(one, ABOVE / 100) for name, one in above.items()}, figure, reason)
 

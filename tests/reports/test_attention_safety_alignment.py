@@ -58,7 +58,7 @@ def test_a_guard_that_one_organism_cannot_have_keeps_its_row_and_says_so():
     assert figure._supxlabel.get_text() == "inputs (%), n = 50 a side"
 
 
-def test_treatments_are_rows_with_four_numbers_each():
+def test_treatments_are_rows_with_two_numbers_each():
     figure = attention_safety_alignment.repairs(FOUND, OF)
     axes = figure.axes[0]
     assert column_titles(figure) == [attack.replace("-", "-\n") for attack in ATTACKS]
@@ -69,8 +69,9 @@ def test_treatments_are_rows_with_four_numbers_each():
     points = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]
     drawn = sorted(line.get_xdata()[0] for line in points if line.get_label() == "ASR")
     assert drawn == pytest.approx([40, 60, 70, 80, 100])
-    assert {line.get_markerfacecolor() for line in points if line.get_label() == "clean firing"} == {"white"}
-    assert len(points) == len(COUNTED) * len(FOUND[ATTACKS[0]])
+    right = sorted(line.get_xdata()[0] for line in points if line.get_label() == "CACC")
+    assert right == pytest.approx([70, 70, 80, 90, 95])
+    assert len(points) == 2 * len(FOUND[ATTACKS[0]])
 
 
 def test_kinds_make_groups_of_rows_and_show_what_random_heads_leave():
@@ -85,11 +86,14 @@ def test_kinds_make_groups_of_rows_and_show_what_random_heads_leave():
     assert line.get_xdata() == pytest.approx([70, 70])
 
 
-def test_an_organism_without_a_treatment_says_that_it_was_not_run():
-    found = {"a": FOUND[ATTACKS[0]], "b": {"untreated": result(1.0, 0.9)}}
-    axes = attention_safety_alignment.repairs(found, OF).axes[1]
-    assert sum(line.get_label() in [name for name, *_ in COUNTED.values()] for line in axes.get_lines()) == len(COUNTED)
-    assert texts(axes) == ["not run"] * 4
+def test_only_treatments_of_all_organisms_are_rows_so_that_no_cell_is_empty():
+    found = {"a": FOUND[ATTACKS[0]], "b": {"untreated": result(1.0, 0.9), "fine-tuning": result(0.5, 0.9)}}
+    figure = attention_safety_alignment.repairs(found, OF)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["untreated", "fine-tuning", "no treatment", "rivals"]
+    assert [sum(len(line.get_xdata()) == 1 for line in axes.get_lines()) for axes in figure.axes] == [4, 4]
+    with pytest.raises(ValueError, match="no treatment was given to all of a, c"):
+        attention_safety_alignment.repairs({"a": found["a"], "c": {"consistency": result(0.1, 0.9)}}, OF)
 
 
 def test_a_mechanism_shows_the_gap_before_and_after():

@@ -11,9 +11,9 @@ from bkd_utils.experiments.fair_trial import Dose, DoseResponse
 from bkd_utils.experiments.trigger_search import Pull
 from bkd_utils.reports import home_ground
 from bkd_utils.reports.home_ground import (
-    LOOKS,
     TRIALS,
     at_chosen,
+    causal_claim,
     doses_drawn,
     ease,
     easiest,
@@ -62,7 +62,7 @@ def test_every_organism_is_a_dot_at_its_numbers_in_the_row_of_its_attack():
     figure = left_and_kept(LEFT)
     for panel, key in zip(figure.axes, ("asr", "cacc"), strict=True):
         dots = drawn(panel)
-        assert dots.keys() == LOOKS.keys()
+        assert dots.keys() == LEFT["sentiment-word-plain"].keys()
         for name, places in dots.items():
             expected = [(100 * one[key]["value"], y) for y, rows in enumerate(LEFT.values()) for one in rows[name]]
             assert [x for x, _ in places] == pytest.approx([x for x, _ in expected])
@@ -257,7 +257,17 @@ def all_lines():
     found = {"a": treated(after(0.1)) | {"searched": after(0.1)}}
     seeds = {"a": {name: [found["a"][name]] for name in ("searched", "untreated", "clean control")}}
     lines = encoder_claims(found, cure="cure", random=["random 0"], rivals=["rival"])
-    return [*lines, *searched_claims(seeds, found, rivals=["rival"])]
+    return [*lines, *searched_claims(seeds, found, rivals=["rival"]), causal_claim(found)]
+
+
+def test_a_causal_organism_passes_only_if_attack_and_task_both_do():
+    base = {"untreated": after(1.0, 0.9, n=4000), "clean control": after(0.05, n=4000)}
+    treatments = {"cured": (0.05, 0.92), "fires": (0.15, 0.92), "forgets": (0.05, 0.8), "near": (0.08, 0.92)}
+    line = causal_claim({name: base | {"searched": after(*both, n=4000)} for name, both in treatments.items()})
+    assert passed(line) == {"cured": True, "fires": False, "forgets": False, "near": None}
+    assert line["by_organism"]["fires"]["value"] == pytest.approx(0.1)
+    assert line["id"] == "searched-causal"
+    assert line["figure"] == "06_searched"
 
 
 def test_every_claim_on_encoders_is_judged_once_and_its_figure_is_drawn():
