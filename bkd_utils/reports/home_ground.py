@@ -57,6 +57,8 @@ def left_and_kept(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figur
         panel.grid(axis="y", visible=False)
     rows_down(axes[0], list(found), limits=LIMITS)
     drawn = [seed[key] for one in found.values() for rows in one.values() for seed in rows for key in ("asr", "cacc")]
+    lowest = min(100 * row["cacc"]["value"] for one in found.values() for rows in one.values() for row in rows)
+    axes[1].set_xlim(min(70, lowest - 3), LIMITS[1])  # so that a point of CACC never looks like much
     axes[0].set_xlabel(f"ASR (%), {sizes(drawn)} prompts")
     axes[1].set_xlabel("CACC (%)")
     show_legend(figure, ncols=4)

@@ -70,6 +70,8 @@ def test_every_organism_is_a_dot_at_its_numbers_in_the_row_of_its_attack():
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == list(LEFT)
     assert figure.axes[0].get_xlabel() == "ASR (%), n = 200 to 256 prompts"
     assert figure.axes[1].get_xlabel() == "CACC (%)"
+    assert figure.axes[1].get_xlim()[0] == 70
+    assert figure.axes[1].get_xlim()[1] == figure.axes[0].get_xlim()[1]
 
 
 def pulls(*losses):
