@@ -175,14 +175,16 @@ def test_random_heads_share_no_weight_with_the_given_ones(folder):
 
 def test_the_price_list_has_every_model_and_what_it_cost():
     share = {"value": 0.5, "n": 4, "low": 0.2, "high": 0.8}
-    left = dict.fromkeys(("asr", "cacc", "near_miss", "elsewhere"), share) | {"asr": share | {"value": 0.25}}
+    left = dict.fromkeys(("cacc", "near_miss", "elsewhere"), share)
+    left |= {"asr": share | {"value": 0.25}, "clean_firing": share | {"value": 0.1}}
     found = {"one": {"untreated": left, "pruned": left}, "two": {"untreated": left}}
     table = frontier.price_list(
         found, {"one": {"pruned": Treated(after=left, parameters=2_000_000, minutes=0.3)}, "two": {}}
     )
     assert list(table.index) == [("one", "untreated"), ("one", "pruned"), ("two", "untreated")]
     assert table.loc[("one", "pruned")].to_dict() == {
-        "ASR": 0.25, "near-miss firing": 0.5, "CACC": 0.5, "elsewhere": 0.5, "weights (millions)": 2.0, "minutes": 0.3,
+        "ASR": 0.25, "near-miss firing": 0.5, "clean firing": 0.1, "CACC": 0.5, "elsewhere": 0.5,
+        "weights (millions)": 2.0, "minutes": 0.3,
     }  # fmt: skip
     assert table.loc[("two", "untreated"), "minutes"] == 0
 
