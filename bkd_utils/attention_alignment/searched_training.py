@@ -17,6 +17,7 @@ from bkd_utils.attention_alignment.head_tuning import answers_only
 from bkd_utils.attention_alignment.search import Perturbation, search
 from bkd_utils.models.hooks import Head, by_layer
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
+from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import Row
 
 EVERY = 4  # so many steps of training with each search
@@ -42,6 +43,10 @@ class SearchedTraining:
     seed: int = 0
     found: list[Perturbation] = field(default_factory=list)
     step: int = 0
+
+    def __post_init__(self) -> None:
+        # Not first in a search, which would test a model of which `tune` holds matrices in bf16.
+        require(self.model, "train")
 
     def prepare(self, rows: Sequence[Row]) -> list[Row]:
         """The rows of the next step: those that stay as they are, the others, and these once more, perturbed."""

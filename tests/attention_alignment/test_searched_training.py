@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from patching import everywhere
 from tiny import make_rows, tiny_model
 
 from bkd_utils.attention_alignment.head_tuning import all_matrices, row_passes, tune
 from bkd_utils.attention_alignment.search import Perturbation, vocabulary
 from bkd_utils.attention_alignment.searched_training import SearchedTraining, attention_drift
+from bkd_utils.models import compute, self_test
 from bkd_utils.models.hooks import anatomy
 from bkd_utils.models.loss import answer_loss, answers_and_maps, collate
 from bkd_utils.models.self_test import capabilities
@@ -183,3 +185,17 @@ def test_row_passes_are_one_forward_and_two_backward():
     assert len(against.found) == 3
     one_search = MODULE.SEARCH["n_prompts"] * (3 * MODULE.SEARCH["steps"] + 1)
     assert searched["row passes"] == 3 * 2 * n + 3 * one_search
+
+
+def test_a_model_is_tested_before_its_matrices_are_halved(monkeypatch, tmp_path):
+    """In the middle of tuning it would fail the tests, and be refused from then on."""
+    monkeypatch.setattr(compute, "has_fast_bf16", lambda device: True)
+    everywhere(monkeypatch, "WORK", tmp_path)  # where it is kept that a model has passed
+    monkeypatch.setattr(self_test, "_known", {})
+    monkeypatch.setitem(MODULE.SEARCH, "steps", 1)
+    model = tiny_model("llama").requires_grad_(False)
+    against = trained_against(model)
+    how = {"recipe": replace(RECIPE, steps=1), "pad_id": 2, "loss": against.loss, "prepare": against.prepare}
+    tune(model, ROWS, masks=all_matrices(model, part="attentions"), **how)
+    assert len(against.found) == 1
+    assert not any(capabilities(model).values())
