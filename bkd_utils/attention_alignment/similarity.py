@@ -48,7 +48,10 @@ OnBatch = Callable[[int], None] | None
 
 def cosine(rows: Float[Tensor, "layer head width"]) -> Float[Tensor, "layer head partner"]:
     """Cosine of every pair of heads of a layer, which is 0 for a row of zeros."""
-    dot = rows.float() @ rows.float().transpose(-1, -2)
+    rows = rows.float()
+    # Mixed precision would round the products to less than what tells heads apart.
+    with torch.autocast(rows.device.type, enabled=False):
+        dot = rows @ rows.transpose(-1, -2)
     # The product is divided by the norms, because a normalised copy of whole maps costs more than the product.
     length = dot.diagonal(dim1=-2, dim2=-1).clamp_min(1e-24).sqrt()
     return dot / (length[..., None] * length[..., None, :])

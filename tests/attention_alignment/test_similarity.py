@@ -187,3 +187,10 @@ def test_no_readings_one_layer_and_one_head_are_refused(prompts):
     for name, shape in (("last row, across layers", (1, 4, 3, 3)), ("last row, closest partner", (2, 1, 3, 3))):
         with pytest.raises(ValueError, match="at least two"):
             READINGS[name](torch.full(shape, 1 / 3), torch.ones(*shape[:2], 8))
+
+
+def test_mixed_precision_rounds_no_similarity():
+    rows = torch.rand(2, 4, 60, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cosine(rows)
+    assert torch.equal(found, cosine(rows))
