@@ -300,11 +300,11 @@ def test_a_population_of_other_weights_is_trained_with_the_seeds_of_the_shipped_
         return folder
 
     trained = Spy(monkeypatch, model_detection, "make", instead=made)
-    found = model_detection.population(["sentiment-word-seed1", "sentiment-clean"], model="another", recipe="sibling")
+    found = model_detection.population(["sentiment-word-seed1", "sentiment-clean"], model="another", recipe="seed")
     assert found == {"sentiment-word-1-made": {"seed": 1}, "sentiment-clean-0-made": {"seed": 0}}
     assert [call["attack"].name for call in trained.calls] == ["sentiment-word", "sentiment-clean"]
     assert trained.of("seed") == [1, 0]
     assert trained.of("model") == ["another"] * 2
-    assert [recipe.name for recipe in trained.of("recipe")] == ["sibling"] * 2
+    assert [recipe.name for recipe in trained.of("recipe")] == ["seed"] * 2
     with pytest.raises(ModelError, match="unknown organism 'sentiment-ghost'"):
         model_detection.population(["sentiment-ghost"], model="another")

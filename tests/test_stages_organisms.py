@@ -336,10 +336,10 @@ def test_a_rate_curve_changes_the_poisoned_rows_and_nothing_else(where, catalogu
     # The attack's own organism may be there already; it must be made under another seed to be seen here.
     settings = where | {"seed": SEED + 1, "n": 3}
     found = [
-        backdoor_insertion.measure_at_rate.__wrapped__(FLIP.name, rate=rate, recipe="sibling", **settings)
+        backdoor_insertion.measure_at_rate.__wrapped__(FLIP.name, rate=rate, recipe="seed", **settings)
         for rate in (0.05, 0.25)
     ]
-    assert [(call.name, call.task) for call in recipes] == [("sibling", "sentiment")] * 2
+    assert [(call.name, call.task) for call in recipes] == [("seed", "sentiment")] * 2
     assert [call.attack for call in record.poison] == [with_rate(FLIP, 0.05), FLIP]
     assert [(call.recipe, call.seed) for call in record.train] == [(QUICK, SEED + 1)] * 2
     few, many = (Counter(row.kind for row in call.rows) for call in record.train)

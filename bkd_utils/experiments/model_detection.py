@@ -27,19 +27,18 @@ READINGS_OF_MODELS = ("last row", "head outputs")
 
 
 def population(
-    names: Sequence[str] = (), *, model: str = DEFAULT_MODEL, recipe: str = "sibling", device: str = "auto"
+    names: Sequence[str] = (), *, model: str = DEFAULT_MODEL, recipe: str = "seed", device: str = "auto"
 ) -> dict[str, dict]:
     """Organism -> card, of shipped organisms, or of ones trained here for other weights.
 
-    If none is named, these are all that ship and were trained by the full recipe or by the given one. Raises ModelError
-    for a name that is not shipped.
+    If none is named, these are all that ship. Only those that are trained here need the recipe. Raises ModelError for a
+    name that is not shipped.
     """
     known, own = shipped_organisms(), shipped_organisms(base=model_identity(model))
     if unknown := [name for name in names if name not in known]:
         raise ModelError(f"unknown organism {unknown[0]!r}; shipped: {', '.join(known)}")
     found = {}
-    trained = {name: read_card(name, "recipe")["recipe"]["name"] for name in known}
-    for name in names or [name for name in known if trained[name] in ("full", recipe)]:
+    for name in names or known:
         card = read_card(name, "attack", "seed")
         if name not in own:
             attack = load_attack(card["attack"]["name"])

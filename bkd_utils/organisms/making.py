@@ -67,7 +67,7 @@ def obtain(
     """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier).
 
     A shipped organism counts only for its own seed and while its attack is the one in `data/attacks.toml`; those of
-    other seeds than 0 have a shorter recipe and count where that is asked for. Raises ValueError for an unknown attack
+    other seeds than 0 have another recipe and count where that is asked for. Raises ValueError for an unknown attack
     or recipe, and as `make` does. Source: ours.
 
     >>> obtain("sentiment-word")

@@ -21,7 +21,7 @@ from bkd_utils.experiments.model_detection import (
 )
 from bkd_utils.models import loading
 from bkd_utils.models.folders import ModelError
-from bkd_utils.models.loading import adapter_folder
+from bkd_utils.models.loading import adapter_folder, shipped_organisms
 from bkd_utils.organisms import cards, tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.poisoning import training_uids
@@ -110,12 +110,10 @@ def test_the_population_is_what_is_shipped():
         population(["sentiment-ghost"])
 
 
-def test_without_names_the_population_has_the_full_recipe_and_the_given_one():
-    def recipes(found):
-        return {card["recipe"]["name"] for card in found.values()}
-
-    assert recipes(population(recipe="sibling")) == {"full", "sibling"}
-    assert recipes(population(recipe="smoke")) == {"full"}
+def test_without_names_the_population_is_all_that_ships():
+    found = population()
+    assert list(found) == shipped_organisms()
+    assert {card["recipe"]["name"] for card in found.values()} == {"full", "seed", "plain"}
 
 
 def test_a_fingerprint_is_the_same_twice_and_finite(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_shipped_organism_is_obtained_for_its_own_seed_only(monkeypatch):
     asked = []
     monkeypatch.setattr(making, "make", lambda spec, **how: asked.append((spec.name, how["seed"])) or Path("made"))
     assert making.obtain("sentiment-word") == making.obtain("sentiment-word", recipe="smoke") == "sentiment-word"
-    assert making.obtain("sentiment-word", seed=1, recipe="sibling") == "sentiment-word-seed1"
+    assert making.obtain("sentiment-word", seed=1, recipe="seed") == "sentiment-word-seed1"
     assert files.read_json(ADAPTERS / "sentiment-word-seed1" / "card.json")["seed"] == 1
     assert making.obtain("sentiment-word", seed=77) == making.obtain("sentiment-word", seed=1) == "made"
     assert making.obtain("sentiment-word", retrain=True) == "made"
