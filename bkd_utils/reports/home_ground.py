@@ -104,13 +104,19 @@ def doses_drawn(
 
 
 def encoder_claims(
-    found: Found, *, cure: str, random: Sequence[str], rivals: Sequence[str], no_dose: Collection[str] = ()
+    found: Found,
+    *,
+    judged: Found,
+    cure: str,
+    random: Sequence[str],
+    rivals: Sequence[str],
+    no_dose: Collection[str] = (),
 ) -> list[dict]:
     """The four lines of the fair trial, from family -> treatment -> result, with the rows "untreated" and "clean
-    control", all on the same prompts. Families in `no_dose` were left as they are, because every dose cost too much;
-    that they keep CACC says nothing."""
+    control", all on the same prompts. `judged` has "untreated" and the cure on more prompts, for what is kept of CACC.
+    Families in `no_dose` were left as they are, because every dose cost too much; that they keep CACC says nothing."""
     doses = {"figure": "06_doses"}
-    kept = {name: rows for name, rows in found.items() if name not in no_dose}
+    kept = {name: rows for name, rows in judged.items() if name not in no_dose}
     lines = [
         _as_control("encoder-cure", found, cure=cure, **doses),
         *([utility_claim("encoder-utility", kept, cure=cure, **doses)] if kept else []),

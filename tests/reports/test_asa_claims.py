@@ -155,7 +155,7 @@ def test_prompts_that_differ_are_an_error_that_names_one():
 
 
 def cured_lines(**found):
-    return by_id(cure_claims(found, cure="cure", random=["random 0", "random 1"], rivals=["rival"]))
+    return by_id(cure_claims(found, judged=found, cure="cure", random=["random 0", "random 1"], rivals=["rival"]))
 
 
 def test_a_cure_may_leave_five_per_cent_or_what_the_clean_control_does_anyway():
@@ -222,9 +222,21 @@ def test_no_rival_that_keeps_the_model_may_do_better():
     assert passed(cured_lines(a=worse)["asa-rivals"]) == {"a": False}
 
 
+def test_what_is_left_and_kept_is_judged_on_more_prompts_and_heads_and_rivals_where_these_were_measured():
+    found, judged = {"a": treated(after(0.5))}, {"a": treated(after(0.0, 0.2, n=900), n=900)}
+    lines = by_id(cure_claims(found, judged=judged, cure="cure", random=["random 0"], rivals=["rival"]))
+    counts = {name: line["by_organism"]["a"]["n"] for name, line in lines.items()}
+    assert counts["asa-cure"] == counts["asa-utility"] == 900
+    assert counts["asa-head-choice"] == counts["asa-rivals"] == 400
+    assert passed(lines["asa-cure"]) == {"a": True}
+    assert passed(lines["asa-utility"]) == {"a": False}
+
+
 def test_the_bar_is_the_rival_that_leaves_least():
     found = {"a": treated(after(0.4), rival=after(0.6)) | {"other": after(0.2), "third": after(0.5)}}
-    lines = by_id(cure_claims(found, cure="cure", random=["random 0"], rivals=["rival", "other", "third"]))
+    lines = by_id(
+        cure_claims(found, judged=found, cure="cure", random=["random 0"], rivals=["rival", "other", "third"])
+    )
     assert lines["asa-rivals"]["by_organism"]["a"]["value"] == pytest.approx(-0.2)
     assert "Best rival that keeps CACC: other (a)." in lines["asa-rivals"]["reason"]
 
@@ -287,7 +299,8 @@ def test_every_family_must_be_told_from_clean_models():
 def all_lines():
     lines = similarity_claims({"a": similar(9, 0)}, families=["a"])
     lines += [head_claim({"a": agreement(0.5, 0.0)}), verdict_claim({"word": {"wins": [[1.0]]}})]
-    lines += cure_claims({"a": treated(after(0.0))}, cure="cure", random=["random 0"], rivals=["rival"])
+    found = {"a": treated(after(0.0))}
+    lines += cure_claims(found, judged=found, cure="cure", random=["random 0"], rivals=["rival"])
     return by_id(lines)
 
 

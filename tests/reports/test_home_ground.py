@@ -196,7 +196,7 @@ def test_every_dose_is_a_dot_and_the_chosen_one_has_a_ring():
 
 
 def trial_lines(**found):
-    return by_id(encoder_claims(found, cure="cure", random=["random 0", "random 1"], rivals=["rival"]))
+    return by_id(encoder_claims(found, judged=found, cure="cure", random=["random 0", "random 1"], rivals=["rival"]))
 
 
 def test_the_fair_trial_allows_three_points_more_than_the_clean_control():
@@ -219,7 +219,9 @@ def test_the_other_lines_of_the_fair_trial_have_the_bars_of_those_on_causal_mode
 
 def test_a_model_that_was_left_as_it_is_passes_nothing():
     found = {"a": treated(after(0.4)), "b": treated(after(1.0))}
-    lines = by_id(encoder_claims(found, cure="cure", random=["random 0"], rivals=["rival"], no_dose=["b"]))
+    lines = by_id(
+        encoder_claims(found, judged=found, cure="cure", random=["random 0"], rivals=["rival"], no_dose=["b"])
+    )
     assert passed(lines["encoder-utility"]) == {"a": True}
     assert passed(lines["encoder-cure"]) == {"a": False, "b": False}
     assert all(line["reason"].endswith("No dose for: b.") for line in lines.values())
@@ -258,7 +260,7 @@ def test_a_prompt_counts_with_its_mean_over_seeds():
 def all_lines():
     found = {"a": treated(after(0.1)) | {"searched": after(0.1)}}
     seeds = {"a": {name: [found["a"][name]] for name in ("searched", "untreated", "clean control")}}
-    lines = encoder_claims(found, cure="cure", random=["random 0"], rivals=["rival"])
+    lines = encoder_claims(found, judged=found, cure="cure", random=["random 0"], rivals=["rival"])
     return [*lines, *searched_claims(seeds, found, rivals=["rival"]), causal_claim(found)]
 
 
@@ -270,6 +272,18 @@ def test_a_causal_organism_passes_only_if_attack_and_task_both_do():
     assert line["by_organism"]["fires"]["value"] == pytest.approx(0.1)
     assert line["id"] == "searched-causal"
     assert line["figure"] == "06_searched"
+
+
+def test_accuracy_of_encoders_is_judged_on_more_prompts():
+    found, judged = {"a": treated(after(0.1))}, {"a": treated(after(0.1, 0.2, n=900), n=900)}
+    lines = by_id(encoder_claims(found, judged=judged, cure="cure", random=["random 0"], rivals=["rival"]))
+    assert passed(lines["encoder-utility"]) == {"a": False}
+    assert {name: line["by_organism"]["a"]["n"] for name, line in lines.items()} == {
+        "encoder-cure": 400,
+        "encoder-utility": 900,
+        "encoder-head-choice": 400,
+        "encoder-rivals": 400,
+    }
 
 
 def test_every_claim_on_encoders_is_judged_once_and_its_figure_is_drawn():
