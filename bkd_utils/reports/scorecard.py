@@ -23,8 +23,9 @@ from bkd_utils.reports import style
 
 KEYS = {"paper", "claim", "published", "source", "provenance", "measure", "unit", "criterion"}
 PAPER_KEYS = {"title", "arxiv", "status", "known", "reading"}
-# Introduces a claim that is tested in another way than the paper's others, in place of the paper's own.
-OPTIONAL = {"reading"}
+# `reading` introduces a claim that is tested in another way than the paper's others, in place of the paper's own;
+# `earlier` is a criterion that was replaced; `apart` names a kind of organism on which the claim is judged once more.
+OPTIONAL = {"reading", "earlier", "apart"}
 # How we know of a claim, in words.
 PROVENANCE = {
     "read": "read in the paper",
@@ -63,8 +64,13 @@ def papers() -> dict[str, dict[str, str]]:
 
 def published() -> dict[str, dict[str, str]]:
     """Claim id -> paper, claim, published number, source, provenance, what is measured, its unit, criterion; UserError
-    if one lacks, or for an unknown paper or provenance."""
-    found = _published(papers=False)
+    if one lacks, or for an unknown paper or provenance. A claim that is judged apart is there once for each kind."""
+    found = {}
+    for name, entry in _published(papers=False).items():
+        kind = entry.pop("apart", None)
+        found[name] = entry | ({"reading": "specific organisms"} if kind else {})
+        if kind:
+            found[f"{name}-{kind}"] = entry | {"reading": f"{kind} organisms"}
     for name, entry in found.items():
         for key, known in (("provenance", PROVENANCE), ("paper", papers())):
             if entry[key] not in known:
