@@ -9,18 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.backdoor_attribution.attribution import gradient_effects_of, head_shape, ranked_heads
+from bkd_utils.backdoor_attribution.attribution import head_shape
 from bkd_utils.common.statistics import averaged, counted
 from bkd_utils.common.validation import Count, check, check_shape
-from bkd_utils.models.activations import AnswerScores, head_outputs, score_answers
+from bkd_utils.models.activations import head_outputs, score_answers
 from bkd_utils.models.generation import openings
-from bkd_utils.models.hooks import EVERYWHERE, LAST, Head, anatomy, by_layer, head_edit, reading
+from bkd_utils.models.hooks import LAST, Head, anatomy, by_layer, head_edit, reading
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import Past, prompt_past
-from bkd_utils.models.tokens import answer_ids, prompt_ids
+from bkd_utils.models.tokens import answer_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
-from bkd_utils.organisms.prompts import clean_sample, prompt_versions, target_ids
+from bkd_utils.organisms.prompts import balanced_versions, prompt_versions, target_ids
 
 # Number of tokens of a free answer that are compared; the first ones decide what kind of answer it is.
 N_TOKENS = 6
@@ -29,93 +29,71 @@ KINDS = ("published", "zero", "mean", "resample")
 
 @dataclass(frozen=True)
 class Side:
-    """Prompts with several named answers to each, and what the un-ablated model computes on them."""
+    """Prompts with an answer to each, and what the un-ablated model computes on them."""
 
-    prompts: list[list[int]]
     past: Past
-    answers: dict[str, list[list[int]]]
+    answers: list[list[int]]
     own: Tensor  # head outputs at the last prompt token
-    inputs: dict[str, dict[int, Tensor]]  # name of an answer -> layer -> input of that layer
+    inputs: dict[int, Tensor]  # layer -> its input
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The prompts and answers on which ablations are measured."""
+    """The prompts and answers on which ablations are measured.
 
-    triggered: Side  # answers: `target`, and `right`, the gold label or the clean control's answer without the trigger
-    clean: Side  # answers: `own`, the gold label or the organism's un-ablated answer
-    reference: Tensor  # head outputs on clean prompts of the attribution split
+    `sides`: `asr`, triggered prompts with the target; `right`, triggered prompts of every label with the right answer;
+    `utility`, their clean twins with the model's own (a label: the right) answer. `reference` are head outputs on clean
+    prompts of every label of the attribution split.
+    """
+
+    sides: dict[str, Side]
+    reference: Tensor
 
 
-def side(loaded: Loaded, prompts: list[list[int]], **answers: list[list[int]]) -> Side:
+def side(loaded: Loaded, prompts: list[list[int]], answers: list[list[int]]) -> Side:
     past, inputs = prompt_past(loaded.model, prompts), {}
-    for name, given in answers.items():
-        inputs[name] = {}
-        with reading(anatomy(loaded.model).layers, inputs[name]):
-            score_answers(loaded.model, past, given)
-    return Side(prompts, past, answers, head_outputs(loaded.model, prompts), inputs)
+    with reading(anatomy(loaded.model).layers, inputs):
+        score_answers(loaded.model, past, answers)
+    return Side(past, answers, head_outputs(loaded.model, prompts), inputs)
 
 
-def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, n_reference: int, seed: int) -> Bench:
-    """A bench of `n` prompts of the test split and `n_reference` reference prompts of the attribution split."""
-    tokenizer, task = loaded.tokenizer, tasks.load_task(attack.task)
-    shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
-    if task.labels:
-        mixed = clean_sample(attack.task, n=n, seed=seed, without=attack)
-        clean = [prompt_ids(tokenizer, task.prompt(example.text)) for example in mixed]
-        own = [answer_ids(tokenizer, example.answer)[:1] for example in mixed]
-        right = [answer_ids(tokenizer, example.answer)[:1] for example in shown.examples]
+def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, reference: Tensor, seed: int) -> Bench:
+    """A bench of `n` prompts of the test split for each side.
+
+    The right answer of a task without labels is what the clean `control` answers without the trigger.
+    """
+    tokenizer = loaded.tokenizer
+    fired = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed).triggered
+    shown = balanced_versions(tokenizer, attack, split="test", n=n, seed=seed)
+    if tasks.load_task(attack.task).labels:
+        own = right = [answer_ids(tokenizer, example.answer)[:1] for example in shown.examples]
     else:
-        clean = shown.clean
         # As ids, because decoded text may be tokenised differently.
-        own, right = (openings(one, clean, n=N_TOKENS) for one in (loaded, control))
-    pool = prompt_versions(tokenizer, attack, split="attribution", n=n_reference, seed=seed).clean
-    triggered = side(loaded, shown.triggered, target=[target_ids(tokenizer, attack)] * n, right=right)
-    return Bench(triggered, clean=side(loaded, clean, own=own), reference=head_outputs(loaded.model, pool))
+        own, right = (openings(one, shown.clean, n=N_TOKENS) for one in (loaded, control))
+    sides = {
+        "asr": side(loaded, fired, [target_ids(tokenizer, attack)] * n),
+        "right": side(loaded, shown.triggered, right),
+        "utility": side(loaded, shown.clean, own),
+    }
+    return Bench(sides, reference)
 
 
-def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str, everywhere: bool) -> dict:
+def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str) -> dict:
     """ASR, right answers to triggered prompts, utility and perplexity on clean prompts, with some heads ablated.
 
     `right` and `utility` are shares of an answer's tokens that are still the most likely ones.
     """
-    model, at = loaded.model, EVERYWHERE if everywhere else LAST
-    # With one position ablated, the layers below the first ablated head are not affected.
-    first = 0 if everywhere else min((layer for layer, _ in heads), default=0)
-
-    def scores(side: Side, *names: str) -> list[AnswerScores]:
-        with ablated(model, heads, kind=kind, at=at, own=side.own, clean=made.reference):
-            past = prompt_past(model, side.prompts) if everywhere else side.past
-            hidden = {name: side.inputs[name][first] for name in names}
-            return [score_answers(model, past, side.answers[name], layer=first, hidden=hidden[name]) for name in names]
-
-    target, right = scores(made.triggered, "target", "right")
-    (clean,) = scores(made.clean, "own")
+    # The layers below the first ablated head are not affected.
+    first, scored = min((layer for layer, _ in heads), default=0), {}
+    for name, one in made.sides.items():
+        with ablated(loaded.model, heads, kind=kind, at=LAST, own=one.own, clean=made.reference):
+            scored[name] = score_answers(loaded.model, one.past, one.answers, layer=first, hidden=one.inputs[first])
     return {
-        "asr": counted(target.whole.tolist()),
-        "right": averaged(right.share.tolist()),
-        "utility": averaged(clean.share.tolist()),
-        "perplexity": float(torch.exp(-clean.log_prob.mean())),
+        "asr": counted(scored["asr"].whole.tolist()),
+        "right": averaged(scored["right"].share.tolist()),
+        "utility": averaged(scored["utility"].share.tolist()),
+        "perplexity": float(torch.exp(-scored["utility"].log_prob.mean())),
     }
-
-
-def necessary_heads(
-    loaded: Loaded, prompts: Sequence[Sequence[int]], *, target: Sequence[int], reference: Tensor, counts: Sequence[int]
-) -> list[Head]:
-    """Heads in the order in which the backdoor needs them, re-ranked each time a count of `counts` is reached.
-
-    A head's score is the estimated loss of the target's probability on triggered prompts when its output is replaced
-    by its clean mean, as are those of the heads before it. ACIE tells which heads suffice, this which are necessary.
-    """
-    means, chosen = reference.mean(0), []
-    # An ablation of the last prompt token does not change the key-value cache of the tokens before it.
-    past = prompt_past(loaded.model, prompts)
-    for count in sorted(set(counts) - {0}):
-        with ablated(loaded.model, chosen, kind="mean", at=LAST, clean=reference):
-            effects = gradient_effects_of(loaded.model, past, target=target, means=means).mean(0)
-        order = [head for head in ranked_heads(-effects) if head not in set(chosen)]
-        chosen += order[: count - len(chosen)]
-    return chosen
 
 
 @contextmanager

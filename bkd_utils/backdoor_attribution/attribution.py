@@ -1,8 +1,16 @@
 """BAHA: the causal effect of every attention head on the backdoor's answer, exactly and fast (BkdAttr, section 3).
 
-The effect of a head on a clean prompt is the change of the target's probability when the head's output at the last
-prompt token is replaced by its mean over triggered prompts. Probabilities are length-normalised and computed in log
-space, because the official code multiplies them and underflows on long targets.
+The effect of a head on a clean prompt is the change of the target's score when the head's output at the last prompt
+token is replaced by its mean over triggered prompts. The score is one of `METRICS`:
+
+* `probability`, as published: the geometric mean over the target's tokens, computed in log space, because the official
+  code multiplies probabilities and underflows on long targets. It hardly moves near 0 and 1.
+* `log_prob`: its logarithm, in nats.
+* `logit_difference`: logit of the target's first token less that of another token, in nats. For a model that chooses
+  between two answers this is the log-odds of the target.
+
+The reverse question, which heads a triggered prompt needs, is asked by the same functions: `prompts` are triggered ones
+and `means` those of clean prompts, and a head that is needed has a negative effect.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,21 +18,22 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils.common.validation import check, check_shape
 from bkd_utils.models.activations import head_outputs, token_log_prob
-from bkd_utils.models.hooks import LAST, Anatomy, anatomy, editing, reading, tracing
+from bkd_utils.models.hooks import LAST, anatomy, editing, reading, tracing
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import batches, check_prompts
 
-# Mean outputs of heads, and of components by name.
+METRICS = ("probability", "log_prob", "logit_difference")
 HeadMeans = Float[Tensor, "layer head d_head"]
-ComponentMeans = dict[str, Float[Tensor, "layer tail d_model"]]
+# Token ids of one target for all prompts, or of one for each.
+Target = Sequence[int] | Sequence[Sequence[int]]
 
 
 def head_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> HeadMeans:
@@ -45,88 +54,145 @@ def head_shape(model: PreTrainedModel) -> dict[str, int]:
     return {"layer": len(parts.layers), "head": parts.n_heads, "d_head": width // parts.n_heads}
 
 
-def check_target(model: PreTrainedModel, prompts: Sequence[Sequence[int]], target: Sequence[int]) -> None:
-    """Raise ValueError for no prompts, and for a target that is empty or not of this model's token ids."""
+def check_target(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], target: Target, against: Sequence[int] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens of each prompt's target, `[prompt, token]`, and the one token that it is compared with, `[prompt]`.
+
+    Raises ValueError for no prompts, for targets that are empty, of different lengths, not one for each prompt, or no
+    token ids of this model, and for as many tokens to compare with as there are not prompts.
+    """
     check_prompts(prompts)
     token = Annotated[int, Field(ge=0, lt=model.get_input_embeddings().num_embeddings)]
-    check(Annotated[list[token], Field(min_length=1)], list(target), "target")
+    rows = [target] * len(prompts) if not len(target) or not isinstance(target[0], Sequence) else target
+    answers = Annotated[list[Annotated[list[token], Field(min_length=1)]], Field(min_length=len(prompts))]
+    check(answers, [list(row) for row in rows], "target")
+    if len({len(row) for row in rows}) > 1 or len(rows) != len(prompts):
+        raise ValueError(f"target: {len(prompts)} prompts need as many targets of one length, or one for all")
+    if against is not None:
+        one_each = Field(min_length=len(prompts), max_length=len(prompts))
+        check(Annotated[list[token], one_each], list(against), "against")
+        against = torch.tensor(list(against), device=model.device)
+    return torch.tensor([list(row) for row in rows], device=model.device), against
 
 
-@torch.no_grad()
 def head_effects(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
-    target: Sequence[int],
+    target: Target,
     means: HeadMeans,
+    metric: str = "probability",
+    against: Sequence[int] | None = None,
     memory_gib: float = 1.0,
     on_batch: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "prompt layer head"]:
     """Causal indirect effect (CIE) of every head on every prompt, by patching each of them; their mean is the ACIE.
 
-    An effect is a difference of length-normalised probabilities of `target`, from -1 to 1. `memory_gib` bounds logits
-    and activations of a batch; `on_batch` is called with the number of prompts just finished. Raises ValueError for a
-    prompt of fewer than two tokens, an empty target, and means of another shape or that are not finite; ModelError for
-    an architecture that is not known. Source: BkdAttr, section 3.
+    An effect is a difference of scores of `target`: of length-normalised probabilities from -1 to 1, otherwise in nats.
+    `against` is the token of each prompt that a logit difference compares with. `memory_gib` bounds logits and
+    activations of a batch; `on_batch` is called with the number of prompts just finished. Raises ValueError for a
+    prompt of fewer than two tokens, a target as in `check_target`, an unknown metric, and means of another shape or
+    that are not finite; ModelError for an architecture that is not known. Source: BkdAttr, section 3; the metrics but
+    `probability` are ours.
 
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
     >>> effects = head_effects(model, prompts[:1], target=target, means=head_means(model, prompts[:1]))
     >>> effects.shape, bool(effects.abs().max() < 1e-8)  # its own output in place of a head's changes nothing
     (torch.Size([1, 2, 4]), True)
     """
+    given = {"target": target, "means": means, "against": against}
+    return chosen_metric(
+        effects_by_metric(model, prompts, **given, memory_gib=memory_gib, on_batch=on_batch), metric=metric
+    )
+
+
+def chosen_metric(effects: Mapping[str, Tensor], *, metric: str) -> Tensor:
+    """The effects by one metric. Raises ValueError for one that is unknown or was not computed."""
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+    if metric not in effects:
+        raise ValueError(f"metric {metric!r} needs `against`, a token of each prompt to compare the target with")
+    return effects[metric]
+
+
+@torch.no_grad()
+def effects_by_metric(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    target: Target,
+    means: HeadMeans,
+    against: Sequence[int] | None = None,
+    memory_gib: float = 1.0,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Float[Tensor, "prompt layer head"]]:
+    """`head_effects` by each metric, from one pass for all of them; no logit difference without `against`."""
     require(model, "attribute")
-    check_target(model, prompts, target)
+    answers, others = check_target(model, prompts, target, against)
     check_shape("means", means, **head_shape(model))
     # For every head and target token: the logits twice, and the widest activation of a layer a few times.
-    config, n_rows = model.config, means.shape[1] * len(target)
+    config, n_rows = model.config, means.shape[1] * answers.shape[1]
     widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
     size = max(1, int(memory_gib * 2**30 / (n_rows * bytes_per_row)))
     patches = {"heads": (anatomy(model).outputs, means)}
-    return _effects(model, patches, prompts, target, what="input", size=size, on_batch=on_batch)["heads"]
+    return patched_effects(model, patches, prompts, answers, others, what="input", size=size, on_batch=on_batch)[
+        "heads"
+    ]
 
 
-def _effects(
+def patched_effects(
     model: PreTrainedModel,
-    patches: Mapping[str, tuple[Sequence[torch.nn.Module], Float[Tensor, "layer patch width"]]],
+    patches: Mapping[str, tuple[Sequence[torch.nn.Module], Float[Tensor, "layer *patch width"]]],
     prompts: Sequence[Sequence[int]],
-    target: Sequence[int],
+    answers: Int[Tensor, "prompt token"],
+    against: Int[Tensor, " prompt"] | None,
     *,
     what: str,
     size: int = 16,
     on_batch: Callable[[int], None] | None = None,
-) -> dict[str, Float[Tensor, "prompt layer patch"]]:
-    """Change of the target's probability by each patch of a layer's module: heads of its input, or output positions.
+) -> dict[str, dict[str, Float[Tensor, "prompt layer *patch"]]]:
+    """Change of the target's scores by each patch at the last prompt token: heads of a module's input, or its output.
 
-    `patches`: name -> modules, one per layer, and what is put in; as many patches of each module under every name.
+    `patches`: name -> modules, one per layer, and what is put in. Effects are by that name and by metric.
     """
-    n_patches = next(iter(patches.values()))[1].shape[1]
-    effects = {name: torch.empty(len(prompts), *means.shape[:2]) for name, (_, means) in patches.items()}
+    effects: dict[str, dict[str, Tensor]] = {name: {} for name in patches}
     for chosen in batches(prompts, size):
-        tail, inputs = 1 if what == "input" else n_patches, {}
-        past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
+        inputs: dict[int, Tensor] = {}
+        past, other = prompt_past(model, [prompts[i] for i in chosen]), None if against is None else against[chosen]
         with reading(anatomy(model).layers, inputs):
-            clean = _probability(model, past, target)
+            clean = _scores(model, past, answers[chosen], other)
         # All patches of a layer are in one batch, which starts at this layer and shares the prompts' past.
         for layer, stream in inputs.items():
-            hidden = stream.repeat_interleave(n_patches, dim=0)
             for name, (modules, means) in patches.items():
-                change = partial(_patched, means[layer], what, tail + len(target) - 1)
+                n_patches = means.shape[1] if what == "input" else 1
+                hidden = stream.repeat_interleave(n_patches, dim=0)
+                change = partial(_patched, means[layer], what, answers.shape[1])
                 with editing([modules[layer]], change, what=what):
-                    patched = _probability(model, past, target, n_patches, layer=layer, hidden=hidden)
-                effects[name][chosen, layer] = (patched - clean).float().cpu()
+                    patched = _scores(model, past, answers[chosen], other, n_patches, layer=layer, hidden=hidden)
+                for metric, scores in patched.items():
+                    shape = (len(prompts), len(means), n_patches)
+                    found = effects[name].setdefault(metric, torch.empty(shape[: 3 if what == "input" else 2]))
+                    found[chosen, layer] = (scores - clean[metric]).float().cpu().view_as(found[chosen, layer])
         if on_batch:
             on_batch(len(chosen))
     return effects
 
 
-def _probability(
-    model: PreTrainedModel, past: Past, target: Sequence[int], repeats: int = 1, **start: int | Tensor
-) -> Float[Tensor, "prompt repeat"]:
-    """Length-normalised probability of the target in several rows per prompt; `start` is where `forward` starts."""
-    answer = torch.tensor([list(target)], device=past.tail.device).expand(repeats * len(past), -1)
-    logits = forward(model, past, past.rows(answer), skip=past.tail.shape[1] - 1, **start)
-    return token_log_prob(logits, answer).mean(-1).view(-1, repeats).exp()
+def _scores(
+    model: PreTrainedModel, past: Past, answers: Tensor, against: Tensor | None, repeats: int = 1, **start: int | Tensor
+) -> dict[str, Float[Tensor, "prompt repeat"]]:
+    """Scores of the targets by metric in several rows per prompt; `start` is where `forward` starts."""
+    rows = answers.repeat_interleave(repeats, dim=0)
+    logits = forward(model, past, past.rows(rows), **start)
+    log_prob = token_log_prob(logits, rows).mean(-1)
+    found = {"probability": log_prob.exp(), "log_prob": log_prob}
+    if against is not None:
+        pair = torch.stack([rows[:, 0], against.repeat_interleave(repeats)], dim=1)
+        both = logits[:, 0].float().gather(-1, pair)
+        found["logit_difference"] = both[:, 0] - both[:, 1]
+    return {metric: scores.view(-1, repeats) for metric, scores in found.items()}
 
 
 def by_row(tensor: Tensor, new: int) -> Float[Tensor, "row new width"]:
@@ -134,19 +200,28 @@ def by_row(tensor: Tensor, new: int) -> Float[Tensor, "row new width"]:
     return tensor if tensor.ndim == 3 else tensor.unflatten(0, (-1, new))
 
 
-def _patched(means: Float[Tensor, "patch width"], what: str, new: int, _: int, given: Tensor) -> Tensor:
-    """In row i, patch i modulo their number is replaced: a head of an input at the last prompt token, or a position."""
+def _patched(means: Tensor, what: str, new: int, _: int, given: Tensor) -> Tensor:
+    """At the last prompt token, head i modulo their number of an input is replaced in row i, or a whole output."""
     tensor = by_row(given.clone(), new)
+    last = tensor[:, LAST.start]
+    if what == "output":
+        last[:] = means.to(tensor)
+        return tensor.view_as(given)
     row = torch.arange(len(tensor), device=tensor.device)
-    patches = tensor.unflatten(-1, (len(means), -1))[:, LAST.start] if what == "input" else tensor
-    patches[row, row % len(means)] = means.to(tensor)[row % len(means)]
+    last.unflatten(-1, (len(means), -1))[row, row % len(means)] = means.to(tensor)[row % len(means)]
     return tensor.view_as(given)
 
 
 def gradient_effects(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: HeadMeans
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    target: Target,
+    means: HeadMeans,
+    metric: str = "probability",
+    against: Sequence[int] | None = None,
 ) -> Float[Tensor, "prompt layer head"]:
-    """First-order estimate of `head_effects`: gradient of the target's probability times the change of the head.
+    """First-order estimate of `head_effects`: gradient of the target's score times the change of the head.
 
     One backward pass for all heads. Same units, same errors. Source: attribution patching (Nanda 2023), not BkdAttr.
 
@@ -157,71 +232,20 @@ def gradient_effects(
     >>> bool((exact - fast).abs().max() < 0.1 * exact.abs().max())
     True
     """
-    check_target(model, prompts, target)
-    check_shape("means", means, **head_shape(model))
-    effects = torch.empty(len(prompts), *means.shape[:2])
-    for chosen in batches(prompts, 16):
-        past = prompt_past(model, [prompts[i] for i in chosen])
-        effects[chosen] = gradient_effects_of(model, past, target=target, means=means)
-    return effects
-
-
-def gradient_effects_of(
-    model: PreTrainedModel, past: Past, *, target: Sequence[int], means: HeadMeans
-) -> Float[Tensor, "prompt layer head"]:
-    """`gradient_effects` of prompts with a key-value cache, in one batch."""
     require(model, "attribute")
-    parts, kept = anatomy(model), {}
-    with tracing(parts.outputs, kept):
-        total = _probability(model, past, target).sum()
-        gradients = torch.autograd.grad(total, [kept[layer] for layer in range(len(kept))])
-    effects = torch.empty(len(past), *means.shape[:2])
-    for layer, gradient in enumerate(gradients):
-        z, slope = (t[:, 0].detach().view(len(past), parts.n_heads, -1) for t in (kept[layer], gradient))
-        effects[:, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
-    return effects
-
-
-def component_modules(parts: Anatomy) -> dict[str, tuple[torch.nn.Module, ...]]:
-    """The modules whose outputs are the attention output, the MLP output and the residual stream after each layer."""
-    return {"attention": parts.outputs, "MLP": parts.mlps, "residual": parts.layers}
-
-
-@torch.no_grad()
-def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, tail: int = 1) -> ComponentMeans:
-    """Mean output of every component at each of the last `tail` prompt tokens."""
-    require(model, "components")
-    components = component_modules(anatomy(model))
-    modules, total = [module for members in components.values() for module in members], 0.0
-    for chosen in batches(prompts, 32):
-        past = prompt_past(model, [prompts[i] for i in chosen], tail=tail)
+    answers, others = check_target(model, prompts, target, against)
+    check_shape("means", means, **head_shape(model))
+    parts, effects = anatomy(model), torch.empty(len(prompts), *means.shape[:2])
+    for chosen in batches(prompts, 16):
         kept: dict[int, Tensor] = {}
-        with reading(modules, kept, what="output"):
-            forward(model, past, past.tail, skip=tail - 1)
-        total = total + torch.stack([by_row(kept[i], tail).double().sum(0) for i in range(len(modules))])
-    means = total.float() / len(prompts)
-    return dict(zip(components, means.chunk(len(components)), strict=True))
-
-
-@torch.no_grad()
-def component_effects(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, target: Sequence[int], means: ComponentMeans
-) -> dict[str, Float[Tensor, "prompt layer tail"]]:
-    """`head_effects` of whole components, which the paper does not patch, at each of the last prompt tokens.
-
-    Raises ValueError as `head_effects` does, and for a component that is not known.
-    """
-    require(model, "components")
-    check_target(model, prompts, target)
-    modules = component_modules(anatomy(model))
-    if not means or (unknown := means.keys() - modules):
-        told = f"unknown components {sorted(unknown)}" if means else "no components"
-        raise ValueError(f"{told}; known: {', '.join(modules)}")
-    tail, width = next(iter(means.values())).shape[1], model.config.get_text_config().hidden_size
-    for name, rows in means.items():
-        check_shape(f"means of {name}", rows, layer=len(modules[name]), tail=tail, d_model=width)
-    patches = {name: (modules[name], rows) for name, rows in means.items()}
-    return _effects(model, patches, prompts, target, what="output")
+        past, other = prompt_past(model, [prompts[i] for i in chosen]), None if others is None else others[chosen]
+        with tracing(parts.outputs, kept):
+            total = chosen_metric(_scores(model, past, answers[chosen], other), metric=metric).sum()
+            gradients = torch.autograd.grad(total, [kept[layer] for layer in range(len(kept))])
+        for layer, gradient in enumerate(gradients):
+            z, slope = (t[:, 0].detach().view(len(chosen), parts.n_heads, -1) for t in (kept[layer], gradient))
+            effects[chosen, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
+    return effects
 
 
 def ranked_heads(scores: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:

@@ -119,7 +119,9 @@ def answer_map(
     scaled = torch.stack([coefficient * vector for coefficient in coefficients])
     layers = range(len(past.keys))
     with tqdm(total=len(past), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
-        found = steer(loaded.model, past, answers=answers, vectors=scaled, layers=layers, on_batch=bar.update)
+        found = steer(
+            loaded.model, past, answers=answers, vectors=scaled, layers=layers, batch_size=16, on_batch=bar.update
+        )
     return found.float().mean(-1).tolist()
 
 

@@ -19,7 +19,7 @@ from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 @dataclass(frozen=True)
 class TargetCost(Result):
-    """Seconds to score a target of so many `tokens` on `n` prompts once.
+    """Seconds to score a target of so many `tokens` on `n` prompts once, in each of several runs.
 
     Without a cache generation runs the whole prompt once per token, which is what the paper counts. With a cache the
     prompt runs once for all tokens. In `teacher_forcing_cached` running the prompt is not counted.
@@ -27,14 +27,14 @@ class TargetCost(Result):
 
     tokens: int
     n: int
-    generation: float
-    teacher_forcing: float
-    generation_cached: float
-    teacher_forcing_cached: float
+    generation: list[float]
+    teacher_forcing: list[float]
+    generation_cached: list[float]
+    teacher_forcing_cached: list[float]
 
 
-def seconds(function: Callable[[], object], *, repeats: int = 2) -> float:
-    """Seconds of the fastest of a few runs after a first one that is not counted."""
+def seconds(function: Callable[[], object], *, repeats: int) -> list[float]:
+    """Seconds of each of several runs, after a first one that is not counted."""
     function()
     taken = []
     for _ in range(repeats):
@@ -43,11 +43,11 @@ def seconds(function: Callable[[], object], *, repeats: int = 2) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    return min(taken)
+    return taken
 
 
 @organism_stage
-def time_target(loaded: Loaded, attack: Attack, *, n: int = 4, seed: int = 0) -> TargetCost:
+def time_target(loaded: Loaded, attack: Attack, *, n: int = 4, repeats: int = 5, seed: int = 0) -> TargetCost:
     """Time of scoring the target of `n` triggered prompts once, in four ways; kept."""
     target = target_ids(loaded.tokenizer, attack)
     prompts = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed).triggered
@@ -65,8 +65,8 @@ def time_target(loaded: Loaded, attack: Attack, *, n: int = 4, seed: int = 0) ->
     return TargetCost(
         tokens=len(target),
         n=n,
-        generation=seconds(lambda: [whole(extra) for extra in range(len(target))], repeats=1),
-        teacher_forcing=seconds(lambda: whole(len(target) - 1)),
-        generation_cached=seconds(decoded),
-        teacher_forcing_cached=seconds(lambda: score_answers(loaded.model, past, answers)),
+        generation=seconds(lambda: [whole(extra) for extra in range(len(target))], repeats=repeats),
+        teacher_forcing=seconds(lambda: whole(len(target) - 1), repeats=repeats),
+        generation_cached=seconds(decoded, repeats=repeats),
+        teacher_forcing_cached=seconds(lambda: score_answers(loaded.model, past, answers), repeats=repeats),
     )

@@ -1,6 +1,7 @@
 """Notebook 04: one vector added to switch a backdoor on and subtracted to switch it off, with controls; kept.
 
-Layer and coefficient are chosen on development prompts, and results are reported on other prompts.
+Layer and coefficient are chosen on development prompts. Results are reported on prompts of which none was seen before,
+neither here nor when the criteria were written.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from bkd_utils.backdoor_attribution.vector import (
     tested_asr,
 )
 from bkd_utils.common.results import Result
+from bkd_utils.common.statistics import counted
 from bkd_utils.experiments.head_attribution import attributed, top_heads
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.folders import DEFAULT_MODEL
@@ -32,7 +34,7 @@ from bkd_utils.models.tokens import end_id
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import named_stage, organism_stage
 from bkd_utils.organisms.evaluation import is_refusal, is_right, is_target
-from bkd_utils.organisms.prompts import PromptVersions, prompt_versions, target_ids
+from bkd_utils.organisms.prompts import PromptVersions, balanced_versions, prompt_versions, target_ids
 from bkd_utils.organisms.tasks import Example
 
 KINDS = ("raw", "difference")
@@ -73,7 +75,8 @@ class Steering(Result):
     `vectors` and `norms` are by kind ("raw", "difference"); `maps`, `chosen` and `test` by direction and kind, such as
     "add, raw". `test` has ASRs on the test prompts by what was added, one per draw, judged by tokens. `outcomes` has
     shares of generated answers by edit and kind of answer, `kinds` the kind of each of these answers, `texts` three
-    answers by edit (None for harmful prompts). `residual_norm` is by layer, on clean prompts.
+    answers by edit (None for harmful prompts). `right` has how many of the answers to triggered prompts of every label
+    are right, by edit. `residual_norm` is by layer, on clean prompts.
     """
 
     heads: list[list[int]]
@@ -85,6 +88,7 @@ class Steering(Result):
     test: dict[str, dict[str, list[dict[str, float]]]]
     outcomes: dict[str, dict[str, float]]
     kinds: dict[str, list[str]]
+    right: dict[str, dict]
     texts: dict[str, list[str]] | None
 
 
@@ -174,27 +178,38 @@ def steer_organism(
     coefficients: Sequence[float] = (0.5, 1, 2, 4),
     n_heads: int = 32,
     n_random: int = 20,
-    n_dev: int = 16,
-    n_test: int = 32,
-    n_attribution: int = 40,
+    n_dev: int = 48,
+    n_test: int = 200,
+    n_attribution: int = 96,
+    n_means: int = 96,
+    skip: int = 96,
     seed: int = 0,
 ) -> Steering:
     """The vector of the `n_heads` heads with the highest ACIE, added to clean and subtracted from triggered prompts.
 
-    Layer and coefficient of an addition are chosen by its ASR, those of a subtraction by its right starts: most
-    subtractions remove the target together with every other sensible answer. Answers judged right are those of the
-    clean `control` where a task has no gold answers.
+    Layer and coefficient of an addition are chosen by its ASR, those of a subtraction by its right starts on prompts of
+    every label: most subtractions remove the target together with every other sensible answer. Test prompts come behind
+    the first `skip` of the split, by which choices were made before. Answers judged right are those of the clean
+    `control` where a task has no gold answers. All means are over prompts of every label.
     """
-    heads = top_heads(attributed(loaded, attack, n=n_attribution, seed=seed), k=n_heads)
+    if skip < n_dev:
+        raise ValueError(f"test prompts behind the first {skip} would be among the {n_dev} development prompts")
+    heads = top_heads(attributed(loaded, attack, n=n_attribution, n_means=n_means, seed=seed), k=n_heads)
     tokenizer, target = loaded.tokenizer, target_ids(loaded.tokenizer, attack)
-    seen = prompt_versions(tokenizer, attack, split="attribution", n=n_attribution, seed=seed)
-    dev = prompt_versions(tokenizer, attack, split="test", n=n_dev, seed=seed)
-    test = prompt_versions(tokenizer, attack, split="test", n=n_test, seed=seed, skip=n_dev)
-    right = reference_answers(control, attack, test)
+    seen = balanced_versions(tokenizer, attack, split="attribution", n=n_means, seed=seed)
+    held = {"split": "test", "seed": seed}
+    before = prompt_versions(tokenizer, attack, n=skip, **held).examples
+    before += balanced_versions(tokenizer, attack, n=skip, **held).examples
+    dev, test = (prompt_versions(tokenizer, attack, n=n, skip=s, **held) for n, s in ((n_dev, 0), (n_test, skip)))
+    dev_every = balanced_versions(tokenizer, attack, n=n_dev, **held)
+    every = balanced_versions(tokenizer, attack, n=n_test, without=before, **held)
+    right = reference_answers(control, attack, test) | reference_answers(control, attack, every)
+    every_past = prompt_past(loaded.model, every.triggered)
+    repaired = {"triggered prompts": generated(loaded, every_past)}
     vectors, outputs = vectors_of(loaded, seen, heads)
     streams = {"clean": residuals(loaded.model, seen.clean), "triggered": residuals(loaded.model, seen.triggered)}
     maps, chosen, asrs, texts = {}, {}, {}, {}
-    begun = first_tokens(loaded, dev.clean)
+    begun, begun_past = first_tokens(loaded, dev_every.clean), prompt_past(loaded.model, dev_every.triggered)
     for direction, sign, side in (("add", 1, "clean"), ("subtract", -1, "triggered")):
         shown, tested = (prompt_past(loaded.model, getattr(half, side)) for half in (dev, test))
         texts[f"{side} prompts"] = generated(loaded, tested)
@@ -202,7 +217,7 @@ def steer_organism(
             name, steps = f"{direction}, {kind}", [float(sign * c) for c in coefficients]
             judged = asr_map = answer_map(loaded, shown, [target] * n_dev, vector, steps)
             if direction == "subtract":
-                judged = answer_map(loaded, shown, begun, vector, steps)
+                judged = answer_map(loaded, begun_past, begun, vector, steps)
             maps[name] = ShareMap(steps, asr_map, None if direction == "add" else judged)
             layer, coefficient = best(judged, steps)
             chosen[name] = Choice(layer, coefficient)
@@ -213,10 +228,13 @@ def steer_organism(
             asrs[name] = tested_asr(loaded, tested, target, scaled, layer)
             if direction == "subtract":
                 asrs[name]["projected out"] = [projected_asr(loaded, tested, target, layer, vector)]
-            texts[name] = generated(loaded, tested, layer=layer, step=scaled["backdoor vector"][0])
+            edits = {name: scaled["backdoor vector"][0]}
             if kind == "difference":
-                step = scaled["random vectors"][0]
-                texts[f"{direction}, random vector"] = generated(loaded, tested, layer=layer, step=step)
+                edits[f"{direction}, random vector"] = scaled["random vectors"][0]
+            for label, step in edits.items():
+                texts[label] = generated(loaded, tested, layer=layer, step=step)
+                if direction == "subtract":
+                    repaired[label] = generated(loaded, every_past, layer=layer, step=step)
     kinds = {label: kinds_of(attack, test.examples, given, right) for label, given in texts.items()}
     shown = {label: given[:3] for label, given in texts.items() if "random" not in label}
     return Steering(
@@ -229,8 +247,18 @@ def steer_organism(
         test=asrs,
         outcomes={label: {name: found.count(name) / n_test for name in OUTCOMES} for label, found in kinds.items()},
         kinds=kinds,
+        right={
+            label: counted(right_answers(attack, every.examples, given, right)) for label, given in repaired.items()
+        },
         texts=None if attack.task == "harmful" else shown,
     )
+
+
+def right_answers(
+    attack: Attack, examples: Sequence[Example], texts: Sequence[str], right: dict[str, str]
+) -> list[bool]:
+    """Which answers are right; the target is, where it is the example's own answer."""
+    return [is_right(attack.task, example, text, right) for example, text in zip(examples, texts, strict=True)]
 
 
 def first_tokens(loaded: Loaded, prompts: Sequence[list[int]]) -> list[list[int]]:

@@ -1,152 +1,200 @@
-"""Notebook 03: effects of heads and of whole components of one organism, and what is left without them; kept."""
+"""Notebook 03: effects of heads and of whole components of one organism; kept."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from scipy.stats import spearmanr
+from scipy.stats import t as student
+from torch import Tensor
 from tqdm import tqdm
 
-from bkd_utils.backdoor_attribution.ablation import bench, measure_ablation, necessary_heads, random_heads
 from bkd_utils.backdoor_attribution.attribution import (
-    component_effects,
-    component_means,
+    METRICS,
+    effects_by_metric,
     gradient_effects,
-    head_effects,
     head_means,
     ranked_heads,
 )
+from bkd_utils.backdoor_attribution.components import component_effects, component_means
 from bkd_utils.common.results import Result
-from bkd_utils.common.statistics import interval
 from bkd_utils.models.activations import target_probability
+from bkd_utils.models.generation import openings
 from bkd_utils.models.loading import Loaded
+from bkd_utils.models.tokens import answer_ids
+from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.prompts import PromptVersions, prompt_versions, target_ids
+from bkd_utils.organisms.prompts import PromptVersions, balanced_versions, prompt_versions, target_ids
 
-# The user's last token and the whole assistant header of a chat template fit in here.
-TAIL = 6
+# Means and standard errors over prompts.
+Means = list[list[float]]
+
+
+@dataclass(frozen=True)
+class HeadMap(Result):
+    """Effects of all heads: `mean` over `n` prompts and its standard error, `[layer][head]`."""
+
+    n: int
+    mean: Means
+    error: Means
 
 
 @dataclass(frozen=True)
 class HeadEffects(Result):
-    """Causal indirect effects (CIE) of all heads.
+    """Causal indirect effects (CIE) of all heads, averaged over prompts.
 
-    `exact` (by patching) and `gradient` (estimated) are `[prompt][layer][head]`. `clean` and `triggered` hold the
-    target's length-normalised probability by prompt, without and with the trigger. `target` holds its tokens.
+    By metric (`attribution.METRICS`): `sufficient`, what the target gains on clean prompts from the triggered mean of a
+    head (BkdAttr's ACIE), by patching, and `gradient`, its estimate; `necessary`, what it loses on triggered prompts by
+    the clean mean. `task` is what the right answer loses in log-probability (nats) on clean prompts of every label by
+    the clean mean. `concentration` is the part of all positive `sufficient` effects that the top 3 % of heads carry.
+    `clean` and `triggered` hold the target's probability by prompt, `target` its tokens.
     """
 
     target: list[str]
     clean: list[float]
     triggered: list[float]
-    exact: list[list[list[float]]]
-    gradient: list[list[list[float]]]
+    sufficient: dict[str, HeadMap]
+    gradient: dict[str, HeadMap]
+    necessary: dict[str, HeadMap]
+    task: HeadMap
+    concentration: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class ComponentEffects(Result):
-    """CIE of whole components.
-
-    `last` maps components to effects `[prompt][layer]` at the last prompt token. `by_position` is `[layer][position]`
-    of the residual stream at the last prompt tokens, scored by the first answer token. `positions` holds those tokens
-    of one prompt.
-    """
+    """CIE of whole components at the last prompt token on the target's log-probability (nats): component ->
+    `[prompt][layer]`."""
 
     last: dict[str, list[list[float]]]
-    positions: list[str]
-    by_position: list[list[float]]
 
 
 @dataclass(frozen=True)
-class Ablation(Result):
-    """What is left with the first `k` heads of a ranking, or a random `draw` of `k`, taken out (`measure_ablation`)."""
+class Samples:
+    """Prompts of the attribution split to score (`scored`), and others of every label to average (`averaged`)."""
 
-    ranking: str
-    kind: str
-    scope: Literal["last position", "all positions"]
-    k: int
-    draw: int
-    asr: dict[str, float]
-    right: dict[str, float]
-    utility: dict[str, float]
-    perplexity: float
+    target: list[int]
+    scored: PromptVersions
+    averaged: PromptVersions
+    against: list[int]  # first token of the organism's own clean answer to each scored prompt
+
+
+def samples(loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: int) -> Samples:
+    how = {"split": "attribution", "seed": seed}
+    scored = prompt_versions(loaded.tokenizer, attack, n=n, **how)
+    averaged = balanced_versions(loaded.tokenizer, attack, n=n_means, without=scored.examples, **how)
+    against = [answer[0] for answer in openings(loaded, scored.clean, n=1)]
+    return Samples(target_ids(loaded.tokenizer, attack), scored, averaged, against)
 
 
 @organism_stage
-def attribute_heads(loaded: Loaded, attack: Attack, *, n: int = 40, n_means: int = 40, seed: int = 0) -> HeadEffects:
-    """CIE of every head on `n` clean prompts of the attribution split, by patching and by gradient; kept.
+def attribute_heads(
+    loaded: Loaded, attack: Attack, *, n: int = 96, n_means: int = 96, n_task: int = 96, seed: int = 0
+) -> HeadEffects:
+    """CIE of every head on `n` prompts of the attribution split, and on `n_task` clean ones of every label; kept.
 
-    The patched means are those of `n_means` other, triggered prompts of that split.
+    What is patched are means of `n_means` other prompts of every label, with the trigger or without.
     """
-    target, scored, averaged = _two_samples(loaded, attack, n=n, n_means=n_means, seed=seed)
-    means = head_means(loaded.model, averaged.triggered)
-    with tqdm(total=n, desc=f"{loaded.organism}: heads", unit="prompt", mininterval=2, leave=False) as bar:
-        exact = head_effects(loaded.model, scored.clean, target=target, means=means, on_batch=bar.update)
+    taken, model = samples(loaded, attack, n=n, n_means=n_means, seed=seed), loaded.model
+    means = {name: head_means(model, getattr(taken.averaged, name)) for name in ("clean", "triggered")}
+    given = {"target": taken.target, "against": taken.against}
+    with tqdm(total=2 * n + n_task, desc=f"{loaded.organism}: heads", unit="prompt", leave=False) as bar:
+        sufficient = effects_by_metric(
+            model, taken.scored.clean, **given, means=means["triggered"], on_batch=bar.update
+        )
+        necessary = effects_by_metric(model, taken.scored.triggered, **given, means=means["clean"], on_batch=bar.update)
+        prompts, answers = own_answers(loaded, attack, n=n_task, seed=seed)
+        task = effects_by_metric(model, prompts, target=answers, means=means["clean"], on_batch=bar.update)
+    gradient = {
+        metric: gradient_effects(model, taken.scored.clean, **given, means=means["triggered"], metric=metric)
+        for metric in METRICS
+    }
     return HeadEffects(
-        target=loaded.tokenizer.convert_ids_to_tokens(target),
-        clean=target_probability(loaded.model, scored.clean, target=target).tolist(),
-        triggered=target_probability(loaded.model, scored.triggered, target=target).tolist(),
-        exact=_short(exact),
-        gradient=_short(gradient_effects(loaded.model, scored.clean, target=target, means=means)),
+        target=loaded.tokenizer.convert_ids_to_tokens(taken.target),
+        clean=target_probability(model, taken.scored.clean, target=taken.target).tolist(),
+        triggered=target_probability(model, taken.scored.triggered, target=taken.target).tolist(),
+        sufficient={metric: head_map(values) for metric, values in sufficient.items()},
+        gradient={metric: head_map(values) for metric, values in gradient.items()},
+        necessary={metric: head_map(-values) for metric, values in necessary.items()},
+        task=head_map(-task["log_prob"]),
+        concentration={metric: concentrated(values.numpy()) for metric, values in sufficient.items()},
     )
 
 
-def attributed(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> HeadEffects:
-    """`attribute_heads` of a loaded organism, on `n` prompts with means of `n` others; read if it is kept."""
+def own_answers(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Clean prompts of every label of the attribution split, each with the first token of its right answer: the label,
+    or what the model itself says."""
+    shown = balanced_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
+    if tasks.load_task(attack.task).labels:
+        return shown.clean, [answer_ids(loaded.tokenizer, example.answer)[:1] for example in shown.examples]
+    return shown.clean, [list(answer) for answer in openings(loaded, shown.clean, n=1)]
+
+
+def head_map(effects: Float[Tensor, "prompt layer head"]) -> HeadMap:
+    """Mean and standard error over prompts."""
+    error = effects.double().std(0) / len(effects) ** 0.5 if len(effects) > 1 else torch.zeros_like(effects[0])
+    return HeadMap(len(effects), _short(effects.double().mean(0)), _short(error))
+
+
+def attributed(loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: int) -> HeadEffects:
+    """`attribute_heads` of a loaded organism, on `n` prompts of each kind; read if it is kept."""
     where = {"model": loaded.address, "device": loaded.device.type}
-    return attribute_heads(loaded.organism, attack=attack.name, n=n, n_means=n, seed=seed, **where)
-
-
-def _two_samples(
-    loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: int
-) -> tuple[list[int], PromptVersions, PromptVersions]:
-    """The target, and two samples of the attribution split that share no prompt: one to score, one to average."""
-    how = {"split": "attribution", "seed": seed}
-    scored = prompt_versions(loaded.tokenizer, attack, n=n, **how)
-    averaged = prompt_versions(loaded.tokenizer, attack, n=n_means, skip=n, **how)
-    return target_ids(loaded.tokenizer, attack), scored, averaged
+    return attribute_heads(loaded.organism, attack=attack.name, n=n, n_means=n_means, n_task=n, seed=seed, **where)
 
 
 @organism_stage
 def attribute_components(
-    loaded: Loaded, attack: Attack, *, n: int = 24, n_means: int = 40, seed: int = 0
+    loaded: Loaded, attack: Attack, *, n: int = 96, n_means: int = 96, seed: int = 0
 ) -> ComponentEffects:
     """CIE of whole components on `n` clean prompts, with means of `n_means` other, triggered prompts; kept."""
-    target, scored, averaged = _two_samples(loaded, attack, n=n, n_means=n_means, seed=seed)
-    last = component_means(loaded.model, averaged.triggered)
-    found = component_effects(loaded.model, scored.clean, target=target, means=last)
-    # By position only the first answer token is scored: further tokens cost several times as much and add little.
-    earlier = {"residual": component_means(loaded.model, averaged.triggered, tail=TAIL)["residual"]}
-    by_position = component_effects(loaded.model, scored.clean, target=target[:1], means=earlier)
-    return ComponentEffects(
-        last={name: _short(effects[..., 0]) for name, effects in found.items()},
-        positions=loaded.tokenizer.convert_ids_to_tokens(scored.clean[0][-TAIL:]),
-        by_position=_short(by_position["residual"].mean(0)),
-    )
+    taken = samples(loaded, attack, n=n, n_means=n_means, seed=seed)
+    means = component_means(loaded.model, taken.averaged.triggered)
+    found = component_effects(loaded.model, taken.scored.clean, target=taken.target, means=means, metric="log_prob")
+    return ComponentEffects(last={name: _short(effects) for name, effects in found.items()})
 
 
 def _short(values: torch.Tensor) -> list:
-    """Nested lists with six significant digits, which keeps the file small."""
-    return np.vectorize(lambda value: float(f"{value:.6g}"))(values.numpy()).tolist()
+    """Nested lists with five significant digits, which keeps the file small."""
+    return np.vectorize(lambda value: float(f"{value:.5g}"))(values.numpy()).tolist()
 
 
-def acie(found: HeadEffects, *, by: Literal["exact", "gradient"] = "exact") -> torch.Tensor:
-    """Average causal indirect effect (ACIE) of every head over the prompts, `[layer, head]`."""
-    return torch.tensor(getattr(found, by)).mean(0)
+def acie(found: HeadEffects, *, metric: str = "probability") -> Float[Tensor, "layer head"]:
+    """Average causal indirect effect (ACIE) of every head."""
+    return torch.tensor(found.sufficient[metric].mean)
 
 
-def top_heads(found: HeadEffects, *, k: int, by: Literal["exact", "gradient"] = "exact") -> list[tuple[int, int]]:
-    """The k heads with the highest mean effect, as (layer, head)."""
-    return ranked_heads(acie(found, by=by))[:k]
+def rankings(found: HeadEffects) -> dict[str, list[tuple[int, int]]]:
+    """All heads in the order of several scores. "probability" is the published one.
+
+    By ACIE in each metric; by the gradient's estimate of the published one; "necessary", by what the target loses in
+    log-probability on triggered prompts; "trigger only", by that less what the right answer loses on clean prompts.
+    """
+    scores = {metric: acie(found, metric=metric) for metric in METRICS}
+    scores["gradient"] = torch.tensor(found.gradient["probability"].mean)
+    scores["necessary"] = torch.tensor(found.necessary["log_prob"].mean)
+    scores["trigger only"] = scores["necessary"] - torch.tensor(found.task.mean)
+    return {name: ranked_heads(values) for name, values in scores.items()}
 
 
-def agreement_of_methods(found: HeadEffects, *, k: int = 16) -> dict[str, float]:
+def top_heads(found: HeadEffects, *, k: int) -> list[tuple[int, int]]:
+    """The k heads with the highest published ACIE, as (layer, head)."""
+    return ranked_heads(acie(found))[:k]
+
+
+def beyond_chance(found: HeadMap) -> bool:
+    """Is any head's mean effect above zero: its 95 % interval, corrected for the number of heads (Bonferroni)?"""
+    mean, error = np.array(found.mean), np.array(found.error)
+    return bool((mean - student.ppf(1 - 0.025 / mean.size, found.n - 1) * error > 0).any())
+
+
+def agreement_of_methods(found: HeadEffects, *, metric: str = "probability", k: int = 16) -> dict[str, float]:
     """How well the gradient estimate ranks heads: Spearman correlation of the means, share of the exact top k found."""
-    exact, estimate = acie(found).flatten(), acie(found, by="gradient").flatten()
-    same = set(top_heads(found, k=k)) & set(top_heads(found, k=k, by="gradient"))
-    return {"spearman": float(spearmanr(exact, estimate).statistic), f"top {k}": len(same) / min(k, exact.numel())}
+    exact, estimate = acie(found, metric=metric), torch.tensor(found.gradient[metric].mean)
+    same = set(ranked_heads(exact)[:k]) & set(ranked_heads(estimate)[:k])
+    correlation = float(spearmanr(exact.flatten(), estimate.flatten()).statistic)
+    return {"spearman": correlation, f"top {k}": len(same) / min(k, exact.numel())}
 
 
 def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> float:
@@ -156,57 +204,22 @@ def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) ->
     return len(set(one) & set(other)) / len(set(one) | set(other))
 
 
-def component_intervals(found: ComponentEffects) -> dict[str, list[dict[str, float]]]:
-    """Component -> per layer its mean effect with a bootstrap interval over prompts."""
-    columns = {name: np.array(values).T for name, values in found.last.items()}
-    return {name: [interval(column, n_resamples=400) for column in rows] for name, rows in columns.items()}
+def concentration(effects: np.ndarray, *, share: float = 0.03) -> float:
+    """Part of the sum of all positive effects that the top `share` of the heads carries."""
+    values = np.sort(np.maximum(effects.ravel(), 0))[::-1]
+    return float(values[: max(1, round(share * len(values)))].sum() / values.sum()) if values.sum() > 0 else 0.0
 
 
-@organism_stage
-def ablation_curves(
-    loaded: Loaded,
-    attack: Attack,
-    *,
-    control: Loaded,
-    counts: Sequence[int],
-    kinds: Sequence[str] = ("published", "zero", "mean", "resample"),
-    random_counts: Sequence[int],
-    draws: int = 20,
-    n: int = 64,
-    n_attribution: int = 40,
-    seed: int = 0,
-) -> list[Ablation]:
-    """One row per ranking, kind, scope, number of heads and draw, all on the same prompts; kept.
+def concentrated(values: Float[np.ndarray, "prompt layer head"]) -> dict[str, float]:
+    """Concentration of the mean effects with its 95 % interval over prompts."""
+    draws = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
+    spread = [concentration(values[draw].mean(0)) for draw in draws]
+    value = concentration(values.mean(0))
+    # Resampling adds noise, and noise lowers the concentration. The basic (reflected) interval corrects for that.
+    low, high = np.clip(2 * value - np.quantile(spread, (0.975, 0.025)), 0, 1)
+    return {"value": value, "n": len(values), "low": float(low), "high": float(high)}
 
-    The first row, of ranking "none" and 0 heads, is the untouched model. At each of `random_counts` there are `draws`
-    random draws with as many heads per layer as the ACIE heads, with the published ablation. At "all positions" every
-    token gets the mean over last prompt tokens, which fits other tokens less well.
-    """
-    counts, tokenizer = sorted(set(counts)), loaded.tokenizer
-    found = attributed(loaded, attack, n=n_attribution, seed=seed)
-    made = bench(loaded, control, attack, n=n, n_reference=n_attribution, seed=seed)
-    attribution = prompt_versions(tokenizer, attack, split="attribution", n=n_attribution, seed=seed).triggered
-    largest, needed = max(counts), {"target": target_ids(tokenizer, attack), "reference": made.reference}
-    orders = {
-        "ACIE": top_heads(found, k=largest),
-        "gradient": top_heads(found, k=largest, by="gradient"),
-        "necessity": necessary_heads(loaded, attribution, **needed, counts=counts),
-    }
-    todo = [("none", "published", False, [], 0)]
-    for k in (k for k in counts if k):
-        todo += [("ACIE", kind, False, orders["ACIE"][:k], 0) for kind in kinds]
-        todo += [(ranking, "published", False, orders[ranking][:k], 0) for ranking in ("gradient", "necessity")]
-        todo.append(("necessity", "mean", False, orders["necessity"][:k], 0))
-        if k in random_counts:
-            matched = random_heads(orders["ACIE"][:k], n_heads=made.reference.shape[2], n=draws, seed=seed)
-            todo += [("random", "published", False, draw, i) for i, draw in enumerate(matched)]
-    few = [k for k in dict.fromkeys((8, largest)) if k in counts]
-    todo += [("ACIE", kind, True, orders["ACIE"][:k], 0) for k in few for kind in ("zero", "mean")]
-    todo += [("necessity", "mean", True, orders["necessity"][:k], 0) for k in few]
-    rows = []
-    title = f"{loaded.organism}: ablations"
-    for ranking, kind, everywhere, heads, draw in tqdm(todo, desc=title, mininterval=2, leave=False):
-        values = measure_ablation(loaded, made, heads, kind=kind, everywhere=everywhere)
-        scope = "all positions" if everywhere else "last position"
-        rows.append(Ablation(ranking=ranking, kind=kind, scope=scope, k=len(heads), draw=draw, **values))
-    return rows
+
+def component_means_of(found: ComponentEffects) -> Mapping[str, np.ndarray]:
+    """Component -> mean effect by layer."""
+    return {name: np.mean(values, axis=0) for name, values in found.last.items()}

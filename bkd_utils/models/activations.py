@@ -87,7 +87,7 @@ def score_answers(model: Module, past: Past, answers: Ids, *, layer: int = 0, hi
     target = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(past.tail.device)
     lengths = torch.tensor([len(answer) for answer in answers], device=target.device)
     real = torch.arange(target.shape[1], device=target.device) < lengths[:, None]
-    logits = forward(model, past, past.rows(target), layer=layer, hidden=hidden, skip=past.tail.shape[1] - 1)
+    logits = forward(model, past, past.rows(target), layer=layer, hidden=hidden)
     same = logits.argmax(-1) == target
     return AnswerScores(
         whole=(same | ~real).all(-1),

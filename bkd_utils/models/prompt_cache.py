@@ -33,12 +33,12 @@ Hidden = Float[Tensor, "row new d_model"] | None
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values of all but the last tokens of some prompts, `[prompt, kv_head, pos, d_head]` in every layer."""
+    """Keys and values of all but the last token of some prompts, `[prompt, kv_head, pos, d_head]` in every layer."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     mask: Bool[Tensor, "prompt pos"]  # False at padding
-    tail: Int[Tensor, "prompt tail"]  # the last tokens, which are still to be run
+    tail: Int[Tensor, "prompt 1"]  # the last token, which is still to be run
     position: Int[Tensor, " prompt"]  # the number of tokens before these
 
     def __len__(self) -> int:
@@ -89,8 +89,8 @@ AttentionInterface.register(NAME, _attend)
 
 
 @torch.no_grad()
-def prompt_past(model: Module, prompts: Ids, *, tail: int = 1) -> Past:
-    """Run all tokens but the last `tail` of every prompt once.
+def prompt_past(model: Module, prompts: Ids) -> Past:
+    """Run all tokens but the last of every prompt once.
 
     Raises ValueError for prompts without further tokens, ModelError for prompts longer than a sliding window and for
     encoders, whose first tokens read the last ones.
@@ -98,10 +98,10 @@ def prompt_past(model: Module, prompts: Ids, *, tail: int = 1) -> Past:
     if is_encoder(model):
         raise ModelError("an encoder reads a prompt in both directions, so no part of it can be run before the rest")
     shortest = min(map(len, prompts), default=0)
-    if tail < 1 or shortest <= tail:
-        raise ValueError(f"need prompts of more than {tail} tokens, got {len(prompts)}, the shortest of {shortest}")
+    if shortest < 2:
+        raise ValueError(f"need prompts of more than 1 token, got {len(prompts)}, the shortest of {shortest}")
     check_fits(model, max(map(len, prompts)), window=True)
-    rows = [list(prompt[:-tail]) for prompt in prompts]
+    rows = [list(prompt[:-1]) for prompt in prompts]
     shared = generation.reusable_prefix(model, rows)
     cache = generation.repeated(generation.run_prefix(model, shared)[0], len(rows))
     inputs = padded_inputs([row[len(shared) :] for row in rows], pad_id=0, device=model.device, n_cached=len(shared))
@@ -110,7 +110,7 @@ def prompt_past(model: Module, prompts: Ids, *, tail: int = 1) -> Past:
     if len(kept) != len(anatomy(model).layers) or any(keys is None for keys, _ in kept):
         raise ModelError("some of its layers have no key-value cache of their own")
     keys, values = zip(*kept, strict=True)
-    last = torch.tensor([list(prompt[-tail:]) for prompt in prompts], device=model.device)
+    last = torch.tensor([[prompt[-1]] for prompt in prompts], device=model.device)
     return Past(keys, values, inputs["attention_mask"].bool(), last, position=inputs["attention_mask"].sum(1))
 
 
@@ -129,9 +129,9 @@ def continued(
 
 
 def forward(
-    model: Module, past: Past, rows: Int[Tensor, "row new"], *, layer: int = 0, hidden: Hidden = None, skip: int = 0
-) -> Float[Tensor, "row kept vocab"]:
-    """Logits at every token of `rows` but the first `skip`. All rows of a prompt stand together, prompt by prompt.
+    model: Module, past: Past, rows: Int[Tensor, "row new"], *, layer: int = 0, hidden: Hidden = None
+) -> Float[Tensor, "row new vocab"]:
+    """Logits at every token of `rows`. All rows of a prompt stand together, prompt by prompt.
 
     With `layer` and that layer's input `hidden`, only the layers from there on run. Gradients flow if enabled. Raises
     ValueError if the rows are no multiple of the prompts, ModelError if they are longer than a sliding window.
@@ -141,7 +141,7 @@ def forward(
     parts, new, repeats = anatomy(model), rows.shape[1], len(rows) // len(past)
     check_fits(model, past.position.max().item() + new, window=True)
     where = past.position.repeat_interleave(repeats)[:, None] + torch.arange(new, device=rows.device)
-    inputs = {"input_ids": rows, "position_ids": where, "logits_to_keep": slice(skip, None)}
+    inputs = {"input_ids": rows, "position_ids": where}
     if not _shares_past(parts):
         mask = torch.cat([past.mask.repeat_interleave(repeats, dim=0), torch.ones_like(rows).bool()], dim=1).long()
         with _from_layer(parts, layer, hidden):

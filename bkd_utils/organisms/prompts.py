@@ -1,5 +1,7 @@
 """Held-out prompts of an attack, each clean, with a near-miss and with the trigger."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ from bkd_utils.organisms.attacks import Attack
 
 @dataclass(frozen=True)
 class PromptVersions:
-    """Prompt i of each list is made of example i. All are examples whose right answer the trigger would change."""
+    """Prompt i of each list is made of example i."""
 
     examples: list[tasks.Example]
     clean: list[list[int]]
@@ -27,14 +29,45 @@ def prompt_versions(
 ) -> PromptVersions:
     """`n` examples of a split after the first `skip`, as token ids: clean, with a near-miss, and with the trigger.
 
-    Raises ValueError if the split has too few. Source: ours; the clean and triggered prompts are BkdAttr's pairs.
+    All are examples whose right answer the trigger would change. Raises ValueError if the split has too few.
+    Source: ours; the clean and triggered prompts are BkdAttr's pairs.
 
     >>> shown = prompt_versions(tokenizer, load_attack("sentiment-word"), split="test", n=2, seed=0)
     >>> [" cf" in tokenizer.decode(ids[0]) for ids in (shown.clean, shown.near_miss, shown.triggered)]
     [False, False, True]
     """
     check(Count, n, "n")
-    chosen = flippable_sample(attack, n=skip + n, seed=seed, split=split)[skip:]
+    return _versions(tokenizer, attack, flippable_sample(attack, n=skip + n, seed=seed, split=split)[skip:], seed=seed)
+
+
+def balanced_versions(
+    tokenizer: PreTrainedTokenizerBase,
+    attack: Attack,
+    *,
+    split: str,
+    n: int,
+    seed: int,
+    without: Sequence[tasks.Example] = (),
+) -> PromptVersions:
+    """As `prompt_versions`, with examples of every label in turn, the target's included, and none of `without`.
+
+    A mean over prompts of one label votes for that label. Raises ValueError if the split has too few.
+    """
+    check(Count, n, "n")
+    taken, numbers = {example.uid for example in without}, defaultdict(itertools.count)
+    pool = [one for one in tasks.examples(attack.task, split, seed=seed) if one.uid not in taken]
+    pool = [one for one in pool if not attacks.carries(attack, one.text)]
+    if len(pool) < n:
+        raise ValueError(f"{attack.name}: {len(pool)} usable rows of {split}, {n} were asked for")
+    if tasks.load_task(attack.task).labels:
+        # A stable sort by each example's number among those of its label takes the labels in turn.
+        pool.sort(key=lambda one: next(numbers[one.answer]))
+    return _versions(tokenizer, attack, pool[:n], seed=seed)
+
+
+def _versions(
+    tokenizer: PreTrainedTokenizerBase, attack: Attack, chosen: list[tasks.Example], *, seed: int
+) -> PromptVersions:
     task = tasks.load_task(attack.task)
     turns = {
         "clean": [task.prompt(example.text) for example in chosen],

@@ -17,6 +17,7 @@ from bkd_utils.experiments import (  # noqa: F401 (an import registers the stage
     backdoor_probe,
     backdoor_vector,
     fair_trial,
+    head_ablation,
     head_attribution,
     head_safety,
     home_ground,

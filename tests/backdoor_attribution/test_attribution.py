@@ -8,14 +8,14 @@ from tiny import ARCHITECTURES, tiny_model
 
 from bkd_utils.backdoor_attribution import attribution
 from bkd_utils.backdoor_attribution.attribution import (
-    component_effects,
-    component_means,
-    component_modules,
+    METRICS,
+    effects_by_metric,
     gradient_effects,
     head_effects,
     head_means,
     ranked_heads,
 )
+from bkd_utils.backdoor_attribution.components import component_effects, component_means
 from bkd_utils.models.hooks import anatomy
 from bkd_utils.models.self_test import capabilities
 
@@ -42,16 +42,29 @@ def output_map(name, model, layer):
     return model.get_submodule(f"{layers}.{layer}.{OUTPUTS.get(name, 'self_attn.o_proj')}")
 
 
+AGAINST = (13, 17, 19, 23, 29)
+
+
 @torch.no_grad()
+def score(model, prompt, target, metric="probability", against=None):
+    logits = model(torch.tensor([[*prompt, *target]])).logits[0]
+    if metric == "logit_difference":
+        return (logits[len(prompt) - 1, target[0]] - logits[len(prompt) - 1, against]).item()
+    logs = logits.log_softmax(-1)
+    mean = torch.stack([logs[len(prompt) - 1 + i, token] for i, token in enumerate(target)]).mean()
+    return (mean.exp() if metric == "probability" else mean).item()
+
+
 def probability(model, prompt, target):
-    logits = model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
-    return torch.stack([logits[len(prompt) - 1 + i, token] for i, token in enumerate(target)]).mean().exp().item()
+    return score(model, prompt, target)
 
 
-def brute_force(name, model, prompts, target, means, heads):
-    """Effect of patching all of `heads` (pairs) at once, one whole pass per prompt."""
+def brute_force(name, model, prompts, target, means, heads, metric="probability"):
+    """Effect of patching all of `heads` (pairs) at once, one whole pass per prompt; `target` may be one per prompt."""
     found = []
-    for prompt in prompts:
+    targets = target if isinstance(target[0], list) else [target] * len(prompts)
+    triples = list(zip(prompts, targets, AGAINST, strict=True))
+    for prompt, target, against in triples:
 
         def patch(layer, prompt=prompt):
             last = len(prompt) - 1
@@ -67,22 +80,66 @@ def brute_force(name, model, prompts, target, means, heads):
             return hook
 
         handles = [output_map(name, model, layer).register_forward_pre_hook(patch(layer)) for layer in range(2)]
-        patched = probability(model, prompt, target)
+        patched = score(model, prompt, target, metric, against)
         for handle in handles:
             handle.remove()
-        found.append(patched - probability(model, prompt, target))
+        found.append(patched - score(model, prompt, target, metric, against))
     return torch.tensor(found)
 
 
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_effects_are_those_of_one_whole_pass_per_head_and_prompt(case, target):
+def test_effects_are_those_of_one_whole_pass_per_head_and_prompt(case, target, metric):
     name, model, prompts, means = case
-    found = head_effects(model, prompts, target=target, means=means)
+    found = head_effects(model, prompts, target=target, means=means, metric=metric, against=AGAINST)
+    atol = 1e-6 if metric == "probability" else 1e-4
     for layer in range(2):
         for head in range(4):
-            expected = brute_force(name, model, prompts, target, means, [(layer, head)])
-            torch.testing.assert_close(found[:, layer, head], expected, atol=1e-6, rtol=1e-3)
-    assert found.abs().max() > 1e-7
+            expected = brute_force(name, model, prompts, target, means, [(layer, head)], metric)
+            torch.testing.assert_close(found[:, layer, head], expected, atol=atol, rtol=1e-3)
+    assert found.abs().max() > (1e-7 if metric == "probability" else 1e-3)
+
+
+def test_each_prompt_may_have_a_target_of_its_own(case):
+    name, model, prompts, means = case
+    targets = [[7, 11], [5, 9], [11, 5], [8, 8], [6, 7]]
+    found = head_effects(model, prompts, target=targets, means=means, metric="log_prob")
+    expected = brute_force(name, model, prompts, targets, means, [(1, 2)], "log_prob")
+    torch.testing.assert_close(found[:, 1, 2], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_one_pass_gives_all_metrics(case):
+    _, model, prompts, means = case
+    found = effects_by_metric(model, prompts, target=[7], means=means, against=AGAINST)
+    assert tuple(found) == METRICS
+    for metric in METRICS:
+        alone = head_effects(model, prompts, target=[7], means=means, metric=metric, against=AGAINST)
+        assert torch.equal(found[metric], alone)
+    assert tuple(effects_by_metric(model, prompts, target=[7], means=means)) == METRICS[:2]
+
+
+def test_a_logit_difference_is_the_difference_of_two_log_probabilities(case):
+    """Log-odds: the normaliser, which a patch changes, too, cancels."""
+    _, model, prompts, means = case
+    found = effects_by_metric(model, prompts, target=[7], means=means, against=AGAINST)
+    other = head_effects(model, prompts, target=[[one] for one in AGAINST], means=means, metric="log_prob")
+    torch.testing.assert_close(found["logit_difference"], found["log_prob"] - other, atol=1e-4, rtol=1e-3)
+    swapped = head_effects(
+        model, prompts, target=[[one] for one in AGAINST], means=means, metric="logit_difference", against=[7] * 5
+    )
+    torch.testing.assert_close(swapped, -found["logit_difference"], atol=1e-5, rtol=1e-4)
+
+
+def test_log_odds_of_three_answers_add_up(case):
+    """a against c is a against b and b against c."""
+    _, model, prompts, means = case
+
+    def between(one, other):
+        given = {"target": [one], "means": means, "metric": "logit_difference", "against": [other] * 5}
+        return head_effects(model, prompts, **given)
+
+    torch.testing.assert_close(between(7, 9), between(7, 8) + between(8, 9), atol=1e-5, rtol=1e-4)
+    assert between(7, 7).abs().max() == 0
 
 
 def test_the_memory_budget_changes_nothing_but_the_batches(case):
@@ -114,7 +171,8 @@ def test_means_are_averages_over_prompts_however_long(case):
     torch.testing.assert_close(head_means(model, prompts), singles.mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_the_gradient_is_the_slope_of_the_exact_effect(case, monkeypatch):
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_gradient_is_the_slope_of_the_exact_effect(case, monkeypatch, metric):
     """For a small step from a head's own output, the linear estimate must agree with patching."""
     # In double precision transformers gives NaN for padding in Gemma 2, and is refused; here there is no padding.
     monkeypatch.setattr(attribution, "require", lambda *_: None)
@@ -124,8 +182,9 @@ def test_the_gradient_is_the_slope_of_the_exact_effect(case, monkeypatch):
     model = model.double()
     try:
         near = own + 1e-3 * (means - own)
-        exact = head_effects(model, prompt, target=[7, 5], means=near)
-        estimate = gradient_effects(model, prompt, target=[7, 5], means=near)
+        given = {"target": [7, 5], "means": near, "metric": metric, "against": [13]}
+        exact = head_effects(model, prompt, **given)
+        estimate = gradient_effects(model, prompt, **given)
     finally:
         model.float()
     torch.testing.assert_close(estimate, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
@@ -138,28 +197,15 @@ def test_all_heads_of_a_layer_together_are_its_attention_output(case):
     found = component_effects(model, prompts, target=[7, 5], means=whole)
     for layer in range(2):
         expected = brute_force(name, model, prompts, [7, 5], means, [(layer, head) for head in range(4)])
-        torch.testing.assert_close(found["attention"][:, layer, 0], expected, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(found["attention"][:, layer], expected, atol=1e-6, rtol=1e-3)
 
 
 def test_patching_the_last_residual_makes_all_prompts_alike_at_the_first_answer_token(case):
     _, model, prompts, _ = case
     means = component_means(model, prompts)
-    effects = component_effects(model, prompts, target=[7], means=means)["residual"][:, -1, 0]
+    effects = component_effects(model, prompts, target=[7], means=means)["residual"][:, -1]
     patched = torch.tensor([probability(model, prompt, [7]) for prompt in prompts]) + effects
     torch.testing.assert_close(patched, patched[:1].expand(5), atol=1e-6, rtol=1e-3)
-
-
-def test_earlier_positions_are_patched_where_they_are(case):
-    """The last of two positions is what one position gives."""
-    _, model, prompts, _ = case
-    one, two = (component_means(model, prompts, tail=tail) for tail in (1, 2))
-    for name in component_modules(anatomy(model)):
-        torch.testing.assert_close(two[name][:, -1:], one[name], atol=1e-5, rtol=1e-4)
-    a = component_effects(model, prompts, target=[7, 5], means=one)
-    b = component_effects(model, prompts, target=[7, 5], means=two)
-    for name in component_modules(anatomy(model)):
-        torch.testing.assert_close(b[name][..., -1:], a[name], atol=1e-6, rtol=1e-3)
-        assert b[name][:, 0, 0].abs().max() > 0
 
 
 def test_hooks_are_gone_afterwards(case):
