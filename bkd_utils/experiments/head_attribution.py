@@ -169,11 +169,13 @@ def rankings(found: HeadEffects) -> dict[str, list[tuple[int, int]]]:
     """All heads in the order of several scores. "probability" is the published one.
 
     By ACIE in each metric; by the gradient's estimate of the published one; "necessary", by what the target loses in
-    log-probability on triggered prompts; "trigger only", by that less what the right answer loses on clean prompts.
+    log-probability on triggered prompts, and "necessary, logits", in logit difference, which does not saturate;
+    "trigger only", by the first of these less what the right answer loses on clean prompts.
     """
     scores = {metric: acie(found, metric=metric) for metric in METRICS}
     scores["gradient"] = torch.tensor(found.gradient["probability"].mean)
     scores["necessary"] = torch.tensor(found.necessary["log_prob"].mean)
+    scores["necessary, logits"] = torch.tensor(found.necessary["logit_difference"].mean)
     scores["trigger only"] = scores["necessary"] - torch.tensor(found.task.mean)
     return {name: ranked_heads(values) for name, values in scores.items()}
 
