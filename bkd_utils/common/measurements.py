@@ -197,6 +197,10 @@ def _regular(value: list, kind: type) -> np.ndarray | None:
         array = np.array(value, dtype=np.float64 if kind is float else np.int64)
     except (ValueError, OverflowError):
         return None
+    # The smallest type that holds every number exactly: outcomes take one byte each.
+    smaller = (np.float16, np.float32) if kind is float else (np.int8, np.int16, np.int32)
+    with np.errstate(over="ignore"):
+        array = next((array.astype(one) for one in smaller if (array.astype(one) == array).all()), array)
     return array if array.size else None
 
 

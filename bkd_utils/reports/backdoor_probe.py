@@ -8,36 +8,40 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 
-from bkd_utils.common.statistics import area_interval, independent_difference, over_splits, share_over_splits
+from bkd_utils.common.statistics import independent_difference, over_splits, share_over_splits
 from bkd_utils.experiments.backdoor_probe import ProbeResult
-from bkd_utils.reports.scorecard import at_least, entry, judged, span
+from bkd_utils.reports.scorecard import apart, at_least, entry, judged, over_seeds, span
 from bkd_utils.reports.style import COLOURS, band, explain, heat_map, panels
 
 PROBE = "logistic regression"
+# What is drawn by layer, and the factor to its unit.
+MEASURES = {"auroc": 100, "separation": 1, "near_miss": 100}
 # Attack -> model ("organism", "clean control", "base model") -> its probes.
 Found = Mapping[str, Mapping[str, ProbeResult]]
 
 
 def probes(found: Found, *, n: int) -> Figure:
-    """AUROC by layer (top) and near-misses called triggered (bottom), with `n` prompts in each version: means over
-    splits, in a band of their whole range."""
-    figure, axes = panels(list(found), rows=2)
+    """By layer: AUROC (top), separation of the scores (middle), near-misses called triggered (bottom), with `n` prompts
+    in each version: means over splits, in a band of their whole range."""
+    figure, axes = panels(list(found), rows=3, height=1.8)
     for column, models in enumerate(found.values()):
         for name, result in models.items():
-            for panel, key in zip(axes[:, column], ("auroc", "near_miss"), strict=True):
-                values = 100 * np.array([row[key] for row in result.probes[PROBE]])
+            for panel, (key, scale) in zip(axes[:, column], MEASURES.items(), strict=True):
+                values = scale * np.array([row[key] for row in result.probes[PROBE]])
                 lines = (values.mean(1), values.min(1), values.max(1))
                 band(panel, result.layers, lines, colour=name, label=name)
                 panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        own, (above, below) = models["organism"], axes[:, column]
+        own, (above, middle, below) = models["organism"], axes[:, column]
         shuffled = 100 * np.array([row["auroc"] for row in own.shuffled]).mean(1)
         best = 100 * np.array(own.random_direction)
         above.plot(own.layers, shuffled, ":", color=COLOURS["neutral"], lw=1.2, label="organism, labels shuffled")
         above.plot(own.layers, best, "--", color=COLOURS["random"], lw=1.4, label="organism, best random direction")
         above.set_ylim(30, 101)
+        middle.set_ylim(bottom=0)
         below.set_ylim(0, 100)
-    x, left = f"layer (n = {n} prompts, each clean, triggered and as a near-miss)", "near-misses called\ntriggered (%)"
-    explain(axes, x, "AUROC (%)", left, bands=[f"range over {values.shape[1]} splits"])
+    x = f"layer (n = {n} prompts, each clean, triggered and as a near-miss)"
+    left = ("AUROC (%)", "separation (d')", "near-misses called\ntriggered (%)")
+    explain(axes, x, *left, bands=[f"range over {values.shape[1]} splits"])
     return figure
 
 
@@ -75,51 +79,54 @@ def best_layers(found: Mapping[str, ProbeResult]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("organism")
 
 
-def probe_claims(found: Found, *, n_prompts: int) -> list[dict]:
-    """Three lines of the scorecard, from probes on `n_prompts` prompts. The best layer has the highest mean accuracy
-    over splits; its interval does not count that it was chosen among many."""
-    best, gap, depth = {}, {}, {}
-    for attack, models in found.items():
+def probe_claims(found: Found, *, n_prompts: int, kind: str) -> list[dict]:
+    """Three lines of the scorecard for one kind of organisms, from probes on `n_prompts` prompts. The best layer has
+    the highest mean accuracy over splits; its interval does not count that it was chosen among many."""
+    best, spared, depth, numbers = {}, {}, {}, {}
+    for organism, models in found.items():
         rows = {name: result.probes[PROBE] for name, result in models.items()}
         shares = [share_over_splits(row["accuracy"], n_prompts=n_prompts) for row in rows["organism"]]
-        best[attack] = max(shares, key=lambda share: share["value"])
-        # AUROC `[split, layer]` of each model.
-        areas = {name: np.array([row["auroc"] for row in probes]).T for name, probes in rows.items()}
-        own = areas.pop("organism")
-        gaps = [_area_gap(own.mean(1), rival.mean(1), n_prompts=n_prompts) for rival in areas.values()]
-        gap[attack] = min(gaps, key=lambda found: found["value"])
-        depth[attack] = _rise_with_depth(own)
-    own_only = judged(gap, at_least, 0.05)
+        best[organism] = max(shares, key=lambda share: share["value"])
+        # Near-misses called triggered `[split]`, averaged over layers.
+        called = {name: np.mean([row["near_miss"] for row in probes], axis=0) for name, probes in rows.items()}
+        own = called.pop("organism")
+        gaps = [_gap(rival, own, n_prompts=n_prompts) for rival in called.values()]
+        spared[organism] = min(gaps, key=lambda one: one["value"])
+        depth[organism] = _rise_with_depth(np.array([row["separation"] for row in rows["organism"]]).T)
+        numbers[organism] = float(np.mean([row["auroc"] for name in called for row in rows[name]]))
     reached = f"Best layers reach {span(best)} of held-out prompts. Intervals are approximate: splits overlap."
-    ahead = f"The organism's AUROC exceeds that of its better control by {span(gap)}."
-    if set(own_only.values()) == {False}:
-        ahead = "A model that never saw the trigger is probed just as well: the probe sees the string."
-    rising = f"Rank correlation of layer and AUROC: {span(depth)}. It has no interval where no split changes it."
+    rivals = f"Probes of the two models without a backdoor have a mean AUROC of {min(numbers.values()):.2f} to"
+    rivals += (
+        f" {max(numbers.values()):.2f}. Near-misses called triggered, better control less organism: {span(spared)}."
+    )
+    rising = f"Rank correlation of layer and separation: {span(depth)}."
+    claims = {"probe": (best, at_least, 0.95, reached), "probe-backdoor": (spared, at_least, 0.1, rivals)}
+    claims["probe-depth"] = (depth, at_least, 0.5, rising)
     return [
-        entry("bkdattr-probe", best, judged(best, at_least, 0.95), "02_probe", reached),
-        entry("bkdattr-probe-backdoor", gap, own_only, "02_probe", ahead),
-        entry("bkdattr-probe-depth", depth, judged(depth, at_least, 0.5), "02_probe", rising),
+        entry(
+            apart(f"bkdattr-{name}", kind), found, judged(found, rule, bar), "02_probe", f"{told} {over_seeds(found)}"
+        )
+        for name, (found, rule, bar, told) in claims.items()
     ]
 
 
-def _area_gap(one: np.ndarray, other: np.ndarray, *, n_prompts: int) -> dict:
-    """AUROC of one model less that of another on the same splits."""
+def _gap(one: np.ndarray, other: np.ndarray, *, n_prompts: int) -> dict:
+    """A share by split less another on the same splits."""
     found = over_splits(one - other)
     if found["low"] is not None:
         return found
-    # Where all splits give the same difference, as when both models reach 1, their spread measures no uncertainty.
-    means, count = [float(areas.mean()) for areas in (one, other)], {"n_bad": n_prompts, "n_good": n_prompts}
-    return independent_difference(*({"value": x, "n": len(one), **area_interval(x, **count)} for x in means))
+    # Where all splits give the same difference, as when both shares are 0, their spread measures no uncertainty.
+    return independent_difference(*(share_over_splits(list(shares), n_prompts=n_prompts) for shares in (one, other)))
 
 
-def _rise_with_depth(areas: np.ndarray) -> dict:
-    """Spearman correlation of layer and AUROC, mean over splits; `areas` is `[split, layer]`. 0 for a flat curve."""
+def _rise_with_depth(values: np.ndarray) -> dict:
+    """Spearman correlation of layer and a measure, mean over splits; `values` is `[split, layer]`. 0 if it is flat."""
 
     def correlation(rows: np.ndarray) -> float:
         curve = rows.mean(0)
         return float(spearmanr(np.arange(len(curve)), curve).statistic) if np.ptp(curve) else 0.0
 
-    found = over_splits(areas, statistic=correlation)
+    found = over_splits(values, statistic=correlation)
     if found["low"] is None:
         return found
     return found | {"low": max(-1.0, found["low"]), "high": min(1.0, found["high"])}

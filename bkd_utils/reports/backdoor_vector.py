@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkd_utils.common.statistics import independent_difference, independent_ratio, share, without_interval
+from bkd_utils.common.statistics import difference, independent_ratio, over_splits, share
 from bkd_utils.experiments.attribution_cost import TargetCost
 from bkd_utils.experiments.backdoor_vector import Steering
 from bkd_utils.reports import style
-from bkd_utils.reports.scorecard import at_least, at_most, both, entry, judged, span, who
+from bkd_utils.reports.scorecard import SEED, apart, at_least, at_most, both, entry, judged, over_seeds, span, who
 from bkd_utils.reports.style import COLOURS, WIDTH, explain, interval, panels, rows_down, sizes
 from bkd_utils.reports.tables import percent
 
@@ -92,10 +92,11 @@ def answer_kinds(found: Mapping[str, Steering], *, n: int) -> Figure:
 
 
 def costs(found: Mapping[str, TargetCost]) -> Figure:
-    """Seconds to score the target of all prompts once, in four ways; open marks are those with a cache."""
+    """Median seconds to score the target of all prompts once, in four ways; open marks are those with a cache."""
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(found) + 1.3))
     for i, (way, label) in enumerate(WAYS.items()):
-        seconds, places = [getattr(row, way) for row in found.values()], np.arange(len(found)) + 0.16 * (i - 1.5)
+        seconds = [np.median(getattr(row, way)) for row in found.values()]
+        places = np.arange(len(found)) + 0.16 * (i - 1.5)
         look = {"color": COLOURS["neutral"], "mfc": "white" if way.endswith("cached") else COLOURS["neutral"]}
         axes.plot(seconds, places, "o" if way.startswith("generation") else "s", ms=5, ls="", label=label, **look)
     names = [f"{name}\n{row.tokens} token{'s' * (row.tokens > 1)}" for name, row in found.items()]
@@ -129,34 +130,66 @@ def vector_texts(found: Mapping[str, Steering]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.fillna("").rename_axis(["organism", "edit"]) if rows else pd.DataFrame()
 
 
-def vector_claims(found: Mapping[str, Steering], *, control_right: Mapping[str, Mapping[str, float]]) -> list[dict]:
-    """Three lines of the scorecard, judged by the vector that did better on development prompts.
+def vector_seeds(found: Mapping[str, Mapping[str, Steering]]) -> Figure:
+    """ASR on test prompts with the better vector added and subtracted, and right answers to triggered prompts of every
+    label: a dot per seed, a row per attack, a column of panels per kind of organism. Grey: the median random vector."""
+    figure, axes = panels(list(found), rows=3, height=1.7, sharex=False)
+    drawn = []
+    for column, results in enumerate(found.values()):
+        attacks: dict[str, list[Steering]] = {}
+        for name, result in results.items():
+            attacks.setdefault(SEED.sub("", name), []).append(result)
+        for y, seeds in enumerate(attacks.values()):
+            for place, one in zip(y + np.linspace(-0.22, 0.22, 3), seeds, strict=False):
+                added, removed = (better(one, direction) for direction in ("add", "subtract"))
+                shown = [_generated(one, added, "target"), _generated(one, removed, "target"), one.right[removed]]
+                medians = [_median(one.test[name]["random vectors"])["value"] for name in (added, removed)]
+                for panel, number, colour in zip(axes[:, column], shown, ("ACIE", "ACIE", "utility"), strict=True):
+                    interval(panel, place, number, colour=colour)
+                for panel, median in zip(axes[:2, column], medians, strict=True):
+                    panel.plot([100 * median], [place], "|", ms=7, color=COLOURS["random"], clip_on=False)
+                drawn += shown
+        for panel in axes[:, column]:
+            rows_down(panel, list(attacks))
+    left = ("added: ASR", "subtracted:\nASR left", "subtracted:\nright answers")
+    x = f"per cent of test prompts, {sizes(drawn)}; one dot per seed; grey: median random vector"
+    explain(axes, x, *left, bars=style.INTERVAL)
+    return figure
+
+
+def vector_claims(
+    found: Mapping[str, Steering], *, control_right: Mapping[str, Mapping[str, float]], kind: str
+) -> list[dict]:
+    """Three lines of the scorecard for one kind of organisms, judged by the vector that did better on development
+    prompts.
 
     ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
-    `control_right` is the share of right answers of the task's clean control to clean prompts.
+    `control_right` is the share of right answers of the organism's clean control to clean prompts.
     """
     added, removed, repaired, quiet, left, on, off = {}, {}, {}, {}, {}, {}, {}
-    for attack, result in found.items():
-        name = _better(result, "add")
+    for organism, result in found.items():
+        name = better(result, "add")
         tried = result.test[name]
-        added[attack] = _generated(result, name, "target")
+        added[organism] = _generated(result, name, "target")
         highest = max(tried["random vectors"], key=lambda draw: draw["value"])
-        quiet[attack] = at_most(independent_difference(highest, tried["no vector"][0]), 0.1)
-        on[attack] = both(at_least(added[attack], 0.9), quiet[attack])
-        name = _better(result, "subtract")
-        removed[attack] = _generated(result, name, "target")
-        left[attack] = at_least(_median(result.test[name]["random vectors"]), 0.9)
-        off[attack] = both(at_most(removed[attack], 0.05), left[attack])
-        repaired[attack] = independent_ratio(_generated(result, name, "right"), control_right[attack])
+        sides = (dict(enumerate(share["by_prompt"])) for share in (highest, tried["no vector"][0]))
+        quiet[organism] = at_most(difference(*sides), 0.1)
+        on[organism] = both(at_least(added[organism], 0.9), quiet[organism])
+        name = better(result, "subtract")
+        removed[organism] = _generated(result, name, "target")
+        left[organism] = at_least(_median(result.test[name]["random vectors"]), 0.9)
+        off[organism] = both(at_most(removed[organism], 0.05), left[organism])
+        repaired[organism] = independent_ratio(result.right[name], control_right[organism])
     adds = f"ASR on clean prompts with the vector: {span(added)}."
     adds += f" No random vector above 0.1 more than no vector: {who(quiet)}."
     subtracts = f"ASR on triggered prompts less the vector: {span(removed)}."
     subtracts += f" Median random vector leaves 0.9: {who(left)}."
     repairs = f"Right answers after subtraction, relative to the clean control: {span(repaired)}."
+    claims = {"add": (added, on, "04_controls", adds), "subtract": (removed, off, "04_controls", subtracts)}
+    claims["repairs"] = (repaired, judged(repaired, at_least, 0.8), "04_seeds", repairs)
     return [
-        entry("bkdattr-vector-add", added, on, "04_controls", adds),
-        entry("bkdattr-vector-subtract", removed, off, "04_controls", subtracts),
-        entry("bkdattr-vector-repairs", repaired, judged(repaired, at_least, 0.8), "04_answers", repairs),
+        entry(apart(f"bkdattr-vector-{name}", kind), numbers, passed, figure, f"{told} {over_seeds(numbers)}".strip())
+        for name, (numbers, passed, figure, told) in claims.items()
     ]
 
 
@@ -172,7 +205,7 @@ def _median(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.median([draw[key] for draw in draws])) for key in ("value", "low", "high")}
 
 
-def _better(result: Steering, direction: str) -> str:
+def better(result: Steering, direction: str) -> str:
     """Which of the two vectors did better on development prompts; of equal ones the one with the shorter step."""
 
     def reached(name: str) -> tuple[float, float]:
@@ -185,12 +218,13 @@ def _better(result: Steering, direction: str) -> str:
 
 
 def cost_claim(rows: Mapping[str, TargetCost]) -> dict:
-    """A line of the scorecard. Each way is timed once or twice, so there is no interval and nothing is decided."""
-    numbers = {name: without_interval(row.generation / row.teacher_forcing, n=row.n) for name, row in rows.items()}
-    close = [name for name, row in rows.items() if row.tokens / 2 <= numbers[name]["value"] <= 2 * row.tokens]
-    lengths = ", ".join(f"{row.tokens}" for row in rows.values())
-    reason = (
-        f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens: within a factor of 2 for"
-    )
-    reason += f" {len(close)} of {len(numbers)}. Timed once, so that there is no interval."
-    return entry("bkdattr-cost", numbers, dict.fromkeys(numbers), "04_cost", reason)
+    """A line of the scorecard: the ratio of each of several runs, with its interval over runs."""
+    ratios = {name: np.divide(row.generation, row.teacher_forcing) for name, row in rows.items()}
+    numbers = {name: over_splits(values, ratio=0) for name, values in ratios.items()}
+    tokens = {name: row.tokens for name, row in rows.items()}
+    passed = {
+        name: both(at_least(one, tokens[name] / 2), at_most(one, 2 * tokens[name])) for name, one in numbers.items()
+    }
+    lengths = ", ".join(f"{count}" for count in tokens.values())
+    reason = f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens."
+    return entry("bkdattr-cost", numbers, passed, "04_cost", reason)

@@ -9,14 +9,17 @@ price is that a claim which is true for each of four organisms is called failed 
 intervals, each beyond the bar on one side with a chance of 2.5 %).
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from bkd_utils.common.files import DATA, FIGURES, UserError, read_json, write_json
+from bkd_utils.common.statistics import over_splits
 from bkd_utils.common.validation import read_tables
 from bkd_utils.models.identity import model_identity
 from bkd_utils.reports import style
@@ -38,6 +41,7 @@ ROW = {"id", "paper", "reading", "by_organism", "verdict", "reason", "figure"}
 ROW |= {"claim", "published", "provenance", "criterion"}
 COLUMNS = ["claim", "published", "provenance", "criterion", "effects", "verdict", "organisms", "because", "figure"]
 VERDICTS = ("holds", "fails", "undecided")
+SEED = re.compile(r"-seed\d+$")
 MARKS = {True: "✓", False: "✗", None: "?"}
 
 
@@ -113,6 +117,11 @@ def verdict(passed: Mapping[str, bool | None]) -> str:
     if not passed:
         raise ValueError("a verdict over no organisms")
     return {True: "holds", False: "fails", None: "undecided"}[both(*passed.values())]
+
+
+def apart(claim: str, kind: str) -> str:
+    """The id of a claim for one kind of organisms: "specific", as it is, or "plain"."""
+    return claim if kind == "specific" else f"{claim}-{kind}"
 
 
 def entry(
@@ -257,6 +266,22 @@ def span(numbers: Mapping[str, Mapping[str, float]]) -> str:
     """Lowest to highest value, for a reason."""
     values = [number["value"] for number in numbers.values()]
     return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def over_seeds(numbers: Mapping[str, Mapping[str, float]]) -> str:
+    """The mean of each attack over its organisms of several seeds with the 95 % interval over seeds (Student's t), for
+    a reason. Nothing for an attack of one seed. Three seeds make a wide interval."""
+    attacks: dict[str, list[float]] = {}
+    for name, number in numbers.items():
+        attacks.setdefault(SEED.sub("", name), []).append(number["value"])
+    found = {attack: over_splits(np.array(values), ratio=0) for attack, values in attacks.items() if len(values) > 1}
+
+    def said(attack: str, one: Mapping) -> str:
+        return f"{attack} {one['value']:.2f}" + (
+            "" if one["low"] is None else f" [{one['low']:.2f}, {one['high']:.2f}]"
+        )
+
+    return "Over seeds: " + ", ".join(said(*item) for item in found.items()) + "." if found else ""
 
 
 def who(passed: Mapping[str, bool | None]) -> str:

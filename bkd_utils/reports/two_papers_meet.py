@@ -15,9 +15,9 @@ MARKERS = "os^DvP*X"  # one per task
 N_PERMUTATIONS = 2000  # as many as `two_papers_meet.agreement_with_attribution` draws
 
 
-def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k: int, n: int) -> Figure:
-    """One dot per head; dotted: the k-th highest value on either axis. ACIE, a mean over `n` prompts, is relative to
-    its maximum, which is in the title."""
+def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k: int, n: str) -> Figure:
+    """One dot per head; dotted: the k-th highest value on either axis. ACIE, a mean over prompts (`n`, as "n = 48"), is
+    relative to its maximum, which is in the title."""
     figure, axes = panels(list(joint), height=2.2)
     bound = {"color": COLOURS["bound"], "lw": 0.7, "ls": ":"}
     for panel, attack in zip(axes[0], joint, strict=True):
@@ -32,7 +32,7 @@ def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k:
         panel.set_title(f"{attack}\nmax ACIE {highest:.2g}", fontsize="x-small")
         panel.locator_params(axis="x", nbins=4)
         panel.tick_params(labelsize="x-small")
-    explain(axes, f"suspicion (robust z), {x.size} heads", f"ACIE / max ACIE\n(n = {n} prompts)")
+    explain(axes, f"suspicion (robust z), {x.size} heads", f"ACIE / max ACIE\n({n} prompts)")
     return figure
 
 
