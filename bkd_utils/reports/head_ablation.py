@@ -53,7 +53,7 @@ def ablation_curves(found: Curves) -> Figure:
                 band(panel, counts, lines, label=label, marker="o", **look)
             panel.set_ylim(*LIMITS)
             panel.set_xscale("symlog", linthresh=1, base=2)
-            shown = sorted(set(values) & {0, 1, 2, 4, 8, 16, 32}) or [0]
+            shown = sorted({row.k for row in itertools.chain(*seeds)} & {0, 1, 2, 4, 8, 16, 32})
             panel.set_xticks(shown, [str(k) for k in shown])
             panel.minorticks_off()
     left = ("ASR (%),\npublished", "ASR (%),\nclean means", "utility (%),\nclean means")
@@ -66,7 +66,8 @@ SHOWN = (("published", "asr"), ("mean", "asr"), ("mean", "utility"))
 
 
 def routes(found: Mapping[str, Mapping[str, Sequence[Route]]]) -> Figure:
-    """ASR (%) that is left with a route cut in all layers or in some, per organism; rows are kinds of organisms."""
+    """ASR (%) that is left with a route cut in all layers or in some, per organism; rows are kinds of organisms. Cells
+    without a number have 100."""
     figure, axes = panels(list(next(iter(found.values()))), rows=len(found), height=1.9)
     for row, results in zip(axes, found.values(), strict=True):
         for panel, cut in zip(row, results.values(), strict=True):
@@ -75,7 +76,8 @@ def routes(found: Mapping[str, Mapping[str, Sequence[Route]]]) -> Figure:
             left = {(one.route, one.layers[0], one.layers[-1]): one.asr["value"] for one in cut if one.layers}
             values = 100 * np.array([[left[name, *layers] for layers in ranges] for name in names])
             columns = ["all", *(f"{first}-{last}" for first, last in ranges[1:])]
-            shown = {"annot": np.char.mod("%.0f", values), "upwards": False}
+            few = np.where(values < 99.5, np.char.mod("%.0f", values), "")
+            shown = {"annot": few, "upwards": False}
             mesh = heat_map(panel, values, vmin=0, vmax=100, rows=names, columns=columns, **shown)
     figure.colorbar(mesh, ax=axes, label="ASR left (%)", shrink=0.7)
     counts = sizes(one.asr for results in found.values() for cut in results.values() for one in cut)
