@@ -17,12 +17,14 @@ from bkd_utils.running.progress import duration, one_line, shown
 
 @dataclass(frozen=True)
 class Cell:
-    """A call of a stage, with the seconds on record. `problem` says why its file cannot be read, if it cannot."""
+    """A call of a stage, with the seconds on record and whether they are those of a graphics card. `problem` says why
+    its file cannot be read, if it cannot."""
 
     id: str
     stage: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    on_gpu: bool = False
     problem: str | None = None
 
 
@@ -49,6 +51,8 @@ def remeasure(
     todo = [cell for cell in cells if not _is_there(cell, folder)]
     already, whole = len(cells) - len(todo), sum(cell.seconds for cell in todo)
     told = f"{len(todo)} to measure, {already} there already; {duration(whole)} when they were measured last"
+    if on_gpu := sum(cell.on_gpu for cell in todo):
+        told += f", {on_gpu} of them on a graphics card"
     console.print(f"{len(cells)} measurements: {told}", highlight=False)
     with shown(console, "measuring", [cell.seconds for cell in todo]) as pace:
         for cell in todo:
@@ -80,7 +84,7 @@ def read_cells(ids: Iterable[str], *, device: str | None = None) -> list[Cell]:
             cells.append(Cell(name, problem=str(error)))
         else:
             given = one.arguments | ({"device": device} if device and "device" in one.arguments else {})
-            cells.append(Cell(name, one.stage, given, one.seconds))
+            cells.append(Cell(name, one.stage, given, one.seconds, on_gpu=one.machine.device == "cuda"))
     return cells
 
 
