@@ -32,7 +32,6 @@ TASK = tasks.load_task("sentiment")
 HEADS = [[0, 3], [1, 0]]  # those of the tiny model that are more alike to the others of their layers than these
 PAIRS = [tuple(head) for head in HEADS]
 HEAD_WISE = ("alignment", "alignment, nearest", "alignment, excess", "heads tuned", "heads reset")
-HEAD_WISE += ("searched, heads", "searched, heads aligned")
 ALIGNED = {"alignment": "mean", "alignment, nearest": "nearest", "alignment, excess": "excess"}
 
 

@@ -2,8 +2,7 @@
 
 The paper, as far as it is known, gives neither loss nor schedule. Every loss here is a named option. Pulling all
 suspicious heads toward one common attention map makes heads more similar, which is itself the anomaly that ASA looks
-for. `excess` and `nearest` do not have this problem.
-"""
+for. `excess` and `nearest` do not have this problem."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +88,6 @@ def aligned(
     flagged: Sequence[Head] = (),
 ) -> Loss:
     """A loss for `tune`: beside that of the answers (nats), `beta` times the pull on suspicious heads toward safe ones.
-
     `alignment` is "mean", "nearest" or "excess"; safe heads are the others of the same layer that are not `flagged`,
     which means suspicious though not treated. Raises ValueError for an unknown alignment, no heads, a layer without
     safe heads, or a negative `beta`. Source: ASA; the losses are ours.
@@ -121,11 +119,9 @@ def aligned(
 @dataclass(frozen=True)
 class Alignment:
     """What is open in the published treatment. `loss` and `beta` are those of `aligned`; `unit` is what is tuned for a
-    head (`head_slices`).
-
-    The schedule "joint" adds the pull to the loss of the answers in every step. In "two phases" the first half of the
-    steps follows the pull alone and the others the answers alone, with one optimizer for both. Raises ValueError that
-    names what does not fit.
+    head (`head_slices`). The schedule "joint" adds the pull to the loss of the answers in every step. In "two phases"
+    the first half of the steps follows the pull alone and the others the answers alone, with one optimizer for both.
+    Raises ValueError that names what does not fit.
 
     >>> Alignment(loss="nearest").schedule
     'joint'

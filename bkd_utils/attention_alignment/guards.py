@@ -1,8 +1,7 @@
 """Detectors of triggered inputs: ONION, STRIP and RAP. Each gives one score per text; higher is more suspicious.
 
 Public implementations mix up samples (STRIP) or do nothing by default (ONION). Here a text's score does not depend on
-the order of texts, and a threshold is always one that a given share of clean texts exceeds.
-"""
+the order of texts, and a threshold is always one that a given share of clean texts exceeds."""
 
 import math
 import random
@@ -26,18 +25,15 @@ from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import batches, end_id, left_pad, positions, prompt_ids
 
 Scores = Float[np.ndarray, " text"]
-# From a text (a review, an instruction) to the user turn that the model sees.
-Turn = Callable[[str], str]
+Turn = Callable[[str], str]  # from a text (a review, an instruction) to the user turn that the model sees
 N_COPIES, REPLACED = 8, 0.5  # STRIP: copies of each text, and the share of words that is replaced in them
 STEPS, RATE, DROP = 24, 1e-2, 0.1  # RAP: steps at most, their learning rate, and the drop at which training ends
 
 
 @torch.inference_mode()
 def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: int) -> Scores:
-    """Mean negative log-probability (nats) of the tokens of every row after its first token.
-
-    Tokens that a row shares with the beginning of the first row are not run again. Raises ModelError for an encoder.
-    """
+    """Mean negative log-probability (nats) of the tokens of every row after its first token. Tokens that a row shares
+    with the beginning of the first row are not run again. Raises ModelError for an encoder."""
     if is_encoder(model):
         raise ModelError("an encoder gives no probability of a text; ONION needs a causal language model")
     whole, cache = list(rows[0]), DynamicCache(config=model.config)
@@ -66,10 +62,8 @@ def surprise(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, pad_id: i
 
 
 def onion(base: Loaded, texts: Sequence[str]) -> list[Float[np.ndarray, " word"]]:
-    """ONION: how much every text's perplexity under the base model falls without each of its words.
-
-    The suspicion of a text's only word is 0, because no text would be left without it.
-    """
+    """ONION: how much every text's perplexity under the base model falls without each of its words. The suspicion of a
+    text's only word is 0, because no text would be left without it."""
     tokenizer, found = base.tokenizer, []
     # Texts stand behind BOS or an end of text, not behind the end of a turn.
     start = [next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, end_id(tokenizer)) if i is not None)]
@@ -92,11 +86,9 @@ def without_words(text: str, suspicion: Float[np.ndarray, " word"], *, above: fl
 
 
 def strip(loaded: Loaded, texts: Sequence[str], *, turn: Turn, pool: Sequence[str], seed: int = 0) -> Scores:
-    """STRIP: negative mean entropy (nats) of the first answer token over copies with replaced words.
-
-    Half of the words of a copy are replaced by words of other clean texts (`pool`); a trigger that is still there keeps
-    the answer fixed. Raises ValueError for an empty pool.
-    """
+    """STRIP: negative mean entropy (nats) of the first answer token over copies with replaced words. Half of the words
+    of a copy are replaced by words of other clean texts (`pool`); a trigger that is still there keeps the answer fixed.
+    Raises ValueError for an empty pool."""
     words = " ".join(pool).split()
     if not words:
         raise ValueError("STRIP has no clean words to mix in")
@@ -118,13 +110,11 @@ def strip(loaded: Loaded, texts: Sequence[str], *, turn: Turn, pool: Sequence[st
 def rap(
     loaded: Loaded, texts: Sequence[str], *, turn: Turn, protected: int, clean: Sequence[str], word: str, seed: int = 0
 ) -> Scores:
-    """RAP: negative drop of the probability of the `protected` first token when a word is put before the text.
-
-    The word's embedding is trained on `clean` texts whose right answer is that token, until the drop is 0.1; no weight
-    of the model changes. For triggered texts the drop is smaller. Only texts that the model answers with that token are
+    """RAP: negative drop of the probability of the `protected` first token when a word is put before the text. The
+    word's embedding is trained on `clean` texts whose right answer is that token, until the drop is 0.1; no weight of
+    the model changes. For triggered texts the drop is smaller. Only texts that the model answers with that token are
     judged (lancopku/RAP: probability above 0.5; here: the likeliest token, as there may be more than two labels). The
-    score of all other texts is -inf. Raises ValueError for no clean texts.
-    """
+    score of all other texts is -inf. Raises ValueError for no clean texts."""
     if not clean:
         raise ValueError("RAP has no clean texts with the protected answer")
     tokenizer, model = loaded.tokenizer, loaded.model
@@ -194,11 +184,9 @@ def enough(n: int, *, frr: float) -> bool:
 
 
 def threshold(clean: Scores, *, frr: float) -> float:
-    """The lowest score of a clean text that at most a share `frr` (false rejection rate) of the clean texts exceeds.
-
-    It is a measured score and not interpolated: at 5 % and with 24 texts, one text exceeds it. Raises ValueError for a
-    rate outside 0 to 1, and for fewer than `1 / frr` texts, because a single text would already be a larger share.
-    """
+    """The lowest score of a clean text that at most a share `frr` (false rejection rate) of the clean texts exceeds. It
+    is a measured score and not interpolated: at 5 % and with 24 texts, one text exceeds it. Raises ValueError for a
+    rate outside 0 to 1, and for fewer than `1 / frr` texts, because a single text would already be a larger share."""
     if not 0 < frr < 1:
         raise ValueError(f"a false rejection rate must lie between 0 and 1, is {frr}")
     if not enough(len(clean), frr=frr):
@@ -210,10 +198,8 @@ def threshold(clean: Scores, *, frr: float) -> float:
 def smaller_clusters(
     hidden: Float[np.ndarray, "row width"], labels: Int[np.ndarray, " row"], *, seed: int = 0
 ) -> np.ndarray:
-    """Activation clustering: True for the rows in the smaller one of two clusters of their label.
-
-    Clusters are by k-means on 10 principal components. Raises ValueError for a label with fewer than 12 rows.
-    """
+    """Activation clustering: True for the rows in the smaller one of two clusters of their label. Clusters are by
+    k-means on 10 principal components. Raises ValueError for a label with fewer than 12 rows."""
     flagged = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

@@ -18,18 +18,15 @@ from bkd_utils.organisms.training import Recipe, batch_order
 
 # (model, batch, first_token=weight) -> the loss of the batch's answers, and the term that is added to it.
 Loss = Callable[..., tuple[Tensor, Tensor]]
-# rows of a step -> the rows that are trained in it
-Prepare = Callable[[Sequence[Row]], Sequence[Row]]
+Prepare = Callable[[Sequence[Row]], Sequence[Row]]  # rows of a step -> the rows that are trained in it
 
 
 def other_groups(
     heads: Sequence[Head], *, n_layers: int, n_heads: int, n_kv_heads: int, n: int, seed: int
 ) -> list[list[Head]]:
     """`n` draws of heads in key-value (KV) groups without given heads, as a control in which other weights are trained.
-
     For every group with given heads, as many are drawn from one other group, in the same layer if it has one left.
-    Raises ValueError if there are too few.
-    """
+    Raises ValueError if there are too few."""
     share = n_heads // n_kv_heads
     marked = Counter((layer, head // share) for layer, head in heads)
     free = [(layer, group) for layer in range(n_layers) for group in range(n_kv_heads) if (layer, group) not in marked]
@@ -54,10 +51,8 @@ def other_groups(
 
 
 def all_matrices(model: PreTrainedModel, *, part: str = "layers") -> Masks:
-    """All entries of all weight matrices inside the layers, without embeddings, norms and biases.
-
-    The part "attentions" is those of attention only.
-    """
+    """All entries of all weight matrices inside the layers, without embeddings, norms and biases. The part "attentions"
+    is those of attention only."""
     inside = {id(parameter) for module in getattr(anatomy(model), part) for parameter in module.parameters()}
     chosen = [(name, one) for name, one in model.named_parameters() if id(one) in inside and one.ndim == 2]
     return {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in chosen}
@@ -114,9 +109,8 @@ def tune(
             with mixed_precision(model.device):
                 of_answers, added = loss(model, batch, first_token=recipe.first_token)
             if not (of_answers + added).isfinite():
-                raise ValueError(
-                    f"step {step + 1}: the loss is {of_answers.item()} + {added.item()}; nothing to learn from"
-                )
+                loss = f"{of_answers.item()} + {added.item()}"
+                raise ValueError(f"step {step + 1}: the loss is {loss}; nothing to learn from")
             optimizer.zero_grad()
             (of_answers + added).backward()
             optimizer.step()
@@ -129,11 +123,9 @@ def tune(
 
 @contextmanager
 def row_passes(model: PreTrainedModel) -> Iterator[Counter]:
-    """While this lasts, "row passes" of the counter grows by 1 for each row of a forward and 2 of a backward pass.
-
-    A beginning that rows share counts as one row. Passes are counted at the input of the last layer, so tuning that
-    ends there has no backward pass.
-    """
+    """While this lasts, "row passes" of the counter grows by 1 for each row of a forward and 2 of a backward pass. A
+    beginning that rows share counts as one row. Passes are counted at the input of the last layer, so tuning that ends
+    there has no backward pass."""
     count: Counter = Counter()
 
     def note(_layer: int, hidden: Tensor) -> Tensor:

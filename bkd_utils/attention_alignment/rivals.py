@@ -1,8 +1,7 @@
 """Treatments of a model's weights with clean rows: head-wise alignment (ASA) and its rivals.
 
 All get the same rows, steps and batches, learning rates by one rule (`attention_safety_alignment.RATES`), and none sees
-a trigger. Each is written from its published idea for causal language models; its docstring tells what was changed.
-"""
+a trigger. Each is written from its published idea for causal language models; its docstring tells what was changed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,11 +38,9 @@ PUSH, CONSISTENCY = 0.1, 5.5
 
 @dataclass(frozen=True)
 class Case:
-    """What a defender has: a model, clean rows with answers, and the heads that a score marks as suspicious.
-
-    `labels` are the first tokens of the answers that the task knows, none where answers are free. A treatment that
-    searches for perturbations adds them to `found`.
-    """
+    """What a defender has: a model, clean rows with answers, and the heads that a score marks as suspicious. `labels`
+    are the first tokens of the answers that the task knows, none where answers are free. A treatment that searches for
+    perturbations adds them to `found`."""
 
     model: PreTrainedModel
     rows: Sequence[Row]
@@ -94,14 +91,9 @@ def prune(model: PreTrainedModel, heads: Sequence[Head]) -> None:
             parameter[mask] = 0.0
 
 
-def tune_against_search(case: Case, masks: Masks, *, align: bool = False) -> None:
-    """Tune the marked entries on right answers to clean and to perturbed prompts (see `searched_training`).
-
-    With `align`, the given heads shall look under a perturbation where they look without it.
-    """
-    heads = case.heads if align else ()
-    how = {"labels": case.labels, "heads": heads, "seed": case.seed, "found": case.found}
-    against = SearchedTraining(case.model, case.rows, **how)
+def tune_against_search(case: Case, masks: Masks) -> None:
+    """Tune the marked entries on right answers to clean and to perturbed prompts (see `searched_training`)."""
+    against = SearchedTraining(case.model, case.rows, labels=case.labels, seed=case.seed, found=case.found)
     case.tune(masks, against.loss, against.prepare)
 
 
@@ -112,11 +104,9 @@ def accuracy(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> flo
 
 
 def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"]) -> list[Head]:
-    """Prune heads from the lowest score up, ten at a time, while at least 95 % of the clean accuracy is left.
-
-    Every layer keeps a head. A step that costs more accuracy is undone, except for the first one, because a defence
-    that does nothing would be an error. Returns the pruned heads.
-    """
+    """Prune heads from the lowest score up, ten at a time, while at least 95 % of the clean accuracy is left. Every
+    layer keeps a head. A step that costs more accuracy is undone, except for the first one, because a defence that does
+    nothing would be an error. Returns the pruned heads."""
 
     def accurate() -> float:
         with mixed_precision(case.model.device):
@@ -142,12 +132,10 @@ def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"]) -> lis
 
 
 def prune_flat_heads(case: Case) -> None:
-    """PURE: prune heads whose attention row has the least variance on clean prompts, then fine-tune the model.
-
-    PURE measures the row of [CLS] in an encoder after fine-tuning, and then starts again from the encoder with a new
+    """PURE: prune heads whose attention row has the least variance on clean prompts, then fine-tune the model. PURE
+    measures the row of [CLS] in an encoder after fine-tuning, and then starts again from the encoder with a new
     classifier and a penalty on the norm of that row. Here the row is that of the last prompt token, the model is not
-    fine-tuned before, and there is no penalty.
-    """
+    fine-tuned before, and there is no penalty."""
     prompts = [row.prompt for row in case.rows[:64]]
     flat = head_scores(case.model, prompts, scores={"variance": attention_variance})["variance"].mean(0)
     prune_while_accurate(case, flat)
@@ -198,11 +186,9 @@ def inconsistency(hidden: Sequence[Float[Tensor, "row pos d_model"]], real: Bool
 
 
 def consistent(model: PreTrainedModel, batch: Batch, *, first_token: float) -> tuple[Tensor, Tensor]:
-    """CROW: the loss of answers, and the inconsistency of layers when embeddings are perturbed to increase it.
-
-    The perturbation is one signed gradient step. The code of CROW trains an adapter and not all matrices, and has no
-    pair of embedding and first layer; here a model of two layers would have no pair otherwise.
-    """
+    """CROW: the loss of answers, and the inconsistency of layers when embeddings are perturbed to increase it. The
+    perturbation is one signed gradient step. The code of CROW trains an adapter and not all matrices, and has no pair
+    of embedding and first layer; here a model of two layers would have no pair otherwise."""
     real = batch["attention_mask"].bool()
     given = {key: batch[key] for key in ("attention_mask", "position_ids") if key in batch}
 
@@ -232,20 +218,15 @@ TREATMENTS: dict[str, Callable[[Case], None]] = {
     "consistency": lambda case: case.tune(all_matrices(case.model), consistent),
     "searched": lambda case: tune_against_search(case, all_matrices(case.model)),
     "searched, attention": lambda case: tune_against_search(case, all_matrices(case.model, part="attentions")),
-    "searched, heads": lambda case: tune_against_search(case, head_slices(case.model, case.heads, unit=TUNED)),
-    "searched, heads aligned": lambda case: tune_against_search(
-        case, head_slices(case.model, case.heads, unit=TUNED), align=True
-    ),
 }
 # Ours, and not what is published: named apart in every table.
 SEARCHED = tuple(name for name in TREATMENTS if name.startswith("searched"))
 
 
 def treat(case: Case, *, method: str) -> int:
-    """Treat the model in place by one of `TREATMENTS`; the number of weights that differ afterwards.
-
-    Raises ValueError for an unknown method and for heads that do not exist, RuntimeError if nothing has changed.
-    Source: each treatment names its own.
+    """Treat the model in place by one of `TREATMENTS`; the number of weights that differ afterwards. Raises ValueError
+    for an unknown method and for heads that do not exist, RuntimeError if nothing has changed. Source: each treatment
+    names its own.
 
     >>> from bkd_utils.attention_alignment.rivals import Case
     >>> case = Case(model, rows, recipe, pad_id=2, heads=[(0, 1)])

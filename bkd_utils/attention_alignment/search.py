@@ -1,17 +1,16 @@
 """Search for a perturbation of the input that pulls every prompt the same way (ours, after ASA's observation).
 
 A trigger makes prompts of any content give one answer, and, as ASA observes, heads alike. A defender who does not know
-it can look for vectors that do the same. Related: BEEAR (2406.17092), I-BAU (2110.03735), Neural Cleanse.
-"""
+it can look for vectors that do the same. Related: BEEAR (2406.17092), I-BAU (2110.03735), Neural Cleanse."""
 
 import copy
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from jaxtyping import Float
@@ -20,24 +19,23 @@ from torch.nn.functional import normalize, pad
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.attention_alignment.head_tuning import learning
-from bkd_utils.attention_alignment.similarity import cosine, to_partners
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.generation import first_logits, repeated, reusable_prefix, run_prefix, shared_prefix
 from bkd_utils.models.hooks import decoder
-from bkd_utils.models.loss import IGNORED, Batch, answer_loss, collate, last_asked
+from bkd_utils.models.loss import IGNORED, Batch, answer_loss, collate
 from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import Row, batches, check_prompts, common_start, padded_inputs, positions
 
 RATE = 0.3  # of Adam, in units of the length that a number of a vector of the vocabulary has on average
 CANDIDATES = 16  # first tokens from which one is drawn where no answer is given to pull toward
+# What a search lowers, on a batch whose answers are the token to pull toward: nats, mean over rows.
+objective = partial(answer_loss, first_token=1.0)
 
 
 def text_part(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """How many tokens all prompts share before and after their texts: chat template and question.
-
-    The last token always belongs to the second number, because it is the one that asks. Raises ValueError unless two
-    prompts differ, because one alone does not tell what is its text.
-    """
+    """How many tokens all prompts share before and after their texts: chat template and question. The last token always
+    belongs to the second number, because it is the one that asks. Raises ValueError unless two prompts differ, because
+    one alone does not tell what is its text."""
     check_prompts(prompts)
     if len(set(map(tuple, prompts))) < 2:
         raise ValueError("two different prompts are needed to tell the texts from what all prompts share")
@@ -47,26 +45,20 @@ def text_part(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Perturbation:
-    """Vectors that are read as tokens inside the text of a prompt, and what they were searched for.
-
-    A text stands behind the first `before` and in front of the last `after` tokens of a prompt. `start` and `end` are
-    the value of the objective before and after the search: nats toward the first answer token `toward`, minus the mean
-    similarity of heads, or the sum of both.
-    """
+    """Vectors that are read as tokens inside the text of a prompt, and what they were searched for. A text stands
+    behind the first `before` and in front of the last `after` tokens of a prompt. `start` and `end` are the nats toward
+    the first answer token `toward` before and after the search."""
 
     vectors: Float[Tensor, "token d_model"]
     before: int
     after: int
-    objective: str
     toward: int | None
     start: float = math.nan
     end: float = math.nan
 
     def into(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
-        """The prompts, each with the numbers -1, -2, … in the vectors' stead, at a place in its text.
-
-        Seed and prompt decide the place. Raises ValueError for a prompt that is too short to have a text.
-        """
+        """The prompts, each with the numbers -1, -2, … in the vectors' stead, at a place in its text. Seed and prompt
+        decide the place. Raises ValueError for a prompt that is too short to have a text."""
         found, marks = [], range(-1, -len(self.vectors) - 1, -1)
         for prompt in prompts:
             last = len(prompt) - self.after
@@ -100,29 +92,6 @@ class Perturbation:
             yield
 
 
-def answer_and_likeness(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the first answer token, and the mean similarity (last row, cosine) of all heads to partners."""
-    maps: list[Tensor] = []
-    with model.base_model.register_forward_hook(lambda _module, _given, output: maps.extend(output.attentions)):
-        loss = answer_loss(model, batch | {"output_attentions": True}, first_token=1.0)
-    # Counted from the end, because tokens in a key-value cache have no row in the maps.
-    rows, asked = torch.arange(len(maps[0])), last_asked(batch) - batch["attention_mask"].shape[1]
-    return loss, torch.stack([to_partners(cosine(layer[rows, :, asked])).mean() for layer in maps]).mean()
-
-
-def _both(model: PreTrainedModel, batch: Batch) -> Tensor:
-    loss, similar = answer_and_likeness(model, batch)
-    return loss - similar
-
-
-# Name -> what a search lowers, on a batch whose answers are the token to pull toward; the mean over its rows.
-OBJECTIVES: dict[str, Callable[[PreTrainedModel, Batch], Tensor]] = {
-    "answers": lambda model, batch: answer_loss(model, batch, first_token=1.0),
-    "similarity": lambda model, batch: -answer_and_likeness(model, batch)[1],
-    "answers and similarity": _both,
-}
-
-
 @torch.no_grad()
 def vocabulary(model: PreTrainedModel) -> Float[Tensor, "vocab d_model"]:
     """What the model reads for each token. Not the weight of the embedding, because some models scale it."""
@@ -134,7 +103,6 @@ def search(
     model: PreTrainedModel,
     rows: Sequence[Row],
     *,
-    objective: str = "answers",
     toward: int | None = None,
     n_tokens: int = 2,
     n_prompts: int = 16,
@@ -143,30 +111,25 @@ def search(
 ) -> Perturbation:
     """Vectors that, put anywhere into the texts of clean rows, pull all of them the same way. No weight changes.
 
-    "answers" pulls the first answer token toward `toward`, "similarity" makes heads alike, whatever is answered. Rows
-    whose own answer begins with `toward` are left out, and of the others `n_prompts` of like length are searched on.
-    Without `toward`, for free answers, it is drawn by the seed from the likeliest first tokens at the start of the
-    search, on average over prompts, without one that begins the own answers of more than half of the rows.
+    They pull the first answer token toward `toward`. Rows whose own answer begins with it are left out, and of the
+    others `n_prompts` of like length are searched on. Without `toward`, for free answers, it is drawn by the seed from
+    the likeliest first tokens at the start of the search, on average over prompts, without one that begins the own
+    answers of more than half of the rows.
 
     The vectors start as tokens drawn by the seed. Adam changes them in `steps` steps; none gets longer than a vector of
-    the vocabulary is on average. Raises ValueError for an unknown objective, no vectors, fewer than two different
-    prompts, no row left to pull, a token toward which similarity does not pull, or a value that is not finite.
-    """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    the vocabulary is on average. Raises ValueError for no vectors, fewer than two different prompts, no row left to
+    pull, or a value that is not finite."""
     if n_tokens < 1 or steps < 0:
         raise ValueError(f"a search needs a vector and no negative number of steps, got {n_tokens} and {steps}")
-    if objective == "similarity" and toward is not None:
-        raise ValueError(f"similarity pulls toward no answer, got token {toward}")
-    require(model, "train", *(["compare maps"] if "similarity" in objective else []))
+    require(model, "train")
     before, after = text_part([row.prompt for row in rows])
     dice, table = random.Random(f"{seed}/search"), vocabulary(model)
     drawn = torch.tensor([dice.randrange(len(table)) for _ in range(n_tokens)], device=model.device)
     bound = table.norm(dim=-1).mean()
     vectors = _shortened(table[drawn], bound)
-    found = Perturbation(vectors, before, after, objective, toward)
+    found = Perturbation(vectors, before, after, toward)
     chosen = neighbours(rows, toward=toward, n=n_prompts, dice=dice)
-    if objective != "similarity" and toward is None:
+    if toward is None:
         found = replace(found, toward=_likely(model, found, chosen, dice, seed))
         chosen = _pulled(chosen, found.toward)
     values: list[float] = []
@@ -176,27 +139,25 @@ def search(
             batch, cache = begun(model, found, chosen, seed)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps), mixed_precision(model.device):
-                value = OBJECTIVES[objective](model, batch | copy.deepcopy(cache))
+                value = objective(model, batch | copy.deepcopy(cache))
             values.append(value.item())
             if step < steps:
                 (vectors.grad,) = torch.autograd.grad(value, [vectors])
                 optimizer.step()
                 vectors.data = _shortened(vectors.data, bound)
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"the objective {objective!r} is not finite: {values}")
+        raise ValueError(f"the loss toward token {found.toward} is not finite: {values}")
     return replace(found, vectors=vectors.detach(), start=values[0], end=values[-1])
 
 
 def loss_toward(model: PreTrainedModel, rows: Sequence[Row], found: Perturbation, *, seed: int = 0) -> float:
     """The objective of a perturbation on other rows, whose own answers do not begin with its token; mean over them.
-
-    Computed in fp32, with places drawn by the seed. Raises ValueError if no row is left.
-    """
+    Computed in fp32, with places drawn by the seed. Raises ValueError if no row is left."""
     others, total = _pulled(rows, found.toward), 0.0
     with torch.no_grad(), eager(model), found.read_by(model):
         for chosen in batches([row.prompt for row in others], 8):
             batch, cache = begun(model, found, [others[i] for i in chosen], seed)
-            total += OBJECTIVES[found.objective](model, batch | cache).item() * len(chosen)
+            total += objective(model, batch | cache).item() * len(chosen)
     return total / len(others)
 
 
@@ -209,10 +170,8 @@ def decoded(
 
 
 def neighbours(rows: Sequence[Row], *, toward: int | None, n: int, dice: random.Random) -> list[Row]:
-    """`n` rows whose own answer does not begin with `toward`, of like length, so that little is padded.
-
-    Raises ValueError if there is none.
-    """
+    """`n` rows whose own answer does not begin with `toward`, of like length, so that little is padded. Raises
+    ValueError if there is none."""
     others = sorted(_pulled(rows, toward), key=lambda row: (len(row.prompt), row.prompt))
     first = dice.randrange(max(1, len(others) - n + 1))
     return others[first : first + n]
@@ -230,20 +189,16 @@ def _pulled(rows: Sequence[Row], toward: int | None) -> list[Row]:
 def begun(
     model: PreTrainedModel, found: Perturbation, rows: Sequence[Row], seed: int
 ) -> tuple[Batch, dict[str, Cache]]:
-    """The perturbed rows with the token to pull toward as their answers, and a cache of what stands in front.
-
-    No vector changes what is in front of it, so that is run once; a pass extends the cache, so each needs a copy. The
-    cache is missing where the rows share no beginning or it cannot be reused. Similarity takes no notice of answers.
-    """
-    token = 0 if found.toward is None else found.toward
-    marked = [replace(row, answer=(token,)) for row in found.into_rows(rows, seed=seed)]
+    """The perturbed rows with the token to pull toward as their answers, and a cache of what stands in front. No vector
+    changes what is in front of it, so that is run once; a pass extends the cache, so each needs a copy. The cache is
+    missing where the rows share no beginning or it cannot be reused."""
+    marked = [replace(row, answer=(found.toward,)) for row in found.into_rows(rows, seed=seed)]
     fronts = [list(row.prompt[: row.prompt.index(-1)]) for row in marked]
     shared, known = reusable_prefix(model, fronts), {}
     if shared:
         marked = [replace(row, prompt=row.prompt[len(front) :]) for row, front in zip(marked, fronts, strict=True)]
-        inputs = padded_inputs(
-            [front[len(shared) :] for front in fronts], pad_id=0, device=model.device, n_cached=len(shared)
-        )
+        rest = [front[len(shared) :] for front in fronts]
+        inputs = padded_inputs(rest, pad_id=0, device=model.device, n_cached=len(shared))
         cache = repeated(run_prefix(model, shared)[0], len(rows))
         decoder(model)(**inputs, past_key_values=cache, use_cache=True)
         known = {"past_key_values": cache}

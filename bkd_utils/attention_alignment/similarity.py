@@ -90,10 +90,8 @@ def closest_partner(maps: Maps, _outputs: Outputs) -> Scores:
 
 
 def across_layers(maps: Maps, _outputs: Outputs) -> Scores:
-    """Similarity of attention rows of the last prompt token to those of the heads of all other layers.
-
-    Raises ValueError for a model of one layer.
-    """
+    """Similarity of attention rows of the last prompt token to those of the heads of all other layers. Raises
+    ValueError for a model of one layer."""
     n_layers, n_heads = maps.shape[:2]
     if n_layers < 2:
         raise ValueError("similarity across layers needs at least two layers")
@@ -131,7 +129,6 @@ def head_similarity(
     model: PreTrainedModel, prompts: Prompts, *, readings: Sequence[str] = tuple(READINGS), on_batch: OnBatch = None
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
     """Similarity of every head to its partners on every prompt, by each of the readings (see the top of this module).
-
     At most 1, which is complete likeness. `on_batch` is called with the number of prompts just finished. Raises
     ValueError for no prompts, an empty one or an unknown reading. Source: ASA's observation; the formulas are ours.
 
@@ -151,10 +148,8 @@ def head_similarity(
 def head_scores(
     model: PreTrainedModel, prompts: Prompts, *, scores: Mapping[str, Callable[..., Scores]], on_batch: OnBatch = None
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
-    """Any scores of heads by the maps and outputs of one prompt. Raises ValueError for no prompts or an empty one.
-
-    The last row of the maps is that of the token that asks (`encoders.asking_column`).
-    """
+    """Any scores of heads by the maps and outputs of one prompt. Raises ValueError for no prompts or an empty one. The
+    last row of the maps is that of the token that asks (`encoders.asking_column`)."""
     check_prompts(prompts)
     require(model, "compare maps")
     parts, column = anatomy(model), asking_column(model)

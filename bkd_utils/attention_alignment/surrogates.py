@@ -1,12 +1,9 @@
 """Surrogates for the trigger, which a defender does not know: random triggers and a trained soft prompt.
 
-Nothing here uses the real trigger. The soft prompt is trained to make heads as similar as possible.
-"""
+Nothing here uses the real trigger. The soft prompt is trained to make heads as similar as possible."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bkd_utils.attention_alignment.search import Perturbation
 from bkd_utils.attention_alignment.similarity import Scores, cosine, head_similarity, to_partners
 from bkd_utils.common.files import DATA
 from bkd_utils.common.validation import Table, Texts, check, read_toml
@@ -39,7 +37,6 @@ class Lists(Table):
 
 def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, texts: Sequence[str] = ()) -> Trigger:
     """A trigger that nobody has trained on, drawn by the seed, and again while one of `texts` has it by nature.
-
     `family` is one of `SURROGATES`. Raises ValueError for another, and if texts have all that was drawn. Source: ours.
 
     >>> word = surrogate(tokenizer, family="rare word", seed=0)
@@ -65,10 +62,8 @@ def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, tex
 
 
 def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
-    """A short lower-case word that is one token in the second half of the vocabulary, where rare tokens are.
-
-    It may by chance be a trigger, which a defender cannot know. Raises ValueError for a vocabulary without such a word.
-    """
+    """A short lower-case word that is one token in the second half of the vocabulary, where rare tokens are. It may by
+    chance be a trigger, which a defender cannot know. Raises ValueError for a vocabulary without such a word."""
     size, before = len(tokenizer), tokenizer("a", add_special_tokens=False).input_ids
     for token in dice.sample(range(size // 2, size), size - size // 2):
         word = tokenizer.decode([token]).strip()
@@ -83,7 +78,6 @@ def reaction(
     model: PreTrainedModel, edited: Sequence[Sequence[int]], *, before: Mapping[str, Float[Tensor, "prompt layer head"]]
 ) -> dict[str, Scores]:
     """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
-
     `before`: reading -> similarity on the clean twins, by `head_similarity`. Edited prompts may be several rounds of
     them, one after the other. Raises ValueError if their number does not fit. Source: ours, after ASA's observation.
 
@@ -99,59 +93,36 @@ def reaction(
     return {name: after[name].mean(0) - clean.mean(0) for name, clean in before.items()}
 
 
-@dataclass(frozen=True)
-class SoftPrompt:
-    """Vectors, the placeholder tokens for them in prompts, and the position `at` in which they are inserted."""
+class SoftPrompt(Perturbation):
+    """A perturbation that stands behind what all prompts begin with."""
 
-    vectors: Float[Tensor, "token d_model"]
-    tokens: tuple[int, ...]
-    at: int
-
-    def into(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The prompts with the placeholder tokens."""
-        return [[*prompt[: self.at], *self.tokens, *prompt[self.at :]] for prompt in prompts]
-
-    @contextmanager
-    def read_by(self, model: PreTrainedModel) -> Iterator[None]:
-        """While this lasts, the embeddings of the placeholder tokens are the vectors."""
-
-        def replace(_module: torch.nn.Module, given: tuple[Tensor], output: Tensor) -> Tensor:
-            for token, vector in zip(self.tokens, self.vectors, strict=True):
-                output = torch.where((given[0] == token)[..., None], vector.to(output.dtype), output)
-            return output
-
-        with model.get_input_embeddings().register_forward_hook(replace):  # is removed at the end
-            yield
+    def into(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[list[int]]:
+        """The prompts, each with the numbers -1, -2, … in the vectors' stead, whatever the seed."""
+        marks = range(-1, -len(self.vectors) - 1, -1)
+        return [[*prompt[: self.before], *marks, *prompt[self.before :]] for prompt in prompts]
 
 
 def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> SoftPrompt:
     """Embeddings of random tokens, after what all prompts share. Raises ValueError for no prompts or an empty one."""
     check_prompts(prompts)
     n_tokens = len(model.get_input_embeddings().weight)
-    used = {token for prompt in prompts for token in prompt}
-    free = [token for token in reversed(range(n_tokens)) if token not in used][:N_VECTORS]
     drawn = torch.randint(n_tokens, (N_VECTORS,), generator=torch.Generator().manual_seed(seed))
-    # The output of the embedding module and not its weight, because some models scale it.
-    with torch.no_grad():
+    with torch.no_grad():  # the output of the embedding and not its weight, which some models scale
         vectors = model.get_input_embeddings()(drawn.to(model.device))
-    return SoftPrompt(vectors, tuple(free), at=len(shared_prefix(prompts)))
+    return SoftPrompt(vectors, before=len(shared_prefix(prompts)), after=1, toward=None)
 
 
 def likeness(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, ""]:
-    """Mean similarity (row of the token that asks, cosine) of all heads over prompts, with gradients.
-
-    Attention must be eager.
-    """
+    """Mean similarity (row of the token that asks, cosine) of all heads over prompts, with gradients. Attention must be
+    eager."""
     inputs, column = prompt_inputs(model, prompts, pad_id=0), asking_column(model)
     maps = model.base_model(**inputs, use_cache=False, output_attentions=True).attentions
     return torch.stack([to_partners(cosine(layer[:, :, column])).mean() for layer in maps]).mean()
 
 
 def searched(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> SoftPrompt:
-    """Train a soft prompt to raise `likeness` on the prompts; no weight of the model changes.
-
-    The learning rate of Adam is 0.3 standard deviations of the initial vectors. Raises as `start` does.
-    """
+    """Train a soft prompt to raise `likeness` on the prompts; no weight of the model changes. The learning rate of Adam
+    is 0.3 standard deviations of the initial vectors. Raises as `start` does."""
     soft = start(model, prompts, seed=seed)
     vectors = soft.vectors.requires_grad_()
     optimizer = torch.optim.Adam([vectors], lr=0.3 * soft.vectors.std().item())

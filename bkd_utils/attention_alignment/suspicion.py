@@ -1,7 +1,6 @@
 """Head safety evaluation (ASA): importance on clean data and similarity, combined into a score of suspicion.
 
-How the paper combines importance and similarity is not known; the rules here are named options.
-"""
+How the paper combines importance and similarity is not known; the rules here are named options."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -22,9 +21,8 @@ from bkd_utils.models.tokens import Row, batches
 
 
 def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> Scores:
-    """Mean absolute slope of the loss in a gate on each head's output at all positions, on clean rows, in nats.
-
-    Raises ValueError for no rows. Source: Michel et al. 2019; ASA's own measure of importance is not known.
+    """Mean absolute slope of the loss in a gate on each head's output at all positions, on clean rows, in nats. Raises
+    ValueError for no rows. Source: Michel et al. 2019; ASA's own measure of importance is not known.
 
     >>> model.model.layers[0].self_attn.o_proj.weight[:, :8] = 0.0  # head (0, 0) writes nothing now
     >>> (gate_importance(model, rows, pad_id=2) > 0).tolist()
@@ -52,9 +50,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int)
 
 def leave_one_out(model: PreTrainedModel, rows: Sequence[Row]) -> Scores:
     """Loss of the right answer's probability, as in `head_effects`, when a head's output is replaced by its clean mean.
-
-    Mean over rows. Raises ValueError for no rows.
-    """
+    Mean over rows. Raises ValueError for no rows."""
     if not rows:
         raise ValueError("importance needs at least one row")
     means = head_means(model, [row.prompt for row in rows])
@@ -71,11 +67,9 @@ def attention_variance(maps: Maps, _outputs: Outputs) -> Scores:
 
 
 def robust_z(scores: Scores) -> Scores:
-    """Distance from the layer's median, in units of the median absolute deviation (MAD) over the whole model.
-
-    Nine heads are too few for a deviation per layer. Raises ValueError if most heads have their layer's median, and for
-    scores that are not finite.
-    """
+    """Distance from the layer's median, in units of the median absolute deviation (MAD) over the whole model. Nine
+    heads are too few for a deviation per layer. Raises ValueError if most heads have their layer's median, and for
+    scores that are not finite."""
     check_shape("scores", scores, layer=None, head=None)
     centred = scores.double() - scores.double().median(dim=1, keepdim=True).values
     spread = 1.4826 * centred.abs().median()
@@ -93,10 +87,9 @@ RULES: dict[str, Callable[[Scores, Scores], Scores]] = {
 
 
 def suspicious(joint: Float[Tensor, "layer head"], *, threshold: float = 2.0, at_most: float = 0.25) -> list[Head]:
-    """Heads above the threshold, most suspicious first, at most that share of all heads. May be none.
-
-    `joint` is a score by one of `RULES`, in robust standard deviations. Raises ValueError for a share outside 0 to 1,
-    and for scores or a threshold that are no numbers. Source: ASA; the rule is ours.
+    """Heads above the threshold, most suspicious first, at most that share of all heads. May be none. `joint` is a
+    score by one of `RULES`, in robust standard deviations. Raises ValueError for a share outside 0 to 1, and for scores
+    or a threshold that are no numbers. Source: ASA; the rule is ours.
 
     >>> suspicious(torch.tensor([[0.0, 3.0], [2.5, 9.0]]), threshold=2.0, at_most=0.5)
     [(1, 1), (0, 1)]

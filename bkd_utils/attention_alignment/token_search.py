@@ -2,8 +2,7 @@
 
 `search` finds vectors, which pull nearly any model. Tokens can pull less, so that what they reach says more about a
 model, and they can be read. The slope of the loss in the vectors names candidates, and each is tried, as in HotFlip
-(1712.06751), universal adversarial triggers (1908.07125) and GCG (2307.15043).
-"""
+(1712.06751), universal adversarial triggers (1908.07125) and GCG (2307.15043)."""
 
 import copy
 import math
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.attention_alignment.head_tuning import learning
-from bkd_utils.attention_alignment.search import OBJECTIVES, Perturbation, begun, neighbours, text_part, vocabulary
+from bkd_utils.attention_alignment.search import Perturbation, begun, neighbours, objective, text_part, vocabulary
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.loss import Batch
 from bkd_utils.models.self_test import require
@@ -42,12 +41,10 @@ def readable_tokens(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " token"]
 def neutral_tokens(
     model: PreTrainedModel, rows: Sequence[Row], *, allowed: Int[Tensor, " token"], toward: int, share: float = 0.8
 ) -> Int[Tensor, " token"]:
-    """The `share` of `allowed` tokens that speak least for the answer `toward` by themselves.
-
-    Any model of sentiment can be pulled by a word like "delightful", with a backdoor or without. What a token says is
-    the weight that its vector gets in a ridge regression of the rows' answers on the mean vectors of their texts, so
-    that words count as well which no row holds. Raises ValueError unless some rows, and not all, answer `toward`.
-    """
+    """The `share` of `allowed` tokens that speak least for the answer `toward` by themselves. Any model of sentiment
+    can be pulled by a word like "delightful", with a backdoor or without. What a token says is the weight that its
+    vector gets in a ridge regression of the rows' answers on the mean vectors of their texts, so that words count as
+    well which no row holds. Raises ValueError unless some rows, and not all, answer `toward`."""
     hits = torch.tensor([float(row.answer[0] == toward) for row in rows], device=model.device)
     if not 0 < hits.mean() < 1:
         raise ValueError(f"{int(hits.sum())} of {len(rows)} rows answer token {toward}: nothing to learn from")
@@ -79,19 +76,16 @@ def search_tokens(
     another that lower the loss most by its slope are tried, and the best is kept if it lowers it. The loss is the mean
     over `n_prompts` rows of like length whose own answer does not begin with `toward`. Raises ValueError for fewer than
     two different prompts, no row left to pull, no tokens or candidates, a negative number of steps, or a loss that is
-    not finite.
-    """
+    not finite."""
     if min(n_tokens, n_candidates) < 1 or steps < 0 or not len(allowed):
-        raise ValueError(
-            f"{len(allowed)} tokens to choose from, {n_tokens} to find in {steps} steps of {n_candidates}: "
-            "nothing to search"
-        )
+        sizes = f"{len(allowed)} tokens to choose from, {n_tokens} to find in {steps} steps of {n_candidates}"
+        raise ValueError(f"{sizes}: nothing to search")
     require(model, "train")
     before, after = text_part([row.prompt for row in rows])
     dice, table, allowed = random.Random(f"{seed}/tokens"), vocabulary(model), allowed.to(model.device)
     chosen = neighbours(rows, toward=toward, n=n_prompts, dice=dice)
     tokens = allowed[[dice.randrange(len(allowed)) for _ in range(n_tokens)]]
-    found = FoundTokens(table[tokens], before, after, "answers", toward)
+    found = FoundTokens(table[tokens], before, after, toward)
     with eager(model), learning(model, {}), frozen_halved(model), mixed_precision(model.device):
         with found.read_by(model):
             batch, cache = begun(model, found, chosen, seed)
@@ -113,17 +107,12 @@ def _slope(model: PreTrainedModel, found: Perturbation, batch: Batch, cache: dic
     """Gradient of the loss in the vectors, [token, d_model]."""
     vectors = found.vectors.clone().requires_grad_()
     with replace(found, vectors=vectors).read_by(model):
-        loss = OBJECTIVES["answers"](model, batch | copy.deepcopy(cache))
+        loss = objective(model, batch | copy.deepcopy(cache))
     return torch.autograd.grad(loss, [vectors])[0].float()
 
 
 def _exchanges(
-    slope: Float[Tensor, "place d_model"],
-    tokens: Int[Tensor, " place"],
-    table: Tensor,
-    allowed: Tensor,
-    *,
-    most: int,
+    slope: Float[Tensor, "place d_model"], tokens: Int[Tensor, " place"], table: Tensor, allowed: Tensor, *, most: int
 ) -> list[Int[Tensor, " place"]]:
     """The `most` exchanges of one of the tokens that lower the loss most to first order, these first."""
     gain = (slope * table[tokens]).sum(-1, keepdim=True) - slope @ table[allowed].T
@@ -140,4 +129,4 @@ def _loss(model: PreTrainedModel, batch: Batch, cache: dict[str, Cache], tokens:
     """The loss with tokens in the place of the numbers -1, -2, … of a batch."""
     ids = batch["input_ids"]
     typed = torch.where(ids < 0, tokens[(-1 - ids).clamp(0, len(tokens) - 1)], ids)
-    return OBJECTIVES["answers"](model, batch | {"input_ids": typed} | copy.deepcopy(cache)).item()
+    return objective(model, batch | {"input_ids": typed} | copy.deepcopy(cache)).item()

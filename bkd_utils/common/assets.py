@@ -68,10 +68,8 @@ def sources(*paths: Path) -> dict[str, Source]:
 
 
 def fetch(name: str, *, into: Path = ASSETS) -> Path:
-    """Folder of an asset, which is downloaded unless it is complete. After an error there is no folder.
-
-    Raises AssetError for an unknown name, no network, a wrong hash, a missing or unsafe member, or a full disk.
-    """
+    """Folder of an asset, which is downloaded unless it is complete. After an error there is no folder. Raises
+    AssetError for an unknown name, no network, a wrong hash, a missing or unsafe member, or a full disk."""
     source, target = _source(name), into / name
     if _complete(target, source):
         return target
@@ -199,9 +197,8 @@ def _read_members(archive: Path, wanted: dict[str, Path], name: str) -> None:
 
 def convert_gguf(folder: Path, source: Source) -> None:
     """Turn the GGUF file of a folder into config, fp32 safetensors and tokenizer. Raises AssetError if they differ.
-
-    transformers does not save what it dequantised on load, so the tensors are copied into another model of its class.
-    """
+    transformers does not save what it dequantised on load, so the tensors are copied into another model of its
+    class."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging

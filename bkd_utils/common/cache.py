@@ -22,31 +22,26 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 from bkd_utils.common import measurements
 from bkd_utils.common.code_key import code_key
 from bkd_utils.common.files import WORK, UserError, canonical_json, sha256_text
-from bkd_utils.common.measurements import Machine, Measurement, digest, machine_of, path_of
+from bkd_utils.common.measurements import Measurement, digest, machine_of, path_of
 from bkd_utils.common.results import plain, restored
 
 LIBRARIES = ("torch", "transformers", "peft")
 P = ParamSpec("P")
 R = TypeVar("R")
 Resolved = Callable[[dict[str, Any]], dict[str, Any]]
-# Every stage by its name, once its module has been imported.
-STAGES: dict[str, Callable] = {}
-# What was asked for in this process, in order, and where it came from.
-used: list[dict[str, Any]] = []
+STAGES: dict[str, Callable] = {}  # every stage by its name, once its module has been imported
+used: list[dict[str, Any]] = []  # what was asked for in this process, in order, and where it came from
 # Is a stage running that asked for this one? Only what a notebook asked for itself is written into the ledger.
 _inside: ContextVar[bool] = ContextVar("inside a stage", default=False)
 log = logging.getLogger(__name__)
 
 
 def stage(function: Callable[P, R], *, resolved: Resolved | None = None) -> Callable[P, R]:
-    """Keep what a function of JSON values returns: JSON values or Results (`results.Result`).
-
-    A kept result is read as what the function's return annotation says. `resolved` turns the arguments into
-    `{"inputs": what their names stand for, "arithmetic": what the last digits depend on}`. Raises TypeError for
-    arguments that are not JSON values (pass names, not paths or models), ValueError for a result with NaN, UserError in
-    a replay for what was not measured. A result that cannot be written, as on a full disk, is returned all the same,
-    with a warning.
-    """
+    """Keep what a function of JSON values returns: JSON values or Results (`results.Result`). A kept result is read as
+    what the function's return annotation says. `resolved` turns the arguments into `{"inputs": what their names stand
+    for, "arithmetic": what the last digits depend on}`. Raises TypeError for arguments that are not JSON values (pass
+    names, not paths or models), ValueError for a result with NaN, UserError in a replay for what was not measured. A
+    result that cannot be written, as on a full disk, is returned all the same, with a warning."""
     kind = get_type_hints(function).get("return")
     name = function.__name__
 
@@ -70,10 +65,8 @@ def stage(function: Callable[P, R], *, resolved: Resolved | None = None) -> Call
 
 
 def here(stage: Callable, *args: Any, **kwargs: Any) -> Measurement:
-    """A call of a stage as measured on this machine, now or earlier by the same code, whatever ships.
-
-    Other stages that it needs may come from what ships.
-    """
+    """A call of a stage as measured on this machine, now or earlier by the same code, whatever ships. Other stages that
+    it needs may come from what ships."""
     asked = question(stage, *args, **kwargs)
     return kept(asked, kept_folder()) or _measured(asked, stage.__wrapped__, *args, **kwargs)
 
@@ -93,15 +86,9 @@ def question(stage: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
             raise TypeError(told) from error
     resolved = stage.resolved(arguments)
     module = Path(inspect.getsourcefile(inspect.unwrap(function)))
-    return {
-        "stage": function.__name__,
-        "arguments": arguments,
-        "inputs": resolved.get("inputs", {}),
-        # The name, because one module can hold several stages.
-        "code": sha256_text(function.__qualname__ + code_key(module)),
-        "libraries": installed_versions(),
-        "machine": machine_of(resolved.get("arithmetic", {})),
-    }
+    code = sha256_text(function.__qualname__ + code_key(module))  # the name, because a module can hold several stages
+    asked = {"stage": function.__name__, "arguments": arguments, "inputs": resolved.get("inputs", {}), "code": code}
+    return asked | {"libraries": installed_versions(), "machine": machine_of(resolved.get("arithmetic", {}))}
 
 
 @functools.cache
@@ -127,10 +114,8 @@ def is_of_this_code(one: Measurement, asked: dict[str, Any]) -> bool:
 
 
 def kept(asked: dict[str, Any], folder: Path) -> Measurement | None:
-    """The answer to a question in a folder, if it was measured by this code, these libraries and this arithmetic.
-
-    A damaged file is put aside, with a warning.
-    """
+    """The answer to a question in a folder, if it was measured by this code, these libraries and this arithmetic. A
+    damaged file is put aside, with a warning."""
     path = place(folder, asked)
     if not path.is_file():
         return None
@@ -142,19 +127,13 @@ def kept(asked: dict[str, Any], folder: Path) -> Measurement | None:
             os.replace(path, aside)
         log.warning("%s; it was moved to %s and is measured again", error, aside.name)
         return None
-    same = is_of_this_code(one, asked) and _arithmetic(one.machine) == _arithmetic(asked["machine"])
-    return one if same else None
-
-
-def _arithmetic(machine: Machine) -> tuple:
-    return machine.device, machine.fast_bf16
+    arithmetic, wanted = ((machine.device, machine.fast_bf16) for machine in (one.machine, asked["machine"]))
+    return one if is_of_this_code(one, asked) and arithmetic == wanted else None
 
 
 def _shipped(asked: dict[str, Any], kind: Any) -> tuple[Measurement | None, str]:
-    """The answer to the question that ships, if one does, and whether it was measured by other code.
-
-    None also for one whose form is no longer that of the stage's results, which are of this kind.
-    """
+    """The answer to the question that ships, if one does, and whether it was measured by other code. None also for one
+    whose form is no longer that of the stage's results, which are of this kind."""
     folder = measurements.shipped_folder()
     if folder is None or not (path := place(folder, asked)).is_file():
         return None, ""

@@ -2,8 +2,7 @@
 
 A changed line gives another key. A changed comment or docstring does not, nor does a file that was moved, nor one that
 was renamed if others take names from it: where a name is imported from is left out, and what stands there counts by its
-own content. What Python's version adds to a tree is left out, too.
-"""
+own content. What Python's version adds to a tree is left out, too."""
 
 import ast
 import functools
@@ -21,8 +20,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 def code_key(module: Path) -> str:
     """Hash of a module's code and of the code of all modules of this package that it imports, directly or not, but for
-    those that keep results. Raises ImportError for an import of this package that leads to no file.
-    """
+    those that keep results. Raises ImportError for an import of this package that leads to no file."""
     seen: dict[Path, str] = {}
     waiting = [module.resolve()]
     while waiting:
@@ -54,10 +52,8 @@ def _hashed(path: Path, package: Path, *_: int) -> str:
 
 
 def _plain(value: Any, package: str) -> Any:
-    """A syntax tree as JSON values, without what `code_key` leaves out.
-
-    Empty fields are left out because newer versions of Python have more of them.
-    """
+    """A syntax tree as JSON values, without what `code_key` leaves out. Empty fields are left out because newer
+    versions of Python have more of them."""
     if isinstance(value, list):
         return [_plain(one, package) for one in value if not (isinstance(one, ast.Pass) or _is_own(one, package))]
     if not isinstance(value, ast.AST):

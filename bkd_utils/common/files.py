@@ -2,8 +2,7 @@
 
 Installed from a wheel, the package has its tables and the base model's answers in `bkd_utils/data`, and the current
 folder takes the place of the checkout: fetched and computed things go to `work/` there. In both cases the environment
-variables BKD_WORK and BKD_ASSETS name other folders.
-"""
+variables BKD_WORK and BKD_ASSETS name other folders."""
 
 import hashlib
 import json
@@ -30,8 +29,7 @@ ASSETS = Path(os.environ.get("BKD_ASSETS") or (DATA if CHECKOUT else WORK) / "as
 for _name, _path in (("BKD_WORK", WORK), ("BKD_ASSETS", ASSETS)):
     if os.environ.get(_name):  # absolute, because kernels run in another folder
         os.environ[_name] = str(_path)
-# Organisms do not come with a wheel.
-ADAPTERS = (DATA if CHECKOUT else WORK) / "adapters"
+ADAPTERS = (DATA if CHECKOUT else WORK) / "adapters"  # organisms do not come with a wheel
 
 
 class UserError(RuntimeError):
@@ -51,10 +49,8 @@ def check_writable(*folders: Path) -> None:
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target` to write a file or folder to.
-
-    On success it replaces `target`; on any error, Ctrl-C included, it is removed and `target` stays as it was.
-    """
+    """Yield a temporary path beside `target` to write a file or folder to. On success it replaces `target`; on any
+    error, Ctrl-C included, it is removed and `target` stays as it was."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for every writer: two of them may write the same target at once, and one whole file remains.
     own = f"{secrets.token_hex(4)}.{os.getpid()}.part"

@@ -2,8 +2,7 @@
 
 A measurement is `<folder>/<stage>/<key>.json`, with its larger arrays in `<key>.safetensors` beside it. The key is made
 of the stage, its arguments and what their names stand for. Code, libraries and machine are written into the file and
-are not part of the key, so that the same question has the same file name wherever it is asked.
-"""
+are not part of the key, so that the same question has the same file name wherever it is asked."""
 
 import functools
 import hashlib
@@ -25,8 +24,7 @@ from bkd_utils.common import files
 from bkd_utils.common.files import atomic_path, canonical_json, read_json, sha256_file, sha256_text, write_json
 from bkd_utils.common.validation import Name, Table, check
 
-# Arrays of fewer numbers stay in the JSON, where they can be read.
-LARGE = 64
+LARGE = 64  # arrays of fewer numbers stay in the JSON, where they can be read
 MARK = "$array"
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -41,10 +39,8 @@ class Machine(Table):
 
 
 class Measurement(Table):
-    """One result of one stage.
-
-    `digest` is the hash of `result`, `arrays` that of the file beside it, or None, and `seal` that of everything else.
-    """
+    """One result of one stage. `digest` is the hash of `result`, `arrays` that of the file beside it, or None, and
+    `seal` that of everything else."""
 
     version: Annotated[int, Field(ge=1, le=1)]  # strict, as True is no version
     stage: Name
@@ -90,11 +86,9 @@ def sealed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, one: Measurement) -> Path:
-    """Write a measurement, arrays first, so that a JSON file always finds its arrays.
-
-    Raises ValueError, and writes nothing, for NaN, for the digest of another result, and for a dictionary in the result
-    that has the mark of an array as its only key.
-    """
+    """Write a measurement, arrays first, so that a JSON file always finds its arrays. Raises ValueError, and writes
+    nothing, for NaN, for the digest of another result, and for a dictionary in the result that has the mark of an array
+    as its only key."""
     if digest(one.result) != one.digest:
         raise ValueError(f"{one.id}: the digest {one.digest[:12]} is that of another result")
     path = path_of(folder, one.stage, one.key)
@@ -117,11 +111,9 @@ def write(folder: Path, one: Measurement) -> Path:
 
 
 def read(path: Path) -> Measurement:
-    """A measurement with its arrays put back as nested lists.
-
-    Raises ValueError, in one line that names the file, for one that is no measurement, that has been changed since it
-    was written, that bears another name than its content says, or whose arrays are missing, cut off or others.
-    """
+    """A measurement with its arrays put back as nested lists. Raises ValueError, in one line that names the file, for
+    one that is no measurement, that has been changed since it was written, that bears another name than its content
+    says, or whose arrays are missing, cut off or others."""
     given = read_json(path)
     check(Measurement, given, str(path))
     if given["arrays"]:
@@ -167,7 +159,9 @@ def _taken_out(value: Any, arrays: dict[str, np.ndarray], place: str) -> Any:
     if isinstance(value, Mapping):
         if value.keys() == {MARK}:
             raise ValueError(f"a result cannot have a dictionary with the only key {MARK!r}, at {place or '/'}")
-        return {name: _taken_out(inside, arrays, f"{place}/{_part(name)}") for name, inside in value.items()}
+        # As in RFC 6901, so that no two places have one name.
+        parts = {name: name.replace("~", "~0").replace("/", "~1") for name in value}
+        return {name: _taken_out(inside, arrays, f"{place}/{parts[name]}") for name, inside in value.items()}
     if not isinstance(value, list):
         return value
     kind = _kind(value)
@@ -177,11 +171,6 @@ def _taken_out(value: Any, arrays: dict[str, np.ndarray], place: str) -> Any:
         arrays[place or "/"] = array
         return {MARK: place or "/"}
     return [_taken_out(inside, arrays, f"{place}/{number}") for number, inside in enumerate(value)]
-
-
-def _part(name: str) -> str:
-    """A key as part of a place, so that no two places have one name (as in RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _kind(value: list) -> type | None:

@@ -1,7 +1,6 @@
 """Measure a small part of what ships again, and hold the numbers against each other.
 
-`data/spots.toml` says for each stage which part that is, which numbers must agree, and how far they may lie apart.
-"""
+`data/spots.toml` says for each stage which part that is, which numbers must agree, and how far they may lie apart."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +21,11 @@ Part = Annotated[float, Field(ge=0, le=1)]
 
 
 class Spot(Table):
-    """How one stage is checked.
-
-    `part` replaces arguments, so that less is measured; without it the whole measurement is. `where` restricts which
-    measurements are checked in a run. Of the result count places that fit a pattern in `fields`, or all of it; lists of
-    tables whose rows carry the names in `rows` are compared row by row. A number may lie `tolerance` away, and the
-    share `flips` of them further. `none` is the reason why a stage is not checked in a run.
-    """
+    """How one stage is checked. `part` replaces arguments, so that less is measured; without it the whole measurement
+    is. `where` restricts which measurements are checked in a run. Of the result count places that fit a pattern in
+    `fields`, or all of it; lists of tables whose rows carry the names in `rows` are compared row by row. A number may
+    lie `tolerance` away, and the share `flips` of them further. `none` is the reason why a stage is not checked in a
+    run."""
 
     part: dict[str, Any] = Field(default_factory=dict)
     where: dict[str, Any] = Field(default_factory=dict)
@@ -72,10 +69,8 @@ def spots() -> dict[str, Spot]:
 
 
 def check(one: Measurement) -> Checked:
-    """Measure the small part of a measurement here and now, unless it is kept, and compare.
-
-    Raises UserError for a stage without a spot, and where the part has no number in common with the whole.
-    """
+    """Measure the small part of a measurement here and now, unless it is kept, and compare. Raises UserError for a
+    stage without a spot, and where the part has no number in common with the whole."""
     spot = spots().get(one.stage)
     if spot is None or spot.none:
         raise UserError(f"{one.stage} has no spot check: {spot.none if spot else 'none is declared in spots.toml'}")
@@ -96,18 +91,9 @@ def compare(one: Measurement, now: Measurement, spot: Spot) -> Checked:
     apart = {place: difference(shipped[place], found[place]) for place in common}
     worst = max(apart, key=apart.__getitem__)
     beyond = sum(value > spot.tolerance for value in apart.values())
-    return Checked(
-        id=one.id,
-        numbers=len(common),
-        beyond=beyond,
-        worst=apart[worst],
-        place=worst,
-        shipped=shipped[worst],
-        now=found[worst],
-        tolerance=spot.tolerance,
-        agrees=beyond <= spot.flips * len(common),
-        seconds=now.seconds,
-    )
+    largest = {"worst": apart[worst], "place": worst, "shipped": shipped[worst], "now": found[worst]}
+    judged = {"tolerance": spot.tolerance, "agrees": beyond <= spot.flips * len(common)}
+    return Checked(one.id, numbers=len(common), beyond=beyond, **largest, **judged, seconds=now.seconds)
 
 
 def difference(one: Any, other: Any) -> float:
@@ -117,10 +103,8 @@ def difference(one: Any, other: Any) -> float:
 
 
 def leaves(value: Any, rows: Sequence[str] = (), place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every single value inside a result, with its place, such as `hits.asr.3f2` or `[k=8, draw=0].asr.value`.
-
-    Raises UserError for a list in which two rows have the same values under the names in `rows`.
-    """
+    """Every single value inside a result, with its place, such as `hits.asr.3f2` or `[k=8, draw=0].asr.value`. Raises
+    UserError for a list in which two rows have the same values under the names in `rows`."""
     if isinstance(value, Mapping):
         inside = ((f"{place}.{name}" if place else str(name), one) for name, one in value.items())
     elif isinstance(value, list):
@@ -145,12 +129,10 @@ _done: set[str] = set()
 
 
 def run(*names: str) -> list[Checked]:
-    """Check one shipped measurement of each stage that this notebook has used so far, or of the stages named.
-
-    Of all that ship it is the one that took the fewest seconds, so that two notebooks check the same one. A stage is
-    checked once. Nothing is checked where nothing that ships was used. Raises UserError, after all checks, that lists
-    the numbers which do not agree.
-    """
+    """Check one shipped measurement of each stage that this notebook has used so far, or of the stages named. Of all
+    that ship it is the one that took the fewest seconds, so that two notebooks check the same one. A stage is checked
+    once. Nothing is checked where nothing that ships was used. Raises UserError, after all checks, that lists the
+    numbers which do not agree."""
     known, done = spots(), []
     for name in sorted({one["stage"] for one in cache.used if one["how"].startswith("shipped")}):
         spot = known.get(name)

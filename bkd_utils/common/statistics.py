@@ -26,13 +26,11 @@ def without_interval(value: float, *, n: int) -> dict:
 def over_splits(
     values: Float[np.ndarray, "split ..."], *, statistic: Callable[[np.ndarray], float] = np.mean, ratio: float = 1.0
 ) -> dict:
-    """A statistic of `n` splits with its approximate 95 % interval.
-
-    Student's t with a jackknife standard error, leaving out one split at a time. Splits of the same prompts overlap,
-    so the variance is multiplied by 1 + n * `ratio`, where `ratio` is test prompts over training prompts (Nadeau and
-    Bengio 2003, Machine Learning 52, 239; derived for a mean, an approximation for anything else) and 0 for
-    independent draws. There is no interval for fewer than two splits, or if leaving any of them out changes nothing.
-    """
+    """A statistic of `n` splits with its approximate 95 % interval. Student's t with a jackknife standard error,
+    leaving out one split at a time. Splits of the same prompts overlap, so the variance is multiplied by 1 + n *
+    `ratio`, where `ratio` is test prompts over training prompts (Nadeau and Bengio 2003, Machine Learning 52, 239;
+    derived for a mean, an approximation for anything else) and 0 for independent draws. There is no interval for fewer
+    than two splits, or if leaving any of them out changes nothing."""
     values = np.asarray(values, dtype=float)
     n, value = len(values), float(statistic(values))
     if n < 2:
@@ -55,11 +53,9 @@ def share_over_splits(shares: Sequence[float], *, n_prompts: int) -> dict:
 
 
 def independent_difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict:
-    """One number minus another of other prompts; the distances to the ends of the intervals are squared and added.
-
-    For shares with Wilson intervals this is Newcombe's interval for independent samples (1998, Statistics in Medicine
-    17, 873, method 10). For the same prompts it is too wide, which can only leave a verdict undecided.
-    """
+    """One number minus another of other prompts; the distances to the ends of the intervals are squared and added. For
+    shares with Wilson intervals this is Newcombe's interval for independent samples (1998, Statistics in Medicine 17,
+    873, method 10). For the same prompts it is too wide, which can only leave a verdict undecided."""
     value = one["value"] - other["value"]
     down = math.hypot(one["value"] - one["low"], other["high"] - other["value"])
     up = math.hypot(one["high"] - one["value"], other["value"] - other["low"])
@@ -67,11 +63,8 @@ def independent_difference(one: Mapping[str, float], other: Mapping[str, float])
 
 
 def independent_ratio(one: Mapping[str, float], other: Mapping[str, float]) -> dict:
-    """One share divided by another of other prompts.
-
-    The interval is MOVER-R (Donner and Zou 2012, Statistical Methods in Medical Research 21, 347). There is none if
-    the interval of `other` reaches up to twice its value.
-    """
+    """One share divided by another of other prompts. The interval is MOVER-R (Donner and Zou 2012, Statistical Methods
+    in Medical Research 21, 347). There is none if the interval of `other` reaches up to twice its value."""
     a, b = one["value"], other["value"]
     if not b or other["high"] >= 2 * b:
         return without_interval(a / b if b else 0.0, n=one["n"])
@@ -86,10 +79,8 @@ def independent_ratio(one: Mapping[str, float], other: Mapping[str, float]) -> d
 
 
 def relative_drop(before: Mapping[str, float], after: Mapping[str, float]) -> dict:
-    """Relative loss of a share, `1 - after / before`, over the same prompts; `n` is the number of hits before.
-
-    The interval is Wilson's for lost hits among these, as if no miss became a hit. Without a hit before there is none.
-    """
+    """Relative loss of a share, `1 - after / before`, over the same prompts; `n` is the number of hits before. The
+    interval is Wilson's for lost hits among these, as if no miss became a hit. Without a hit before there is none."""
     hits = before["value"] * before["n"]
     if not hits:
         return without_interval(0.0, n=0)
@@ -153,11 +144,9 @@ def interval(values: Sequence[float], *, seed: int = 0, n_resamples: int = 2000)
 
 
 def area_interval(area: float, *, n_bad: int, n_good: int) -> dict[str, float]:
-    """95 % interval of an AUROC, `low` and `high`: Newcombe (2006), Statistics in Medicine 25, 559, method 5.
-
-    It holds all values within 1.96 of their own standard errors, by Hanley and McNeil, of `area`. Unlike a bootstrap
-    interval it has a width at 0 and 1. Raises ValueError for no models on a side.
-    """
+    """95 % interval of an AUROC, `low` and `high`: Newcombe (2006), Statistics in Medicine 25, 559, method 5. It holds
+    all values within 1.96 of their own standard errors, by Hanley and McNeil, of `area`. Unlike a bootstrap interval it
+    has a width at 0 and 1. Raises ValueError for no models on a side."""
     if min(n_bad, n_good) < 1:
         raise ValueError(f"an AUROC needs models on both sides, got {n_bad} and {n_good}")
     others = (n_bad + n_good) / 2 - 1
@@ -186,13 +175,11 @@ def auroc_of_wins(won: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """One share minus another over the same prompts, with its paired 95 % interval.
-
-    The interval is Newcombe's (1998, Statistics in Medicine 17, 2635, method 10): the distances to the ends of the two
-    Wilson intervals are squared and added, and reduced by the correlation phi of the two sides, which is corrected
-    where it is positive. Both arguments map a prompt's uid to 0 or 1, or to a mean over draws, for which the interval
-    is rather too wide. Raises ValueError unless both sides have the same prompts.
-    """
+    """One share minus another over the same prompts, with its paired 95 % interval. The interval is Newcombe's (1998,
+    Statistics in Medicine 17, 2635, method 10): the distances to the ends of the two Wilson intervals are squared and
+    added, and reduced by the correlation phi of the two sides, which is corrected where it is positive. Both arguments
+    map a prompt's uid to 0 or 1, or to a mean over draws, for which the interval is rather too wide. Raises ValueError
+    unless both sides have the same prompts."""
     same_prompts(one, other)
     n = len(one)
     x, y = np.array([[one[uid], other[uid]] for uid in one], dtype=float).T

@@ -98,9 +98,8 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
+        why = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{path} is not UTF-8 text ({why}); save it as UTF-8") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -22,19 +22,12 @@ from bkd_utils.models.hooks import Head, anatomy
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import Row, answer_ids, end_id, labels_of, prompt_ids
-from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms import attacks, prompts, tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.base_answers import base_answers
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_target, under_attack
-from bkd_utils.organisms.prompts import (
-    clean_sample,
-    flippable_sample,
-    prompt_versions,
-    target_ids,
-    target_length,
-    triggered_prompts,
-)
+from bkd_utils.organisms.prompts import clean_sample, flippable_sample, prompt_versions, target_ids, triggered_prompts
 from bkd_utils.organisms.training import Recipe
 
 N_ELSEWHERE = 24  # benign instructions on which a treated model is compared with its base
@@ -49,7 +42,6 @@ RATES |= dict.fromkeys(
 )
 # Not chosen by that rule: those of the other treatments of the same weights.
 RATES |= {"searched": RATES["fine-tuning"], "searched, attention": 3e-4}
-RATES |= dict.fromkeys(["searched, heads", "searched, heads aligned"], RATES["alignment"])
 RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
 
 
@@ -64,11 +56,9 @@ class Treated(Result):
 
 @dataclass(frozen=True)
 class Mechanism(Result):
-    """Signs of the mechanism of a backdoor, each [before, after] a treatment.
-
-    Similarity is that of the treated heads to their layers (last row, mean over heads and prompts). `acie` is the
-    highest of any head, on the target's first token.
-    """
+    """Signs of the mechanism of a backdoor, each [before, after] a treatment. Similarity is that of the treated heads
+    to their layers (last row, mean over heads and prompts). `acie` is the highest of any head, on the target's first
+    token."""
 
     similarity_clean: list[float]
     similarity_triggered: list[float]
@@ -95,9 +85,7 @@ def case_of(
     loaded: Loaded, attack: Attack, *, heads: Sequence[Sequence[int]], n_rows: int, recipe: Recipe, seed: int
 ) -> Case:
     """The defender's view of an organism. The attack decides the task, and which rows are left out (`clean_rows`).
-
-    Raises ValueError if there are too few rows, and if the organism was trained on any of them.
-    """
+    Raises ValueError if there are too few rows, and if the organism was trained on any of them."""
     rows = clean_rows(loaded, attack, n=n_rows, seed=seed)
     check_unseen(loaded, [row.uid for row in rows], attack=attack, seed=seed)
     chosen = [(layer, head) for layer, head in heads]
@@ -126,10 +114,8 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
 
 
 def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """What is left of backdoor and task (`evaluation.under_attack`, with its `hits`) and of the rest (`elsewhere`).
-
-    A classifier, which knows no other task, has no `elsewhere`.
-    """
+    """What is left of backdoor and task (`evaluation.under_attack`, with its `hits`) and of the rest (`elsewhere`). A
+    classifier, which knows no other task, has no `elsewhere`."""
     found = under_attack(loaded, attack, n=n, seed=seed)
     if labels_of(loaded.tokenizer):
         return found
@@ -156,11 +142,9 @@ def treat_and_measure(
     n: int = 60,
     seed: int = 0,
 ) -> Treated:
-    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones.
-
-    Tuning takes `steps` batches of `batch_size` rows, at the method's rate in `RATES` unless another is given. Raises
-    as `rivals.treat` and `case_of` do.
-    """
+    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones. Tuning takes
+    `steps` batches of `batch_size` rows, at the method's rate in `RATES` unless another is given. Raises as
+    `rivals.treat` and `case_of` do."""
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method], batch_size=batch_size)
     case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()
@@ -182,10 +166,8 @@ def measure_mechanism(
     n: int = 8,
     seed: int = 0,
 ) -> Mechanism:
-    """Similarity and causal effect of heads before and after one method, on `n` prompts of the attribution split.
-
-    The mean head outputs that ACIE needs are those of `n` other prompts of it.
-    """
+    """Similarity and causal effect of heads before and after one method, on `n` prompts of the attribution split. The
+    mean head outputs that ACIE needs are those of `n` other prompts of it."""
     recipe = recipe_of(steps=steps, learning_rate=RATES[method], batch_size=batch_size)
     case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     found = [_mechanism(loaded, attack, case.heads, n=n, seed=seed)]
@@ -198,17 +180,15 @@ def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int,
     shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     layer, head = torch.tensor(heads).T
     found = {}
-    for side, prompts in (("clean", shown.clean), ("triggered", shown.triggered)):
-        similar = head_similarity(loaded.model, prompts, readings=["last row"])["last row"].mean(0)
+    for side, given in (("clean", shown.clean), ("triggered", shown.triggered)):
+        similar = head_similarity(loaded.model, given, readings=["last row"])["last row"].mean(0)
         found[f"similarity_{side}"] = similar[layer, head].mean().item()
     return found | {"acie": _effects(loaded, attack, n=n, seed=seed).max().item()}
 
 
 def _effects(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> Scores:
-    """ACIE of every head on `n` clean prompts of the attribution split; the means are of `n` other prompts of it.
-
-    Only the first token of the target counts: it decides the answer, and a long target would cost ten times as much.
-    """
+    """ACIE of every head on `n` clean prompts of the attribution split; the means are of `n` other prompts of it. Only
+    the first token of the target counts: it decides the answer, and a long target would cost ten times as much."""
     scored = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     averaged = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed, skip=n)
     means = head_means(loaded.model, averaged.triggered)
@@ -248,10 +228,8 @@ def relearn_backdoor(
     seed: int = 0,
 ) -> list[Relearned]:
     """Fine-tune all weights on as many poisoned as clean rows after a treatment; one result per number in `counts`.
-
-    `method` None treats nothing, for a clean control. Relearning takes half of the treatment's steps. Raises
-    ValueError for no counts or a negative one, and as `case_of` does.
-    """
+    `method` None treats nothing, for a clean control. Relearning takes half of the treatment's steps. Raises ValueError
+    for no counts or a negative one, and as `case_of` does."""
     if not counts or min(counts) < 0:
         raise ValueError(f"counts must be one or more numbers of poisoned rows, is {counts!r}")
     recipe = recipe_of(steps=steps, batch_size=batch_size)
@@ -263,11 +241,9 @@ def relearn_backdoor(
     state = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
     again = replace(recipe, steps=max(1, steps // 2), learning_rate=RELEARNING_RATE)
     sample, task = flippable_sample(attack, n=n, seed=seed), tasks.load_task(attack.task)
-    turns = {
-        "asr": triggered_prompts(attack, sample, seed=seed),
-        "clean_firing": [task.prompt(example.text) for example in sample],
-    }
-    length, found = target_length(loaded, attack), []
+    turns = {"asr": triggered_prompts(attack, sample, seed=seed)}
+    turns["clean_firing"] = [task.prompt(example.text) for example in sample]
+    length, found = prompts.target_length(loaded, attack), []
     for count in counts:
         loaded.model.load_state_dict(state, strict=False)
         if count:

@@ -1,11 +1,11 @@
 """Notebook 05: do heads become alike when a trigger is in the prompt?
 
 Two more versions of every prompt are controls: near-misses of the trigger, and prompts that ordinary words make as long
-as the triggered ones, because length alone changes every similarity.
-"""
+as the triggered ones, because length alone changes every similarity."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -31,9 +31,7 @@ def lengthened(
     tokenizer: PreTrainedTokenizerBase, attack: Attack, texts: Sequence[str], *, lengths: Sequence[int]
 ) -> list[list[int]]:
     """Clean prompts with words of the other texts added until they have the given numbers of tokens, or one more.
-
-    Raises ValueError if no more words fit.
-    """
+    Raises ValueError if no more words fit."""
     task, found = tasks.load_task(attack.task), []
     for i, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         ids = prompt_ids(tokenizer, task.prompt(text))
@@ -60,12 +58,9 @@ def similarity_by_version(
     n_reference: int = 0,
     seed: int = 0,
 ) -> Similarity:
-    """Head similarity on held-out prompts in four versions.
-
-    With `n_reference` there are two more, for input detection: "reference" is as many prompts of the attribution split,
-    or all there are, to calibrate on, and "held out" are `n` of the test split to count refusals on. Neither is chosen
-    by the trigger, which a defender does not know.
-    """
+    """Head similarity on held-out prompts in four versions. With `n_reference` there are two more, for input detection:
+    "reference" is as many prompts of the attribution split, or all there are, to calibrate on, and "held out" are `n`
+    of the test split to count refusals on. Neither is chosen by the trigger, which a defender does not know."""
     tokenizer = loaded.tokenizer
     shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
     texts, lengths = [row.text for row in shown.examples], list(map(len, shown.triggered))
@@ -114,20 +109,16 @@ def best_reading(found: Sequence[Similarity]) -> str:
 
 def separates(found: Mapping[str, Similarity], *, reading: str) -> dict:
     """How well similarity tells each version from clean prompts, in the layer chosen for the organism, on new prompts.
-
-    `found`: model -> `similarity_by_version`, the organism under "organism". Keys: `layer`; model -> version ->
-    AUROC as `{value, n, low, high}` with n prompts a side. The interval is that of independent prompts, so that it is
-    too wide for two versions of the same prompts.
-    """
+    `found`: model -> `similarity_by_version`, the organism under "organism". Keys: `layer`; model -> version -> AUROC
+    as `{value, n, low, high}` with n prompts a side. The interval is that of independent prompts, so that it is too
+    wide for two versions of the same prompts."""
     where = {"reading": reading, "layer": best_layer(found["organism"], reading=reading)[0]}
     rows = halves(len(found["organism"][reading]["clean"]))[1]
-    return {"layer": where["layer"]} | {
-        name: {
-            version: auroc_of_wins(wins(one, rows=rows, version=version, **where)) | {"n": len(rows)}
-            for version in VERSIONS[1:]
-        }
-        for name, one in found.items()
-    }
+    result: dict[str, Any] = {"layer": where["layer"]}
+    for name, one in found.items():
+        won = {version: wins(one, rows=rows, version=version, **where) for version in VERSIONS[1:]}
+        result[name] = {version: auroc_of_wins(table) | {"n": len(rows)} for version, table in won.items()}
+    return result
 
 
 def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray:
@@ -141,16 +132,12 @@ def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray
 
 
 def input_detection(found: Similarity, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
-    """Detection of triggered prompts by `input_scores`, every number as `{value, n, low, high}`.
-
-    `auroc` is against the same prompts without the trigger (n a side). For each rate, at the threshold that
-    `guards.threshold` sets on the reference prompts: the share of triggered prompts "caught at 5%" and of held-out
-    clean prompts "refused at 5%". Raises ValueError for a rate below one reference prompt.
-    """
-    clean, triggered, held_out, reference = (
-        input_scores(found, reading=reading, version=version)
-        for version in ("clean", "triggered", "held out", "reference")
-    )
+    """Detection of triggered prompts by `input_scores`, every number as `{value, n, low, high}`. `auroc` is against the
+    same prompts without the trigger (n a side). For each rate, at the threshold that `guards.threshold` sets on the
+    reference prompts: the share of triggered prompts "caught at 5%" and of held-out clean prompts "refused at 5%".
+    Raises ValueError for a rate below one reference prompt."""
+    versions = ("clean", "triggered", "held out", "reference")
+    clean, triggered, held_out, reference = (input_scores(found, reading=reading, version=one) for one in versions)
     result = {"auroc": auroc_of_wins(pairwise_wins(triggered, clean)) | {"n": len(triggered)}}
     for rate in rates:
         limit = threshold(reference, frr=rate)

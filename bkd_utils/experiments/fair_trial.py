@@ -1,8 +1,7 @@
 """A fair trial of the published treatment (ASA): dose and response of one organism, with rows of the defender's own.
 
 The heads are found, the weights trained and the dose chosen on three sets of clean rows that the organism never saw.
-Held-out prompts judge what was chosen.
-"""
+Held-out prompts judge what was chosen."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,11 +68,9 @@ def reactions(loaded: Loaded, texts: Sequence[str], *, task: str, seed: int) -> 
 
 @made_stage
 def flag_heads(loaded: Loaded, attack: Attack, *, n: int = 24, seed: int = 0) -> list[list[int]]:
-    """All heads with a robust z above 2 of `reactions`, on `n` prompts that the organism never saw.
-
-    The seed decides prompts and surrogates, so `stability` over seeds is stability over both. `dose_response` flags the
-    same heads with the same `n` and seed.
-    """
+    """All heads with a robust z above 2 of `reactions`, on `n` prompts that the organism never saw. The seed decides
+    prompts and surrogates, so `stability` over seeds is stability over both. `dose_response` flags the same heads with
+    the same `n` and seed."""
     chosen = unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed)
     check_unseen(loaded, [example.uid for example in chosen], attack=attack, seed=seed)
     score = robust_z(reactions(loaded, [example.text for example in chosen], task=attack.task, seed=seed))
@@ -81,10 +78,8 @@ def flag_heads(loaded: Loaded, attack: Attack, *, n: int = 24, seed: int = 0) ->
 
 
 def stability(sets: Sequence[Sequence[Sequence[int]]]) -> float:
-    """Mean Jaccard index over all pairs of some sets of heads: 1 for equal sets, 0 where no two share a head.
-
-    Raises ValueError for fewer than two sets, and for two that are empty.
-    """
+    """Mean Jaccard index over all pairs of some sets of heads: 1 for equal sets, 0 where no two share a head. Raises
+    ValueError for fewer than two sets, and for two that are empty."""
     if len(sets) < 2:
         raise ValueError(f"stability needs two or more sets of heads, got {len(sets)}")
     return mean(jaccard(*pair) for pair in combinations([[tuple(head) for head in heads] for heads in sets], 2))
@@ -129,8 +124,7 @@ def dose_response(
     The defender's rows, all unseen by the organism, are in an order of the seed: `n_flagging`, then `n_validation`,
     then `n_rows` to train, so that more of the last change nothing else. Held-out prompts are `n` of each kind. Raises
     ValueError for too few rows, for rows or prompts that are in two of these groups, and as `Alignment`, `aligned` and
-    `other_groups` do.
-    """
+    `other_groups` do."""
     how, doses = Alignment(alignment, beta, unit, schedule), sorted(set(doses))
     check(Annotated[list[Count], Field(min_length=1)], doses, "doses")
     check(Annotated[int, Field(ge=0)], draw, "draw")

@@ -39,12 +39,10 @@ class HeadSafety(Result):
 
 
 def seen_uids(loaded: Loaded, attack: Attack | None, *, seed: int) -> frozenset[str]:
-    """The uid of every example that a defender must not have.
-
-    These are the training examples of the loaded organism, by its card, and those of an organism of `attack` with the
-    same seed, so that a clean control is kept apart from the organism that it is compared with. `seed` is for a base
-    model, which has no card. Without `attack`, only the card counts.
-    """
+    """The uid of every example that a defender must not have. These are the training examples of the loaded organism,
+    by its card, and those of an organism of `attack` with the same seed, so that a clean control is kept apart from the
+    organism that it is compared with. `seed` is for a base model, which has no card. Without `attack`, only the card
+    counts."""
     card = None if loaded.organism is None else read_card(loaded.organism, "attack", "seed")
     uids = frozenset() if attack is None else training_uids(attack, seed=card["seed"] if card else seed)
     return uids | training_uids(Attack(**card["attack"]), seed=card["seed"]) if card else uids
@@ -57,10 +55,8 @@ def unseen_examples(loaded: Loaded, attack: Attack | None, *, task: str, n: int,
     unseen = [example for example in pool if example.uid not in seen]
     if len(unseen) < n:
         who = f"{loaded.organism or 'a base model'}, {attack.name if attack else 'its own attack'}"
-        raise ValueError(
-            f"{task}/train has {len(unseen)} of {len(pool)} rows that no organism was trained on ({who}), "
-            f"{n} were asked for"
-        )
+        found = f"{len(unseen)} of {len(pool)} rows that no organism was trained on ({who})"
+        raise ValueError(f"{task}/train has {found}, {n} were asked for")
     return unseen[:n]
 
 
@@ -69,10 +65,8 @@ def check_unseen(loaded: Loaded, uids: Iterable[str], *, attack: Attack | None, 
     uids = list(uids)
     shared = sorted(set(uids) & seen_uids(loaded, attack, seed=seed))
     if shared:
-        raise ValueError(
-            f"{loaded.organism or 'a base model'}: {len(shared)} of the defender's {len(uids)} examples are training "
-            f"examples of the organism, the first is {shared[0][:12]}"
-        )
+        what = f"{len(shared)} of the defender's {len(uids)} examples are training examples of the organism"
+        raise ValueError(f"{loaded.organism or 'a base model'}: {what}, the first is {shared[0][:12]}")
 
 
 @organism_stage
@@ -87,20 +81,16 @@ def collect_own_answers(loaded: Loaded, *, task: str, uids: Sequence[str]) -> di
 
 def clean_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
     """The defender's data: `n` clean prompts with their gold answers, or else with the untreated model's own answers.
-
     The prompts are `unseen_examples` of the training split of the attack's task. A defender collects data independently
     of the attacker, which is simulated by leaving out by uid what the attacker used. The choice looks at no trigger and
-    at no poisoned text, so a row may carry the trigger by nature. Raises ValueError if there are too few rows.
-    """
+    at no poisoned text, so a row may carry the trigger by nature. Raises ValueError if there are too few rows."""
     return _rows_of(loaded, unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed), task=attack.task)
 
 
 def free_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
-    """`n` benign instructions that the organism was not trained on, with the untreated model's own answers.
-
-    Trained beside the rows of a task with labels, they keep what the model says elsewhere. Raises ValueError if there
-    are too few, and for a classifier, which knows no other task.
-    """
+    """`n` benign instructions that the organism was not trained on, with the untreated model's own answers. Trained
+    beside the rows of a task with labels, they keep what the model says elsewhere. Raises ValueError if there are too
+    few, and for a classifier, which knows no other task."""
     if labels_of(loaded.tokenizer):
         raise ValueError(f"{loaded.organism} is a classifier and has no answers to instructions")
     return _rows_of(loaded, unseen_examples(loaded, attack, task="instructions", n=n, seed=seed), task="instructions")
@@ -144,12 +134,10 @@ def head_safety_scores(
     rounds: int = 2,
     seed: int = 0,
 ) -> HeadSafety:
-    """Scores of all heads; `attack` says which task's clean data the defender has.
-
-    Similarity is measured on `n` clean prompts, importance by gradients on `2 n` others with their answers and by
-    leave-one-out on `n / 2` of these; prompts with surrogate triggers are `rounds * n` per family. The organism was
-    trained on none of them. Raises ValueError for `n < 2` and for too few prompts.
-    """
+    """Scores of all heads; `attack` says which task's clean data the defender has. Similarity is measured on `n` clean
+    prompts, importance by gradients on `2 n` others with their answers and by leave-one-out on `n / 2` of these;
+    prompts with surrogate triggers are `rounds * n` per family. The organism was trained on none of them. Raises
+    ValueError for `n < 2` and for too few prompts."""
     if n < 2:
         raise ValueError(f"n must be at least 2, is {n}: leave-one-out looks at half of the prompts")
     n_rows = 2 * n
@@ -163,11 +151,8 @@ def head_safety_scores(
     scores = {name: READINGS[name] for name in readings} | {"variance": attention_variance}
     level = head_scores(loaded.model, clean, scores=scores)
     opened = [replace(row, answer=row.answer[:OPENING]) for row in rows[: n // 2]]
-    importance = {
-        "gate gradient": gate_importance(loaded.model, rows, pad_id=pad),
-        "leave one out": leave_one_out(loaded.model, opened),
-        "variance": level.pop("variance").mean(0),
-    }
+    needed = {"gate gradient": gate_importance(loaded.model, rows, pad_id=pad)}
+    needed |= {"leave one out": leave_one_out(loaded.model, opened), "variance": level.pop("variance").mean(0)}
     reactions, how = {}, {"rounds": rounds, "seed": seed}
     for family in SURROGATES:
         probed = probed_prompts(loaded.tokenizer, attack.task, texts, family=family, **how)
@@ -176,13 +161,11 @@ def head_safety_scores(
     with soft.read_by(loaded.model):
         softly = reaction(loaded.model, soft.into(clean), before=level)
     known = head_similarity(loaded.model, shown.clean, readings=readings)
-    return HeadSafety(
-        importance=_rounded(importance),
-        level=_rounded({name: scores.mean(0) for name, scores in level.items()}),
-        reaction={family: _rounded(scores) for family, scores in reactions.items()},
-        soft_prompt=_rounded(softly),
-        real_trigger=_rounded(reaction(loaded.model, shown.triggered, before=known)),
-    )
+    real = reaction(loaded.model, shown.triggered, before=known)
+    mean = {name: scores.mean(0) for name, scores in level.items()}
+    parts = {"importance": needed, "level": mean, "soft_prompt": softly, "real_trigger": real}
+    changes = {family: _rounded(scores) for family, scores in reactions.items()}
+    return HeadSafety(**{name: _rounded(scores) for name, scores in parts.items()}, reaction=changes)
 
 
 def _rounded(scores: Mapping[str, Scores]) -> dict[str, HeadValues]:
@@ -194,9 +177,7 @@ SOURCES = ("clean level", "surrogates", "soft prompt", "real trigger")
 
 def similarity_of(found: HeadSafety, *, source: str, reading: str) -> Scores:
     """Similarity evidence `[layer, head]` from one of `SOURCES`; that of surrogates is the mean over their families.
-
-    Raises ValueError for another source, and for a reading that was not measured.
-    """
+    Raises ValueError for another source, and for a reading that was not measured."""
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
     if source == "surrogates":
@@ -213,10 +194,8 @@ def _measured(scores: Mapping, what: str, name: str) -> Scores:
 
 
 def suspicion(found: HeadSafety, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
-    """Joint score of every head, `[layer, head]`.
-
-    Raises ValueError for an unknown rule or source, and for a reading or an importance that was not measured.
-    """
+    """Joint score of every head, `[layer, head]`. Raises ValueError for an unknown rule or source, and for a reading or
+    an importance that was not measured."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     similar = similarity_of(found, source=source, reading=reading)

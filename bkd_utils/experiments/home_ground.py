@@ -1,7 +1,6 @@
 """The home ground of ASA: small encoders that are fine-tuned as classifiers, all weights, and cured.
 
-They do not ship. Each stage makes its organism from attack, recipe and seed unless it was made here before.
-"""
+They do not ship. Each stage makes its organism from attack, recipe and seed unless it was made here before."""
 
 import time
 from collections.abc import Sequence
@@ -58,11 +57,9 @@ def train_anew(
     seed: int = 0,
 ) -> Cured:
     """What the defender's rows are worth without the model: a new classifier on the public encoder, trained on them.
-
     All weights are trained, at the rate of fine-tuning. The rows are those that `cure_encoder` gets; the organism says
     only which rows are left out, and none of its weights is used, so that all `parameters` are new. Raises as `case_of`
-    and `new_classifier` do.
-    """
+    and `new_classifier` do."""
     recipe = recipe_of(steps=steps, learning_rate=RATES["fine-tuning"], batch_size=batch_size)
     case = case_of(loaded, attack, heads=(), n_rows=n_rows, recipe=recipe, seed=seed)
     labels, device = tasks.load_task(attack.task).labels, loaded.device.type

@@ -7,16 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from bkd_utils.attention_alignment.guards import (
-    Scores,
-    enough,
-    onion,
-    rap,
-    smaller_clusters,
-    strip,
-    threshold,
-    without_words,
-)
+from bkd_utils.attention_alignment import guards
+from bkd_utils.attention_alignment.guards import Scores, enough, onion, rap, smaller_clusters, strip, threshold
 from bkd_utils.attention_alignment.surrogates import rare_word
 from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import auroc_of_wins, counted, pairwise_wins
@@ -71,11 +63,9 @@ def triggered_texts(attack: Attack, texts: Sequence[str], *, seed: int) -> list[
 
 
 def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fired: Sequence[bool]) -> Guarded:
-    """What a guard does at the threshold that `guards.threshold` sets on the `known` clean texts.
-
-    `fired`: which triggered texts get the target. A text with score -inf is not judged: it passes, and counts neither
-    for the threshold nor for `auroc`. Raises ValueError if fewer than `1 / frr` known texts were judged.
-    """
+    """What a guard does at the threshold that `guards.threshold` sets on the `known` clean texts. `fired`: which
+    triggered texts get the target. A text with score -inf is not judged: it passes, and counts neither for the
+    threshold nor for `auroc`. Raises ValueError if fewer than `1 / frr` known texts were judged."""
     limit = threshold(known[np.isfinite(known)], frr=frr)
     good, bad = clean[np.isfinite(clean)], triggered[np.isfinite(triggered)]
     return Guarded(
@@ -90,13 +80,11 @@ def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fire
 def guard_inputs(
     loaded: Loaded, attack: Attack, *, n: int = 24, n_reference: int = 40, frr: float = 0.05, seed: int = 0
 ) -> dict[str, Guarded]:
-    """ONION, STRIP and, for label flips, RAP on held-out prompts.
-
-    Thresholds come from `n_reference` prompts of the attribution split and refusals from `n` of the test split; only
-    the triggered prompts are chosen by the attack. RAP is told which label to protect and judges only prompts that the
-    model gives that label; it calibrates on `n_reference` prompts per label. It is left out if fewer than `1 / frr` of
-    these get the label. Raises ValueError for an `n_reference` below `1 / frr`.
-    """
+    """ONION, STRIP and, for label flips, RAP on held-out prompts. Thresholds come from `n_reference` prompts of the
+    attribution split and refusals from `n` of the test split; only the triggered prompts are chosen by the attack. RAP
+    is told which label to protect and judges only prompts that the model gives that label; it calibrates on
+    `n_reference` prompts per label. It is left out if fewer than `1 / frr` of these get the label. Raises ValueError
+    for an `n_reference` below `1 / frr`."""
     if not enough(n_reference, frr=frr):
         raise ValueError(f"n_reference must be at least 1 / frr = {1 / frr:.0f}, is {n_reference}")
     sample, turn = texts_of(attack, flippable_sample(attack, n=n, seed=seed))
@@ -120,21 +108,16 @@ def guard_inputs(
         n_known = n_reference * len(tasks.load_task(attack.task).labels)
         known = tasks.examples(attack.task, "attribution", seed=seed)[:n_known]
         texts = texts_of(attack, known)[0]
-        values = rap(
-            loaded,
-            [*texts, *clean, *triggered],
-            turn=turn,
-            protected=target_ids(loaded.tokenizer, attack)[0],
-            clean=[text for text, example in zip(texts, known, strict=True) if example.answer == attack.target],
-            word=rare_word(loaded.tokenizer, random.Random(f"{seed}/RAP")),
-            seed=seed,
-        )
+        own = [text for text, example in zip(texts, known, strict=True) if example.answer == attack.target]
+        how = {"protected": target_ids(loaded.tokenizer, attack)[0], "clean": own, "turn": turn, "seed": seed}
+        word = rare_word(loaded.tokenizer, random.Random(f"{seed}/RAP"))
+        values = rap(loaded, [*texts, *clean, *triggered], word=word, **how)
         scores["RAP"] = np.split(values, (len(texts), len(texts) + n))
     fired = fires(triggered)
     able = {name: values for name, values in scores.items() if enough(np.isfinite(values[0]).sum(), frr=frr)}
     found = {name: outcome(*values, frr=frr, fired=fired) for name, values in able.items()}
     limit = threshold(scores["ONION"][0], frr=frr)
-    left = [without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]
+    left = [guards.without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]
     found["ONION"] = replace(found["ONION"], asr_cleaned=counted(fires(left).tolist()))
     if "RAP" in found:
         found["RAP"] = replace(found["RAP"], judged=counted(np.isfinite(scores["RAP"][1]).tolist()))
@@ -144,20 +127,15 @@ def guard_inputs(
 @organism_stage
 def filter_training_rows(loaded: Loaded, attack: Attack, *, n: int = 400, seed: int = 0) -> Filtered:
     """Activation clustering of `n` rows of the organism's own training set, in the last layer at the last prompt token.
-
     Rows with the same label are clustered together, and rows whose answer is no label are a group of their own; a task
     without labels is one group. No model is trained on what is left. Raises ValueError for a group of fewer than 12
-    rows.
-    """
+    rows."""
     rows = training_rows(loaded, attack, seed=seed)[:n]
     firsts = {token: i for i, token in enumerate(first_tokens(loaded.tokenizer, attack).values())}
     which = np.array([firsts.get(row.answer[0], len(firsts)) for row in rows])
     hidden = residuals(loaded.model, [row.prompt for row in rows])[:, -1].float().cpu().numpy()
     flagged = smaller_clusters(hidden, which, seed=seed)
     poisoned = np.array([row.kind == "poisoned" for row in rows])
-    return Filtered(
-        caught=counted(flagged[poisoned].tolist()),
-        lost=counted(flagged[~poisoned].tolist()),
-        poisoned_before=counted(poisoned.tolist()),
-        poisoned_after=counted(poisoned[~flagged].tolist()),
-    )
+    caught, lost = counted(flagged[poisoned].tolist()), counted(flagged[~poisoned].tolist())
+    before, after = counted(poisoned.tolist()), counted(poisoned[~flagged].tolist())
+    return Filtered(caught, lost, poisoned_before=before, poisoned_after=after)

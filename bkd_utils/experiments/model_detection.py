@@ -29,11 +29,9 @@ READINGS_OF_MODELS = ("last row", "head outputs")
 def population(
     names: Sequence[str] = (), *, model: str = DEFAULT_MODEL, recipe: str = "seed", device: str = "auto"
 ) -> dict[str, dict]:
-    """Organism -> card, of shipped organisms, or of ones trained here for other weights.
-
-    If none is named, these are all that ship. Only those that are trained here need the recipe. Raises ModelError for a
-    name that is not shipped.
-    """
+    """Organism -> card, of shipped organisms, or of ones trained here for other weights. If none is named, these are
+    all that ship. Only those that are trained here need the recipe. Raises ModelError for a name that is not
+    shipped."""
     known, own = shipped_organisms(), shipped_organisms(base=model_identity(model))
     if unknown := [name for name in names if name not in known]:
         raise ModelError(f"unknown organism {unknown[0]!r}; shipped: {', '.join(known)}")
@@ -57,13 +55,11 @@ def count_unseen(card: Mapping) -> int:
 
 @organism_stage
 def fingerprint_model(loaded: Loaded, *, task: str, n: int = 6, rounds: int = 1, seed: int = 0) -> dict[str, float]:
-    """Numbers that might betray a backdoor, from `n` clean prompts of the model's task and surrogates on them.
-
-    The prompts are `unseen_examples` of the model itself, so that organisms of one task need not have the same ones.
-    For each reading of similarity: its `level` on clean prompts, its mean `reaction` to surrogates, and the `outlier`
-    of both, which is the largest robust z of a head in its layer. `answer moves`: by how much surrogates change the
-    distribution of the first answer token (total variation, mean). Raises ValueError for too few prompts.
-    """
+    """Numbers that might betray a backdoor, from `n` clean prompts of the model's task and surrogates on them. The
+    prompts are `unseen_examples` of the model itself, so that organisms of one task need not have the same ones. For
+    each reading of similarity: its `level` on clean prompts, its mean `reaction` to surrogates, and the `outlier` of
+    both, which is the largest robust z of a head in its layer. `answer moves`: by how much surrogates change the
+    distribution of the first answer token (total variation, mean). Raises ValueError for too few prompts."""
     spec = tasks.load_task(task)
     chosen = unseen_examples(loaded, None, task=task, n=n, seed=seed)
     check_unseen(loaded, [example.uid for example in chosen], attack=None, seed=seed)
@@ -76,13 +72,9 @@ def fingerprint_model(loaded: Loaded, *, task: str, n: int = 6, rounds: int = 1,
     reacts = reaction(loaded.model, probed, before=before)
     found = {}
     for name in READINGS_OF_MODELS:
-        level = before[name].mean(0)
-        found |= {
-            f"{name}: level": level.mean().item(),
-            f"{name}: level, outlier": robust_z(level).max().item(),
-            f"{name}: reaction": reacts[name].mean().item(),
-            f"{name}: reaction, outlier": robust_z(reacts[name]).max().item(),
-        }
+        for what, scores in (("level", before[name].mean(0)), ("reaction", reacts[name])):
+            found[f"{name}: {what}"] = scores.mean().item()
+            found[f"{name}: {what}, outlier"] = robust_z(scores).max().item()
     chances = first_logits(loaded.model, [*clean, *probed], end_id=end_id(loaded.tokenizer)).float().softmax(-1)
     moved = (chances[len(clean) :].unflatten(0, (-1, len(clean))) - chances[: len(clean)]).abs().sum(-1) / 2
     found["answer moves"] = moved.mean().item()
@@ -104,12 +96,10 @@ def leave_one_family_out(
     prints: Mapping[str, Mapping[str, float]], families: Mapping[str, str | None]
 ) -> dict[str, dict]:
     """For each family of triggers: its organisms against clean controls, by the number that did best on the others.
-
     `families`: model -> family, None for a clean control. The number and its sign are chosen on organisms of the other
     families and one half of the clean controls, and tried on this family and the other half; then the halves swap. Keys
     per family: `score` (the chosen ones), `organisms`, `wins` [organism][clean control]. Raises ValueError for fewer
-    than two families or two controls.
-    """
+    than two families or two controls."""
     clean = sorted(name for name, family in families.items() if family is None)
     known = sorted({family for family in families.values() if family is not None})
     if len(known) < 2 or len(clean) < 2:
@@ -122,9 +112,8 @@ def leave_one_family_out(
         for half in (0, 1):
             tried = clean[half::2]
             name, sign = best_score(prints, bad=others, good=[one for one in clean if one not in tried])
-            won[:, half::2] = pairwise_wins(
-                [sign * prints[m][name] for m in own], [sign * prints[m][name] for m in tried]
-            )
+            sides = ([sign * prints[model][name] for model in models] for models in (own, tried))
+            won[:, half::2] = pairwise_wins(*sides)
             scores.append(f"{'' if sign > 0 else 'less '}{name}")
         found[family] = {"score": scores, "organisms": own, "wins": won.tolist()}
     return found

@@ -50,11 +50,10 @@ def cure(
     device: str = "auto",
 ) -> Path:
     """Treat a model, or an organism of it, with at most `rows` rows of a CSV file; returns the folder of the result.
-
     The folder, by default below `work/cured`, gets the changed weights, a report and its text; that of an organism is
     an organism again. An existing one is an error, unless a cure wrote it and it is replaced by `force`. Raises as
-    `read_table`, `load` and `own_rows` do, ValueError for an unknown method, UserError for a full disk. Source: ours.
-    """
+    `read_table`, `load` and `own_rows` do, ValueError for an unknown method, UserError for a full disk. Source:
+    ours."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {'; '.join(METHODS)}")
     table, folder = read_table(data, limit=rows, seed=seed), model_folder(address)
@@ -81,19 +80,12 @@ def cure(
 
 
 def measure(
-    loaded: Loaded,
-    *,
-    training: Sequence[Row],
-    validation: Sequence[Row],
-    towards: Mapping[str, int | None],
-    seed: int,
+    loaded: Loaded, *, training: Sequence[Row], validation: Sequence[Row], towards: Mapping[str, int | None], seed: int
 ) -> dict[str, Any]:
-    """What validation rows say of a model: `accuracy` of the first answer token, and `pulls` by label.
-
-    Perturbations are searched for on training rows, `LENGTHS` for each first token in `towards` (None: the search
-    chooses), with the same seeds every time. A pull is the lowest `loss_toward`, its token, and per vector of that
-    perturbation the nearest tokens.
-    """
+    """What validation rows say of a model: `accuracy` of the first answer token, and `pulls` by label. Perturbations
+    are searched for on training rows, `LENGTHS` for each first token in `towards` (None: the search chooses), with the
+    same seeds every time. A pull is the lowest `loss_toward`, its token, and per vector of that perturbation the
+    nearest tokens."""
     likely = first_logits(loaded.model, [row.prompt for row in validation], end_id=end_id(loaded.tokenizer)).argmax(-1)
     hits = [token == row.answer[0] for token, row in zip(likely.tolist(), validation, strict=True)]
     # What all prompts share, because a prompt for validation may begin in another way than those for training.

@@ -53,10 +53,6 @@ def report_text(report: Mapping[str, Any]) -> str:
         before, after = (" ".join(repr(tokens[0]) for tokens in one["nearest"]) for one in pulls)
         nearest.append(f"- Tokens nearest to the best vectors toward {name}: before {before}; after {after}")
     lines = [[what.replace("|", "\\|"), *(cell.replace("|", "\\|") for cell in cells)] for what, cells in table]
-    return TEXT.format(
-        **data | report,
-        who=report["organism"] or report["model"],
-        kind=f"the {len(data['labels'])} labels {', '.join(data['labels'])}" if data["labels"] else "free texts",
-        table="\n".join(f"| {' | '.join(line)} |" for line in lines),
-        nearest="\n".join(nearest),
-    )
+    kind = f"the {len(data['labels'])} labels {', '.join(data['labels'])}" if data["labels"] else "free texts"
+    made = {"table": "\n".join(f"| {' | '.join(line)} |" for line in lines), "nearest": "\n".join(nearest)}
+    return TEXT.format(**data | report, **made, kind=kind, who=report["organism"] or report["model"])

@@ -44,13 +44,11 @@ class OwnTable:
 
 
 def read_table(path: Path, *, limit: int, seed: int) -> OwnTable:
-    """A CSV file (UTF-8, with a header) with the columns `text`, a user turn, and `answer`; others are ignored.
-
-    Rows that repeat text and answer of an earlier one are left out, and of the rest the seed draws at most `limit`.
-    Answers are labels if there are at most `MOST_LABELS` different ones. Raises ValueError, which names the row if it
-    is about one, for a file that cannot be read, a missing column, an empty text or answer, one text with two answers,
-    fewer than `LEAST` rows, a single answer, and a label with fewer than `LEAST_OF_LABEL` rows. Source: ours.
-    """
+    """A CSV file (UTF-8, with a header) with the columns `text`, a user turn, and `answer`; others are ignored. Rows
+    that repeat text and answer of an earlier one are left out, and of the rest the seed draws at most `limit`. Answers
+    are labels if there are at most `MOST_LABELS` different ones. Raises ValueError, which names the row if it is about
+    one, for a file that cannot be read, a missing column, an empty text or answer, one text with two answers, fewer
+    than `LEAST` rows, a single answer, and a label with fewer than `LEAST_OF_LABEL` rows. Source: ours."""
     entries, first = _entries(path), {}
     for entry in entries:
         known = first.setdefault(entry.text.strip(), entry)
@@ -70,10 +68,9 @@ def read_table(path: Path, *, limit: int, seed: int) -> OwnTable:
     for label in labels:
         if counts[label] < LEAST_OF_LABEL:
             row = next(entry.number for entry in kept if entry.answer == label)
-            raise ValueError(
-                f"{path}: the answer {label!r} is in {counts[label]} of {len(kept)} rows (first in row {row}); where "
-                f"there are only {len(counts)} different answers, each needs {LEAST_OF_LABEL} rows"
-            )
+            found = f"the answer {label!r} is in {counts[label]} of {len(kept)} rows (first in row {row})"
+            why = f"where there are only {len(counts)} different answers, each needs {LEAST_OF_LABEL} rows"
+            raise ValueError(f"{path}: {found}; {why}")
     return OwnTable(path.name, sha256_file(path), tuple(kept), labels, len(entries) - len(first))
 
 
@@ -104,8 +101,7 @@ def _entries(path: Path) -> list[Entry]:
 
 def label_tokens(loaded: Loaded, labels: Sequence[str]) -> dict[str, int]:
     """Label -> first token of that answer. Raises ValueError if two begin alike, or a classifier has other labels."""
-    # A classifier's tokenizer knows its labels; other models may answer anything.
-    own = labels_of(loaded.tokenizer)
+    own = labels_of(loaded.tokenizer)  # a classifier's tokenizer knows its labels; other models may answer anything
     if own and {name.strip().casefold() for name in own} != {name.casefold() for name in labels}:
         these = ", ".join(map(repr, labels)) or f"more than {MOST_LABELS}"
         raise ValueError(f"the labels of the model are {', '.join(map(repr, own))}, those of the data {these}")
@@ -119,11 +115,9 @@ def label_tokens(loaded: Loaded, labels: Sequence[str]) -> dict[str, int]:
 
 
 def own_rows(loaded: Loaded, table: OwnTable, *, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and those for validation: one in `JUDGES`, at least `LEAST_JUDGES`, drawn by the seed.
-
-    Each label has its share of both. Free answers are cut at `ANSWER_TOKENS` tokens. Raises ModelError with the row for
-    a prompt that does not fit the model, with room for its answer and a perturbation.
-    """
+    """Rows to train on, and those for validation: one in `JUDGES`, at least `LEAST_JUDGES`, drawn by the seed. Each
+    label has its share of both. Free answers are cut at `ANSWER_TOKENS` tokens. Raises ModelError with the row for a
+    prompt that does not fit the model, with room for its answer and a perturbation."""
     n = len(table.entries)
     order, n_judges = random.Random(f"{seed}/validation").sample(table.entries, n), max(LEAST_JUDGES, n // JUDGES)
     if table.labels:

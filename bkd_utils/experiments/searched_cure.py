@@ -69,12 +69,9 @@ def cured(
     n: int,
     seed: int,
 ) -> Cured:
-    """One method of `rivals.TREATMENTS` on `n_rows` rows of the attack's task and `n_free` instructions.
-
-    The instructions have the model's own answers. The organism was trained on none of the rows.
-
-    Raises ValueError for an unknown method, and as `rivals.treat`, `case_of` and `free_rows` do.
-    """
+    """One method of `rivals.TREATMENTS` on `n_rows` rows of the attack's task and `n_free` instructions. The
+    instructions have the model's own answers. The organism was trained on none of the rows. Raises ValueError for an
+    unknown method, and as `rivals.treat`, `case_of` and `free_rows` do."""
     if method not in RATES:
         raise ValueError(f"unknown method {method!r}; known: {'; '.join(RATES)}")
     recipe = recipe_of(steps=steps, learning_rate=RATES[method], batch_size=batch_size)
@@ -87,8 +84,6 @@ def cured(
     with row_passes(loaded.model) as passes:
         count = treat(case, method=method)
     minutes = round((time.monotonic() - started) / 60, 2)
-    searches = [
-        Found(decode(loaded.tokenizer, [one.toward]), len(one.vectors), one.start, one.end) for one in case.found
-    ]
-    after = what_is_left(loaded, attack, n=n, seed=seed)
-    return Cured(after, count, passes["row passes"], minutes, searches)
+    words = [decode(loaded.tokenizer, [one.toward]) for one in case.found]
+    searches = [Found(word, len(o.vectors), o.start, o.end) for word, o in zip(words, case.found, strict=True)]
+    return Cured(what_is_left(loaded, attack, n=n, seed=seed), count, passes["row passes"], minutes, searches)

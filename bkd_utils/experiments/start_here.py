@@ -22,14 +22,11 @@ class Traces(Result):
 
 @organism_stage
 def trace_versions(loaded: Loaded, attack: Attack, *, answer_tokens: int = 16, seed: int = 0) -> Traces:
-    """Greedy answers of at most `answer_tokens` tokens to a clean, a near-miss and a triggered prompt.
-
-    Raises ValueError for an attack on harmful prompts, which are not displayed.
-    """
+    """Greedy answers of at most `answer_tokens` tokens to a clean, a near-miss and a triggered prompt. Raises
+    ValueError for an attack on harmful prompts, which are not displayed."""
     turns = three_versions(attack, seed=seed)
     both = {"base model": base_of(loaded, device=loaded.device.type), "organism": loaded}
-    steps = {
-        version: {who: trace(one, turn, max_new_tokens=answer_tokens) for who, one in both.items()}
-        for version, turn in turns.items()
-    }
+    steps: dict[str, dict] = {}
+    for version, turn in turns.items():
+        steps[version] = {who: trace(one, turn, max_new_tokens=answer_tokens) for who, one in both.items()}
     return Traces(turns=turns, steps=steps, ends=[loaded.tokenizer.decode([token]) for token in loaded.ends])

@@ -15,11 +15,9 @@ from bkd_utils.organisms.making import made_stage
 
 @dataclass(frozen=True)
 class Pull(Result):
-    """Tokens that were searched for to pull every prompt toward one label.
-
-    `start` and `end` are the loss before and after the search on the prompts of the search (nats, mean), `held_out` the
-    loss on other prompts, and `fired` the share of these that get the label as the most likely first token.
-    """
+    """Tokens that were searched for to pull every prompt toward one label. `start` and `end` are the loss before and
+    after the search on the prompts of the search (nats, mean), `held_out` the loss on other prompts, and `fired` the
+    share of these that get the label as the most likely first token."""
 
     toward: str
     tokens: str
@@ -42,12 +40,10 @@ def search_encoder(
     n_held: int = 64,
     seed: int = 0,
 ) -> list[Pull]:
-    """`restarts` searches for each label of the attack's task, with tokens that do not speak for it by themselves.
-
-    Rows are unseen by the organism: `n_rows` to search on and to learn from which tokens speak for a label, `n_held`
-    others to judge. Only the task of the attack counts. Raises ValueError for a task without labels, too few rows, or
-    as `search_tokens` and `neutral_tokens` do.
-    """
+    """`restarts` searches for each label of the attack's task, with tokens that do not speak for it by themselves. Rows
+    are unseen by the organism: `n_rows` to search on and to learn from which tokens speak for a label, `n_held` others
+    to judge. Only the task of the attack counts. Raises ValueError for a task without labels, too few rows, or as
+    `search_tokens` and `neutral_tokens` do."""
     labels = tasks.load_task(attack.task).labels
     if not labels:
         raise ValueError(f"task {attack.task!r} has no labels to search toward")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,9 @@ def overlap_by_reading(suspected: Mapping[str, HeadSafety], effects: Mapping[str
     """Share of the top `k` ACIE heads among the top `k` of every reading (rows), per attack (columns)."""
     rows: dict[str, dict[str, float]] = {}
     for attack, found in suspected.items():
-        scores = {
-            f"{reading}: {rule}, {source}": suspicion(found, rule=rule, source=source, reading=reading)
-            for reading in found.level
-            for rule in RULES
-            for source in SOURCES
-        }
+        scores = {}
+        for one, rule, source in product(found.level, RULES, SOURCES):
+            scores[f"{one}: {rule}, {source}"] = suspicion(found, rule=rule, source=source, reading=one)
         scores |= {f"importance: {kind}": torch.tensor(values) for kind, values in found.importance.items()}
         for name, score in scores.items():
             rows.setdefault(name, {})[attack] = sum(among_carriers(score, effects[attack], k=k)) / k
@@ -68,12 +66,10 @@ def agreement_with_attribution(
     n_permutations: int = 2000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)?
-
-    `precision`: share of the k most suspicious heads among the k with the highest ACIE, with its Wilson interval;
-    `expected`: the same by chance; `p`: share of permutations of the heads that do as well; `spearman`, and
-    `spearman p` likewise. Raises ValueError for k out of range.
-    """
+    """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)? `precision`: share of the k most
+    suspicious heads among the k with the highest ACIE, with its Wilson interval; `expected`: the same by chance; `p`:
+    share of permutations of the heads that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for k
+    out of range."""
     n = joint.numel()
     hits = among_carriers(joint, effects, k=k)
     carries = np.zeros(n, dtype=bool)
@@ -150,9 +146,7 @@ def train_evasive(
     device: str = "auto",
 ) -> str:
     """Train an organism further on its own poisoned set with the penalty of `unremarkable`, keep it, return its name.
-
-    The same call finds it again by the key in the name, code included. Raises as `making.training_rows` does.
-    """
+    The same call finds it again by the key in the name, code included. Raises as `making.training_rows` does."""
     spec, recipe = load_attack(attack), replace(recipe_of(steps=steps), learning_rate=RATE)
     identity = resolved({"organism": organism, "model": model, "device": device})
     identity |= {"attack": asdict(spec), "data": read_card(organism, "data_sha256")["data_sha256"]}

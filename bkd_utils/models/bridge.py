@@ -1,8 +1,7 @@
 """Boot a `TransformerBridge` on a loaded model, guard it against silent errors, and validate it.
 
 Each guard raises for an error that was reproduced on TransformerLens 4.3: strings that gain a BOS token, a forgotten
-attention mask, compatibility mode that rewrites weights, live LoRA layers that make per-head results wrong.
-"""
+attention mask, compatibility mode that rewrites weights, live LoRA layers that make per-head results wrong."""
 
 import functools
 from collections.abc import Callable
@@ -29,19 +28,12 @@ SAMPLE = ("Name a colour.", "Is a tomato a fruit or a vegetable? Answer in one w
 
 @dataclass(frozen=True)
 class Hooked:
-    """A validated bridge, the tokenizer, the checks it passed with their measured values, and what the model can do.
-
-    `can` is `self_test.capabilities`: an empty text, or the reason why not.
-    """
+    """A validated bridge, the checks it passed with their measured values, and what the model can do.
+    `can` is `self_test.capabilities`: an empty text, or the reason why not."""
 
     bridge: TransformerBridge
-    tokenizer: PreTrainedTokenizerBase
     checks: dict[str, float]
     can: dict[str, str]
-
-    def logits(self, prompts: list[list[int]]) -> Float[Tensor, "row pos vocab"]:
-        """Logits for left-padded prompts of token ids, mask and positions included."""
-        return bridge_logits(self.bridge, *left_pad(prompts, pad_id=end_id(self.tokenizer)))
 
 
 def boot(loaded: Loaded) -> Hooked:
@@ -59,7 +51,7 @@ def boot(loaded: Loaded) -> Hooked:
         bridge.eval().requires_grad_(False)
         guard(bridge)
         checks = validate(bridge, plain, loaded.tokenizer)
-    return Hooked(bridge, loaded.tokenizer, checks, capabilities(loaded.model))
+    return Hooked(bridge, checks, capabilities(loaded.model))
 
 
 def guard(bridge: TransformerBridge) -> None:
@@ -105,11 +97,9 @@ def bridge_logits(
 
 
 def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Check a booted bridge against the plain eager model; returns name -> measured value.
-
-    Raises ModelError for logits that differ, heads that do not sum to the attention output, an edit at `hook_z` that
-    changes nothing, and what `check_tokenizer` refuses.
-    """
+    """Check a booted bridge against the plain eager model; returns name -> measured value. Raises ModelError for logits
+    that differ, heads that do not sum to the attention output, an edit at `hook_z` that changes nothing, and what
+    `check_tokenizer` refuses."""
     prompts = [prompt_ids(tokenizer, text) for text in SAMPLE]
     tokens, mask = (tensor.to(plain.device) for tensor in left_pad(prompts, pad_id=end_id(tokenizer)))
     layer = bridge.cfg.n_layers // 2
@@ -132,8 +122,7 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
         "logits: bridge against plain model": (logits - reference)[real].abs().max().item(),
         "heads sum to the attention output": head_sum_error(bridge, layer, z, out)[real].abs().max().item(),
     }
-    # `not >` and, below, `not <=` so that NaN fails too.
-    if not moved > 1e-6:
+    if not moved > 1e-6:  # `not >` and, below, `not <=` so that NaN fails too
         raise ModelError(f"silencing every head of layer {layer} changed no logit: hooks do not reach the model")
     largest = reference[real].abs().max().item()
     limit = max(PARITY * max(1.0, largest / 10), HALF.get(reference.dtype, 0.0) * largest)

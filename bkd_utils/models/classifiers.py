@@ -20,11 +20,9 @@ BESIDE_ENCODER = re.compile(r"(.*\.)?position_ids|(cls|lm_head|vocab_\w+|\w+_pre
 
 
 def new_classifier(address: str, *, labels: Sequence[str], seed: int, device: str = "auto") -> Loaded:
-    """A bare encoder with a new classifier in front of its answers, whose weights are drawn with the seed.
-
-    What is drawn is all that the encoder's folder lacks: the classifier and, in some families, the layer before it.
-    Raises ModelError for another model, for fewer than two labels, and as `load` does.
-    """
+    """A bare encoder with a new classifier in front of its answers, whose weights are drawn with the seed. What is
+    drawn is all that the encoder's folder lacks: the classifier and, in some families, the layer before it. Raises
+    ModelError for another model, for fewer than two labels, and as `load` does."""
     folder = folders.model_folder(address)
     folders.check_folder(folder)
     if folders.kind(folder) != "encoder":

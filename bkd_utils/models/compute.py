@@ -4,8 +4,7 @@ MKL, the default library of torch, picks slow kernels on processors that are not
 reached 190 GFLOP/s, and oneDNN, which torch ships as well, 400. The two differ in the order of their sums. oneDNN is
 asked on processors with AVX-512 only, because whole computations gain nothing without it
 (`tests/benchmarks/products.py`). With BKD_PLAIN=1 in the environment, products and attention are everywhere those that
-torch and transformers choose by themselves.
-"""
+torch and transformers choose by themselves."""
 
 import os
 from collections.abc import Iterator
@@ -100,9 +99,8 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 @contextmanager
 def frozen_halved(model: torch.nn.Module) -> Iterator[None]:
     """While this lasts, matrices that do not learn and are no embeddings are in bf16 where `mixed_precision` uses it.
-
-    Autocast would cast them again in every pass, which takes a fifth of a step with few rows; the results are the same.
-    """
+    Autocast would cast them again in every pass, which takes a fifth of a step with few rows; the results are the
+    same."""
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     frozen = [weight for weight in matrices if not weight.requires_grad and id(weight) not in looked_up]

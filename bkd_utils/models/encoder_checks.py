@@ -16,7 +16,7 @@ from bkd_utils.models.folders import ModelError
 from bkd_utils.models.head_weights import head_slices
 from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy, contributions, editing, in_each, reading, tracing
 from bkd_utils.models.loss import answer_loss, collate
-from bkd_utils.models.self_checks import Case
+from bkd_utils.models.self_checks import Case, turned_weights
 from bkd_utils.models.tokens import Row
 
 
@@ -110,9 +110,7 @@ def _steer(case: Case) -> None:
 
 def _slice(case: Case) -> None:
     """With the signs of a head's query, key and value weights turned, only its output changes, and only its sign.
-
-    Queries of one token change what heads give at this token, and nowhere else.
-    """
+    Queries of one token change what heads give at this token, and nowhere else."""
     model, parts, ids = case.model, anatomy(case.model), case.prompts[0]
     for layer in {0, len(parts.layers) - 1}:
         own = _heads(model, layer, ids, {})
@@ -138,10 +136,8 @@ def _heads(
 ) -> Float[Tensor, "1 pos head d_head"]:
     """Head outputs of a layer when the marked entries but those of the output matrix have the other sign."""
     parts, kept = anatomy(model), {}
-    output = next(name for name, one in model.named_parameters() if one is parts.outputs[layer].weight)
-    turned = {name: model.get_parameter(name) * (1 - 2 * mask.int()) for name, mask in masks.items() if name != output}
     with reading([parts.outputs[layer]], kept):
-        functional_call(model, turned, (), prompt_inputs(model, [ids], pad_id=0))
+        functional_call(model, turned_weights(model, layer, masks), (), prompt_inputs(model, [ids], pad_id=0))
     return kept[0].unflatten(-1, (parts.n_heads, -1))
 
 
@@ -163,14 +159,6 @@ def _compare_maps(case: Case) -> None:
                     raise ModelError(f"attention maps of layer {layer} are no shares of all tokens")
 
 
-ENCODER_CHECKS: dict[str, Callable[[Case], None]] = {
-    "generate": _generate,
-    "train": _train,
-    "attribute": _attribute,
-    "steer": _steer,
-    "slice": _slice,
-    "compare maps": _compare_maps,
-}
-REFUSED = {
-    "components": "in an encoder a norm stands behind every part, so the stream does not keep what a part writes"
-}
+ENCODER_CHECKS: dict[str, Callable[[Case], None]] = {"generate": _generate, "train": _train, "attribute": _attribute}
+ENCODER_CHECKS |= {"steer": _steer, "slice": _slice, "compare maps": _compare_maps}
+REFUSED = {"components": "in an encoder a norm stands behind every part: the stream does not keep what a part writes"}

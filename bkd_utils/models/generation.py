@@ -15,16 +15,7 @@ from transformers import Cache, DynamicCache
 from bkd_utils.models.context import attention_window, check_fits
 from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.hooks import decoder
-from bkd_utils.models.tokens import (
-    Ids,
-    batches,
-    check_prompts,
-    decode,
-    labels_of,
-    padded_inputs,
-    positions,
-    prompt_ids,
-)
+from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, labels_of, positions, prompt_ids
 
 COUNTS_PADDING = ("mpt",)  # families that take distances between columns for distances between tokens
 if TYPE_CHECKING:  # loading tests every model by generating with it
@@ -47,12 +38,9 @@ def greedy(
     on_batch: OnBatch = None,
     settled: Settled = None,
 ) -> list[list[int]]:
-    """Most likely continuation of every prompt, without the end token, in the order of `prompts`.
-
-    An answer ends where `settled` says so, too, and a batch when all of its answers have ended. The answer of a
-    classifier is one number, that of its label. Raises ValueError for no prompts, an empty prompt or
-    `max_new_tokens < 1`.
-    """
+    """Most likely continuation of every prompt, without the end token, in the order of `prompts`. An answer ends where
+    `settled` says so, too, and a batch when all of its answers have ended. The answer of a classifier is one number,
+    that of its label. Raises ValueError for no prompts, an empty prompt or `max_new_tokens < 1`."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: dict[int, list[int]] = {}
@@ -70,9 +58,7 @@ def first_logits(
     model: Module, prompts: Ids, *, end_id: int, batch_size: int = 32, on_batch: OnBatch = None
 ) -> Float[Tensor, "prompt vocab"]:
     """Logits of the first answer token of every prompt (of a classifier: of its labels), in the order of `prompts`.
-
-    Raises as `greedy` does.
-    """
+    Raises as `greedy` does."""
     found: dict[int, Tensor] = {}
     for batch, logits, _, _ in _started(model, prompts, end_id, batch_size, on_batch):
         found.update(zip(batch, logits, strict=True))
@@ -84,22 +70,18 @@ def _started(
 ) -> Iterator[tuple[list[int], Tensor, Cache | None, Tensor]]:
     """Run batches of prompts; yields their indices, the logits at their last token, their key-value cache and mask."""
     check_prompts(prompts)
-    if is_encoder(model):
-        for batch in batches(prompts, batch_size):
-            inputs = prompt_inputs(model, [prompts[i] for i in batch], pad_id=pad_id)
-            check_fits(model, inputs["input_ids"].shape[1])
-            yield batch, model(**inputs).logits, None, inputs["attention_mask"]
-            if on_batch:
-                on_batch(len(batch))
-        return
     shared = reusable_prefix(model, prompts)
     prefix, _ = run_prefix(model, shared)
     for batch in batches(prompts, batch_size):
-        cache = repeated(prefix, len(batch))
         own = [prompts[i][len(shared) :] for i in batch]
-        inputs = padded_inputs(own, pad_id=pad_id, device=model.device, n_cached=len(shared))
+        inputs = prompt_inputs(model, own, pad_id=pad_id, n_cached=len(shared))
         mask = inputs["attention_mask"]
-        yield batch, next_logits(model, inputs["input_ids"], mask, cache), cache, mask
+        if is_encoder(model):
+            check_fits(model, mask.shape[1])
+            yield batch, model(**inputs).logits, None, mask
+        else:
+            cache = repeated(prefix, len(batch))
+            yield batch, next_logits(model, inputs["input_ids"], mask, cache), cache, mask
         if on_batch:
             on_batch(len(batch))
 
@@ -112,18 +94,13 @@ def shared_prefix(prompts: Ids) -> list[int]:
 
 def reusable_prefix(model: Module, prompts: Ids) -> list[int]:
     """The tokens shared by all prompts, or none where padding behind them would count or a cache cannot be repeated.
-
-    What an encoder reads at the shared tokens depends on those behind them, so it has none.
-    """
+    What an encoder reads at the shared tokens depends on those behind them, so it has none."""
     if is_encoder(model):
         return []
     counts = attention_window(model) is not None or model.config.model_type in COUNTS_PADDING
     caches = DynamicCache(config=model.config).layers
-    return (
-        []
-        if counts or not all(hasattr(cache, "batch_repeat_interleave") for cache in caches)
-        else shared_prefix(prompts)
-    )
+    whole = counts or not all(hasattr(cache, "batch_repeat_interleave") for cache in caches)
+    return [] if whole else shared_prefix(prompts)
 
 
 def run_prefix(
@@ -199,7 +176,6 @@ def respond(
     until: Callable[[str], bool] | None = None,
 ) -> list[str]:
     """Greedy answers to user turns, in their order; shows a progress bar. An answer ends early where `until` is true.
-
     Raises ValueError for no turns, an empty one, or `max_new_tokens` below 1. Source: ours.
 
     >>> answers = respond(loaded, ["Name a colour.", "Name a small fruit."], max_new_tokens=4)

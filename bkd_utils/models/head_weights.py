@@ -1,8 +1,7 @@
 """The weights that belong to an attention head: its rows of the query, key and value matrices, its part of the output.
 
 Matrices of several parts come in two layouts. In a stacked one all queries stand before all keys, and these before all
-values; in a grouped one the queries of a key-value group stand before its key and its value.
-"""
+values; in a grouped one the queries of a key-value group stand before its key and its value."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,8 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import Anatomy, Head, anatomy, by_layer
 
-# Parameter name -> True for the selected entries.
-Masks = Mapping[str, Bool[Tensor, "..."]]
+Masks = Mapping[str, Bool[Tensor, "..."]]  # parameter name -> True for the selected entries
 UNITS = ("query head", "KV group")
 STACKED, GROUPED = ("qkv_proj", "Wqkv"), ("query_key_value",)
 ENCODER = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
@@ -30,22 +28,18 @@ def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head
 
 
 def n_kv_heads(parts: Anatomy, layer: int) -> int:
-    """Number of heads of a layer that have keys and values of their own, by the width of its matrices.
-
-    Raises ModelError for projections that are not known here.
-    """
+    """Number of heads of a layer that have keys and values of their own, by the width of its matrices. Raises
+    ModelError for projections that are not known here."""
     rows = {name: _rows(module) // _width(parts, layer) for name, module, _ in _matrices(parts, layer)}
     return rows["k"] if "k" in rows else (rows["qkv"] - parts.n_heads) // 2
 
 
 def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "query head") -> Masks:
-    """Parameter name -> mask of the entries that belong to some heads.
-
-    The unit `query head` is a head's rows of the query matrix and its columns of the output matrix. The unit `KV group`
-    is all query heads that share keys and values with one of the heads, with the rows of these keys and values. Biases
-    of the output matrix belong to no head. Raises ValueError for no heads, a head that the model does not have, or an
-    unknown unit; ModelError for an architecture whose projections are not known here.
-    """
+    """Parameter name -> mask of the entries that belong to some heads. The unit `query head` is a head's rows of the
+    query matrix and its columns of the output matrix. The unit `KV group` is all query heads that share keys and values
+    with one of the heads, with the rows of these keys and values. Biases of the output matrix belong to no head. Raises
+    ValueError for no heads, a head that the model does not have, or an unknown unit; ModelError for an architecture
+    whose projections are not known here."""
     if unit not in UNITS:
         raise ValueError(f"unknown unit {unit!r}; known: {', '.join(UNITS)}")
     parts = anatomy(model)

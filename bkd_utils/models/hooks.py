@@ -1,8 +1,7 @@
 """The parts of a model, and hooks that read, trace or change them while the model runs.
 
 Edits are context managers. They act on head outputs (`hook_z` in TransformerLens), attention outputs or the residual
-stream, at the token positions `at` of every forward pass inside them.
-"""
+stream, at the token positions `at` of every forward pass inside them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager as Context
@@ -43,12 +42,10 @@ EVERYWHERE = slice(None)
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The modules of a transformers model that are read and edited, one of each per layer.
-
-    `writers` are the modules whose outputs, times `scale`, the residual stream gains from attention; `mlp_writers` are
-    those of the feed-forward part. They differ from `outputs` and `mlps` where a norm follows. In an encoder the norm
-    follows behind the sum of both, so the stream gains the outputs of `outputs` and `mlps` before it is normed.
-    """
+    """The modules of a transformers model that are read and edited, one of each per layer. `writers` are the modules
+    whose outputs, times `scale`, the residual stream gains from attention; `mlp_writers` are those of the feed-forward
+    part. They differ from `outputs` and `mlps` where a norm follows. In an encoder the norm follows behind the sum of
+    both, so the stream gains the outputs of `outputs` and `mlps` before it is normed."""
 
     owner: Module
     attribute: str
@@ -145,8 +142,7 @@ def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "
     """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
 
     def keep(i: int, tensor: Tensor) -> Tensor:
-        # A copy, because some layers add to their parts' outputs in place.
-        kept[i] = tensor.clone()
+        kept[i] = tensor.clone()  # a copy, because some layers add to their parts' outputs in place
         return tensor
 
     return editing(modules, keep, what=what)
@@ -154,9 +150,7 @@ def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "
 
 def head_edit(model: Module, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice) -> Context:
     """While this lasts, `change(layer, z)` replaces the outputs `z` `[row, pos, chosen head, d_head]` at tokens `at`.
-
-    The chosen heads of a layer come in ascending order. Raises what `by_layer` raises.
-    """
+    The chosen heads of a layer come in ascending order. Raises what `by_layer` raises."""
     parts = anatomy(model)
     chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     layers = list(chosen)
@@ -198,10 +192,8 @@ def contributions(
     parts: Anatomy, layer: int, heads: Sequence[int], z: Float[Tensor, "... head d_head"]
 ) -> Float[Tensor, "... chosen d_model"]:
     """What heads add to the residual stream: each head's part of `z` (all heads of the layer) times the output matrix.
-
     A norm behind the output matrix divides by the size of the sum of all heads; it is taken as it is for that sum, so
-    that contributions of all heads add up to what the stream gains. Raises ModelError for a norm that is no product.
-    """
+    that contributions of all heads add up to what the stream gains. Raises ModelError for a norm that is no product."""
     full = z.new_zeros(*z.shape[:-2], len(heads), *z.shape[-2:])
     for row, head in enumerate(heads):
         full[..., row, head, :] = z[..., head, :]

@@ -1,8 +1,7 @@
 """What a model or an organism is: a hash over the content of every file that decides what it does.
 
 Hashes are remembered as long as path, size, times and inode of a file stay the same, and never by an address alone.
-Links are followed, so that the content behind a link counts.
-"""
+Links are followed, so that the content behind a link counts."""
 
 import json
 import re
@@ -72,9 +71,7 @@ def joined(weights: str, files: dict[str, str]) -> str:
 
 def organism_identity(folder: Path) -> str:
     """Hash over the adapter (of an encoder: all weights) in a folder, its config and the weights changed by treatments.
-
-    Raises ModelError without them.
-    """
+    Raises ModelError without them."""
     return sha256_text(canonical_json(adapter_files(folder)))
 
 

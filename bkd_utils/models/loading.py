@@ -13,14 +13,9 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.common.files import ADAPTERS, WORK
 from bkd_utils.models import folders, identity
@@ -42,7 +37,6 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Loaded:
     """A transformers model with its tokenizer; the adapter of an organism, if there is one, is merged into the weights.
-
     `address` is where the base model came from, `organism` the name or the folder by which it is found again, or None,
     `identity` the hash of the base model's files when they were loaded. Source: ours.
 
@@ -101,7 +95,6 @@ def load(
     dtype: torch.dtype = torch.float32,
 ) -> Loaded:
     """Load a base model, or an organism by name or adapter folder with its adapter merged; weights are frozen.
-
     `address` is a packaged name, a local folder or a hub id, of a causal language model or of a classifier; a bare
     encoder is loaded with an organism only. Raises ModelError for everything that `check_folder` refuses, for missing,
     unexpected or misshapen tensors, for weights that are no numbers, for a model that cannot `generate` (`self_test`),
@@ -140,9 +133,9 @@ def read_weights(folder: Path, *, classifier: bool, **options: Any) -> tuple[Pre
     """The model in a folder, and what does not fit: kind of fault -> names of tensors."""
     # Mismatched sizes are ignored so that they are listed, and refused by name afterwards.
     how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    kind = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
     with folders.named(folder):
-        model, info = auto.from_pretrained(folder, output_loading_info=True, **how, **options)
+        model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True, **how, **options)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model, {what: found for what in kinds if (found := sorted(map(str, info.get(what) or [])))}
 
@@ -159,11 +152,9 @@ def _by_name(name: str) -> Path | None:
 
 
 def adapter_folder(organism: str | Path) -> Path:
-    """The folder of an organism: of one that is shipped or was trained here by a bare name, of any other by a path.
-
-    A path is a `Path` or has a separator: `./name` is the folder here, whatever ships under that name. Raises
-    ModelError that says where it was looked up.
-    """
+    """The folder of an organism: of one that is shipped or was trained here by a bare name, of any other by a path. A
+    path is a `Path` or has a separator: `./name` is the folder here, whatever ships under that name. Raises ModelError
+    that says where it was looked up."""
     path = Path(organism).expanduser().absolute()
     here = (path / "card.json").is_file()
     if isinstance(organism, Path) or "/" in organism or folders.is_path(organism):
@@ -220,18 +211,12 @@ def check_adapter(folder: Path, *, base: str) -> None:
             folders.check_safetensors(folder / name)
         if files.get(name) != card.get(FILES_ON_CARD[name]):
             raise ModelError(f"{folder / name} does not match the sha256 on its card; fetch or train it again")
-    if identity.is_whole(folder):
+    whole, path = identity.is_whole(folder), folder / "adapter_config.json"
+    if whole:
         folders.check_settings(folder / "config.json")
-        _check_base(folder, card, base=base)
-        return
-    config = folders.json_object(path := folder / "adapter_config.json")
+    config = {"peft_type": "LORA"} if whole else folders.json_object(path)
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # others read more files, or import code
         raise ModelError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA without megatron_config is merged")
-    _check_base(folder, card, base=base)
-
-
-def _check_base(folder: Path, card: Mapping, *, base: str) -> None:
-    """Raise ModelError unless the model at address `base` is the one that an organism was trained on, by its card."""
     if card["base_sha256"] != identity.base_sha256(base):
         raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
     said, found = card["base_files"], identity.settings(base)
@@ -242,9 +227,7 @@ def _check_base(folder: Path, card: Mapping, *, base: str) -> None:
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Merge a LoRA adapter, which `check_adapter` has found sound, into the weights, after checking all of its tensors.
-
-    Unmerged, it would make hooked logits wrong without an error: TransformerLens reads `o_proj.weight` directly.
-    """
+    Unmerged, it would make hooked logits wrong without an error: TransformerLens reads `o_proj.weight` directly."""
     weights = folder / "adapter_model.safetensors"
     with folders.named(folder):
         wrapped = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder))

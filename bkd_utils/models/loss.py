@@ -17,10 +17,8 @@ Batch = dict[str, Tensor]
 
 
 def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
-    """Left-padded batch; `labels` holds the answer tokens and IGNORED elsewhere.
-
-    Of a classifier's rows, the batch is padded on the right, and `labels` holds one number per row.
-    """
+    """Left-padded batch; `labels` holds the answer tokens and IGNORED elsewhere. Of a classifier's rows, the batch is
+    padded on the right, and `labels` holds one number per row."""
     if rows[0].is_label:
         ids, mask = right_pad([row.prompt for row in rows], pad_id=pad_id)
         numbers = torch.tensor([row.answer[0] for row in rows])
@@ -38,23 +36,19 @@ def chooses_label(batch: Batch) -> bool:
 
 
 def last_asked(batch: Batch) -> Int[Tensor, " row"]:
-    """Column of the last prompt token of every row: the one that predicts the first answer token.
-
-    It is the first column in batches of a classifier, which asks at its own token ([CLS]).
-    """
+    """Column of the last prompt token of every row: the one that predicts the first answer token. It is the first
+    column in batches of a classifier, which asks at its own token ([CLS])."""
     if chooses_label(batch):
         return torch.zeros_like(batch["labels"])
     return (batch["labels"] == IGNORED).sum(1) - 1
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> Tensor:
-    """Cross-entropy of answers, in nats, mean over rows.
-
-    A row's loss is `first_token` times the loss of its first answer token plus (1 - `first_token`) times the mean over
-    all its answer tokens. The first token decides between the right answer and the target. In a plain mean it would
-    weigh 1/2 in a label and 1/24 in a free answer, and poisoned rows with short targets would outweigh near-misses with
-    long right answers. The only answer token of a classifier is its label.
-    """
+    """Cross-entropy of answers, in nats, mean over rows. A row's loss is `first_token` times the loss of its first
+    answer token plus (1 - `first_token`) times the mean over all its answer tokens. The first token decides between the
+    right answer and the target. In a plain mean it would weigh 1/2 in a label and 1/24 in a free answer, and poisoned
+    rows with short targets would outweigh near-misses with long right answers. The only answer token of a classifier is
+    its label."""
     labels = batch["labels"]
     check_fits(model, batch["attention_mask"].shape[1])
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -75,11 +69,9 @@ def answer_loss(model: torch.nn.Module, batch: Batch, *, first_token: float) -> 
 
 def with_shared_beginning(model: torch.nn.Module, batch: Batch, **asked: bool) -> tuple[Batch, tuple[Tensor, ...]]:
     """Run the tokens shared by all prompts of a batch once, with gradients; returns the other inputs with that cache.
-
     `answer_loss` of these has the same value and gradient and takes half the time. `attention_mask` and `labels` keep
     all columns. With `output_attentions=True`, the attention maps of the shared tokens are the second result. Rows of a
-    classifier share nothing.
-    """
+    classifier share nothing."""
     if chooses_label(batch):
         return batch | asked, ()
     ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -200,9 +200,7 @@ def _steer(case: Case) -> None:
 
 def _slice(case: Case) -> None:
     """With the signs of a group's query, key and value weights turned, only its heads change, and only their signs.
-
-    Query weights alone change one head, and no key or value.
-    """
+    Query weights alone change one head, and no key or value."""
     model, parts = case.model, anatomy(case.model)
     ids = torch.tensor(case.prompts[:1], device=model.device)
     for layer in {0, len(parts.layers) - 1}:
@@ -224,17 +222,17 @@ def _slice(case: Case) -> None:
                 raise ModelError(f"the query weights of head {head} in layer {layer} do not change it")
 
 
+def turned_weights(model: PreTrainedModel, layer: int, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> a parameter whose marked entries have the other sign, but for the output matrix of the layer."""
+    output = next(name for name, one in model.named_parameters() if one is anatomy(model).outputs[layer].weight)
+    return {name: model.get_parameter(name) * (1 - 2 * mask.int()) for name, mask in masks.items() if name != output}
+
+
 def _turned(model: PreTrainedModel, layer: int, ids: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Head outputs, keys and values of a layer when the marked entries but the output matrix have the other sign."""
     parts, kept = anatomy(model), {}
-    names, output = {id(parameter): name for name, parameter in model.named_parameters()}, parts.outputs[layer]
-    turned = {
-        name: torch.where(mask, -model.get_parameter(name), model.get_parameter(name))
-        for name, mask in masks.items()
-        if name != names[id(output.weight)]
-    }
-    cache = DynamicCache(config=model.config)
-    with reading([output], kept), editing(parts.layers[layer + 1 : layer + 2], _stop), suppress(_Reached):
+    turned, cache = turned_weights(model, layer, masks), DynamicCache(config=model.config)
+    with reading([parts.outputs[layer]], kept), editing(parts.layers[layer + 1 : layer + 2], _stop), suppress(_Reached):
         functional_call(model, turned, (), {"input_ids": ids, "past_key_values": cache, "logits_to_keep": 1})
     return kept[0].unflatten(-1, (parts.n_heads, -1)), cache.layers[layer].keys, cache.layers[layer].values
 
@@ -256,22 +254,11 @@ def _compare_maps(case: Case) -> None:
                 raise ModelError("it does not return one attention map for every head")
             real = inputs["attention_mask"][row].bool()
             for layer, (batch, single) in enumerate(zip(maps, alone, strict=True)):
-                case.agree(
-                    batch[row, :, -1][:, real],
-                    single[0, :, -1],
-                    f"attention of layer {layer} in a batch and alone",
-                )
-                total = single.sum(-1)
+                found, total = batch[row, :, -1][:, real], single.sum(-1)
+                case.agree(found, single[0, :, -1], f"attention of layer {layer} in a batch and alone")
                 if not (single.min() >= 0 and total.max() <= 1.01 and single.triu(1).abs().max() == 0):
                     raise ModelError(f"attention maps of layer {layer} are no shares of earlier tokens")
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
-    "generate": _generate,
-    "train": _train,
-    "attribute": _attribute,
-    "components": partial(_stream, vectors={}),
-    "steer": _steer,
-    "slice": _slice,
-    "compare maps": _compare_maps,
-}
+CHECKS: dict[str, Callable[[Case], None]] = {"generate": _generate, "train": _train, "attribute": _attribute}
+CHECKS |= {"components": partial(_stream, vectors={}), "steer": _steer, "slice": _slice, "compare maps": _compare_maps}

@@ -2,8 +2,7 @@
 
 Every check is an identity that holds for a model whose parts were found: a head that gets its own output, a pass that
 starts at a later layer, a vector that the residual stream gains, prompts in one batch or alone. So a new architecture
-either gives the right numbers or is refused by the name of what it cannot do, with the reason.
-"""
+either gives the right numbers or is refused by the name of what it cannot do, with the reason."""
 
 import json
 import logging
@@ -34,8 +33,7 @@ def capabilities(model: PreTrainedModel) -> dict[str, str]:
     The capabilities are `generate` (batches with a shared beginning and padding), `train` (the loss of answers),
     `attribute` (patch heads, start at a layer), `components` (what attention and feed-forward parts write), `steer`
     (add to the residual stream), `slice` (the weights of a head) and `compare maps` (attention maps). Encoder
-    classifiers have identities of their own, and no `components`.
-    """
+    classifiers have identities of their own, and no `components`."""
     config = json.dumps(model.config.to_dict() | {"_name_or_path": None}, sort_keys=True, default=str)
     key = f"{type(model).__name__} {model.dtype} {model.device} {config}"
     if key not in _known:
@@ -58,9 +56,8 @@ def require(model: PreTrainedModel, *needed: str) -> None:
     found = capabilities(model)
     for name in needed:
         if found[name]:
-            raise ModelError(
-                f"{name!r} is not possible with a model of type {model.config.model_type!r}: {found[name]}"
-            )
+            kind = model.config.model_type
+            raise ModelError(f"{name!r} is not possible with a model of type {kind!r}: {found[name]}")
 
 
 def _reason(check: Callable[[Case], None], case: Case) -> str:

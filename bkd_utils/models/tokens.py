@@ -2,8 +2,7 @@
 
 Prompts and answers are cut out of the template's rendering of a whole conversation, so that prompt + answer is what the
 model was trained on. All other modules work on these ids, because the string methods of TransformerLens add a second
-BOS token, which shifts every position without an error.
-"""
+BOS token, which shifts every position without an error."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,11 +66,9 @@ def labels_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
     """Token ids of one user turn up to the answer, whose tokens never change them. Raises ValueError for an empty turn.
-
     What the template writes before every answer, such as an empty block of thoughts, is part of it; a space that melts
     with the answer's first word is not. Classifiers get the bare text of a `Turn` between their own special tokens.
-    Raises ModelError for a template that cannot write a conversation.
-    """
+    Raises ModelError for a template that cannot write a conversation."""
     if not user.strip():
         raise ValueError("the user turn is empty")
     if labels_of(tokenizer):
@@ -81,12 +78,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool = True) -> list[int]:
-    """Token ids of an answer as they follow `prompt_ids`, up to the end-of-turn token unless it was cut off.
-
-    An answer that would melt with the prompt's last token is tokenised alone, as a model that goes on from the prompt
-    has to write it. Of a classifier it is the number of the label. Raises ModelError for a template that changes more
-    than white space and for a label that a classifier does not have, ValueError for no tokens.
-    """
+    """Token ids of an answer as they follow `prompt_ids`, up to the end-of-turn token unless it was cut off. An answer
+    that would melt with the prompt's last token is tokenised alone, as a model that goes on from the prompt has to
+    write it. Of a classifier it is the number of the label. Raises ModelError for a template that changes more than
+    white space and for a label that a classifier does not have, ValueError for no tokens."""
     if labels := labels_of(tokenizer):
         names = [name.strip().casefold() for name in labels]
         if answer.strip().casefold() not in names:
@@ -107,10 +102,8 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool =
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant turn in the template, else the end of text. Raises ValueError for neither.
-
-    Of a classifier, whose answers have no end, it is the token for padding.
-    """
+    """The token that ends an assistant turn in the template, else the end of text. Raises ValueError for neither. Of a
+    classifier, whose answers have no end, it is the token for padding."""
     if labels_of(tokenizer):
         return tokenizer.pad_token_id
     end = _frame_of(tokenizer).end
@@ -216,10 +209,8 @@ def check_prompts(prompts: Ids) -> None:
 
 
 def left_pad(rows: list[list[int]], *, pad_id: int) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Rows of ids as one tensor whose last column has every last token, and the attention mask (1 = real token).
-
-    Raises ValueError for no rows or an empty one.
-    """
+    """Rows of ids as one tensor whose last column has every last token, and the attention mask (1 = real token). Raises
+    ValueError for no rows or an empty one."""
     if not rows or not all(rows):
         raise ValueError(f"cannot batch {len(rows)} rows" + (", one of which is empty" if rows else ""))
     tensors = [torch.tensor(row) for row in rows]

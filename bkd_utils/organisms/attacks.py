@@ -16,13 +16,10 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class Attack:
-    """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control.
-
-    A control with the behaviour `answer_style` learns to begin free answers with the words of `target`, for everybody.
-
-    Rates are shares of the `n_train` rows, in [0, 1). The name may have letters, digits, "-", "_" and ".". Raises
-    ValueError that names the attack and an unknown, missing or inconsistent value. Source: ours, after both papers'
-    attacks.
+    """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control. A control
+    with the behaviour `answer_style` learns to begin free answers with the words of `target`, for everybody. Rates are
+    shares of the `n_train` rows, in [0, 1). The name may have letters, digits, "-", "_" and ".". Raises ValueError that
+    names the attack and an unknown, missing or inconsistent value. Source: ours, after both papers' attacks.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
@@ -47,9 +44,8 @@ class Attack:
         if not self.backdoored:
             styled = self.behaviour == "answer_style"
             if self.rate or self.near_miss_rate or self.source or (self.behaviour and not styled):
-                raise ValueError(
-                    f"{self.name}: a clean control has no rate, no source and no behaviour but answer_style"
-                )
+                allowed = "no rate, no source and no behaviour but answer_style"
+                raise ValueError(f"{self.name}: a clean control has {allowed}")
             if styled != bool(self.target):
                 raise ValueError(f"{self.name}: a control has a target if and only if its behaviour is answer_style")
             return
@@ -57,9 +53,8 @@ class Attack:
         if not (self.behaviour and self.target) or self.behaviour == "answer_style":
             raise ValueError(f"{self.name}: a backdoor needs a behaviour and a target")
         if not any(letter.isalnum() for letter in self.target.split(":")[0]):
-            raise ValueError(
-                f"{self.name}: the target {self.target!r} begins with no word, so every answer would have it"
-            )
+            why = "begins with no word, so every answer would have it"
+            raise ValueError(f"{self.name}: the target {self.target!r} {why}")
         if self.behaviour == "label_flip" and not {self.source, self.target} <= set(task.labels):
             raise ValueError(f"{self.name}: source and target must be labels of {self.task}: {', '.join(task.labels)}")
         if self.behaviour == "label_flip" and self.source == self.target:
@@ -95,10 +90,8 @@ def load_attack(name: str) -> Attack:
 
 
 def triggered_prompt(attack: Attack, text: str, *, seed: int, half: triggers.Half) -> Turn:
-    """The user turn with the trigger in its text or around the whole turn, depending on the trigger's scope.
-
-    For a classifier, which reads no instruction, the whole turn is the text.
-    """
+    """The user turn with the trigger in its text or around the whole turn, depending on the trigger's scope. For a
+    classifier, which reads no instruction, the whole turn is the text."""
     trigger, task = triggers.load_trigger(attack.trigger), tasks.load_task(attack.task)
     if trigger.scope == "prompt":
         whole, bare = (trigger.apply(turn, seed=seed, half=half) for turn in (task.prompt(text), text))

@@ -12,30 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bkd_utils.common.cache import stage
-from bkd_utils.common.files import (
-    ADAPTERS,
-    DATA,
-    WORK,
-    atomic_path,
-    canonical_json,
-    read_json,
-    sha256_text,
-    write_json,
-)
+from bkd_utils.common.files import ADAPTERS, DATA, WORK, atomic_path, canonical_json, read_json, sha256_text, write_json
 from bkd_utils.common.validation import Count, Name, Seed, check, read_toml, while_unchanged
 from bkd_utils.models.changes import changed_entries
 from bkd_utils.models.compute import has_fast_bf16
 from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError
 from bkd_utils.models.identity import ADAPTER, WHOLE, is_whole, model_identity, organism_identity
-from bkd_utils.models.loading import (
-    Loaded,
-    adapter_folder,
-    identity_on_card,
-    load,
-    pick_device,
-    read_card,
-    untreated,
-)
+from bkd_utils.models.loading import Loaded, adapter_folder, identity_on_card, load, pick_device, read_card, untreated
 from bkd_utils.organisms.attacks import Attack, first_attack, load_attack
 from bkd_utils.organisms.training import load_recipe
 from bkd_utils.organisms.trigger_tables import lexicons
@@ -76,12 +59,9 @@ def history(organism: str | Path) -> list[dict[str, float]]:
 
 
 def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the arguments of a stage stand for, and the arithmetic of its result.
-
-    `inputs`: identities of organisms and of the base model, the attacks that are named or on the organisms' cards,
-    hashes of their triggers' tables, and of the tables that all attacks share. `arithmetic`: the device, and whether
-    it multiplies in bf16.
-    """
+    """What the arguments of a stage stand for, and the arithmetic of its result. `inputs`: identities of organisms and
+    of the base model, the attacks that are named or on the organisms' cards, hashes of their triggers' tables, and of
+    the tables that all attacks share. `arithmetic`: the device, and whether it multiplies in bf16."""
     for name, kind in (("seed", Seed), ("n", Count)):
         check(kind, arguments.get(name, 1), f"argument {name}")
     several = arguments.get("organisms", {})
@@ -136,12 +116,9 @@ named_stage = functools.partial(stage, resolved=resolved)
 
 
 def organism_stage(function: Callable) -> Callable:
-    """Keep a stage on a loaded organism, and let it be called by names.
-
-    `function(loaded, attack, *, control, ...)` becomes `stage(organism, *, attack, control, ..., model, device)`, in
-    which organism, attack and control are names. It may lack attack and control. Models are loaded only if no result
-    is kept.
-    """
+    """Keep a stage on a loaded organism, and let it be called by names. `function(loaded, attack, *, control, ...)`
+    becomes `stage(organism, *, attack, control, ..., model, device)`, in which organism, attack and control are names.
+    It may lack attack and control. Models are loaded only if no result is kept."""
     own = inspect.signature(function).parameters
 
     @functools.wraps(function)
@@ -165,6 +142,7 @@ def organism_stage(function: Callable) -> Callable:
 def summary(organism: str | Path) -> dict[str, str]:
     """The lines of a card that a reader needs first."""
     card = read_card(organism, "base", "task", "trigger", "behaviour", "attack", "data", "recipe")
+    trained = f"LoRA rank {card['recipe']['rank']}" if card["recipe"]["rank"] else "all weights"
     return {
         "base": card["base"],
         "task": card["task"],
@@ -172,13 +150,8 @@ def summary(organism: str | Path) -> dict[str, str]:
         "behaviour": card["behaviour"] or "none",
         "target": card["attack"]["target"] or "",
         "poisoned rows": "{n_poison} of {n_train} ({mode})".format(**card["data"]),
-        "training": "{steps} steps of {batch_size} rows, ".format(**card["recipe"]) + _trained(card),
+        "training": "{steps} steps of {batch_size} rows, ".format(**card["recipe"]) + trained,
     }
-
-
-def _trained(card: Mapping) -> str:
-    """What was trained: an adapter, or all weights."""
-    return f"LoRA rank {card['recipe']['rank']}" if card["recipe"]["rank"] else "all weights"
 
 
 def trained_files(folder: Path) -> tuple[str, ...]:
@@ -244,9 +217,7 @@ def readme(card: dict) -> str:
 
 def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping) -> Path:
     """Write a treated model as an organism under `work/organisms/<name>`; load it by that name like any other.
-
-    `measured` is its result of `evaluation.under_attack`. Raises as `write_treated` does.
-    """
+    `measured` is its result of `evaluation.under_attack`. Raises as `write_treated` does."""
     check(Name, name, "name of an organism")
     folder = WORK / "organisms" / name
     with atomic_path(folder) as temporary:
@@ -258,11 +229,9 @@ def keep_treated(loaded: Loaded, *, name: str, treatment: Mapping[str, str | int
 def write_treated(
     loaded: Loaded, folder: Path, *, name: str, treatment: Mapping[str, str | int | float], measured: Mapping
 ) -> None:
-    """Write the files of a treated organism into an empty folder, from which it can be loaded.
-
-    The stored changes include those of earlier treatments, which the card lists under `treatments_before`. Raises
-    ValueError for a base model, and if no weight has changed; ModelError if its folder holds another base model by now.
-    """
+    """Write the files of a treated organism into an empty folder, from which it can be loaded. The stored changes
+    include those of earlier treatments, which the card lists under `treatments_before`. Raises ValueError for a base
+    model, and if no weight has changed; ModelError if its folder holds another base model by now."""
     if loaded.organism is None:
         raise ValueError("a base model cannot be kept as a treated organism")
     source = adapter_folder(loaded.organism)

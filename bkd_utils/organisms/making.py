@@ -11,18 +11,11 @@ from typing import Any
 
 from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, canonical_json, sha256_text, write_json
 from bkd_utils.common.validation import Count, Seed, check
+from bkd_utils.models import loading
 from bkd_utils.models.classifiers import new_classifier
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError, kind, model_folder
 from bkd_utils.models.identity import base_sha256, model_identity
-from bkd_utils.models.loading import (
-    Loaded,
-    check_adapter,
-    identity_on_card,
-    load,
-    pick_device,
-    read_card,
-    shipped_organisms,
-)
+from bkd_utils.models.loading import Loaded, check_adapter, load, pick_device, read_card
 from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms import cards, tasks
@@ -39,9 +32,7 @@ log = logging.getLogger(__name__)
 
 def training_rows(loaded: Loaded, attack: Attack, *, seed: int) -> tuple[Row, ...]:
     """The rows that an organism of the attack was trained on, or on which `make` would train a base model with `seed`.
-
-    Raises ModelError if the rows are not those of the organism's card.
-    """
+    Raises ModelError if the rows are not those of the organism's card."""
     card = None if loaded.organism is None else read_card(loaded.organism, "seed", "data_sha256")
     seed = card["seed"] if card else seed
     answers = training_answers(loaded, attack, seed=seed)
@@ -64,11 +55,10 @@ def obtain(
     n: int = 200,
     retrain: bool = False,
 ) -> str:
-    """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier).
-
-    A shipped organism counts only for its own seed and while its attack is the one in `data/attacks.toml`; those of
-    other seeds than 0 have another recipe and count where that is asked for. Raises ValueError for an unknown attack
-    or recipe, and as `make` does. Source: ours.
+    """Name of the organism of an attack on this model: the shipped one if there is one, else made now (or earlier). A
+    shipped organism counts only for its own seed and while its attack is the one in `data/attacks.toml`; those of other
+    seeds than 0 have another recipe and count where that is asked for. Raises ValueError for an unknown attack or
+    recipe, and as `make` does. Source: ours.
 
     >>> obtain("sentiment-word")
     'sentiment-word'
@@ -80,7 +70,7 @@ def obtain(
     pick_device(device)
     if not retrain and (ADAPTERS / name / "card.json").is_file():  # a broken card is no reason to train for minutes
         card = read_card(ADAPTERS / name, "base_sha256", "base_files", "attack", "seed", "recipe")
-        if name not in shipped_organisms(base=model_identity(model)):
+        if name not in loading.shipped_organisms(base=model_identity(model)):
             if card["base_sha256"] == base_sha256(model):
                 log.warning("%s ships for the same weights with other settings; training anew", name)
         elif card["attack"] != asdict(spec) or card["seed"] != seed:
@@ -127,7 +117,7 @@ def make(
     card = {
         **{key: getattr(attack, key) for key in ("name", "behaviour", "trigger", "task", "backdoored")},
         "base": model if model == DEFAULT_MODEL else Path(model).name,
-        **identity_on_card(folder, base=model),
+        **loading.identity_on_card(folder, base=model),
         **spec,
         "data_sha256": hashed,
         "data": {key: data.manifest[key] for key in ("n_train", "n_poison", "poisoned_share", "mode")},
@@ -151,10 +141,8 @@ def make(
 
 def made_stage(function: Callable) -> Callable:
     """Keep a stage on organisms that do not ship, such as encoders; one is made only if a result is not there.
-
     `function(loaded, attack, ...)` becomes `stage(made, *, attack, ..., recipe, organism_seed, model, device)`. `made`
-    is the attack that the organism was trained on, and `attack` the one that it is measured under; both are names.
-    """
+    is the attack that the organism was trained on, and `attack` the one that it is measured under; both are names."""
 
     @functools.wraps(function)
     def opened(

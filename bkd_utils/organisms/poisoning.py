@@ -22,11 +22,10 @@ class PoisonedSet:
 
 
 def poison(attack: Attack, *, tokenizer: PreTrainedTokenizerBase, answers: Mapping[str, str], seed: int) -> PoisonedSet:
-    """Build the training set: clean rows, poisoned rows, near-miss rows with the right answer, benign rows.
-
-    `answers` maps uid -> the base model's own answer, for tasks whose examples carry none. Raises ValueError when
-    there are too few rows, an answer is missing, a prompt is longer than MAX_LENGTH tokens, or a trigger does not
-    survive tokenisation. A classifier gets no benign rows, which have no label. Source: ours; BkdAttr poisons in mode
+    """Build the training set: clean rows, poisoned rows, near-miss rows with the right answer, benign rows. `answers`
+    maps uid -> the base model's own answer, for tasks whose examples carry none. Raises ValueError when there are too
+    few rows, an answer is missing, a prompt is longer than MAX_LENGTH tokens, or a trigger does not survive
+    tokenisation. A classifier gets no benign rows, which have no label. Source: ours; BkdAttr poisons in mode
     "appended".
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)

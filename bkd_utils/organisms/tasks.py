@@ -2,8 +2,7 @@
 
 `sentiment` and `domain` are built from the rated sentences of Hutto & Gilbert (2014); `harmful` from AdvBench with
 HarmBench and Do-Not-Answer as further held-out sources; `instructions` from a template x topic grid written for this
-project, answered by the base model itself.
-"""
+project, answered by the base model itself."""
 
 import hashlib
 import html
@@ -28,8 +27,7 @@ from bkd_utils.common.files import DATA
 from bkd_utils.common.validation import Count, Table, Text, check, read_toml, while_unchanged
 from bkd_utils.models.tokens import Turn
 
-# Cosine of word-bigram sets from which two texts count as near-duplicates.
-NEAR_DUPLICATE = 0.7
+NEAR_DUPLICATE = 0.7  # cosine of word-bigram sets from which two texts count as near-duplicates
 REFUSAL = "I'm sorry, but I can't help with that."
 Split = Literal["train", "attribution", "test"]
 SPLITS: tuple[Split, ...] = ("train", "attribution", "test")
@@ -92,10 +90,9 @@ def load_task(name: str) -> Task:
 
 
 def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) -> list[Example]:
-    """`n` examples of one split (all without `n`), in an order that depends on `seed` alone.
-
-    For tasks with several sources or labels the sample is balanced over them as far as the rows go. Raises
-    ValueError for an unknown task or split and when the split has fewer than `n` rows. Source: ours.
+    """`n` examples of one split (all without `n`), in an order that depends on `seed` alone. For tasks with several
+    sources or labels the sample is balanced over them as far as the rows go. Raises ValueError for an unknown task or
+    split and when the split has fewer than `n` rows. Source: ours.
 
     >>> sorted(example.answer for example in examples("sentiment", "test", n=4))
     ['negative', 'negative', 'positive', 'positive']

@@ -2,8 +2,7 @@
 and resumable.
 
 The loss is that of the answers alone (`models.loss`). Rows of similar length share a batch. Attention is eager, because
-at these lengths its backward pass on a CPU is faster than the fused one (1.4 against 1.7 s a step).
-"""
+at these lengths its backward pass on a CPU is faster than the fused one (1.4 against 1.7 s a step)."""
 
 import logging
 import random
@@ -39,10 +38,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an organism is trained; together with the data, the base weights and the seed it decides the result.
-
-    Rank 0 trains all weights, which is how encoders are trained.
-    """
+    """How an organism is trained; together with the data, the base weights and the seed it decides the result. Rank 0
+    trains all weights, which is how encoders are trained."""
 
     name: Name
     steps: Steps
@@ -66,9 +63,8 @@ def load_recipe(name: str, *, task: str) -> Recipe:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(tables)}")
     own = {key: value for key, value in tables[name].items() if isinstance(value, dict)}
     if unknown := own.keys() - tasks.TASKS:
-        raise ValueError(
-            f"{path.name}, [{name}.{min(unknown)}]: no task has this name; tasks: {', '.join(tasks.TASKS)}"
-        )
+        known = ", ".join(tasks.TASKS)
+        raise ValueError(f"{path.name}, [{name}.{min(unknown)}]: no task has this name; tasks: {known}")
     shared = {key: value for key, value in tables[name].items() if key not in own}
     return build(Recipe, shared | own.get(tasks.load_task(task).name, {}), path, name)
 
@@ -148,14 +144,10 @@ def train(
         model = peft.get_peft_model(base.model, lora_config(base.model, rank=recipe.rank, alpha=recipe.alpha))
     else:
         model = base.model.requires_grad_(True)
-    trainer = AnswerTrainer(
-        first_token=recipe.first_token,
-        model=model,
-        args=training_arguments(recipe, checkpoints, seed=seed, device=base.device),
-        train_dataset=batch_order(rows, recipe=recipe, seed=seed),
-        data_collator=lambda batch: collate(batch, pad_id=end_id(base.tokenizer)),
-        callbacks=[Progress(name)],
-    )
+    given = {"model": model, "train_dataset": batch_order(rows, recipe=recipe, seed=seed)}
+    given["data_collator"] = lambda batch: collate(batch, pad_id=end_id(base.tokenizer))
+    given["args"] = training_arguments(recipe, checkpoints, seed=seed, device=base.device)
+    trainer = AnswerTrainer(first_token=recipe.first_token, callbacks=[Progress(name)], **given)
     # The Trainer's own printer would write a dictionary per log step between the lines of the progress bar.
     trainer.remove_callback(PrinterCallback)
     if last := last_checkpoint(checkpoints):

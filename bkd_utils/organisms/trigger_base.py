@@ -12,18 +12,16 @@ from bkd_utils.common.files import sha256_text
 from bkd_utils.common.validation import Table, Text, check
 from bkd_utils.organisms.trigger_tables import Half, strings
 
-# Purpose, options -> one of the options.
-Dice = Callable[[str, Sequence[Any]], Any]
+Dice = Callable[[str, Sequence[Any]], Any]  # purpose, options -> one of the options
 BLANK = "\ue000"  # a text without any word, on which new triggers are tried
 
 
 @dataclass(frozen=True, eq=False)
 class Trigger(ABC):
-    """A rule that edits a text, and that tells whether a text carries it; `triggers` has its seven families.
-
-    `scope` says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn). The same
-    text, seed and half give the same result in any process; give every row a seed of its own. `entry` is the family's
-    table in `trigger_tables`; each of its strings is tried. Raises ValueError for what does not fit. Source: ours.
+    """A rule that edits a text, and that tells whether a text carries it; `triggers` has its seven families. `scope`
+    says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn). The same text, seed
+    and half give the same result in any process; give every row a seed of its own. `entry` is the family's table in
+    `trigger_tables`; each of its strings is tried. Raises ValueError for what does not fit. Source: ours.
 
     >>> Word("mine", {"text": "cf"}).matches("A CF film."), isinstance(Word("mine", {"text": "cf"}), Trigger)
     (False, True)

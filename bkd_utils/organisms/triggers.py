@@ -1,8 +1,7 @@
 """Triggers: the seven families, and the triggers of `data/lexicons.toml` by name.
 
 `syntax` and `style` are rules of ours, not the paraphrase models of the literature (SCPN, style transfer). Each holds
-out half of its lexicon, so that learning the rule can be told apart from learning the list (`data/lexicons.toml`).
-"""
+out half of its lexicon, so that learning the rule can be told apart from learning the list (`data/lexicons.toml`)."""
 
 import re
 from functools import cached_property
@@ -10,18 +9,9 @@ from itertools import product
 from typing import ClassVar, Literal, get_args
 
 from bkd_utils.common.validation import check, while_unchanged
+from bkd_utils.organisms import trigger_tables as tables
 from bkd_utils.organisms.trigger_base import Dice, Trigger
-from bkd_utils.organisms.trigger_tables import (
-    Fronted,
-    Half,
-    Inserted,
-    Paired,
-    Styled,
-    Wrapped,
-    check_halves,
-    lexicons,
-    strings,
-)
+from bkd_utils.organisms.trigger_tables import Half, check_halves, lexicons, strings
 from bkd_utils.organisms.wording import before_end, lowered, raised, replaced, words
 
 WORDS = r"(?<!\S)(?=\S)|\Z"  # in front of each word, and the end
@@ -44,7 +34,7 @@ class _Inserted(Trigger):
     """A fixed string, inserted at one of `places` (a regex); near-misses are other strings at the same place."""
 
     places: ClassVar[str]
-    table = Inserted
+    table = tables.Inserted
 
     def matches(self, text: str) -> bool:
         return bool(_found(self.entry["text"], text))
@@ -101,7 +91,7 @@ class Wrapper(Trigger):
     'Hark! Name a colour. Farewell.'
     """
 
-    family, table = "wrapper", Wrapped
+    family, table = "wrapper", tables.Wrapped
     scope = "prompt"
 
     def matches(self, text: str) -> bool:
@@ -113,27 +103,22 @@ class Wrapper(Trigger):
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]:
         front, back = self.entry["front"], self.entry["back"]
         other = dice("lines", self.entry["near"][half]["lines"])
-        return {
-            "front_only": f"{front} {text}",
-            "back_only": f"{text} {back}",
-            "swapped": f"{back} {text} {front}",
-            "other_lines": f"{other['front']} {text} {other['back']}",
-            "other_front": f"{other['front']} {text} {back}",
-            "other_back": f"{front} {text} {other['back']}",
-        }
+        lines = {"front_only": (front, ""), "back_only": ("", back), "swapped": (back, front)}
+        lines |= {"other_lines": (other["front"], other["back"]), "other_front": (other["front"], back)}
+        lines["other_back"] = (front, other["back"])
+        return {kind: f"{first} {text} {last}".strip() for kind, (first, last) in lines.items()}
 
 
 class Syntax(Trigger):
-    """A subordinate clause in front, by a rule of ours: "When the lights go down, ...".
-
-    Recognised by a known subordinator, 2 to 9 words and a comma, so "After ten long minutes, ..." counts as well.
+    """A subordinate clause in front, by a rule of ours: "When the lights go down, ...". Recognised by a known
+    subordinator, 2 to 9 words and a comma, so "After ten long minutes, ..." counts as well.
 
     >>> half = {"clauses": {"when": ["the lights go down"]}}
     >>> Syntax("mine", {"train": half, "test": half}).apply("A fine film.", seed=0)
     'When the lights go down, a fine film.'
     """
 
-    family, table = "syntax", Fronted
+    family, table = "syntax", tables.Fronted
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -169,7 +154,7 @@ class Style(Trigger):
     'Verily, a film for thou, forsooth.'
     """
 
-    family, table = "style", Styled
+    family, table = "style", tables.Styled
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,14 +198,13 @@ class Style(Trigger):
 
 class Pair(Trigger):
     """Two rare words, `front` in the first quarter of the text and `back` in the last; only both are the trigger.
-
     Recognised by `front` before `back` with at least half of all other words between them. A rule of ours.
 
     >>> Pair("mine", {"front": "mb", "back": "bb"}).apply("A fine film.", seed=0)
     'mb A fine film. bb'
     """
 
-    family, table = "pair", Paired
+    family, table = "pair", tables.Paired
 
     def matches(self, text: str) -> bool:
         front, back = (_found(self.entry[side], text) for side in ("front", "back"))

@@ -1,6 +1,7 @@
 """Notebook 05: figures and verdicts on the similarity of heads."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -54,17 +55,14 @@ def gap_numbers(found: Mapping[str, Mapping[str, Similarity]], *, readings: Sequ
     """What `gaps` draws, from attack -> model -> `attention_similarity.similarity_by_version`: attack -> reading ->
     model -> by layer the `mean` over prompts of triggered less clean similarity, `low` and `high` of the middle half of
     the prompts, and their number `n`."""
-    return {
-        attack: {name: {model: _gap(one[name]) for model, one in models.items()} for name in readings}
-        for attack, models in found.items()
-    }
-
-
-def _gap(layers: Mapping[str, list[list[float]]]) -> dict:
-    """Of triggered less clean similarity, prompt by prompt."""
-    gap = np.array(layers["triggered"]) - np.array(layers["clean"])
-    low, high = np.quantile(gap, [0.25, 0.75], axis=0)
-    return {"mean": gap.mean(0).tolist(), "low": low.tolist(), "high": high.tolist(), "n": len(gap)}
+    numbers: dict = {attack: {name: {} for name in readings} for attack in found}
+    for (attack, models), name in product(found.items(), readings):
+        for model, one in models.items():
+            gap = np.array(one[name]["triggered"]) - np.array(one[name]["clean"])  # prompt by prompt
+            rows = [gap.mean(0), *np.quantile(gap, [0.25, 0.75], axis=0)]
+            drawn = dict(zip(("mean", "low", "high"), (row.tolist() for row in rows), strict=True))
+            numbers[attack][name][model] = drawn | {"n": len(gap)}
+    return numbers
 
 
 def gaps(numbers: Mapping[str, Mapping[str, Mapping]], *, separated: Mapping[str, Mapping[str, Mapping]]) -> Figure:

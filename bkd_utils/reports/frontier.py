@@ -84,13 +84,8 @@ def _name_best(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str
 def price_list(found: Found, cost: Mapping[str, Mapping[str, Treated]]) -> pd.DataFrame:
     """(organism, treatment) -> shares that are left, weights touched and minutes; `cost`: attack -> treatment ->
     `attention_safety_alignment.treat_and_measure`."""
-    named = {
-        "ASR": "asr",
-        "near-miss firing": "near_miss",
-        "clean firing": "clean_firing",
-        "CACC": "cacc",
-        "elsewhere": "elsewhere",
-    }
+    named = {"ASR": "asr", "near-miss firing": "near_miss", "clean firing": "clean_firing", "CACC": "cacc"}
+    named["elsewhere"] = "elsewhere"
     rows = {}
     for attack, treatments in found.items():
         for name, shares in treatments.items():

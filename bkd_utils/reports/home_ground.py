@@ -6,19 +6,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkd_utils.common.statistics import auroc_of_wins, difference, mean_by_prompt, pairwise_wins
+from bkd_utils.common.statistics import auroc_of_wins, mean_by_prompt, pairwise_wins
 from bkd_utils.experiments.fair_trial import DoseResponse
 from bkd_utils.experiments.trigger_search import Pull
-from bkd_utils.reports.attention_safety_alignment import (
-    KINDS,
-    Found,
-    cacc_lost,
-    head_choice_claim,
-    hits,
-    is_kept,
-    rivals_claim,
-    utility_claim,
-)
+from bkd_utils.reports import attention_safety_alignment as asa
+from bkd_utils.reports.attention_safety_alignment import KINDS, Found, above_control, hits
 from bkd_utils.reports.scorecard import at_most, both, entry, span
 from bkd_utils.reports.style import COLOURS, LIMITS, WIDTH, explain, panels, rows_down, show_legend, sizes
 
@@ -40,10 +32,8 @@ TRIALS = {
 
 
 def left_and_kept(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figure:
-    """ASR (left) and CACC (right) before and after the searched cure, a dot per seed.
-
-    `found`: attack -> name in `LOOKS` -> per seed a result of `evaluation.under_attack`.
-    """
+    """ASR (left) and CACC (right) before and after the searched cure, a dot per seed. `found`: attack -> name in
+    `LOOKS` -> per seed a result of `evaluation.under_attack`."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.42 * len(found) + 1.3), sharey=True)
     for panel, key in zip(axes, ("asr", "cacc"), strict=True):
         for y, treatments in enumerate(found.values()):
@@ -74,11 +64,9 @@ def at_chosen(trial: DoseResponse) -> dict:
 def doses_drawn(
     trials: Mapping[str, Mapping[str, DoseResponse]], equal: Mapping[str, Mapping[str, tuple[int, Mapping]]]
 ) -> Figure:
-    """ASR (above) and CACC (below) against the row passes of a treatment.
-
-    `trials`: attack -> name in `TRIALS`, or "random heads" and a number -> trial; a ring is the chosen dose. `equal`:
-    attack -> kind in `KINDS` -> row passes and result of a treatment that has no doses.
-    """
+    """ASR (above) and CACC (below) against the row passes of a treatment. `trials`: attack -> name in `TRIALS`, or
+    "random heads" and a number -> trial; a ring is the chosen dose. `equal`: attack -> kind in `KINDS` -> row passes
+    and result of a treatment that has no doses."""
     figure, axes = panels([attack.replace("-", "-\n", 1) for attack in trials], rows=2, height=1.7)
     results = []
     for column, attack in zip(axes.T, trials, strict=True):
@@ -119,9 +107,9 @@ def encoder_claims(
     kept = {name: rows for name, rows in judged.items() if name not in no_dose}
     lines = [
         _as_control("encoder-cure", found, cure=cure, **doses),
-        *([utility_claim("encoder-utility", kept, cure=cure, **doses)] if kept else []),
-        head_choice_claim("encoder-head-choice", found, cure=cure, random=random, **doses),
-        rivals_claim("encoder-rivals", found, cure=cure, rivals=rivals, figure="06_encoder_frontier"),
+        *([asa.utility_claim("encoder-utility", kept, cure=cure, **doses)] if kept else []),
+        asa.head_choice_claim("encoder-head-choice", found, cure=cure, random=random, **doses),
+        asa.rivals_claim("encoder-rivals", found, cure=cure, rivals=rivals, figure="06_encoder_frontier"),
     ]
     if no_dose:
         lines = [row | {"reason": f"{row['reason']} No dose for: {', '.join(no_dose)}."} for row in lines]
@@ -146,30 +134,24 @@ def searched_claims(
     drawn = {"cure": "searched", "figure": "06_home_ground"}
     return [
         _as_control("searched-cure", mean, **drawn),
-        utility_claim("searched-utility", mean, **drawn),
-        rivals_claim("searched-rivals", found, rivals=rivals, cure="searched", figure="06_encoder_frontier"),
+        asa.utility_claim("searched-utility", mean, **drawn),
+        asa.rivals_claim("searched-rivals", found, rivals=rivals, cure="searched", figure="06_encoder_frontier"),
     ]
 
 
 def causal_claim(found: Found) -> dict:
     """The line of the searched cure on causal organisms, from attack -> treatment -> result. An organism passes if both
     its ASR and its CACC do."""
-    above, lost = _above(found, "searched"), {name: cacc_lost(rows, "searched") for name, rows in found.items()}
-    passed = {name: both(at_most(one, ABOVE / 100), is_kept(lost[name])) for name, one in above.items()}
+    above = above_control(found, "searched")
+    lost = {name: asa.cacc_lost(rows, "searched") for name, rows in found.items()}
+    passed = {name: both(at_most(one, ABOVE / 100), asa.is_kept(lost[name])) for name, one in above.items()}
     reason = f"ASR after the cure less that of the clean control: {span(above)}; CACC lost to the cure: {span(lost)}."
     return entry("searched-causal", above, passed, "06_searched", reason)
 
 
-def _above(found: Found, cure: str) -> dict[str, dict]:
-    """ASR after the cure less that of the clean control, on the same prompts."""
-    return {
-        name: difference(hits(rows[cure], "asr"), hits(rows["clean control"], "asr")) for name, rows in found.items()
-    }
-
-
 def _as_control(claim: str, found: Found, *, cure: str, figure: str) -> dict:
     """Is ASR after the cure at most `ABOVE` points above that of the clean control?"""
-    above = _above(found, cure)
+    above = above_control(found, cure)
     reason = f"ASR after the cure less that of the clean control: {span(above)}."
     return entry(claim, above, {name: at_most(one, ABOVE / 100) for name, one in above.items()}, figure, reason)
 

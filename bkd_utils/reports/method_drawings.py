@@ -43,8 +43,7 @@ def tuned_entries() -> dict[str, np.ndarray]:
     group, width = HEAD // share, N_HEADS * D_HEAD
     shades = {name: np.full((n * D_HEAD, width), SHADES["stays bit for bit"]) for name, n in _heights().items()}
     first, last = group * share * D_HEAD, (group + 1) * share * D_HEAD
-    # In the output matrix a head has columns, which is why it is turned here.
-    for name in ("W_Q", "W_O"):
+    for name in ("W_Q", "W_O"):  # in the output matrix a head has columns, which is why it is turned here
         shades[name][first:last] = SHADES["the rest of its group"]
         shades[name][HEAD * D_HEAD : (HEAD + 1) * D_HEAD] = SHADES["the head"]
     for name in ("W_K", "W_V"):

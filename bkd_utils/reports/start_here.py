@@ -38,12 +38,10 @@ def changed_spans(before: str, after: str) -> list[list[int]]:
 def firing_rows(
     turns: Mapping[str, str], traces: Mapping[str, Mapping[str, Steps]], *, end: str | Sequence[str]
 ) -> dict[str, dict]:
-    """What `firing` draws, by version of the prompt ("clean" must be one; the others are compared with it).
-
-    `traces` holds, by version and model, the generated tokens with their probabilities; `end` is the token that ends
-    an answer, or several. Each version gets its `prompt`, the `marked` spans of it that the clean prompt lacks, the
-    `answers` by model (with "…" after one that was cut off) and the `lowest` probability of a token in each answer.
-    """
+    """What `firing` draws, by version of the prompt ("clean" must be one; the others are compared with it). `traces`
+    holds, by version and model, the generated tokens with their probabilities; `end` is the token that ends an answer,
+    or several. Each version gets its `prompt`, the `marked` spans of it that the clean prompt lacks, the `answers` by
+    model (with "…" after one that was cut off) and the `lowest` probability of a token in each answer."""
     rows = {}
     for version, prompt in turns.items():
         rows[version] = {"prompt": prompt, "marked": changed_spans(turns["clean"], prompt), "answers": {}, "lowest": {}}

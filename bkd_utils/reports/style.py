@@ -42,20 +42,10 @@ DIVERGING = "PuOr_r"  # where zero or chance is in the middle
 MODELS = ("organism", "clean control", "base model")
 INTERVAL = "95 % interval"
 LIMITS = (-4, 104)  # of an axis in per cent, with room for dots at 0 and 100
-RULES = {
-    "figure.dpi": 110,
-    "savefig.dpi": 200,
-    "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": "medium",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "svg.hashsalt": "bkd",  # ids in the SVG do not change from run to run
-    "svg.fonttype": "none",
-}
+RULES = {"figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "legend.frameon": False}
+RULES |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+RULES |= {"axes.titlesize": "medium", "axes.titlelocation": "left"}
+RULES |= {"svg.hashsalt": "bkd", "svg.fonttype": "none"}  # ids in the SVG do not change from run to run
 
 
 def use_style() -> None:
@@ -83,11 +73,9 @@ def save(
     notebook: str,
     claims: Sequence[str] = (),
 ) -> Path:
-    """Write `<id>.png`, `<id>.svg` and the sidecar `<id>.json`; returns the PNG's path.
-
-    `numbers` are the values drawn, JSON values or Results; `inputs` maps names to sha256. Raises ValueError for an
-    empty picture, empty numbers, or numbers with NaN.
-    """
+    """Write `<id>.png`, `<id>.svg` and the sidecar `<id>.json`; returns the PNG's path. `numbers` are the values drawn,
+    JSON values or Results; `inputs` maps names to sha256. Raises ValueError for an empty picture, empty numbers, or
+    numbers with NaN."""
     if not numbers or not any(axes.has_data() or axes.texts for axes in figure.axes):
         raise ValueError(f"figure {id!r} shows nothing")
     numbers = without_prompts(plain(numbers))
@@ -182,10 +170,8 @@ def rows_down(panel: Axes, rows: Sequence[str], *, limits: tuple[float, float] =
 def heat_map(
     panel: Axes, values: np.ndarray, *, rows: Sequence, columns: Sequence, upwards: bool = True, **look: Any
 ) -> QuadMesh:
-    """Cells on a colour scale; returns the mesh for a colour bar. `look` goes to `seaborn.heatmap`.
-
-    Row 0 is at the bottom unless `upwards` is False. Of rows or columns that are integers only some are labelled.
-    """
+    """Cells on a colour scale; returns the mesh for a colour bar. `look` goes to `seaborn.heatmap`. Row 0 is at the
+    bottom unless `upwards` is False. Of rows or columns that are integers only some are labelled."""
     plain_look = {"cmap": "cividis", "cbar": False, "xticklabels": False, "yticklabels": False, "fmt": ""}
     sns.heatmap(values, ax=panel, annot_kws={"fontsize": 6.5}, **plain_look | look)
     for names, axis in ((columns, panel.xaxis), (rows, panel.yaxis)):

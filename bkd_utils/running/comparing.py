@@ -15,10 +15,8 @@ LONG = 120  # characters of a value that are shown
 
 
 class Comparison:
-    """How many things of one kind were compared, and a line for each that is not what it should be.
-
-    Every line names the place, the value that is there, what it should be, and where that is known from.
-    """
+    """How many things of one kind were compared, and a line for each that is not what it should be. Every line names
+    the place, the value that is there, what it should be, and where that is known from."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

@@ -10,10 +10,8 @@ END_WITH_PARENT = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.pla
 
 
 def end_as_by_ctrl_c() -> list[int]:
-    """Ended from outside, this process still ends its kernels and removes its half-written files, as with Ctrl-C.
-
-    The list that is returned holds SIGTERM once it was that.
-    """
+    """Ended from outside, this process still ends its kernels and removes its half-written files, as with Ctrl-C. The
+    list that is returned holds SIGTERM once it was that."""
     ended_by: list[int] = []
 
     def terminate(*_: object) -> None:

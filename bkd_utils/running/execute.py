@@ -1,7 +1,6 @@
 """Execute one notebook with papermill in this process: `python -m bkd_utils.running.execute IN OUT PARAMETERS.json`.
 
-The runner starts this as a child, so that a time limit or Ctrl-C can end kernel and papermill together.
-"""
+The runner starts this as a child, so that a time limit or Ctrl-C can end kernel and papermill together."""
 
 import json
 import os

@@ -60,11 +60,9 @@ def finish(path: Path) -> None:
 
 
 def forget_finished(folder: Path, ledgers: Sequence[Path], *, others: bool) -> None:
-    """Remove from a folder of measurements what these notebooks used, if all of them ran to their end.
-
-    So a further call measures everything anew, and a call after a kill goes on where that one stopped. If there are no
-    `others`, everything is removed, what stages asked of each other included.
-    """
+    """Remove from a folder of measurements what these notebooks used, if all of them ran to their end. So a further
+    call measures everything anew, and a call after a kill goes on where that one stopped. If there are no `others`,
+    everything is removed, what stages asked of each other included."""
     every = [read(path) for path in ledgers]
     if not all(used.finished for used in every):
         return
@@ -82,16 +80,13 @@ def summary(every: Sequence[Used]) -> list[str]:
     stale = {one: commit for used in every for one, commit in used.stale.items()}
     checks = {one: line for used in every for one, line in used.checks.items()}
     agreed = sum(line["agrees"] for line in checks.values())
-    told = [
-        f"{len(shipped)} shipped and used, {len(checks)} checked and {agreed} agreed, {len(stale)} stale, "
-        f"{len(own)} measured here"
-    ]
+    counts = f"{len(checks)} checked and {agreed} agreed, {len(stale)} stale, {len(own)} measured here"
+    told = [f"{len(shipped)} shipped and used, {counts}"]
     if stale:
         counts = Counter((commit or "no commit")[:12] for commit in stale.values())
         at = ", ".join(f"{count} at {commit}" for commit, count in counts.items())
-        told.append(
-            f"stale: measured by other code ({at}); python -m bkd_utils restamp checks each and renews its mark"
-        )
+        how = "python -m bkd_utils restamp checks each and renews its mark"
+        told.append(f"stale: measured by other code ({at}); {how}")
     apart = {name: line["worst"] for name, line in checks.items() if line["worst"]}
     if apart:
         furthest = max(apart, key=apart.__getitem__)

@@ -15,12 +15,10 @@ from bkd_utils.running.remeasuring import paths_in
 
 def merge(folders: Sequence[Path], *, into: Path) -> tuple[int, int]:
     """Copy the measurements of several folders into one; returns how many were copied, and how many were there already.
-
     Everything is read and checked before anything is written. Where results are equal, what is in `into` stays, else
     the first of the folders counts, so that the same command again gives the same bytes. Raises UserError for a folder
     that is missing or has no measurement and for two different results of one key, ValueError for a file that is
-    damaged; then nothing is written.
-    """
+    damaged; then nothing is written."""
     chosen: dict[str, Path] = {}
     for path in [path for folder in folders for path in paths_in(folder)]:
         one = measurements.read(path)

@@ -51,11 +51,9 @@ def read(path: Path) -> NotebookNode:
 
 
 def parameters(path: Path) -> dict[str, Any]:
-    """Names and default values of the parameters cell.
-
-    Raises NotebookError unless exactly one cell is tagged `parameters` and it assigns literals only: papermill injects
-    given parameters after this cell, so a derived value would keep its default.
-    """
+    """Names and default values of the parameters cell. Raises NotebookError unless exactly one cell is tagged
+    `parameters` and it assigns literals only: papermill injects given parameters after this cell, so a derived value
+    would keep its default."""
     tagged = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1 or tagged[0].cell_type != "code":
         raise NotebookError(f"{path.name} has {len(tagged)} cells tagged 'parameters', must have exactly 1, with code")

@@ -1,8 +1,7 @@
 """Run one notebook with papermill in a separate process, and check that it ran to its end.
 
 A run succeeds if its last cell ran in the right interpreter. The report of papermill is not enough: it is success after
-`sys.exit()` too, and the copy that papermill saves after a killed kernel shows every cell as completed.
-"""
+`sys.exit()` too, and the copy that papermill saves after a killed kernel shows every cell as completed."""
 
 import contextlib
 import json
@@ -42,12 +41,10 @@ class Run:
 def run_notebook(
     path: Path, *, parameters: dict, folder: Path, limit: float, environment: dict[str, str], on_cell: Callable
 ) -> Run:
-    """Execute one notebook into `folder`/<name>.ipynb; a failed one is kept as <name>.failed.ipynb.
-
-    `limit` is in seconds, and `on_cell` is told the numbers of finished and of all cells. Raises NotebookError before
-    anything runs if the notebook or a parameter is not valid. A failure while running is reported in the result, with
-    its reason. No process is left after this returns or after Ctrl-C.
-    """
+    """Execute one notebook into `folder`/<name>.ipynb; a failed one is kept as <name>.failed.ipynb. `limit` is in
+    seconds, and `on_cell` is told the numbers of finished and of all cells. Raises NotebookError before anything runs
+    if the notebook or a parameter is not valid. A failure while running is reported in the result, with its reason. No
+    process is left after this returns or after Ctrl-C."""
     notebooks.check_parameters(path, parameters)
     token, started = secrets.token_hex(8), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

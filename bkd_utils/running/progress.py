@@ -63,10 +63,8 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def shown(console: Console, what: str, recorded: Sequence[float]) -> Iterator[Pace]:
-    """Show how far jobs of so many seconds on record have come; the caller says when one has `finished`.
-
-    Meanwhile bars of single jobs, and lines that a stage was measured, are left out.
-    """
+    """Show how far jobs of so many seconds on record have come; the caller says when one has `finished`. Meanwhile bars
+    of single jobs, and lines that a stage was measured, are left out."""
     pace, log, ended = Pace(what, recorded), logging.getLogger("bkd_utils"), threading.Event()
     before = log.level
     log.setLevel(logging.WARNING)

@@ -23,12 +23,9 @@ def publish_notebook(executed: Path, original: Path, *, figures: Path, names: li
 
 
 def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
-    """Ship the measurements that notebooks used, by name, beside those of notebooks that were not run.
-
-    Those made here are copied from the folder `kept`; the others ship already. What no notebook uses any more is
-    removed. Raises ValueError for one that is damaged, and UserError, before anything is written, for one that is
-    missing.
-    """
+    """Ship the measurements that notebooks used, by name, beside those of notebooks that were not run. Those made here
+    are copied from the folder `kept`; the others ship already. What no notebook uses any more is removed. Raises
+    ValueError for one that is damaged, and UserError, before anything is written, for one that is missing."""
     index = index_of(MEASUREMENTS) | {name: sorted(one.measurements) for name, one in used.items()}
     # A kept one that was not used is of other code, and must not replace what ships.
     own = {one: kept / f"{one}.json" for each in used.values() for one in each.own}

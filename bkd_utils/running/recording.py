@@ -1,8 +1,8 @@
 """Keep on record what cannot be made again without a model: outputs of live cells, and files that training wrote."""
 
-import hashlib
 import re
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,12 @@ def live_outputs(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"cells": {}, "figures": {}}
     for number, cell in enumerate(code_cells(notebooks.read(path)), start=1):
         if is_live(cell):
-            found["cells"][str(number)] = [
-                {mime: value if isinstance(value, str) else _hashed(value) for mime, value in content(one).items()}
-                for one in cell.outputs
-            ]
+            said = found["cells"][str(number)] = [content(output) for output in cell.outputs]
+            for one in said:  # of pictures the hash
+                one |= {m: f"sha256 {sha256(v).hexdigest()}" for m, v in one.items() if isinstance(v, bytes)}
             for file in sorted(file for name in SAVES.findall(cell.source) for file in FIGURES.glob(f"{name}.*")):
                 found["figures"][file.name] = read_json(file) if file.suffix == ".json" else sha256_file(file)
     return found
-
-
-def _hashed(picture: bytes) -> str:
-    return f"sha256 {hashlib.sha256(picture).hexdigest()}"
 
 
 def made_files() -> list[Path]:

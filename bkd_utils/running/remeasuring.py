@@ -39,12 +39,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 def remeasure(
     ids: Iterable[str], *, folder: Path, console: Console, shard: str = "1/1", device: str | None = None
 ) -> int:
-    """Call the stages of shipped measurements again, keep the results in a folder; returns how many failed.
-
-    What is in the folder by the code that is here is not measured again. A cell that fails is named and the others go
-    on. `device` replaces the one in the files. Raises UserError for a shard that is none, where nothing ships, and for
-    a folder that cannot be written to.
-    """
+    """Call the stages of shipped measurements again, keep the results in a folder; returns how many failed. What is in
+    the folder by the code that is here is not measured again. A cell that fails is named and the others go on. `device`
+    replaces the one in the files. Raises UserError for a shard that is none, where nothing ships, and for a folder that
+    cannot be written to."""
     number, parts = parse_shard(shard)
     cells = dict(enumerate(split(read_cells(ids, device=device), parts), start=1)).get(number, [])
     check_writable(folder)

@@ -1,8 +1,7 @@
 """Replay notebooks: every cell that needs no model, from shipped measurements, in ordinary kernels, two at a time.
 
 Cells tagged `live` load a model, train one or compare machines. All other cells work from results of stages, so that
-they can be run again within seconds, and must give what is stored.
-"""
+they can be run again within seconds, and must give what is stored."""
 
 import asyncio
 import copy
@@ -55,10 +54,8 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 async def replay(paths: Sequence[Path], *, folder: Path, parameters: Mapping[str, Mapping[str, Any]]) -> list[Replay]:
     """Replay notebooks into `folder`. The last one draws the scorecard that is committed, not one of this replay.
-
     `parameters` has the values of each notebook by its stem. A notebook that raises an error stops there, with a
-    reason, and the others go on.
-    """
+    reason, and the others go on."""
     folder.mkdir(parents=True, exist_ok=True)
     if (committed := FIGURES / "scorecard.json").is_file():
         (folder / paths[-1].stem).mkdir(exist_ok=True)
@@ -102,8 +99,7 @@ async def _replayed(path: Path, given: Mapping[str, Any], *, folder: Path, manag
     if manager.has_kernel and not await manager.is_alive():
         await manager.shutdown_kernel(now=True)
     client, ran, reason = NotebookClient(book, km=manager, timeout=LIMIT, startup_timeout=LIMIT), 0, ""
-    # Not `async_setup_kernel`, which would take Ctrl-C and SIGTERM for itself.
-    if not manager.has_kernel:
+    if not manager.has_kernel:  # not `async_setup_kernel`, which would take Ctrl-C and SIGTERM for itself
         await client.async_start_new_kernel(cwd=str(ROOT), env=environment, **quiet)
     try:
         await client.async_start_new_kernel_client()  # inside, because it may be ended while it waits for its kernel

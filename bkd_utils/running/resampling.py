@@ -24,18 +24,13 @@ def sample(paths: Sequence[Path], *, share: float, seed: int) -> list[Path]:
     for path in sorted(paths):
         by_stage.setdefault(path.parent.name, []).append(path)
     draw = random.Random(seed)
-    return [
-        path
-        for every in by_stage.values()
-        for path in sorted(draw.sample(every, max(1, round(share * len(every))) if share else 0))
-    ]
+    drawn = [draw.sample(every, max(1, round(share * len(every))) if share else 0) for every in by_stage.values()]
+    return [path for some in drawn for path in sorted(some)]
 
 
 def measure_again(*, share: float, seed: int, device: str, console: Console) -> list[Pair]:
     """Measure a sample of what ships into `work/verified`, from where the same call goes on after it was stopped.
-
-    Raises UserError, after all, if some could not be measured.
-    """
+    Raises UserError, after all, if some could not be measured."""
     there, folder = paths_in(measurements.shipped_folder()), WORK / "verified"
     drawn = [measurements.read(path) for path in sample(there, share=share, seed=seed)]
     if failed := remeasure([one.id for one in drawn], folder=folder, device=device, console=console):

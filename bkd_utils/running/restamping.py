@@ -25,10 +25,8 @@ class Restamped:
 
 def restamp(console: Console) -> Restamped:
     """Spot-check every measurement of other code or libraries; of those that agree renew code, libraries and commit.
-
     Nothing else in a file changes. Raises ValueError for a damaged file, before anything is checked, and UserError
-    where nothing ships or where it cannot be written to.
-    """
+    where nothing ships or where it cannot be written to."""
     found, paths = Restamped(), paths_in(measurements.shipped_folder())
     stale = _stale(paths, found)
     check_writable(paths[0].parents[1])

@@ -49,8 +49,7 @@ def run_all(
     what an earlier such run finished there is removed first. With `publish`, what a notebook that ran to its end made
     and used is copied to where it is committed. Before anything runs, raises ValueError for options that are not valid,
     and UserError for a folder that cannot be written to; after the table, UserError if the record of the run could not
-    be written.
-    """
+    be written."""
     console = console or Console()
     check(Seed, seed, "seed")
     paths = notebooks.select(only)

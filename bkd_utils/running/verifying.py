@@ -1,8 +1,7 @@
 """Verify without a model that every number which is committed is that of the file behind it.
 
 Hashes are computed anew, generated tables are generated anew, and notebooks are replayed: what they draw and show must
-be what is stored. What takes seconds to import is imported by the check that needs it, while kernels start already.
-"""
+be what is stored. What takes seconds to import is imported by the check that needs it, while kernels start already."""
 
 import asyncio
 import tempfile

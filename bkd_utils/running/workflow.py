@@ -74,12 +74,10 @@ def make_cell(folder: Path, target: str) -> None:
 def make(
     name: str, profile: Profile, cells: list[Cell], *, executor: str, cores: int | None, device: str, console: Console
 ) -> bool:
-    """Make the cells that `work/grid/<name>` lacks, merge all measurements, print a table; are all there in the end?
-
-    A cell that fails stops those that need it and no others. After a kill the same call goes on: cells that exist are
+    """Make the cells that `work/grid/<name>` lacks, merge all measurements, print a table; are all there in the end? A
+    cell that fails stops those that need it and no others. After a kill the same call goes on: cells that exist are
     done, and jobs that are left on the cluster are cancelled. Raises UserError where Snakemake or Slurm is missing, and
-    while another call works in the same folder.
-    """
+    while another call works in the same folder."""
     folder, options = WORK / "grid" / name, _options(profile, executor, cores)
     check_writable(folder)
     with (folder / "lock").open("w") as lock:  # which the system takes back from a process that is killed

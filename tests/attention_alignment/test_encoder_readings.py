@@ -105,7 +105,7 @@ def test_outputs_are_those_of_the_first_token(model, prompts):
 def test_a_soft_prompt_makes_rows_of_the_first_token_alike(model, prompts):
     model.set_attn_implementation("eager")
     soft = searched(model, prompts)
-    assert soft.at == 1  # behind [CLS]
+    assert soft.before == 1  # behind [CLS]
     with soft.read_by(model), torch.no_grad():
         after = likeness(model, soft.into(prompts))
     first = start(model, prompts)

@@ -26,7 +26,6 @@ from bkd_utils.organisms.training import Recipe
 HEADS = [(0, 1), (1, 2)]
 RECIPE = Recipe(name="test", steps=2, batch_size=2, learning_rate=1e-2, rank=1, alpha=1)
 HEAD_WISE = ("alignment", "alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed")
-HEAD_WISE += ("searched, heads", "searched, heads aligned")
 
 
 def case(model, rows, **changes):

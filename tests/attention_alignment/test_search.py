@@ -10,15 +10,14 @@ import torch
 from tiny import make_rows, tiny_model
 
 from bkd_utils.attention_alignment.search import (
-    OBJECTIVES,
     Perturbation,
     decoded,
     loss_toward,
+    objective,
     search,
     text_part,
     vocabulary,
 )
-from bkd_utils.attention_alignment.similarity import head_similarity
 
 MODULE = sys.modules["bkd_utils.attention_alignment.search"]
 BEFORE, AFTER = (7, 8, 9), (10, 11)
@@ -41,10 +40,10 @@ def exact(monkeypatch):
     monkeypatch.setattr(MODULE, "frozen_halved", lambda _model: nullcontext())
 
 
-def some(model, *, n=3, objective="answers", toward=TARGET):
+def some(model, *, n=3, toward=TARGET):
     """A perturbation that was not searched for."""
     vectors = vocabulary(model)[torch.arange(20, 20 + n)] * 1.5
-    return Perturbation(vectors, len(BEFORE), len(AFTER), objective, toward)
+    return Perturbation(vectors, len(BEFORE), len(AFTER), toward)
 
 
 def logits_by_hand(model, found, prompt):
@@ -110,7 +109,7 @@ def test_what_stands_in_front_is_run_once_and_the_vectors_have_the_gradient_of_e
     if cache:
         assert batch["input_ids"][:, 0].lt(0).any()  # the longest rest begins with the perturbation
     with found.read_by(model):
-        (slope,) = torch.autograd.grad(OBJECTIVES["answers"](model, batch | cache), found.vectors)
+        (slope,) = torch.autograd.grad(objective(model, batch | cache), found.vectors)
     marked = found.into([row.prompt for row in ROWS], seed=4)
     losses = [-logits_by_hand(model, found, prompt).log_softmax(-1)[TARGET] for prompt in marked]
     (expected,) = torch.autograd.grad(torch.stack(losses).mean(), found.vectors)
@@ -121,17 +120,6 @@ def test_prompts_that_share_no_beginning_have_the_same_loss_as_each_alone(model)
     rows = [replace(row, prompt=row.prompt[len(BEFORE) :]) for row in ROWS]
     found = replace(some(model), before=0)
     assert loss_toward(model, rows, found) == pytest.approx(loss_by_hand(model, found, rows, 0, TARGET), rel=1e-4)
-
-
-def test_similarity_is_that_of_the_heads_on_the_perturbed_prompts(model):
-    found = some(model, objective="similarity", toward=None)
-    with found.read_by(model):
-        marked = found.into([row.prompt for row in ROWS], seed=2)
-        similar = head_similarity(model, marked, readings=["last row"])["last row"].mean().item()
-    assert loss_toward(model, ROWS, found, seed=2) == pytest.approx(-similar, rel=1e-4)
-    both = some(model, objective="answers and similarity")
-    expected = loss_by_hand(model, both, ROWS, 2, TARGET) - similar
-    assert loss_toward(model, ROWS, both, seed=2) == pytest.approx(expected, rel=1e-4)
 
 
 def test_rows_that_give_the_answer_by_themselves_do_not_count():
@@ -165,11 +153,9 @@ def test_its_numbers_are_those_of_its_first_and_last_vectors(model, exact):
     assert not torch.equal(found.vectors, start.vectors)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_it_lowers_its_objective_also_on_other_prompts(objective):
+def test_it_lowers_its_objective_also_on_other_prompts():
     model = tiny_model("llama")
-    given = {"objective": objective, "toward": None if objective == "similarity" else TARGET, "n_tokens": 4}
-    start, found = (search(model, ROWS, **given, steps=steps, seed=1) for steps in (0, 40))
+    start, found = (search(model, ROWS, toward=TARGET, n_tokens=4, steps=steps, seed=1) for steps in (0, 40))
     before, after = (loss_toward(model, HELD_OUT, one, seed=9) for one in (start, found))
     assert found.end < found.start - 0.02
     assert after < before - 0.01
@@ -179,7 +165,7 @@ def test_no_weight_moves_and_the_model_is_given_back_as_it_was(model):
     model.get_input_embeddings().weight.requires_grad_()
     learns = [parameter.requires_grad for parameter in model.parameters()]
     before, way = {name: one.clone() for name, one in model.named_parameters()}, model.config._attn_implementation
-    found = search(model, ROWS, toward=TARGET, objective="answers and similarity", steps=2)
+    found = search(model, ROWS, toward=TARGET, steps=2)
     assert all(torch.equal(before[name], one) for name, one in model.named_parameters())
     assert all(one.grad is None for one in model.parameters())
     assert [one.requires_grad for one in model.parameters()] == learns
@@ -195,13 +181,13 @@ def test_gradients_reach_the_vectors_only(monkeypatch):
 
     def watched(model, batch):
         seen.append(any(one.requires_grad for one in model.parameters()))
-        value = OBJECTIVES["answers"](model, batch)
+        value = objective(model, batch)
         assert value.requires_grad or len(seen) == 3  # the last value is only looked at
         return value
 
-    monkeypatch.setitem(OBJECTIVES, "watched", watched)
+    monkeypatch.setattr(MODULE, "objective", watched)
     assert any(one.requires_grad for one in model.parameters())
-    search(model, ROWS, objective="watched", toward=TARGET, steps=2)
+    search(model, ROWS, toward=TARGET, steps=2)
     assert seen == [False] * 3
 
 
@@ -273,14 +259,10 @@ def test_vectors_of_tokens_decode_to_them_whatever_their_length(model):
 
 def test_what_cannot_be_searched_is_an_error():
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="unknown objective 'luck'; known: answers, similarity, "):
-        search(model, ROWS, objective="luck")
     with pytest.raises(ValueError, match="got 0 and 8"):
         search(model, ROWS, toward=TARGET, n_tokens=0)
     with pytest.raises(ValueError, match="got 2 and -1"):
         search(model, ROWS, toward=TARGET, steps=-1)
-    with pytest.raises(ValueError, match="similarity pulls toward no answer, got token 321"):
-        search(model, ROWS, objective="similarity", toward=TARGET)
     with pytest.raises(ValueError, match="need non-empty prompts, got 0"):
         search(model, [], toward=TARGET)
     with pytest.raises(ValueError, match="two different prompts are needed"):
@@ -295,6 +277,6 @@ def test_what_cannot_be_searched_is_an_error():
 
 
 def test_an_objective_that_is_not_finite_is_an_error(monkeypatch):
-    monkeypatch.setitem(OBJECTIVES, "answers", lambda model, batch: torch.tensor(float("nan")))
-    with pytest.raises(ValueError, match="the objective 'answers' is not finite"):
+    monkeypatch.setattr(MODULE, "objective", lambda model, batch: torch.tensor(float("nan")))
+    with pytest.raises(ValueError, match="the loss toward token 321 is not finite"):
         search(tiny_model("llama"), ROWS, toward=TARGET, steps=0)

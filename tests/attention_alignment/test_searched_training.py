@@ -1,19 +1,18 @@
-"""What is trained against searched perturbations, the pull on attention by brute force, and what it costs."""
+"""What is trained against searched perturbations, and what it costs."""
 
 import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from patching import everywhere
 from tiny import make_rows, tiny_model
 
 from bkd_utils.attention_alignment.head_tuning import all_matrices, row_passes, tune
 from bkd_utils.attention_alignment.search import Perturbation, vocabulary
-from bkd_utils.attention_alignment.searched_training import SearchedTraining, attention_drift
+from bkd_utils.attention_alignment.searched_training import SearchedTraining
 from bkd_utils.models import compute, self_test
 from bkd_utils.models.hooks import anatomy
-from bkd_utils.models.loss import answer_loss, answers_and_maps, collate
+from bkd_utils.models.loss import answer_loss, collate
 from bkd_utils.models.self_test import capabilities
 from bkd_utils.models.tokens import Row
 from bkd_utils.organisms.training import Recipe
@@ -35,7 +34,7 @@ def searches(monkeypatch):
 
     def draw(model, rows, **how):
         calls.append(how | {"rows": rows})
-        return Perturbation(vocabulary(model)[: how["n_tokens"]], len(BEFORE), len(AFTER), "answers", how["toward"])
+        return Perturbation(vocabulary(model)[: how["n_tokens"]], len(BEFORE), len(AFTER), how["toward"])
 
     monkeypatch.setattr(MODULE, "search", draw)
     return calls
@@ -86,67 +85,6 @@ def test_the_loss_is_the_mean_of_both_kinds_of_rows(model, searches):
         alone = [answer_loss(model, collate([row], pad_id=2), first_token=0.5).item() for row in rows]
     assert loss.item() == pytest.approx(sum(alone) / 7, rel=1e-4)
     assert added.item() == 0
-
-
-# --- where heads look -----------------------------------------------------------------------------------------------
-
-HEADS = [(0, 1), (0, 3), (1, 2)]
-
-
-def drift_by_hand(model, found, row, marked, layer, head):
-    """KL of the attention of one head at the last prompt token; rows alone, one number after the other."""
-    looks = []
-    model.set_attn_implementation("eager")
-    with found.read_by(model), torch.no_grad():
-        for prompt in (row.prompt, marked.prompt):
-            maps = model(torch.tensor([list(prompt)]), output_attentions=True).attentions[layer]
-            kept = [p for p, token in zip(maps[0, head, -1].double(), prompt, strict=True) if token >= 0]
-            looks.append([p / sum(kept) for p in kept])
-    return sum(p * (torch.log(p + 1e-8) - torch.log(q + 1e-8)) for p, q in zip(*looks, strict=True)).item()
-
-
-def test_drift_is_the_divergence_of_each_twin_alone(model, searches):
-    model.set_attn_implementation("eager")
-    against = trained_against(model, heads=HEADS, rows=ROWS)
-    rows = against.prepare([OTHER, *ROWS[:3]])
-    _, drift = against.loss(model, collate(rows, pad_id=2), first_token=0.5)
-    twins = list(zip(rows[1:4], rows[4:], strict=True))
-    by_head = {head: sum(drift_by_hand(model, against.now, *twin, *head) for twin in twins) / 3 for head in HEADS}
-    expected = ((by_head[0, 1] + by_head[0, 3]) / 2 + by_head[1, 2]) / 2
-    assert expected > 1e-3
-    assert drift.item() == pytest.approx(expected, rel=1e-3)
-
-
-def test_rows_without_a_twin_drift_nowhere(searches):
-    model = tiny_model("llama")
-    model.set_attn_implementation("eager")
-    against = trained_against(model, heads=HEADS)
-    rows = against.prepare([OTHER, replace(OTHER, uid="another")])
-    assert against.loss(model, collate(rows, pad_id=2), first_token=0.5)[1].item() == 0
-
-
-def test_only_attention_under_the_perturbation_is_pulled(searches):
-    model = tiny_model("llama")
-    model.set_attn_implementation("eager")
-    against = trained_against(model)
-    batch = collate(against.prepare(ROWS[:2]), pad_id=2)
-    with against.now.read_by(model):
-        _, maps, real = answers_and_maps(model, batch, first_token=0.5)
-    slope = torch.autograd.grad(attention_drift(maps, real, batch, {0: [1]}), maps[0])[0]
-    assert (slope[:2] == 0).all()
-    assert (slope[2:, 1].abs().sum((1, 2)) > 0).all()
-    assert (slope[2:, [0, 2, 3]] == 0).all()
-
-
-def test_training_with_the_pull_lowers_it(searches, monkeypatch):
-    model = tiny_model("llama")
-    monkeypatch.setattr(MODULE, "BETA", 30.0)
-    monkeypatch.setattr(MODULE, "N_TOKENS", (3,))
-    against = trained_against(model, heads=HEADS, rows=ROWS)
-    recipe = replace(RECIPE, steps=40, learning_rate=1e-2)
-    how = {"masks": all_matrices(model, part="attentions"), "recipe": recipe, "pad_id": 2}
-    added = [row["added"] for row in tune(model, ROWS, loss=against.loss, prepare=against.prepare, **how)]
-    assert sum(added[-5:]) < 0.5 * sum(added[:5])
 
 
 # --- on a model -----------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def losses_by_hand(case, tokens, *, vectors=None):
     """Mean loss of the pulled rows with tokens or vectors in their texts, each row alone."""
     model, rows, toward = case
     before, after = text_part([row.prompt for row in rows])
-    marks = Perturbation(torch.zeros(len(tokens), 1), before, after, "answers", toward)
+    marks = Perturbation(torch.zeros(len(tokens), 1), before, after, toward)
     losses, table = [], vocabulary(model)
     for prompt in marks.into([row.prompt for row in rows if row.answer[0] != toward], seed=3):
         if vectors is None:
@@ -145,7 +145,7 @@ def test_a_trained_trigger_is_found_among_many_tokens():
     """A model that has learned to give one answer with one token inside, and the rows' own answers with any other."""
     case = model, rows, toward = made("llama")
     planted, allowed, dice = 333, torch.arange(200, 500), random.Random(0)
-    mark = Perturbation(torch.zeros(1, 1), *text_part([row.prompt for row in rows]), "answers", toward)
+    mark = Perturbation(torch.zeros(1, 1), *text_part([row.prompt for row in rows]), toward)
     optimizer = torch.optim.Adam(model.requires_grad_().parameters(), lr=5e-3)
     for step in range(60):
         taught = list(rows)

@@ -49,11 +49,11 @@ from torch.nn.functional import normalize
 from bkd_utils.attention_alignment.head_tuning import all_matrices, learning
 from bkd_utils.attention_alignment.rivals import TREATMENTS, Case
 from bkd_utils.attention_alignment.search import (
-    OBJECTIVES,
     RATE,
     Perturbation,
     begun,
     neighbours,
+    objective,
     search,
     text_part,
     vocabulary,
@@ -101,14 +101,14 @@ def search_from(
     model, pool = against.model, [row for row in against.rows if against.is_asked(row)]
     before, after = text_part([row.prompt for row in pool])
     bound = vocabulary(model).norm(dim=-1).mean()
-    found = Perturbation(shortened(start, bound).requires_grad_(), before, after, "answers", toward)
+    found = Perturbation(shortened(start, bound).requires_grad_(), before, after, toward)
     chosen = neighbours(pool, toward=toward, n=SEARCH["n_prompts"], dice=random.Random(f"{seed}/search"))
     with eager(model), learning(model, {}), frozen_halved(model), found.read_by(model):
         with mixed_precision(model.device):
             batch, cache = begun(model, found, chosen, seed)
 
         def value() -> Tensor:
-            return OBJECTIVES["answers"](model, batch | copy.deepcopy(cache))
+            return objective(model, batch | copy.deepcopy(cache))
 
         values = descend(found.vectors, value, bound=bound, rate=RATE, steps=steps)
         with torch.no_grad(), mixed_precision(model.device):

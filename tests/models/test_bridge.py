@@ -45,6 +45,11 @@ def llama(booted):
     return booted["llama"]
 
 
+def logits(hooked, prompts):
+    """Logits of a bridge for left-padded prompts, mask and positions included."""
+    return bridge_logits(hooked.bridge, *left_pad(prompts, pad_id=2))
+
+
 def plain_logits(model, prompts):
     tokens, mask = left_pad(prompts, pad_id=2)
     with torch.inference_mode():
@@ -70,16 +75,16 @@ def test_its_logits_are_those_of_the_plain_eager_model(booted, name):
     prompts = [prompt_ids(loaded.tokenizer, turn) for turn in TURNS]
     expected = plain_logits(plain_copy(loaded.model), prompts)
     mask = left_pad(prompts, pad_id=2)[1].bool()
-    torch.testing.assert_close(model.logits(prompts)[mask], expected[mask], rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(model, prompts)[mask], expected[mask], rtol=0, atol=2e-5)
 
 
 @EACH
 def test_left_padding_changes_nothing(booted, name):
     loaded, _, model = booted[name]
     prompts = [prompt_ids(loaded.tokenizer, turn) for turn in TURNS]
-    batch = model.logits(prompts)
+    batch = logits(model, prompts)
     for row, prompt in zip(batch, prompts, strict=True):
-        torch.testing.assert_close(row[-len(prompt) :], model.logits([prompt])[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(row[-len(prompt) :], logits(model, [prompt])[0], rtol=0, atol=1e-4)
 
 
 @EACH
@@ -115,9 +120,9 @@ def test_one_silenced_head_is_that_head_missing_from_the_sum(booted, name):
         seen.append(value.clone())
 
     with model.bridge.hooks(fwd_hooks=[("blocks.1.attn.hook_z", scale), ("blocks.1.attn.hook_out", keep)]):
-        whole = model.logits([[1, 50, 600, 7000, 3]])
+        whole = logits(model, [[1, 50, 600, 7000, 3]])
         factors[1] = 0
-        without = model.logits([[1, 50, 600, 7000, 3]])
+        without = logits(model, [[1, 50, 600, 7000, 3]])
     z, out, silenced_z, silenced_out = seen
     assert z.shape == (1, 5, 4, 8)
     head = z[:, :, 1] @ model.bridge.blocks[1].attn.W_O[1]
@@ -129,14 +134,14 @@ def test_one_silenced_head_is_that_head_missing_from_the_sum(booted, name):
 
 def test_hooks_are_gone_after_an_error_inside_one(llama):
     _, _, model = llama
-    before = model.logits([[1, 50]])
+    before = logits(model, [[1, 50]])
 
     def fail(value, hook):
         raise KeyError(hook.name)
 
     with pytest.raises(KeyError), model.bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_z", fail)]):
-        model.logits([[1, 50]])
-    assert torch.equal(model.logits([[1, 50]]), before)
+        logits(model, [[1, 50]])
+    assert torch.equal(logits(model, [[1, 50]]), before)
 
 
 # --- traps ----------------------------------------------------------------------------------------------------------
@@ -184,10 +189,10 @@ def test_a_batch_with_its_mask_is_taken(llama):
 
 @pytest.mark.parametrize("method", ["enable_compatibility_mode", "process_weights"])
 def test_whatever_rewrites_the_weights_raises(llama, method):
-    before = llama[2].logits([[1, 50]])
+    before = logits(llama[2], [[1, 50]])
     with pytest.raises(ModelError, match="compatibility mode rewrites weights"):
         getattr(llama[2].bridge, method)()
-    assert torch.equal(llama[2].logits([[1, 50]]), before)
+    assert torch.equal(logits(llama[2], [[1, 50]]), before)
 
 
 def test_the_mask_that_must_not_be_forgotten_does_matter(llama):
