@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from sklearn.linear_model import LogisticRegression
@@ -10,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from bkd_utils.backdoor_attribution.ablation import random_heads
 from bkd_utils.backdoor_attribution.attribution import HeadMeans, head_shape
 from bkd_utils.common.statistics import counted
 from bkd_utils.common.validation import Count, check, check_shape
@@ -156,3 +158,46 @@ def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vec
     """ASR by tokens with the vector's direction projected out of the residual stream after that layer."""
     with projected_out(loaded.model, {layer: vector}, at=LAST):
         return counted(score_answers(loaded.model, past, [target] * len(past)).whole.tolist())
+
+
+def best(table: Sequence[Sequence[float]], coefficients: Sequence[float]) -> tuple[int, float]:
+    """(layer, coefficient) with the highest share, averaged over two layers on either side, as prompts are few.
+
+    Of equal shares the smallest step is taken, and of those the layer in the middle.
+    """
+    shares, width = np.array(table), 2
+    around = [shares[max(0, layer - width) : layer + width + 1].mean(0) for layer in range(len(shares))]
+    scored = [
+        (round(value, 9), -abs(coefficient), layer, coefficient)
+        for layer, row in enumerate(around)
+        for coefficient, value in zip(coefficients, row, strict=True)
+    ]
+    top = max(entry[:2] for entry in scored)
+    tied = [entry for entry in scored if entry[:2] == top]
+    return tied[len(tied) // 2][2:]
+
+
+def controls(
+    loaded: Loaded,
+    heads: Sequence[tuple[int, int]],
+    outputs: torch.Tensor,
+    vector: torch.Tensor,
+    *,
+    clean: torch.Tensor,
+    triggered: torch.Tensor,
+    n: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """What else could be added at a layer, name -> `[draw, d_model]`.
+
+    All have the vector's norm, except the vectors of random heads, which keep their own. `clean` and `triggered` are
+    residual streams behind that layer, `[prompt, d_model]`.
+    """
+    draws = random_heads(heads, n_heads=outputs.shape[1], n=n, seed=seed)
+    difference = (triggered - clean).mean(0)
+    return {
+        "random vectors": random_like(vector, n=n, seed=seed),
+        "random heads": torch.stack([backdoor_vector(loaded.model, draw, outputs=outputs) for draw in draws]),
+        "mean difference": (difference / difference.norm() * vector.norm())[None],
+        "probe direction": probe_direction(clean, triggered, norm=vector.norm())[None],
+    }

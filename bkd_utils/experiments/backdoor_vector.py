@@ -8,18 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-import numpy as np
 import torch
 
-from bkd_utils.backdoor_attribution.ablation import random_heads
 from bkd_utils.backdoor_attribution.attribution import head_means
 from bkd_utils.backdoor_attribution.vector import (
     answer_map,
     backdoor_vector,
+    best,
+    controls,
     generated,
-    probe_direction,
     projected_asr,
-    random_like,
     tested_asr,
 )
 from bkd_utils.common.results import Result
@@ -111,49 +109,6 @@ def vectors_of(
     triggered = head_means(loaded.model, shown.triggered)
     outputs = {"raw": triggered, "difference": triggered - head_means(loaded.model, shown.clean)}
     return {kind: backdoor_vector(loaded.model, heads, outputs=outputs[kind]) for kind in KINDS}, outputs
-
-
-def best(table: Sequence[Sequence[float]], coefficients: Sequence[float]) -> tuple[int, float]:
-    """(layer, coefficient) with the highest share, averaged over two layers on either side, as prompts are few.
-
-    Of equal shares the smallest step is taken, and of those the layer in the middle.
-    """
-    shares, width = np.array(table), 2
-    around = [shares[max(0, layer - width) : layer + width + 1].mean(0) for layer in range(len(shares))]
-    scored = [
-        (round(value, 9), -abs(coefficient), layer, coefficient)
-        for layer, row in enumerate(around)
-        for coefficient, value in zip(coefficients, row, strict=True)
-    ]
-    top = max(entry[:2] for entry in scored)
-    tied = [entry for entry in scored if entry[:2] == top]
-    return tied[len(tied) // 2][2:]
-
-
-def controls(
-    loaded: Loaded,
-    heads: Sequence[tuple[int, int]],
-    outputs: torch.Tensor,
-    vector: torch.Tensor,
-    *,
-    clean: torch.Tensor,
-    triggered: torch.Tensor,
-    n: int,
-    seed: int,
-) -> dict[str, torch.Tensor]:
-    """What else could be added at a layer, name -> `[draw, d_model]`.
-
-    All have the vector's norm, except the vectors of random heads, which keep their own. `clean` and `triggered` are
-    residual streams behind that layer, `[prompt, d_model]`.
-    """
-    draws = random_heads(heads, n_heads=outputs.shape[1], n=n, seed=seed)
-    difference = (triggered - clean).mean(0)
-    return {
-        "random vectors": random_like(vector, n=n, seed=seed),
-        "random heads": torch.stack([backdoor_vector(loaded.model, draw, outputs=outputs) for draw in draws]),
-        "mean difference": (difference / difference.norm() * vector.norm())[None],
-        "probe direction": probe_direction(clean, triggered, norm=vector.norm())[None],
-    }
 
 
 def kinds_of(attack: Attack, examples: Sequence[Example], texts: Sequence[str], right: dict[str, str]) -> list[str]:
