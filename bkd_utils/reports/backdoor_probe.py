@@ -31,14 +31,14 @@ def probes(found: Found, *, n: int) -> Figure:
                 lines = (values.mean(1), values.min(1), values.max(1))
                 band(panel, result.layers, lines, colour=name, label=name)
                 panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        own, (above, middle, below) = models["organism"], axes[:, column]
+        own, (above, _, below) = models["organism"], axes[:, column]
         shuffled = 100 * np.array([row["auroc"] for row in own.shuffled]).mean(1)
         best = 100 * np.array(own.random_direction)
         above.plot(own.layers, shuffled, ":", color=COLOURS["neutral"], lw=1.2, label="organism, labels shuffled")
         above.plot(own.layers, best, "--", color=COLOURS["random"], lw=1.4, label="organism, best random direction")
         above.set_ylim(30, 101)
-        middle.set_ylim(bottom=0)
         below.set_ylim(0, 100)
+    axes[1, 0].set_ylim(bottom=0)
     x = f"layer (n = {n} prompts, each clean, triggered and as a near-miss)"
     left = ("AUROC (%)", "separation (d')", "near-misses called\ntriggered (%)")
     explain(axes, x, *left, bands=[f"range over {values.shape[1]} splits"])

@@ -63,7 +63,10 @@ def readout(found: Mapping[str, Mapping[str, HeadEffects]], *, few: int) -> Figu
             ):
                 chosen = tuple(np.array(orders[name][:few]).T)
                 panel.plot(x[chosen], y[chosen], ls="", ms=4, mfc="none", label=label, **look)
-    below = "right answer's loss on clean prompts without the head (nats)"
+    rests = sizes(
+        {"n": part.n} for m in found.values() for one in m.values() for part in (one.task, one.sufficient["log_prob"])
+    )
+    below = f"right answer's loss on clean prompts without the head (nats; {rests} prompts)"
     explain(axes, below, *(f"{kind}\nACIE (nats)" for kind in found))
     return figure
 
