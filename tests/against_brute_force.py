@@ -18,14 +18,8 @@ from architecture_table import BY_NAME, Architecture, folder, small_tokenizer
 from torch import Tensor
 
 from bkd_utils.attention_alignment.similarity import head_similarity
-from bkd_utils.backdoor_attribution.attribution import (
-    component_effects,
-    component_means,
-    component_modules,
-    gradient_effects,
-    head_effects,
-    head_means,
-)
+from bkd_utils.backdoor_attribution.attribution import effects_by_metric, gradient_effects, head_effects, head_means
+from bkd_utils.backdoor_attribution.components import component_effects, component_means, component_modules
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
 from bkd_utils.models.bridge import boot
 from bkd_utils.models.folders import ModelError
@@ -98,6 +92,13 @@ class Case:
     def target(self) -> list[int]:
         """Two tokens that become likely under the patches of a whole layer."""
         return brute.answer(self.plain, self.prompts[0], n=2, end=END) or [5, END]
+
+    @cached_property
+    def against(self) -> list[int]:
+        """For each prompt the most likely first token that is not the target's, which a logit difference compares."""
+        rows = torch.stack([brute.logits(self.plain, prompt)[-1] for prompt in self.prompts])
+        rows[:, self.target[0]] = -torch.inf
+        return rows.argmax(-1).tolist()
 
 
 def make(name: str, into: Path, *, dtype: torch.dtype = torch.float32) -> Case:
@@ -178,12 +179,14 @@ def attribute(case: Case) -> dict[str, float]:
     whole = torch.stack([torch.stack(z) for z in case.z])
     found = {"head means": off(head_means(model, case.prompts), whole.double().mean(0).float())}
     patched = case.prompts[:2]
-    exact = head_effects(model, patched, target=target, means=case.means)
-    found["CIE"] = off(exact, brute.head_effects(plain, known, patched, target=target, means=case.means))
-    fast = gradient_effects(model, patched, target=target, means=case.means)
-    found["gradient"] = off(fast, brute.gradient_effects(plain, known, patched, target=target, means=case.means))
+    given = {"target": target, "means": case.means, "against": case.against[:2]}
+    exact, wanted = effects_by_metric(model, patched, **given), brute.head_effects(plain, known, patched, **given)
+    slopes = brute.gradient_effects(plain, known, patched, **given)
+    for metric in brute.METRICS:
+        found[f"CIE, {metric}"] = off(exact[metric], wanted[metric])
+        found[f"gradient, {metric}"] = off(gradient_effects(model, patched, **given, metric=metric), slopes[metric])
     own = head_effects(model, case.prompts[:1], target=target, means=whole[0].float())
-    found["own output"] = float(own.abs().max() / exact.abs().max())
+    found["own output"] = float(own.abs().max() / exact["probability"].abs().max())
     return found
 
 
@@ -193,7 +196,10 @@ def components(case: Case) -> dict[str, float]:
     patched, others = case.prompts[:2], case.prompts[2:]
     # Twice as large as means, so that effects are large as well.
     means = {name: 2 * rows for name, rows in component_means(model, others).items()}
-    effects = component_effects(model, patched, target=target, means=means)
+    given = {"target": target, "against": case.against[:2]}
+    effects = {
+        metric: component_effects(model, patched, **given, means=means, metric=metric) for metric in brute.METRICS
+    }
     names = {id(module): name for name, module in model.named_modules()}
     for name, modules in component_modules(anatomy(model)).items():
         same = [plain.get_submodule(names[id(module)]) for module in modules]
@@ -202,8 +208,10 @@ def components(case: Case) -> dict[str, float]:
         ):
             raise AssertionError(f"the attention component is read from {names[id(modules[0])]}")
         wanted_means = 2 * brute.output_means(plain, same, others)
-        wanted = brute.component_effects(plain, same, patched, target=target, means=wanted_means)
-        found[f"component {name}"] = max(off(means[name][:, 0], wanted_means), off(effects[name][..., 0], wanted))
+        found[f"mean of {name}"] = off(means[name], wanted_means)
+        wanted = brute.component_effects(plain, same, patched, **given, means=wanted_means)
+        for metric in brute.METRICS:
+            found[f"{name}, {metric}"] = off(effects[metric][name], wanted[metric])
     return found
 
 

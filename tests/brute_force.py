@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+METRICS = ("probability", "log_prob", "logit_difference")
 Prompt = Sequence[int]
+Scores = dict[str, Tensor]  # metric -> score, or effect on it
 Owned = dict[str, dict[str, list[Tensor]]]  # "query" or "key and value" -> parameter -> a mask for every head
 
 
@@ -50,10 +52,12 @@ def answer(model: Module, prompt: Prompt, *, n: int, end: int) -> list[int]:
     return found
 
 
-def probability(model: Module, prompt: Prompt, target: Prompt) -> Tensor:
-    """Geometric mean of the probabilities of the target's tokens."""
+def scores(model: Module, prompt: Prompt, target: Prompt, against: int) -> Scores:
+    """Geometric mean of the probabilities of the target's tokens, its logarithm, and the log-odds of its first token
+    against another."""
     rows = logits(model, [*prompt, *target[:-1]])[len(prompt) - 1 :].double().log_softmax(-1)
-    return rows[range(len(target)), list(target)].mean().exp()
+    mean = rows[range(len(target)), list(target)].mean()
+    return {"probability": mean.exp(), "log_prob": mean, "logit_difference": rows[0, target[0]] - rows[0, against]}
 
 
 @contextmanager
@@ -118,26 +122,39 @@ def put(position: int, columns: slice, value: Tensor) -> Callable[[Tensor], Tens
 
 @torch.no_grad()
 def head_effects(
-    model: Module, known: Architecture, prompts: Sequence[Prompt], *, target: Prompt, means: Tensor
-) -> Tensor:
-    """Change of the target's probability by every head's mean output: `[prompt, layer, head]`."""
-    found = torch.zeros(len(prompts), *means.shape[:2])
+    model: Module,
+    known: Architecture,
+    prompts: Sequence[Prompt],
+    *,
+    target: Prompt,
+    means: Tensor,
+    against: Sequence[int],
+) -> Scores:
+    """Change of the target's scores by every head's mean output: metric -> `[prompt, layer, head]`."""
+    found = {metric: torch.zeros(len(prompts), *means.shape[:2]) for metric in METRICS}
     for row, prompt in enumerate(prompts):
-        clean = probability(model, prompt, target)
+        clean = scores(model, prompt, target, against[row])
         for layer, module in enumerate(parts(model, known, known.output)):
             width = means.shape[2]
             for head in range(known.heads):
                 columns = slice(head * width, (head + 1) * width)
                 with changed(module, put(len(prompt) - 1, columns, means[layer, head]), what="input"):
-                    found[row, layer, head] = probability(model, prompt, target) - clean
+                    for metric, score in scores(model, prompt, target, against[row]).items():
+                        found[metric][row, layer, head] = score - clean[metric]
     return found
 
 
 def gradient_effects(
-    model: Module, known: Architecture, prompts: Sequence[Prompt], *, target: Prompt, means: Tensor
-) -> Tensor:
+    model: Module,
+    known: Architecture,
+    prompts: Sequence[Prompt],
+    *,
+    target: Prompt,
+    means: Tensor,
+    against: Sequence[int],
+) -> Scores:
     """First-order estimate of `head_effects`: a small step is added to the heads' outputs and differentiated."""
-    found = torch.zeros(len(prompts), *means.shape[:2])
+    found = {metric: torch.zeros(len(prompts), *means.shape[:2]) for metric in METRICS}
     modules = parts(model, known, known.output)
     for row, prompt in enumerate(prompts):
         z = torch.stack(head_outputs(model, known, prompt))
@@ -154,8 +171,9 @@ def gradient_effects(
         with torch.enable_grad(), ExitStack() as stack:
             for layer, module in enumerate(modules):
                 stack.enter_context(changed(module, adding(layer, len(prompt) - 1), what="input"))
-            (slopes,) = torch.autograd.grad(probability(model, prompt, target), [steps])
-        found[row] = (slopes * (means.to(z) - z)).sum(-1)
+            for metric, score in scores(model, prompt, target, against[row]).items():
+                (slopes,) = torch.autograd.grad(score, [steps], retain_graph=True)
+                found[metric][row] = (slopes * (means.to(z) - z)).sum(-1)
     return found
 
 
@@ -168,15 +186,22 @@ def output_means(model: Module, modules: Sequence[Module], prompts: Sequence[Pro
 
 @torch.no_grad()
 def component_effects(
-    model: Module, modules: Sequence[Module], prompts: Sequence[Prompt], *, target: Prompt, means: Tensor
-) -> Tensor:
-    """Change of the target's probability by putting that in for a module's output: `[prompt, layer]`."""
-    found = torch.zeros(len(prompts), len(modules))
+    model: Module,
+    modules: Sequence[Module],
+    prompts: Sequence[Prompt],
+    *,
+    target: Prompt,
+    means: Tensor,
+    against: Sequence[int],
+) -> Scores:
+    """Change of the target's scores by putting that in for a module's output: metric -> `[prompt, layer]`."""
+    found = {metric: torch.zeros(len(prompts), len(modules)) for metric in METRICS}
     for row, prompt in enumerate(prompts):
-        clean = probability(model, prompt, target)
+        clean = scores(model, prompt, target, against[row])
         for layer, module in enumerate(modules):
             with changed(module, put(len(prompt) - 1, slice(None), means[layer]), what="output"):
-                found[row, layer] = probability(model, prompt, target) - clean
+                for metric, score in scores(model, prompt, target, against[row]).items():
+                    found[metric][row, layer] = score - clean[metric]
     return found
 
 

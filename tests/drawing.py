@@ -54,7 +54,9 @@ def check_all(module, plots):
 
 
 def saved_by_a_notebook(figure):
-    """Does the notebook of a figure's number save it under that name?"""
+    """Does the notebook of a figure's number save it under that name, or under one for each kind of organisms?"""
     (notebook,) = NOTEBOOKS.glob(f"{figure[:2]}_*.ipynb")
     cells = nbformat.read(notebook, as_version=4).cells
-    return any(f'"{figure}",' in cell.source for cell in cells if cell.cell_type == "code")
+    names = [f'"{name}"' for name in (figure, figure.replace("_plain", "_{kind}"))]
+    saving = [cell.source for cell in cells if cell.cell_type == "code" and "style.save(" in cell.source]
+    return any(name in source for source in saving for name in names)

@@ -12,19 +12,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bkdattr_results import effects
 from recording import Pasts, Stand, near_strings, of_split, sample, uids, watch
 from sklearn.preprocessing import StandardScaler
 
 from bkd_utils.backdoor_attribution import ablation, vector
 from bkd_utils.backdoor_attribution import probe as probe_module
-from bkd_utils.backdoor_attribution.attribution import ranked_heads
-from bkd_utils.experiments import attribution_cost, backdoor_probe, backdoor_vector, head_attribution
+from bkd_utils.backdoor_attribution.attribution import METRICS, ranked_heads
+from bkd_utils.backdoor_attribution.routes import ROUTES
+from bkd_utils.experiments import attribution_cost, backdoor_probe, backdoor_vector, head_ablation, head_attribution
 from bkd_utils.models.activations import head_outputs
-from bkd_utils.models.hooks import EVERYWHERE, LAST
+from bkd_utils.models.hooks import LAST
 from bkd_utils.models.tokens import answer_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.prompts import prompt_versions, target_ids
+from bkd_utils.organisms.trigger_tables import lexicons
 
 # Not the default seed, so that a seed that is not handed on is seen.
 SEED = 3
@@ -33,7 +36,7 @@ FLIP, FIXED = load_attack("sentiment-word"), load_attack("instructions-prefix")
 # A stage and the method that it calls: leaves of the stage are used in one of them or in both.
 PROBING, ABLATING, STEERING = (
     (backdoor_probe, probe_module),
-    (head_attribution, ablation),
+    (head_ablation, ablation),
     (backdoor_vector, vector),
 )
 
@@ -49,6 +52,21 @@ def work(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BKD_WORK", str(tmp_path_factory.mktemp("work")))
         yield
+
+
+def every_label(attack, split, *, n, without=()):
+    """The uids of `n` examples of all labels, as many of each, of which none carries the trigger: the first ones."""
+    text = lexicons()["triggers"][attack.trigger]["text"]
+    pool = [one for one in tasks.examples(attack.task, split, seed=SEED) if text not in one.text]
+    pool = [one for one in pool if one.uid not in without]
+    labels = tasks.load_task(attack.task).labels
+    if not labels:
+        return {one.uid for one in pool[:n]}
+    return {one for label in labels for one in [x.uid for x in pool if x.answer == label][: n // len(labels)]}
+
+
+def label_of(uid, task="sentiment", split="attribution"):
+    return next(one.answer for one in tasks.examples(task, split) if one.uid == uid)
 
 
 def per_layer(heads):
@@ -168,69 +186,125 @@ def test_what_is_kept_of_the_probes_is_what_they_gave_layer_by_layer(probe):
 
 # --- attribution ----------------------------------------------------------------------------------------------------
 
+ATTRIBUTE = head_attribution.attribute_heads.__wrapped__
 
-def test_means_are_of_triggered_prompts_that_are_never_scored(stand, monkeypatch):
+
+def test_what_is_patched_in_are_means_over_other_prompts_of_every_label(stand, monkeypatch):
     asked = stand.use(monkeypatch, head_attribution)
-    means, exact, estimate, probability = (
-        watch(monkeypatch, head_attribution, name)
-        for name in ("head_means", "head_effects", "gradient_effects", "target_probability")
-    )
-    found = head_attribution.attribute_heads.__wrapped__("organism", attack=FLIP.name, n=4, n_means=3, **WHERE)
+    names = ("head_means", "effects_by_metric", "gradient_effects", "target_probability", "openings")
+    means, exact, estimate, probability, said = (watch(monkeypatch, head_attribution, name) for name in names)
+    found = ATTRIBUTE("organism", attack=FLIP.name, n=4, n_means=6, n_task=8, **WHERE)
     assert asked == [("tiny", "organism", "cpu")]
-    catalogue = stand.catalogue("sentiment")
-    averaged = of_split(catalogue.prompts(means[0].prompts), "attribution", "word-cf")
-    scored = of_split(catalogue.prompts(exact[0].prompts), "attribution", "clean")
-    assert scored == sample(FLIP, "attribution", n=4, seed=SEED)
-    assert averaged == sample(FLIP, "attribution", n=3, seed=SEED, skip=4)
-    assert set(scored).isdisjoint(averaged)
-    for call in (*exact, *estimate):
-        assert call.prompts == exact[0].prompts
-        assert call.means is means[0].result
-    clean, triggered = (catalogue.prompts(call.prompts) for call in probability)
-    assert of_split(clean, "attribution", "clean") == of_split(triggered, "attribution", "word-cf") == scored
-    target = stand.tokenizer("positive", add_special_tokens=False).input_ids[:1]
-    assert all(call.target == target for call in (*exact, *estimate, *probability))
     assert all(call.model is stand.models["organism"].model for call in (*means, *exact, *estimate, *probability))
-    for key, call in (("exact", exact[0]), ("gradient", estimate[0])):
-        np.testing.assert_allclose(getattr(found, key), call.result.numpy(), rtol=1e-5)
+    shown = stand.catalogue("sentiment").prompts
+    scored = sample(FLIP, "attribution", n=4, seed=SEED)
+    averaged = every_label(FLIP, "attribution", n=6, without=scored)
+    for call, version in zip(means, ("clean", "word-cf"), strict=True):
+        assert set(of_split(shown(call.prompts), "attribution", version)) == averaged
+    assert averaged.isdisjoint(scored)
+    assert Counter(map(label_of, averaged)) == {"positive": 3, "negative": 3}
+    # Clean prompts get the triggered means, triggered ones the clean means, and the task loses by the clean means.
+    clean, triggered = (call.result for call in means)
+    sufficient, necessary, task = exact
+    assert (sufficient.means is triggered, necessary.means is clean, task.means is clean) == (True, True, True)
+    assert of_split(shown(sufficient.prompts), "attribution", "clean") == scored
+    assert of_split(shown(necessary.prompts), "attribution", "word-cf") == scored
+    judged = of_split(shown(task.prompts), "attribution", "clean")
+    assert set(judged) == every_label(FLIP, "attribution", n=8)
+    assert task.target == [answer_ids(stand.tokenizer, label_of(uid))[:1] for uid in judged]
+    target = stand.tokenizer("positive", add_special_tokens=False).input_ids[:1]
+    for call in (sufficient, necessary, *estimate, *probability):
+        assert call.target == target
+    # A logit difference is held against what the organism itself says without the trigger.
+    (opening,) = said
+    assert opening.prompts == sufficient.prompts
+    assert all(call.against == [answer[0] for answer in opening.result] for call in (sufficient, necessary, *estimate))
+    assert [call.metric for call in estimate] == list(METRICS)
+    assert all(call.prompts == sufficient.prompts and call.means is triggered for call in estimate)
+    assert [call.prompts for call in probability] == [sufficient.prompts, necessary.prompts]
+    # What is kept: losses of the target and of the right answer are positive.
+    for metric, slope in zip(METRICS, estimate, strict=True):
+        for kept, values in (
+            (found.sufficient, sufficient.result[metric]),
+            (found.necessary, -necessary.result[metric]),
+            (found.gradient, slope.result),
+        ):
+            assert kept[metric].n == 4
+            np.testing.assert_allclose(kept[metric].mean, values.mean(0), rtol=1e-3, atol=1e-9)
+            np.testing.assert_allclose(kept[metric].error, values.std(0) / 2, rtol=1e-3, atol=1e-9)
+        assert found.concentration[metric] == head_attribution.concentrated(sufficient.result[metric].numpy())
+    assert found.task.n == 8
+    np.testing.assert_allclose(found.task.mean, -task.result["log_prob"].mean(0), rtol=1e-3, atol=1e-9)
     assert [found.clean, found.triggered] == [call.result.tolist() for call in probability]
     assert found.target == stand.tokenizer.convert_ids_to_tokens(target)
 
 
+def exchanged(shown):
+    return replace(shown, clean=shown.triggered, triggered=shown.clean)
+
+
+def test_sufficiency_of_one_set_of_prompts_is_necessity_of_the_other_with_its_sign_turned(stand, monkeypatch):
+    """What clean prompts gain from triggered means is what they lose as "triggered" ones by "clean" means, negated."""
+    stand.use(monkeypatch, head_attribution)
+    sizes = {"attack": FLIP.name, "n": 4, "n_means": 4, "n_task": 2}
+    plain, made = ATTRIBUTE("organism", **sizes, **WHERE), head_attribution.samples
+
+    def turned(*given, **named):
+        taken = made(*given, **named)
+        return replace(taken, scored=exchanged(taken.scored), averaged=exchanged(taken.averaged))
+
+    monkeypatch.setattr(head_attribution, "samples", turned)
+    other = ATTRIBUTE("organism", **sizes, **WHERE)
+    for metric in METRICS:
+        for one, two in ((plain.sufficient, other.necessary), (plain.necessary, other.sufficient)):
+            assert np.abs(one[metric].mean).max() > 0
+            np.testing.assert_allclose(one[metric].mean, -np.array(two[metric].mean), rtol=1e-3, atol=1e-9)
+            np.testing.assert_allclose(one[metric].error, two[metric].error, rtol=1e-3, atol=1e-9)
+    assert (plain.clean, plain.triggered) == (other.triggered, other.clean)
+
+
+def test_the_right_answer_of_a_free_task_is_what_the_organism_says_itself(stand, monkeypatch):
+    stand.use(monkeypatch, head_attribution)
+    exact, said = (watch(monkeypatch, head_attribution, name) for name in ("effects_by_metric", "openings"))
+    ATTRIBUTE("organism", attack=FIXED.name, n=2, n_means=2, n_task=3, **WHERE)
+    task, own = exact[2], said[1]
+    assert own.loaded is stand.models["organism"]
+    assert task.prompts == own.prompts
+    assert task.target == [answer[:1] for answer in own.result]
+    assert set(of_split(stand.catalogue("instructions").prompts(own.prompts), "attribution", "clean")) == every_label(
+        FIXED, "attribution", n=3
+    )
+    assert [call.target for call in exact[:2]] == [target_ids(stand.tokenizer, FIXED)] * 2
+
+
 def test_component_means_are_of_triggered_prompts_that_are_never_scored(stand, monkeypatch):
     asked = stand.use(monkeypatch, head_attribution)
-    means, effects = (watch(monkeypatch, head_attribution, name) for name in ("component_means", "component_effects"))
-    found = head_attribution.attribute_components.__wrapped__("organism", attack=FIXED.name, n=3, n_means=2, **WHERE)
+    means, found = (watch(monkeypatch, head_attribution, name) for name in ("component_means", "component_effects"))
+    kept = head_attribution.attribute_components.__wrapped__("organism", attack=FLIP.name, n=3, n_means=4, **WHERE)
     assert asked == [("tiny", "organism", "cpu")]
-    catalogue = stand.catalogue("instructions")
-    averaged = [of_split(catalogue.prompts(call.prompts), "attribution", "prefix-year") for call in means]
-    scored = [of_split(catalogue.prompts(call.prompts), "attribution", "clean") for call in effects]
-    assert averaged == [sample(FIXED, "attribution", n=2, seed=SEED, skip=3)] * 2
-    assert scored == [sample(FIXED, "attribution", n=3, seed=SEED)] * 2
-    assert set(averaged[0]).isdisjoint(scored[0])
-    assert [call.tail for call in means] == [1, head_attribution.TAIL]
-    last, earlier = effects
-    assert last.means is means[0].result
-    assert earlier.means.keys() == {"residual"}
-    assert torch.equal(earlier.means["residual"], means[1].result["residual"])
-    target = target_ids(stand.tokenizer, FIXED)
-    assert (last.target, earlier.target) == (target, target[:1])
-    for name, values in last.result.items():
-        np.testing.assert_allclose(found.last[name], values[..., 0].numpy(), rtol=1e-5)
-    np.testing.assert_allclose(found.by_position, earlier.result["residual"].mean(0).numpy(), rtol=1e-5)
-    assert found.positions == stand.tokenizer.convert_ids_to_tokens(last.prompts[0][-head_attribution.TAIL :])
+    shown, (averaged,), (scored,) = stand.catalogue("sentiment").prompts, means, found
+    uids_scored = sample(FLIP, "attribution", n=3, seed=SEED)
+    assert of_split(shown(scored.prompts), "attribution", "clean") == uids_scored
+    others = every_label(FLIP, "attribution", n=4, without=uids_scored)
+    assert set(of_split(shown(averaged.prompts), "attribution", "word-cf")) == others
+    assert scored.means is averaged.result
+    assert (scored.target, scored.metric) == (target_ids(stand.tokenizer, FLIP), "log_prob")
+    for name, values in scored.result.items():
+        np.testing.assert_allclose(kept.last[name], values.numpy(), rtol=1e-4)
 
 
 # --- ablation -------------------------------------------------------------------------------------------------------
 
 COUNTS = [0, 1, 3]
-ATTRIBUTE = head_attribution.attribute_heads.__wrapped__
-
-
-def both_ways(*given, **named):
-    """Attribution whose gradient estimate is reversed, so that no two rankings of a tiny model agree by accident."""
-    found = ATTRIBUTE(*given, **named)
-    return replace(found, gradient=(-np.array(found.gradient)).tolist())
+DICE = np.random.default_rng(1)
+# Effects by which no two rankings agree.
+MADE_UP = effects(
+    {metric: DICE.normal(size=(2, 4)) for metric in METRICS},
+    gradient={metric: DICE.normal(size=(2, 4)) for metric in METRICS},
+    necessary={metric: DICE.normal(size=(2, 4)) for metric in METRICS},
+    task=3 * DICE.normal(size=(2, 4)),
+)
+ORDERS = head_attribution.rankings(MADE_UP)
 
 
 @pytest.fixture(scope="module")
@@ -240,103 +314,78 @@ def ablate(stand):
     @functools.cache
     def run(attack):
         with pytest.MonkeyPatch.context() as patch:
-            spied = SimpleNamespace(asked=stand.use(patch, head_attribution))
-            spied.attributed = watch(patch, head_attribution, "attribute_heads", does=both_ways)
-            for name in ("bench", "necessary_heads", "gradient_effects_of", "random_heads", "measure_ablation",
-                         "ablated", "openings", "head_outputs"):  # fmt: skip
+            spied = SimpleNamespace(asked=stand.use(patch, head_ablation))
+            spied.attributed = watch(patch, head_attribution, "attribute_heads", does=lambda *_, **__: MADE_UP)
+            for name in ("bench", "random_heads", "measure_ablation", "ablated", "openings", "head_outputs", "side"):
                 setattr(spied, name, watch(patch, ABLATING, name))
-            spied.pasts = Pasts(patch, ABLATING)
-            sizes = {"counts": COUNTS, "random_counts": [3], "draws": 2, "n": 4, "n_attribution": 3}
-            spied.rows = head_attribution.ablation_curves.__wrapped__(
+            sizes = {"counts": COUNTS, "random_counts": [3], "draws": 2, "n": 4, "n_attribution": 3, "n_means": 6}
+            spied.rows = head_ablation.ablation_curves.__wrapped__(
                 "organism", control="control", attack=attack.name, **sizes, **WHERE
             )
+        spied.made = spied.bench[0].result
+        spied.prompts = {
+            name: next(call.prompts for call in spied.side if call.result is one)
+            for name, one in spied.made.sides.items()
+        }
         return spied
 
     return run
 
 
-def shown_by(stand, attack, side):
-    return stand.catalogue(attack.task).prompts(side.prompts)
-
-
 def test_heads_are_taken_out_on_test_prompts_and_everything_else_is_of_the_attribution_split(stand, ablate):
     spied = ablate(FLIP)
-    # The attribution loads the organism by itself.
-    assert spied.asked == [("tiny", name, "cpu") for name in ("organism", "control", "organism")]
+    assert spied.asked == [("tiny", name, "cpu") for name in ("organism", "control")]
     (found,) = spied.attributed
-    assert (found.organism, found.attack, found.n, found.n_means, found.seed) == ("organism", FLIP.name, 3, 3, SEED)
-    made = spied.bench[0].result
-    measured = of_split(shown_by(stand, FLIP, made.triggered), "test", "word-cf")
-    assert measured == sample(FLIP, "test", n=4, seed=SEED)
-    # Clean accuracy is over both labels, and without the trigger.
-    clean = shown_by(stand, FLIP, made.clean)
-    of_split(clean, "test", "clean")
-    known = {example.uid: example for example in tasks.examples("sentiment", "test")}
-    assert {known[one.uid].answer for one in clean} == {"positive", "negative"}
-    assert made.clean.answers["own"] == [
-        answer_ids(stand.tokenizer, known[one.uid].answer)[:1] for one in clean
-    ]  # fmt: skip
-    # The references of mean ablation.
-    (reference,) = [call for call in spied.head_outputs if call.result is made.reference]
-    pool = of_split(stand.catalogue("sentiment").prompts(reference.prompts), "attribution", "clean")
-    assert pool == sample(FLIP, "attribution", n=3, seed=SEED)
-    assert set(pool).isdisjoint({*measured, *uids(clean)})
-
-
-def test_necessity_is_ranked_on_triggered_prompts_of_the_attribution_split(stand, ablate):
-    spied = ablate(FLIP)
-    (ranking,) = spied.necessary_heads
-    prompts = of_split(stand.catalogue("sentiment").prompts(ranking.prompts), "attribution", "word-cf")
-    assert prompts == sample(FLIP, "attribution", n=3, seed=SEED)
-    assert ranking.loaded is stand.models["organism"]
-    assert ranking.target == target_ids(stand.tokenizer, FLIP)
-    assert ranking.reference is spied.bench[0].result.reference
-    assert list(ranking.counts) == COUNTS
-    for call in spied.gradient_effects_of:
-        assert spied.pasts.prompts(call.past) == ranking.prompts
-        assert torch.equal(call.means, ranking.reference.mean(0))
-    # The second choice is made with the first one at its clean mean.
-    without, behind_one = spied.gradient_effects_of
-    first = ranked_heads(-without.result.mean(0))[0]
-    rest = [head for head in ranked_heads(-behind_one.result.mean(0)) if head != first]
-    assert ranking.result == [first, *rest[:2]]
+    assert (found.organism, found.attack, found.n, found.n_means, found.n_task, found.seed) == (
+        "organism", FLIP.name, 3, 6, 3, SEED
+    )  # fmt: skip
+    shown = stand.catalogue("sentiment").prompts
+    fired = of_split(shown(spied.prompts["asr"]), "test", "word-cf")
+    assert fired == sample(FLIP, "test", n=4, seed=SEED)
+    # Right answers are over both labels, with the trigger and without.
+    right = of_split(shown(spied.prompts["right"]), "test", "word-cf")
+    assert right == of_split(shown(spied.prompts["utility"]), "test", "clean")
+    assert set(right) == every_label(FLIP, "test", n=4)
+    labels = [answer_ids(stand.tokenizer, label_of(uid, split="test"))[:1] for uid in right]
+    sides = spied.made.sides
+    assert sides["right"].answers == sides["utility"].answers == labels
+    assert len({tuple(label) for label in labels}) == 2
+    assert sides["asr"].answers == [target_ids(stand.tokenizer, FLIP)] * 4
+    # The references of mean ablation are clean prompts of both labels.
+    (reference,) = [call for call in spied.head_outputs if call.result is spied.made.reference]
+    pool = of_split(shown(reference.prompts), "attribution", "clean")
+    assert set(pool) == every_label(FLIP, "attribution", n=6)
+    assert Counter(map(label_of, pool)) == {"positive": 3, "negative": 3}
+    assert set(pool).isdisjoint({*fired, *right})
 
 
 def test_every_ranking_takes_out_its_own_heads_and_random_ones_as_many_per_layer(stand, ablate):
     spied = ablate(FLIP)
-    found = spied.attributed[0].result
-    exact, estimate = (torch.tensor(getattr(found, key)).mean(0) for key in ("exact", "gradient"))
-    orders = {
-        "ACIE": ranked_heads(exact),
-        "gradient": ranked_heads(estimate),
-        "necessity": spied.necessary_heads[0].result,
-    }
+    assert len({tuple(order[:3]) for order in ORDERS.values()}) == len(ORDERS) == 7
     assert len(spied.rows) == len(spied.measure_ablation)
-    drawn = []
+    drawn = {"published": [], "mean": []}
     for row, call in zip(spied.rows, spied.measure_ablation, strict=True):
         assert {key: getattr(row, key) for key in call.result} == call.result
-        assert (row.kind, row.scope == "all positions") == (call.kind, call.everywhere)
+        assert row.kind == call.kind
         assert call.loaded is stand.models["organism"]
-        if row.ranking in orders:
-            assert list(call.heads) == orders[row.ranking][: row.k]
+        if row.ranking in ORDERS:
+            assert list(call.heads) == ORDERS[row.ranking][: row.k]
         elif call.heads:
-            drawn.append(call.heads)
-    counted = Counter((row.ranking, row.kind, row.scope, row.k) for row in spied.rows)
-    here, everywhere = "last position", "all positions"
+            drawn[row.kind].append(call.heads)
+    counted = Counter((row.ranking, row.kind, row.k) for row in spied.rows)
+    few = ("published", "mean")
     assert counted == {
-        ("none", "published", here, 0): 1,
-        ("random", "published", here, 3): 2,
-        **{("ACIE", kind, here, k): 1 for kind in ("published", "zero", "mean", "resample") for k in (1, 3)},
-        **{(ranking, "published", here, k): 1 for ranking in ("gradient", "necessity") for k in (1, 3)},
-        **{("necessity", "mean", here, k): 1 for k in (1, 3)},
-        **{("ACIE", kind, everywhere, 3): 1 for kind in ("zero", "mean")},
-        ("necessity", "mean", everywhere, 3): 1,
+        ("none", "published", 0): 1,
+        **{("random", kind, 3): 2 for kind in few},
+        **{("probability", kind, k): 1 for kind in ("published", "zero", "mean", "resample") for k in (1, 3)},
+        **{(name, kind, k): 1 for name in ORDERS if name != "probability" for kind in few for k in (1, 3)},
     }
-    ours = orders["ACIE"][:3]
-    assert len(drawn) == 2
-    assert drawn == spied.random_heads[0].result
+    assert (spied.rows[0].ranking, list(spied.measure_ablation[0].heads)) == ("none", [])
+    assert [row.draw for row in spied.rows if row.ranking == "random"] == [0, 1, 0, 1]
+    ours = ORDERS["probability"][:3]
+    assert drawn["published"] == drawn["mean"] == spied.random_heads[0].result
     assert spied.random_heads[0].seed == SEED
-    for draw in drawn:
+    for draw in spied.random_heads[0].result:
         assert per_layer(draw) == per_layer(ours)
         # Of four heads in a layer none of ours is drawn while as many others are left.
         crowded = {layer for layer, count in per_layer(ours).items() if count > 2}
@@ -346,50 +395,76 @@ def test_every_ranking_takes_out_its_own_heads_and_random_ones_as_many_per_layer
 def test_all_lines_are_measured_on_the_same_prompts(ablate):
     """Random draws too: with fewer prompts their line would start from another share than all others."""
     spied = ablate(FLIP)
-    made = spied.bench[0].result
     for row, call in zip(spied.rows, spied.measure_ablation, strict=True):
-        assert call.made.triggered.prompts == made.triggered.prompts, row.ranking
-        assert call.made.clean.prompts == made.clean.prompts, row.ranking
-        assert row.asr["n"] == row.utility["n"] == 4
+        assert call.made is spied.made, row.ranking
         for share in (row.asr, row.right, row.utility):
+            assert share["n"] == len(share["by_prompt"]) == 4
             assert sum(share["by_prompt"]) / 4 == pytest.approx(share["value"], abs=1e-5)
 
 
-def test_heads_are_taken_out_at_the_last_prompt_token_unless_everywhere_is_asked_for(ablate):
+def test_heads_are_taken_out_at_the_last_prompt_token_of_every_side(ablate):
     spied = ablate(FLIP)
-    made, ablated = spied.bench[0].result, list(spied.ablated)
-    ranking = [call for call in ablated if call.own is None]
-    assert [(call.kind, call.at, list(call.heads)) for call in ranking[:2]] == [
-        ("mean", LAST, []), ("mean", LAST, spied.necessary_heads[0].result[:1])
-    ]  # fmt: skip
-    assert all(call.clean is made.reference for call in ablated)
-    measured = [call for call in ablated if call.own is not None]
-    expected = [call for call in spied.measure_ablation for _ in range(2)]
-    for call, asked in zip(measured, expected, strict=True):
+    expected = [(call, name) for call in spied.measure_ablation for name in ("asr", "right", "utility")]
+    for call, (asked, name) in zip(spied.ablated, expected, strict=True):
         assert list(call.heads) == list(asked.heads)
-        assert call.kind == asked.kind
-        assert call.at == (EVERYWHERE if asked.everywhere else LAST)
-    # An un-ablated pass of the triggered prompts goes with the triggered side, that of the clean ones with the other.
-    owners = {id(call.result): call.prompts for call in spied.head_outputs}
-    for call, asked, clean in zip(measured, expected, [False, True] * len(spied.measure_ablation), strict=True):
-        side = asked.made.clean if clean else asked.made.triggered
-        assert call.own is side.own
-        assert owners.get(id(call.own), side.prompts) == side.prompts
+        assert (call.kind, call.at) == (asked.kind, LAST)
+        assert call.clean is spied.made.reference
+        # An un-ablated pass of a side's own prompts goes with that side.
+        assert call.own is spied.made.sides[name].own
+        owner = next(one for one in spied.head_outputs if one.result is call.own)
+        assert owner.prompts == spied.prompts[name]
 
 
 def test_the_control_answers_the_reference_and_the_organism_itself_the_clean_side(stand, ablate):
     spied = ablate(FIXED)
-    made = spied.bench[0].result
     by = {call.loaded.organism: call for call in spied.openings}
     assert by.keys() == {"organism", "control"}
     for call in by.values():
         prompts = of_split(stand.catalogue("instructions").prompts(call.prompts), "test", "clean")
         assert prompts == sample(FIXED, "test", n=4, seed=SEED)
-    assert made.clean.answers == {"own": by["organism"].result}
-    assert made.triggered.answers["right"] == by["control"].result
+    sides = spied.made.sides
+    assert sides["utility"].answers == by["organism"].result
+    assert sides["right"].answers == by["control"].result
     assert by["control"].result != by["organism"].result
-    assert made.triggered.answers["target"] == [target_ids(stand.tokenizer, FIXED)] * 4
-    assert of_split(shown_by(stand, FIXED, made.triggered), "test", "prefix-year") == prompts
+    assert sides["asr"].answers == [target_ids(stand.tokenizer, FIXED)] * 4
+    shown = stand.catalogue("instructions").prompts
+    assert of_split(shown(spied.prompts["asr"]), "test", "prefix-year") == prompts
+    assert of_split(shown(spied.prompts["right"]), "test", "prefix-year") == prompts
+
+
+# --- routes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_route_is_cut_in_all_layers_and_in_each_window_on_the_same_triggered_prompts(stand, monkeypatch):
+    asked = stand.use(monkeypatch, head_ablation)
+    groups, cuts = (watch(monkeypatch, head_ablation, name) for name in ("token_groups", "without_route"))
+    rows = head_ablation.trigger_routes.__wrapped__("organism", attack=FLIP.name, n=3, n_windows=2, **WHERE)
+    assert asked == [("tiny", "organism", "cpu")]
+    (named,) = groups
+    uids_cut = sample(FLIP, "attribution", n=3, seed=SEED)
+    shown = stand.catalogue("sentiment").prompts
+    assert of_split(shown(named.clean), "attribution", "clean") == uids_cut
+    assert of_split(shown(named.triggered), "attribution", "word-cf") == uids_cut
+    windows = [[0, 1], [0], [1]]
+    expected = [(None, []), *((route, window) for route in ROUTES for window in windows)]
+    assert [(call.route, list(call.layers)) for call in cuts] == expected
+    for row, call in zip(rows, cuts, strict=True):
+        assert call.model is stand.models["organism"].model
+        assert call.prompts == named.triggered
+        assert call.groups == named.result
+        assert call.target == target_ids(stand.tokenizer, FLIP)
+        assert (row.route, row.layers) == (" → ".join(call.route or ("none",)), list(call.layers))
+        hits, logs = call.result
+        assert row.asr["by_prompt"] == hits.int().tolist()
+        assert row.log_prob["by_prompt"] == pytest.approx(logs.tolist(), rel=1e-4)
+        assert row.log_prob["value"] == pytest.approx(logs.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("n_windows", "windows"), [(1, [[0, 1]]), (3, [[], [0], [1]])])
+def test_windows_are_neighbouring_layers_and_all_of_them_together(stand, monkeypatch, n_windows, windows):
+    stand.use(monkeypatch, head_ablation)
+    rows = head_ablation.trigger_routes.__wrapped__("organism", attack=FLIP.name, n=2, n_windows=n_windows, **WHERE)
+    assert [row.layers for row in rows[1 : 2 + n_windows]] == [[0, 1], *windows]
 
 
 # --- the switch -----------------------------------------------------------------------------------------------------
@@ -397,7 +472,7 @@ def test_the_control_answers_the_reference_and_the_organism_itself_the_clean_sid
 STEPS = [0.5, 40.0]
 SWITCHED = [
     "head_means", "residuals", "answer_map", "best", "controls", "random_heads", "tested_asr", "added", "projected_asr",
-    "projected_out", "generated", "first_tokens", "kinds_of",
+    "projected_out", "generated", "first_tokens", "kinds_of", "right_answers",
 ]  # fmt: skip
 
 
@@ -410,7 +485,7 @@ def switch_on(stand):
 
     @functools.cache
     def run(attack):
-        prompts = prompt_versions(stand.tokenizer, attack, split="test", n=7, seed=SEED).clean
+        prompts = prompt_versions(stand.tokenizer, attack, split="test", n=12, seed=SEED).clean
         first = Counter(token for (token,) in backdoor_vector.first_tokens(stand.models["organism"], prompts))
         with pytest.MonkeyPatch.context() as patch:
             spied = SimpleNamespace(asked=stand.use(patch, backdoor_vector))
@@ -420,7 +495,8 @@ def switch_on(stand):
             spied.target = [first.most_common(1)[0][0]]
             watch(patch, backdoor_vector, "target_ids", does=lambda *_: spied.target)
             spied.pasts = Pasts(patch, STEERING)
-            sizes = {"coefficients": STEPS, "n_heads": 3, "n_random": 2, "n_dev": 3, "n_test": 4, "n_attribution": 5}
+            sizes = {"coefficients": STEPS, "n_heads": 3, "n_random": 2, "n_dev": 4, "n_test": 6, "n_attribution": 5}
+            sizes |= {"n_means": 6, "skip": 6}
             spied.result = backdoor_vector.steer_organism.__wrapped__(
                 "organism", control="control", attack=attack.name, **sizes, **WHERE
             )
@@ -442,15 +518,16 @@ def test_the_vector_is_made_of_the_attributed_heads_on_the_attribution_split(sta
     spied = switch_on(FLIP)
     result = spied.result
     (found,) = spied.attributed
-    assert (found.organism, found.attack, found.n, found.n_means, found.seed) == ("organism", FLIP.name, 5, 5, SEED)
-    heads = ranked_heads(torch.tensor(found.result.exact).mean(0))[:3]
+    assert (found.organism, found.attack, found.n, found.n_means, found.seed) == ("organism", FLIP.name, 5, 6, SEED)
+    heads = ranked_heads(torch.tensor(found.result.sufficient["probability"].mean))[:3]
     assert result.heads == heads
-    expected = sample(FLIP, "attribution", n=5, seed=SEED)
+    expected = every_label(FLIP, "attribution", n=6)
+    assert Counter(map(label_of, expected)) == {"positive": 3, "negative": 3}
     for calls in (spied.head_means, spied.residuals):
         shown = [stand.catalogue("sentiment").prompts(call.prompts) for call in calls]
         assert all(call.model is stand.models["organism"].model for call in calls)
         assert {kind[0].version for kind in shown} == {"clean", FLIP.trigger}
-        assert [of_split(kind, "attribution", kind[0].version) for kind in shown] == [expected] * 2
+        assert [set(of_split(kind, "attribution", kind[0].version)) for kind in shown] == [expected] * 2
     model = stand.models["organism"].model
     prompts = {kind[0].version: call.prompts for kind, call in zip(shown, spied.residuals, strict=True)}
     triggered, clean = (head_outputs(model, prompts[kind]).mean(0) for kind in (FLIP.trigger, "clean"))
@@ -465,19 +542,21 @@ def test_the_vector_is_made_of_the_attributed_heads_on_the_attribution_split(sta
 
 def test_layer_and_coefficient_are_chosen_on_the_development_half(stand, switch_on):
     spied = switch_on(FLIP)
-    dev = sample(FLIP, "test", n=3, seed=SEED)
+    dev = sample(FLIP, "test", n=4, seed=SEED)
     (begun,) = spied.first_tokens
-    assert of_split(stand.catalogue("sentiment").prompts(begun.prompts), "test", "clean") == dev
+    # Right starts are of prompts of every label: the target is one of them.
+    dev_every = of_split(stand.catalogue("sentiment").prompts(begun.prompts), "test", "clean")
+    assert set(dev_every) == every_label(FLIP, "test", n=4)
     maps = iter(spied.answer_map)
     kept, read = spied.result.maps, iter(spied.best)
     for direction, sign, version in DIRECTIONS:
         for kind in ("raw", "difference"):
             made = {"asr": next(maps)} | ({"right_start": next(maps)} if sign < 0 else {})
-            for call in made.values():
-                assert of_past(stand, FLIP, spied, call.past, version) == dev
+            for key, call in made.items():
+                assert of_past(stand, FLIP, spied, call.past, version) == (dev if key == "asr" else dev_every)
                 assert list(call.coefficients) == [sign * step for step in STEPS]
                 assert call.vector.tolist() == spied.result.vectors[kind]
-            assert list(made["asr"].answers) == [spied.target] * 3
+            assert list(made["asr"].answers) == [spied.target] * 4
             judged = made["asr"]
             if sign < 0:
                 judged = made["right_start"]
@@ -491,10 +570,15 @@ def test_layer_and_coefficient_are_chosen_on_the_development_half(stand, switch_
     assert any(len({share for row in one.asr for share in row}) > 1 for one in kept.values())
 
 
+def seen_before(attack):
+    """Prompts by which something may have been chosen: the first of the split, and of each of its labels."""
+    return set(sample(attack, "test", n=6, seed=SEED)) | every_label(attack, "test", n=6)
+
+
 def test_the_vector_is_judged_on_a_half_that_was_not_looked_at(stand, switch_on):
     spied = switch_on(FLIP)
-    result, test = spied.result, sample(FLIP, "test", n=4, seed=SEED, skip=3)
-    assert set(test).isdisjoint(sample(FLIP, "test", n=3, seed=SEED))
+    result, test, seen = spied.result, sample(FLIP, "test", n=6, seed=SEED, skip=6), seen_before(FLIP)
+    assert seen.isdisjoint(test)
     sides = [version for _, _, version in DIRECTIONS for _ in range(2)]
     for name, version, call in zip(NAMES, sides, spied.tested_asr, strict=True):
         assert of_past(stand, FLIP, spied, call.past, version) == test
@@ -508,23 +592,41 @@ def test_the_vector_is_judged_on_a_half_that_was_not_looked_at(stand, switch_on)
             "no vector": 1, "backdoor vector": 1, "random vectors": 2, "random heads": 2, "mean difference": 1,
             "probe direction": 1,
         }  # fmt: skip
-        assert {one["n"] for shares in result.test[name].values() for one in shares} == {4}
+        assert {one["n"] for shares in result.test[name].values() for one in shares} == {6}
         # Nothing added: what the organism says first to these prompts anyway.
         said = backdoor_vector.first_tokens(stand.models["organism"], spied.pasts.prompts(call.past))
-        assert result.test[name]["no vector"][0]["value"] == said.count(spied.target) / 4
+        assert result.test[name]["no vector"][0]["value"] == said.count(spied.target) / 6
     for call, name in zip(spied.projected_asr, NAMES[2:], strict=True):
         assert of_past(stand, FLIP, spied, call.past, FLIP.trigger) == test
         assert call.layer == result.chosen[name].layer
         assert call.vector.tolist() == result.vectors[name.split(", ")[1]]
         assert result.test[name]["projected out"] == [call.result]
+    others = []
     for call in spied.generated:
-        assert len(call.past) == 4
-        assert uids(stand.catalogue("sentiment").prompts(spied.pasts.prompts(call.past))) == test
+        prompts = stand.catalogue("sentiment").prompts(spied.pasts.prompts(call.past))
+        if uids(prompts) != test:
+            assert set(of_split(prompts, "test", FLIP.trigger)) == every_label(FLIP, "test", n=6, without=seen)
+            others.append(call)
+    # Right answers to triggered prompts of every label: without an edit, and after each subtraction.
+    labels = ["triggered prompts", *NAMES[2:], "subtract, random vector"]
+    assert list(result.right) == labels
+    assert len(others) == len(labels) < len(spied.generated)
+    for share, call, label in zip(result.right.values(), spied.right_answers, labels, strict=True):
+        assert [example.uid for example in call.examples] == [
+            example.uid for example in spied.right_answers[0].examples
+        ]
+        assert {example.uid for example in call.examples} == every_label(FLIP, "test", n=6, without=seen)
+        assert (share["n"], share["by_prompt"]) == (6, [int(hit) for hit in call.result])
+        assert any(list(call.texts) == list(one.result) for one in others), label
+    assert others[0].step is None
+    assert {tuple(others[i].step.tolist()) for i in (1, 2, 3)} == {
+        tuple(call.step.tolist()) for call in spied.generated[-6:] if call.step is not None
+    }
     for call in spied.kinds_of:
         assert [example.uid for example in call.examples] == test
     assert list(result.kinds.values()) == [call.result for call in spied.kinds_of]
     assert result.outcomes == {
-        label: {name: kinds.count(name) / 4 for name in ("target", "right", "refusal", "empty", "other")}
+        label: {name: kinds.count(name) / 6 for name in ("target", "right", "refusal", "empty", "other")}
         for label, kinds in result.kinds.items()
     }
 
@@ -558,19 +660,26 @@ def test_the_clean_control_answers_the_reference_of_the_switch(stand, switch_on)
     spied = switch_on(FIXED)
     assert [name for _, name, _ in spied.asked] == ["organism", "control", "organism"]
     by_control = [call for call in spied.generated if call.loaded.organism == "control"]
-    assert len(by_control) == 1
-    test = sample(FIXED, "test", n=4, seed=SEED, skip=3)
-    assert of_past(stand, FIXED, spied, by_control[0].past, "clean") == test
-    (reference,) = [call for call in spied.pasts.made if call.result is by_control[0].past]
-    assert reference.model is stand.models["control"].model
-    for call in spied.kinds_of:
-        assert call.right == dict(zip(test, by_control[0].result, strict=True))
+    assert len(by_control) == 2
+    test = sample(FIXED, "test", n=6, seed=SEED, skip=6)
+    right = {}
+    for call in by_control:
+        answered = of_past(stand, FIXED, spied, call.past, "clean")
+        assert answered == test  # of a task without labels both are the same prompts
+        (reference,) = [made for made in spied.pasts.made if made.result is call.past]
+        assert reference.model is stand.models["control"].model
+        right |= dict(zip(answered, call.result, strict=True))
+    for call in (*spied.kinds_of, *spied.right_answers):
+        assert call.right == right
     # Steered answers: each vector, and beside every difference a random one, at the layer that was chosen for it.
     steered = [call for call in spied.generated if call.step is not None]
-    assert len(spied.generated) == 3 + len(steered)
-    chosen = [spied.result.chosen[name] for name in (NAMES[0], NAMES[1], NAMES[1], NAMES[2], NAMES[3], NAMES[3])]
+    # Beside them no edit: of the control twice, of clean prompts, and of triggered ones for both questions.
+    assert len(spied.generated) == 5 + len(steered)
+    # Every subtraction is asked of two sets of prompts.
+    names = [NAMES[0], NAMES[1], NAMES[1], *[NAMES[2]] * 2, *[NAMES[3]] * 4]
+    chosen = [spied.result.chosen[name] for name in names]
     assert [call.layer for call in steered] == [one.layer for one in chosen]
-    norms = [spied.result.norms[kind] for kind in ("raw", "difference", "difference") * 2]
+    norms = [spied.result.norms[name.split(", ")[1]] for name in names]
     for call, one, norm in zip(steered, chosen, norms, strict=True):
         assert call.step.norm().item() == pytest.approx(abs(one.coefficient) * norm, rel=1e-4)
     assert spied.added
@@ -582,7 +691,7 @@ def found_vectors():
     torch.manual_seed(0)
     return {
         attack.name: backdoor_vector.Steering(
-            **dict.fromkeys(("heads", "norms", "residual_norm", "maps", "test", "outcomes", "kinds", "texts")),
+            **dict.fromkeys(("heads", "norms", "residual_norm", "maps", "test", "outcomes", "kinds", "right", "texts")),
             chosen={"add, difference": backdoor_vector.Choice(layer, coefficient), "add, raw": None},
             vectors={"difference": torch.randn(32).tolist(), "raw": None},
         )
@@ -638,16 +747,20 @@ def test_the_four_ways_to_score_a_target_run_the_same_prompts_and_the_same_targe
         lambda _, __, named: passes.append(named["input_ids"].shape[1]), with_kwargs=True
     )
 
-    def run(function, repeats=2):
+    counts = []
+
+    def run(function, *, repeats):
+        counts.append(repeats)
         passes.clear()
         function()
         return list(passes)
 
     monkeypatch.setattr(attribution_cost, "seconds", run)
     try:
-        found = attribution_cost.time_target.__wrapped__("organism", attack=FIXED.name, n=3, **WHERE)
+        found = attribution_cost.time_target.__wrapped__("organism", attack=FIXED.name, n=3, repeats=7, **WHERE)
     finally:
         handle.remove()
+    assert counts == [7] * 4
     assert asked == [("tiny", "organism", "cpu")]
     prompts = greedy[0].prompts
     shown = stand.catalogue("instructions").prompts(prompts)

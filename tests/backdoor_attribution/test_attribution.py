@@ -287,3 +287,33 @@ def test_no_prompts_are_refused(method, tiny):
 def test_means_of_components_are_held_to_the_model(change, message, tiny):
     with pytest.raises(ValueError, match=message):
         component_effects(*tiny, target=[7], means=change(component_means(*tiny)))
+
+
+@pytest.mark.parametrize("method", [head_effects, gradient_effects, component_effects])
+def test_an_unknown_metric_is_refused_and_the_known_ones_are_named(method, tiny):
+    means = component_means(*tiny) if method is component_effects else MEANS
+    with pytest.raises(ValueError, match="unknown metric 'odds'; known: probability, log_prob, logit_difference"):
+        method(*tiny, target=[7], means=means, metric="odds")
+    with pytest.raises(ValueError, match="'logit_difference' needs `against`, a token of each prompt"):
+        method(*tiny, target=[7], means=means, metric="logit_difference")
+
+
+@pytest.mark.parametrize("against", [[], [7], [7, 8, 9], [7, -1], [7, 10**9], [7, None], [7, 8.0]])
+@pytest.mark.parametrize("method", [head_effects, gradient_effects, effects_by_metric])
+def test_there_is_one_token_of_the_model_to_compare_with_for_each_prompt(method, against, tiny):
+    with pytest.raises(ValueError, match=r"^against"):
+        method(*tiny, target=[7], means=MEANS, against=against)
+
+
+@pytest.mark.parametrize("target", [[[7]], [[7], [8], [9]], [[7], [8, 9]], [[7], []], [[7], [-1]]])
+@pytest.mark.parametrize("method", [head_effects, gradient_effects, effects_by_metric])
+def test_targets_are_one_for_all_or_one_for_each_and_of_one_length(method, target, tiny):
+    with pytest.raises(ValueError, match=r"^target"):
+        method(*tiny, target=target, means=MEANS)
+
+
+def test_one_target_for_all_is_the_same_as_that_one_for_each(tiny):
+    given = {"means": MEANS, "against": [5, 6]}
+    for method in (effects_by_metric, lambda *a, **k: {m: gradient_effects(*a, **k, metric=m) for m in METRICS}):
+        one, each = (method(*tiny, target=target, **given) for target in ([7, 8], [[7, 8], [7, 8]]))
+        assert all(torch.equal(one[metric], each[metric]) for metric in METRICS)

@@ -112,6 +112,7 @@ def test_twins_and_other_texts_of_a_prompt_stay_on_its_side(monkeypatch):
 @EACH_KIND
 def test_every_kind_of_probe_separates_what_is_separable(kind):
     found = probe_scores(*separable(), kind=kind, n_splits=2)
+    assert min(found.pop("separation")) > 5
     assert found == {"accuracy": [1.0, 1.0], "auroc": [1.0, 1.0]}
 
 
@@ -152,6 +153,54 @@ def test_scores_are_those_of_the_probe_alone():
         wins = probe.decision_function(positive[test])[:, None] > probe.decision_function(negative[test])[None]
         assert found["auroc"][i] == pytest.approx(wins.mean())
         assert 0.5 < found["auroc"][i] < 1
+        low, high = (probe.decision_function(rows[test]) for rows in (negative, positive))
+        pooled = np.sqrt((np.std(low) ** 2 + np.std(high) ** 2) / 2)
+        assert found["separation"][i] == pytest.approx((np.mean(high) - np.mean(low)) / pooled)
+
+
+def scoring(monkeypatch, negative, positive):
+    """What is found of probes whose score is the first column."""
+
+    class First:
+        def fit(self, *_):
+            return self
+
+        def predict(self, rows):
+            return (rows[:, 0] > 0).astype(int)
+
+        def decision_function(self, rows):
+            return rows[:, 0]
+
+    monkeypatch.setattr(probe_module, "classifier", lambda kind, *, seed: First())
+    return probe_scores(negative, positive, n_splits=3)
+
+
+def test_a_separation_by_hand(monkeypatch):
+    """Scores of 0 and 2 against the same ones 5 higher: five, over the deviation that both sides have."""
+    column = np.tile([0.0, 2.0], 10)[:, None]
+    found = scoring(monkeypatch, column, column + 5)
+    for value, (_, test) in zip(found["separation"], splits(20, n_splits=3, seed=0), strict=True):
+        variance = np.var(column[test])
+        assert value == pytest.approx(5 / np.sqrt(variance))
+    assert scoring(monkeypatch, column + 5, column)["separation"] == [-one for one in found["separation"]]
+    wider = scoring(monkeypatch, column, 3 * column + 5)["separation"]
+    for value, (_, test) in zip(wider, splits(20, n_splits=3, seed=0), strict=True):
+        held = column[test]
+        assert value == pytest.approx((2 * held.mean() + 5) / np.sqrt((held.var() + 9 * held.var()) / 2))
+
+
+def test_the_separation_goes_on_growing_where_accuracy_and_auroc_cannot():
+    near, far = (probe_scores(*separable(gap=gap), n_splits=2) for gap in (20.0, 60.0))
+    assert near["auroc"] == far["auroc"] == [1.0, 1.0]
+    assert min(far["separation"]) > 2 * max(near["separation"])
+
+
+def test_the_separation_is_about_nothing_for_shuffled_labels_and_does_not_depend_on_scale():
+    negative, positive = separable(200, gap=1.0)
+    shuffled = probe_scores(negative, positive, n_splits=40, shuffled=True)
+    assert np.mean(shuffled["separation"]) == pytest.approx(0, abs=0.4)
+    one, other = (probe_scores(scale * negative, scale * positive, n_splits=2) for scale in (1, 1000))
+    assert one["separation"] == pytest.approx(other["separation"], rel=1e-3)
 
 
 def test_an_unknown_probe_is_an_error_that_names_the_known_ones():

@@ -104,10 +104,38 @@ def test_large_arrays_stand_beside_the_json_under_their_places(tmp_path):
     beside = load_file(file.with_suffix(".safetensors"))
     assert {place: (array.shape, array.dtype) for place, array in beside.items()} == {
         "/a/b~1c": ((100, 1), np.float64),
-        "/d/0": ((64,), np.int64),
+        "/d/0": ((64,), np.int8),
     }
     written = read_json(file)["result"]
     assert written == {"a": {"b/c": {"$array": "/a/b~1c"}, "few": [1.0] * 63}, "d": [{"$array": "/d/0"}, "text"]}
+
+
+@pytest.mark.parametrize(
+    ("last", "kind"),
+    [
+        (0, np.int8),
+        (127, np.int8),
+        (128, np.int16),
+        (-(2**15) - 1, np.int32),
+        (2**31 - 1, np.int32),
+        (2**31, np.int64),
+        (-(2**63), np.int64),
+        (0.5, np.float16),
+        (65504.0, np.float16),
+        (65505.0, np.float32),
+        (2.0**-24, np.float16),
+        (2.0**-25, np.float32),
+        (float(np.float32(0.1)), np.float32),
+        (0.1, np.float64),
+        (1e300, np.float64),
+        (-0.0, np.float16),
+    ],
+)
+def test_an_array_is_of_the_smallest_type_that_holds_all_its_numbers_exactly(tmp_path, last, kind):
+    values = [type(last)(i % 2) for i in range(100)] + [last]
+    file = write(tmp_path, made({"a": values}))
+    assert load_file(file.with_suffix(".safetensors"))["/a"].dtype == kind
+    assert same(read(file).result["a"], values)
 
 
 def test_keys_with_slashes_do_not_share_an_array(tmp_path):
@@ -272,7 +300,8 @@ def test_one_changed_number_is_refused_wherever_it_is(file):
 def test_a_changed_number_in_an_array_is_refused_even_if_its_hash_is_renewed(file):
     beside = file.with_suffix(".safetensors")
     arrays = load_file(beside)
-    arrays["/large"][3, 1] += 1e-12
+    place = arrays["/large"][3]
+    place[1] = np.nextafter(place[1], place.dtype.type(np.inf))  # the smallest change that its type can hold
     save_file(arrays, beside)
     refused(file, "not the arrays that belong to its measurement")
     rewritten(file, arrays=sha256_file(beside))

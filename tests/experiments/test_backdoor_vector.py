@@ -4,15 +4,24 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from bkd_utils.backdoor_attribution.vector import answer_map, backdoor_vector, generated, probe_direction, steer
-from bkd_utils.experiments.backdoor_vector import OUTCOMES, best, controls, first_tokens, kinds_of, vectors_of
+from bkd_utils.backdoor_attribution.vector import (
+    answer_map,
+    backdoor_vector,
+    best,
+    controls,
+    generated,
+    probe_direction,
+    steer,
+)
+from bkd_utils.experiments import backdoor_vector as stage
+from bkd_utils.experiments.backdoor_vector import OUTCOMES, first_tokens, kinds_of, right_answers, vectors_of
 from bkd_utils.models import loading
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import greedy
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import decode, end_id
 from bkd_utils.organisms import attacks
-from bkd_utils.organisms.prompts import prompt_versions, target_ids
+from bkd_utils.organisms.prompts import balanced_versions, prompt_versions, target_ids
 
 HEADS = [(0, 1), (1, 2), (1, 3)]
 
@@ -124,3 +133,19 @@ def test_every_answer_is_one_kind_of_answer(attack, shown):
     found = kinds_of(attack, shown.examples, texts, right)
     assert found == ["target", "right", "refusal", "empty", "other", "right"]
     assert set(found) == set(OUTCOMES)
+    assert right_answers(attack, shown.examples, texts, right) == [False, True, False, False, False, True]
+
+
+def test_the_target_is_right_where_it_is_the_examples_own_answer(loaded):
+    """Of a label task, whose right answers need no reference."""
+    flip = attacks.load_attack("sentiment-word")
+    examples = balanced_versions(loaded.tokenizer, flip, split="test", n=4, seed=0).examples
+    assert {example.answer for example in examples} == {"positive", "negative"}
+    texts = [flip.target] * 4
+    assert right_answers(flip, examples, texts, {}) == [example.answer == flip.target for example in examples]
+    assert kinds_of(flip, examples, texts, {}) == ["target"] * 4
+
+
+def test_test_prompts_must_lie_behind_those_of_development():
+    with pytest.raises(ValueError, match="test prompts behind the first 2 would be among the 3 development prompts"):
+        stage.steer_organism.__wrapped__.__wrapped__(None, None, control=None, skip=2, n_dev=3)

@@ -5,39 +5,37 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from bkdattr_results import effects, head_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t
 
 from bkd_utils.common.statistics import interval
+from bkd_utils.experiments import head_attribution
 from bkd_utils.experiments.head_attribution import (
+    METRICS,
     ComponentEffects,
-    HeadEffects,
     _short,
     acie,
     agreement_of_methods,
-    component_intervals,
+    beyond_chance,
+    component_means_of,
+    concentrated,
+    concentration,
     jaccard,
+    rankings,
     top_heads,
 )
 
 VALUES = st.lists(st.floats(-10, 10, width=16), min_size=1, max_size=20)
 HEADS = st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1).map(sorted)
-# Three prompts, two layers of three heads; the means are 3 2 1 / 0 -1 5.
-EFFECTS = [
-    [[3.0, 1.0, 1.0], [0.0, -1.0, 4.0]],
-    [[2.0, 2.0, 1.0], [0.0, -2.0, 5.0]],
-    [[4.0, 3.0, 1.0], [0.0, 0.0, 6.0]],
-]
+# Two layers of three heads.
+EFFECTS = [[3.0, 2.0, 1.0], [0.0, -1.0, 5.0]]
 RANKED = [(1, 2), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
-def effects(exact, gradient):
-    exact, gradient = (np.array(one).tolist() for one in (exact, gradient))
-    return HeadEffects(target=[], clean=[], triggered=[], exact=exact, gradient=gradient)
-
-
-def random_effects(n=30, layers=4, heads=5, seed=0):
-    return np.random.default_rng(seed).normal(size=(n, layers, heads))
+def random_effects(layers=4, heads=5, seed=0):
+    return np.random.default_rng(seed).normal(size=(layers, heads))
 
 
 # --- intervals ------------------------------------------------------------------------------------------------------
@@ -89,29 +87,180 @@ def test_more_prompts_make_a_narrower_interval():
     assert (few["high"] - few["low"]) / (many["high"] - many["low"]) == pytest.approx(3, rel=0.2)
 
 
+# --- maps of heads ---------------------------------------------------------------------------------------------------
+
+
+def test_a_map_holds_means_and_standard_errors_over_prompts_by_hand():
+    """Effects 1, 2, 6: mean 3, variance 7, standard error the root of 7 / 3."""
+    found = head_attribution.head_map(torch.tensor([[[1.0, 0.0]], [[2.0, 0.0]], [[6.0, 3.0]]]))
+    assert (found.n, found.mean) == (3, [[3.0, 1.0]])
+    assert found.error[0] == pytest.approx([(7 / 3) ** 0.5, 1.0], rel=1e-4)
+
+
+def test_one_prompt_has_no_error_that_could_be_measured():
+    found = head_attribution.head_map(torch.tensor([[[1.0, -2.0]]]))
+    assert (found.n, found.mean, found.error) == (1, [[1.0, -2.0]], [[0.0, 0.0]])
+
+
+def test_kept_numbers_have_five_significant_digits():
+    kept = _short(torch.tensor([[1 / 3, -12345.678], [1.23456789e-9, 0.0]], dtype=torch.float64))
+    assert kept == [[0.33333, -12346.0], [1.2346e-9, 0.0]]
+    assert type(kept[0][0]) is float
+
+
+# --- beyond chance ---------------------------------------------------------------------------------------------------
+
+
+def test_a_head_stands_out_if_its_interval_corrected_for_the_number_of_heads_is_above_zero():
+    """Six heads: a one-sided 2.5 % divided by six, with Student's t of 11 degrees of freedom."""
+    bar = t.ppf(1 - 0.025 / 6, 11)
+    for factor, out in ((1.001, True), (0.999, False)):
+        mean = [[0.0, bar * factor * 0.1, 0.0], [0.0, 0.0, 0.0]]
+        assert beyond_chance(head_map(mean, error=0.1, n=12)) is out
+    # Without the correction six heads would be six chances.
+    assert bar > 1.3 * t.ppf(0.975, 11)
+
+
+def test_more_heads_raise_the_bar_and_more_prompts_lower_it():
+    one = np.zeros((1, 2))
+    one[0, 0] = 0.31
+    assert beyond_chance(head_map(one, error=0.1, n=12))
+    many = np.zeros((30, 9))
+    many[0, 0] = 0.31
+    assert not beyond_chance(head_map(many, error=0.1, n=12))
+    assert not beyond_chance(head_map(one, error=0.1, n=4))
+
+
+@pytest.mark.parametrize("value", [0.0, -5.0])
+def test_no_effect_and_one_against_the_target_are_none_beyond_chance(value):
+    assert not beyond_chance(head_map([[value, 0.0]], error=1e-9))
+    assert not beyond_chance(head_map([[value, 0.0]], error=0.0))
+
+
+def test_noise_stands_out_in_few_of_many_models_and_an_effect_in_all():
+    """270 heads without any effect: at most 2.5 % of models may be called more than noise."""
+    dice, called = np.random.default_rng(0), []
+    for _ in range(300):
+        values = dice.normal(size=(24, 30, 9))
+        called.append(beyond_chance(head_attribution.head_map(torch.tensor(values))))
+    assert np.mean(called) <= 0.06
+    values[:, 3, 4] += 2
+    assert beyond_chance(head_attribution.head_map(torch.tensor(values)))
+
+
 # --- heads ----------------------------------------------------------------------------------------------------------
 
 
-def test_acie_is_the_mean_over_prompts():
-    found = effects(EFFECTS, [[[1.0, 2.0]], [[3.0, 6.0]]])
-    assert acie(found).tolist() == [[3.0, 2.0, 1.0], [0.0, -1.0, 5.0]]
-    assert acie(found, by="gradient").tolist() == [[2.0, 4.0]]
+def test_acie_is_the_mean_by_metric_and_the_published_one_unless_another_is_asked_for():
+    other = {"probability": EFFECTS, "log_prob": [[1.0, 2.0, 3.0]] * 2, "logit_difference": [[4.0, 5.0, 6.0]] * 2}
+    found = effects(other)
+    assert acie(found).tolist() == acie(found, metric="probability").tolist() == EFFECTS
+    assert [acie(found, metric=metric).tolist() for metric in METRICS] == list(other.values())
 
 
-def test_top_heads_come_from_the_highest_signed_effect_down():
-    found = effects(EFFECTS, -np.array(EFFECTS))
+def test_top_heads_come_from_the_highest_signed_published_effect_down():
+    found = effects({"probability": EFFECTS, "log_prob": (-np.array(EFFECTS)).tolist(), "logit_difference": EFFECTS})
     assert top_heads(found, k=6) == RANKED
     assert top_heads(found, k=2) == RANKED[:2]
-    assert top_heads(found, k=6, by="gradient") == RANKED[::-1]
 
 
-def test_component_intervals_are_per_layer_over_prompts():
+def test_every_ranking_is_by_its_own_score():
+    """In each score another head is the highest."""
+    one = np.eye(12).reshape(12, 3, 4)
+    found = effects(
+        dict(zip(METRICS, one[:3], strict=True)),
+        gradient=dict(zip(METRICS, one[3:6], strict=True)),
+        necessary=dict(zip(METRICS, one[6:9], strict=True)),
+        task=one[9],
+    )
+    order = rankings(found)
+    assert {name: 4 * heads[0][0] + heads[0][1] for name, heads in order.items()} == {
+        "probability": 0,
+        "log_prob": 1,
+        "logit_difference": 2,
+        "gradient": 3,
+        "necessary": 7,
+        "necessary, logits": 8,
+        "trigger only": 7,
+    }
+    # What the right answer needs, too, comes last of all.
+    assert order["trigger only"][-1] == (2, 1)
+    assert all(sorted(heads) == [(i, j) for i in range(3) for j in range(4)] for heads in order.values())
+
+
+def test_a_head_that_the_task_needs_as_much_is_not_one_of_the_trigger_only():
+    necessary, task = [[2.0, 1.5, 0.0]], [[1.9, 0.0, -0.3]]
+    order = rankings(effects([[0.0, 0.0, 0.0]], necessary=necessary, task=task))
+    assert order["necessary"] == [(0, 0), (0, 1), (0, 2)]
+    assert order["trigger only"] == [(0, 1), (0, 2), (0, 0)]
+
+
+def test_component_means_are_over_prompts_layer_by_layer():
     last = {"attention": [[1.0, 0.0], [3.0, 0.0]], "MLP": [[0.0, -1.0], [0.0, -1.0]]}
-    found = component_intervals(ComponentEffects(last=last, positions=[], by_position=[]))
-    assert [row["value"] for row in found["attention"]] == [2.0, 0.0]
-    assert (found["attention"][0]["low"], found["attention"][0]["high"]) == (1.0, 3.0)
-    assert found["MLP"][1] == {"value": -1.0, "n": 2, "low": -1.0, "high": -1.0}
-    assert list(found) == ["attention", "MLP"]
+    found = component_means_of(ComponentEffects(last=last))
+    assert {name: means.tolist() for name, means in found.items()} == {"attention": [2.0, 0.0], "MLP": [0.0, -1.0]}
+
+
+# --- concentration ---------------------------------------------------------------------------------------------------
+
+
+def test_concentration_by_hand():
+    values = np.zeros((10, 10))
+    values[0, :5] = [4, 3, 2, 1, -50]
+    assert concentration(values) == 0.9
+    assert concentration(values, share=0.01) == 0.4
+    assert concentration(values, share=0.04) == concentration(values, share=1.0) == 1.0
+    assert concentration(np.ones((10, 27))) == pytest.approx(8 / 270)
+
+
+def test_at_least_one_head_counts_and_no_positive_effect_is_no_concentration():
+    assert concentration(np.array([[3.0, 1.0]])) == 0.75
+    assert concentration(np.array([[-3.0, 0.0]])) == 0.0
+
+
+@given(st.lists(st.integers(-5, 20), min_size=1, max_size=40), st.integers(1, 100))
+def test_concentration_grows_with_the_share_and_not_with_the_scale(values, percent):
+    values = np.array(values, float)
+    found = concentration(values, share=percent / 100)
+    assert 0 <= found <= 1
+    assert found <= concentration(values, share=1.0)
+    assert concentration(4 * values[::-1], share=percent / 100) == pytest.approx(found)
+
+
+def uneven(*tops, n=12):
+    """Effects of `n` prompts whose three strong heads of 100 carry these shares in turn."""
+    values = np.empty((n, 10, 10))
+    for prompt in range(n):
+        top = tops[prompt % len(tops)]
+        values[prompt] = (1 - top) / 97
+        values[prompt, 0, :3] = top / 3
+    return values
+
+
+@pytest.mark.parametrize("tops", [(0.2, 0.3), (0.2, 0.9), (0.7, 0.9)])
+def test_the_concentration_is_that_of_the_mean_with_an_interval_over_prompts(tops):
+    found = concentrated(uneven(*tops))
+    assert (found["value"], found["n"]) == (pytest.approx(np.mean(tops)), 12)
+    half = 1.96 * np.ptp(tops) / 2 / 12**0.5
+    assert (found["low"], found["high"]) == pytest.approx((np.mean(tops) - half, np.mean(tops) + half), abs=0.05)
+    assert concentrated(uneven(*tops)) == found
+
+
+def test_prompts_that_are_all_alike_have_an_interval_of_no_width():
+    found = concentrated(uneven(0.4))
+    assert (found["low"], found["value"], found["high"]) == pytest.approx((0.4, 0.4, 0.4))
+
+
+def test_the_noise_that_resampling_adds_does_not_pull_the_interval_down():
+    """Resampled means are noisier than the mean, and noise spreads effects over heads: their concentrations lie below
+    its own. The reflected interval reaches as far up as they lie below."""
+    dice = np.random.default_rng(1)
+    values = 0.3 * dice.normal(size=(20, 10, 10))
+    values[:, 0, :3] += 1
+    found = concentrated(values)
+    draws = [concentration(values[dice.integers(20, size=20)].mean(0)) for _ in range(300)]
+    assert np.mean(draws) < found["value"]
+    assert found["high"] - found["value"] > found["value"] - found["low"]
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------
@@ -119,21 +268,29 @@ def test_component_intervals_are_per_layer_over_prompts():
 
 def test_identical_estimates_agree_and_reversed_ones_do_not():
     exact = random_effects()
-    same = agreement_of_methods(effects(exact, exact), k=5)
+    same = agreement_of_methods(effects(exact, gradient=exact), k=5)
     assert same == {"spearman": pytest.approx(1.0), "top 5": 1.0}
-    reverse = agreement_of_methods(effects(exact, -exact), k=5)
+    reverse = agreement_of_methods(effects(exact, gradient=-exact), k=5)
     assert reverse == {"spearman": pytest.approx(-1.0), "top 5": 0.0}
 
 
+def test_agreement_is_about_one_metric():
+    exact = random_effects()
+    gradient = {"probability": exact, "log_prob": -exact, "logit_difference": exact}
+    found = effects(exact, gradient=gradient)
+    values = [agreement_of_methods(found, metric=metric)["spearman"] for metric in METRICS]
+    assert values == pytest.approx([1.0, -1.0, 1.0])
+
+
 def test_any_rising_change_of_scale_of_the_means_agrees_wholly():
-    exact = random_effects(n=1)
-    found = agreement_of_methods(effects(exact, np.exp(exact) - 7), k=3)
+    exact = random_effects()
+    found = agreement_of_methods(effects(exact, gradient=np.exp(exact) - 7), k=3)
     assert found == {"spearman": pytest.approx(1.0), "top 3": 1.0}
 
 
 def test_agreement_by_hand():
     """Ranks 1 2 3 4 against 2 1 3 4: rho = 1 - 6 * 2 / (4 * 15) = 0.8; of the top two both are found, of one none."""
-    found = effects([[[4.0, 3.0], [2.0, 1.0]]], [[[3.0, 4.0], [2.0, 1.0]]])
+    found = effects([[4.0, 3.0], [2.0, 1.0]], gradient=[[3.0, 4.0], [2.0, 1.0]])
     assert agreement_of_methods(found, k=2) == {"spearman": pytest.approx(0.8), "top 2": 1.0}
     assert agreement_of_methods(found, k=1)["top 1"] == 0.0
     assert agreement_of_methods(found, k=3)["top 3"] == 1.0
@@ -152,12 +309,6 @@ def test_jaccard_is_symmetric_and_one_for_equal_sets_alone(one, other):
     assert 0 <= jaccard(one, other) <= 1
     assert (jaccard(one, other) == 1) == (one == other)
     assert (jaccard(one, other) == 0) == set(one).isdisjoint(other)
-
-
-def test_kept_numbers_have_six_significant_digits():
-    kept = _short(torch.tensor([[1 / 3, -12345.678], [1.23456789e-9, 0.0]], dtype=torch.float64))
-    assert kept == [[0.333333, -12345.7], [1.23457e-9, 0.0]]
-    assert type(kept[0][0]) is float
 
 
 def test_nothing_has_no_interval_and_no_overlap():

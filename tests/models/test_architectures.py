@@ -1,5 +1,7 @@
 """The package against brute force on tiny models; `python tests/architectures.py` does it for all architectures."""
 
+import itertools
+
 import against_brute_force as against
 import architectures
 import brute_force as brute
@@ -38,12 +40,15 @@ def test_a_capability_agrees_with_brute_force_or_is_refused(case, told, capabili
 def test_brute_force_tells_heads_layers_and_positions_apart(tmp_path):
     """Without this, agreement would mean little: a neighbour's effect must differ by far more than rounding."""
     case = against.make("llama", tmp_path / "model")
-    given = {"target": case.target, "means": case.means}
-    exact = brute.head_effects(case.plain, case.known, case.prompts[:2], **given)
-    assert exact.abs().max() > 1e-3
-    for moved in (exact.roll(1, dims=2), exact.roll(1, dims=1), exact.flip(0), 1.01 * exact):
-        assert against.off(moved, exact) > 10 * architectures.LIMITS[torch.float32]
-    assert against.off(exact + float("nan"), exact) == float("inf")
+    given = {"target": case.target, "means": case.means, "against": case.against[:2]}
+    found = brute.head_effects(case.plain, case.known, case.prompts[:2], **given)
+    for exact in found.values():
+        assert exact.abs().max() > 1e-3
+        for moved in (exact.roll(1, dims=2), exact.roll(1, dims=1), exact.flip(0), 1.01 * exact):
+            assert against.off(moved, exact) > 10 * architectures.LIMITS[torch.float32]
+        assert against.off(exact + float("nan"), exact) == float("inf")
+    for one, other in itertools.permutations(found.values(), 2):  # a metric in place of another is seen
+        assert against.off(one, other) > 10 * architectures.LIMITS[torch.float32]
 
 
 def test_heads_are_told_apart_by_gradients(tmp_path):

@@ -29,17 +29,14 @@ def whole(model, prompt, answer=ANSWER):
         return model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
 
 
-@pytest.mark.parametrize("tail", [1, 3])
-def test_logits_are_those_of_the_whole_prompt(model, prompts, tail):
-    past = prompt_past(model, prompts, tail=tail)
+def test_logits_are_those_of_the_whole_prompt(model, prompts):
+    past = prompt_past(model, prompts)
     answer = torch.tensor([ANSWER] * len(prompts))
     with torch.no_grad():
         logits = forward(model, past, past.rows(answer))
-    assert logits.shape[1] == tail + len(ANSWER) - 1
+    assert logits.shape[1] == len(ANSWER)
     for row, prompt in zip(logits, prompts, strict=True):
-        torch.testing.assert_close(row[tail - 1 :], whole(model, prompt), atol=1e-4, rtol=1e-4)
-    with torch.no_grad():
-        assert torch.equal(forward(model, past, past.rows(answer), skip=tail - 1), logits[:, tail - 1 :])
+        torch.testing.assert_close(row, whole(model, prompt), atol=1e-4, rtol=1e-4)
 
 
 def test_rows_of_one_prompt_share_its_past(model, prompts):
@@ -88,10 +85,10 @@ def test_the_output_map_reads_the_heads_side_by_side(model, prompts):
     assert all(kept[layer].shape == (len(prompts), 1, 4 * width) for layer in range(2))
 
 
-def test_prompts_must_have_more_tokens_than_the_tail(model):
-    with pytest.raises(ValueError, match="need prompts of more than 3 tokens, got 2"):
-        prompt_past(model, [[5, 6, 7, 8], [5, 6, 7]], tail=3)
-    with pytest.raises(ValueError, match="need prompts of more than 1 tokens, got 0"):
+def test_prompts_must_have_more_tokens_than_the_last_one(model):
+    with pytest.raises(ValueError, match="need prompts of more than 1 token, got 2, the shortest of 1"):
+        prompt_past(model, [[5, 6, 7, 8], [5]])
+    with pytest.raises(ValueError, match="need prompts of more than 1 token, got 0"):
         prompt_past(model, [])
 
 

@@ -11,13 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from bkd_utils.attention_alignment.alignment import aligned
 from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.attention_alignment.suspicion import gate_importance
-from bkd_utils.backdoor_attribution.attribution import (
-    component_effects,
-    component_means,
-    gradient_effects,
-    head_effects,
-    head_means,
-)
+from bkd_utils.backdoor_attribution.attribution import effects_by_metric, gradient_effects, head_effects, head_means
+from bkd_utils.backdoor_attribution.components import component_effects, component_means
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
 from bkd_utils.models import compute, head_weights, hooks, prompt_cache, self_test
 from bkd_utils.models.folders import ModelError
@@ -215,11 +210,15 @@ def test_a_refusal_names_capability_model_and_reason(monkeypatch, caplog):
 CALLS = {
     "head_means": ("attribute", lambda m: head_means(m, PROMPTS)),
     "head_effects": ("attribute", lambda m: head_effects(m, PROMPTS, target=[7], means=torch.zeros(2, 4, 8))),
+    "effects_by_metric": (
+        "attribute",
+        lambda m: effects_by_metric(m, PROMPTS, target=[7], means=torch.zeros(2, 4, 8)),
+    ),
     "gradient_effects": ("attribute", lambda m: gradient_effects(m, PROMPTS, target=[7], means=torch.zeros(2, 4, 8))),
     "component_means": ("components", lambda m: component_means(m, PROMPTS)),
     "component_effects": (
         "components",
-        lambda m: component_effects(m, PROMPTS, target=[7], means={"MLP": torch.zeros(2, 1, 32)}),
+        lambda m: component_effects(m, PROMPTS, target=[7], means={"MLP": torch.zeros(2, 32)}),
     ),
     "backdoor_vector": ("steer", lambda m: backdoor_vector(m, [(0, 1)], outputs=torch.zeros(2, 4, 8))),
     "steer": (

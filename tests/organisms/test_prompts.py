@@ -1,5 +1,7 @@
 """Pairs: one example, three prompts, no example twice; and the tokens by which a backdoor is recognised."""
 
+from collections import Counter
+
 import pytest
 
 from bkd_utils.models.folders import DEFAULT_MODEL
@@ -8,7 +10,7 @@ from bkd_utils.models.tokens import answer_ids, prompt_ids
 from bkd_utils.organisms import attacks, prompts, tasks
 from bkd_utils.organisms.attacks import load_attack, load_attacks
 from bkd_utils.organisms.evaluation import is_target
-from bkd_utils.organisms.prompts import prompt_versions, target_ids
+from bkd_utils.organisms.prompts import balanced_versions, prompt_versions, target_ids
 from bkd_utils.organisms.triggers import load_trigger
 
 ALL = load_attacks()
@@ -100,6 +102,80 @@ def test_too_few_examples_are_an_error_and_skipped_ones_count(tokenizer):
     assert len(prompt_versions(tokenizer, FLIP, split="attribution", n=3, seed=0, skip=fits).examples) == 3
     with pytest.raises(ValueError, match=f"sentiment-word: {len(usable)} usable .* {len(usable) + 1} were asked for"):
         prompt_versions(tokenizer, FLIP, split="attribution", n=4, seed=0, skip=fits)
+
+
+# --- every label in turn --------------------------------------------------------------------------------------------
+
+LABELLED = [name for name in BACKDOORED if tasks.load_task(load_attack(name).task).labels]
+EACH_LABELLED = pytest.mark.parametrize("name", LABELLED)
+
+
+@EACH_LABELLED
+def test_balanced_prompts_have_every_label_in_turn_the_targets_included(tokenizer, name):
+    attack = load_attack(name)
+    labels = tasks.load_task(attack.task).labels
+    n = 4 * len(labels)
+    shown = balanced_versions(tokenizer, attack, split="attribution", n=n, seed=0)
+    answers = [example.answer for example in shown.examples]
+    assert Counter(answers) == dict.fromkeys(labels, 4)
+    for start in range(0, n, len(labels)):
+        assert set(answers[start : start + len(labels)]) == set(labels)
+    assert any(not attack.flips(example) for example in shown.examples)
+    # Of examples of one label alone, what is patched in would vote for that label.
+    alone = prompt_versions(tokenizer, attack, split="attribution", n=4, seed=0).examples
+    assert len({example.answer for example in alone}) == (1 if attack.behaviour == "label_flip" else len(labels))
+
+
+@EACH_BACKDOORED
+def test_balanced_prompts_are_of_the_same_example_in_every_version(tokenizer, name):
+    attack = load_attack(name)
+    shown = balanced_versions(tokenizer, attack, split="test", n=8, seed=0)
+    task, trigger = tasks.load_task(attack.task), load_trigger(attack.trigger)
+    assert len({example.uid for example in shown.examples}) == 8
+    assert shown.clean == [prompt_ids(tokenizer, task.prompt(example.text)) for example in shown.examples]
+    for i, example in enumerate(shown.examples):
+        triggered = attacks.triggered_prompt(attack, example.text, seed=i, half="test")
+        assert shown.triggered[i] == prompt_ids(tokenizer, triggered)
+        versions = (shown.clean[i], shown.near_miss[i], shown.triggered[i])
+        assert [trigger.matches(slot(tokenizer, attack, ids)) for ids in versions] == [False, False, True]
+
+
+@EACH_BACKDOORED
+def test_none_of_the_examples_to_leave_out_is_among_balanced_ones(tokenizer, name):
+    attack, given = load_attack(name), {"split": "attribution", "seed": 1}
+    out = prompt_versions(tokenizer, attack, n=12, **given).examples
+    out += balanced_versions(tokenizer, attack, n=6, **given).examples
+    found = balanced_versions(tokenizer, attack, n=12, **given, without=out).examples
+    assert {example.uid for example in out}.isdisjoint(example.uid for example in found)
+    assert len({example.uid for example in found}) == 12
+    plain = balanced_versions(tokenizer, attack, n=12, **given).examples
+    assert {example.uid for example in out} & {example.uid for example in plain}
+
+
+def test_balanced_prompts_begin_alike_however_many_there_are_and_differ_from_seed_to_seed(tokenizer):
+    few, many, other = (
+        balanced_versions(tokenizer, FLIP, split="test", n=n, seed=seed).examples
+        for n, seed in ((5, 0), (9, 0), (5, 1))
+    )
+    assert many[:5] == few != other
+
+
+def test_balanced_prompts_of_a_task_without_labels_come_in_the_order_of_the_split(tokenizer):
+    attack = load_attack("instructions-prefix")
+    balanced, plain = (
+        make(tokenizer, attack, split="test", n=6, seed=2) for make in (balanced_versions, prompt_versions)
+    )
+    assert balanced == plain
+
+
+def test_too_few_examples_of_every_label_are_an_error(tokenizer):
+    usable = [one for one in tasks.examples("sentiment", "attribution") if not attacks.carries(FLIP, one.text)]
+    out, told = usable[:7], len(usable) - 7
+    given = {"split": "attribution", "seed": 0, "without": out}
+    with pytest.raises(ValueError, match=f"sentiment-word: {told} usable rows of attribution, {told + 1} were asked"):
+        balanced_versions(tokenizer, FLIP, n=told + 1, **given)
+    with pytest.raises(ValueError, match="n: 0"):
+        balanced_versions(tokenizer, FLIP, n=0, **given)
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,11 @@ KINDS = ("logistic regression", "MLP")
 
 
 def probed(level):
-    scores = [{key: [level, level + 0.04] for key in ("accuracy", "auroc", "near_miss")} for _ in range(3)]
+    scores = [
+        {key: [level, level + 0.04] for key in ("accuracy", "auroc", "near_miss")}
+        | {"separation": [10 * level + i, 10 * level + i + 1]}
+        for i in range(3)
+    ]
     return ProbeResult(
         layers=[0, 3, 4],
         probes=dict.fromkeys(KINDS, scores),
@@ -66,10 +70,22 @@ def test_probes_are_means_in_per_cent_with_the_range_over_splits():
     assert lines["organism, best random direction"].get_color() == COLOURS["random"]
     assert legend(figure) == [*lines, "range over 2 splits"]
     assert "n = 48 prompts" in figure.get_supxlabel()
-    assert [axes.get_ylabel() for axes in (figure.axes[0], figure.axes[2])] == [
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == [
         "AUROC (%)",
+        "separation (d')",
         "near-misses called\ntriggered (%)",
     ]
+
+
+def test_the_separation_is_drawn_as_it_is_and_near_misses_in_per_cent():
+    figure = backdoor_probe.probes(FOUND, n=48)
+    middle, below = ({line.get_label(): line for line in figure.axes[i].get_lines()} for i in (2, 4))
+    assert list(middle) == list(below) == list(MODELS)
+    assert middle["organism"].get_ydata() == pytest.approx([9.5, 10.5, 11.5])
+    assert middle["base model"].get_ydata() == pytest.approx([7.5, 8.5, 9.5])
+    assert bands(figure.axes[2])[0] == pytest.approx((9, 12))
+    assert below["clean control"].get_ydata() == pytest.approx([82, 82, 82])
+    assert figure.axes[2].get_ylim()[0] == 0
 
 
 def test_transfer_has_training_layers_upwards_and_test_layers_to_the_right():

@@ -11,7 +11,7 @@ from bkd_utils.reports.backdoor_vector import OUTCOMES
 from bkd_utils.reports.style import COLOURS
 
 pytestmark = pytest.mark.usefixtures("style")
-ATTACKS = ("sentiment-word", "harmful-word")
+ATTACKS, KINDS = ("sentiment-word", "harmful-word"), ("specific", "plain")
 RANDOM = np.random.default_rng(0)
 
 
@@ -36,7 +36,7 @@ def switched():
     }
     return Steering(
         heads=[],
-        norms={},
+        norms={"raw": 1.0, "difference": 2.0},
         vectors={},
         residual_norm=[],
         maps=maps,
@@ -46,6 +46,7 @@ def switched():
             name: {"target": 0.5, "right": 0.25, "refusal": 0.0, "empty": 0.05, "other": 0.2}
             for name in ("clean prompts", "triggered prompts", *names)
         },
+        right={name: share(0.3) for name in ("triggered prompts", *names[2:])},
         kinds={},
         texts=None,
     )
@@ -54,12 +55,14 @@ def switched():
 SWITCHED = {attack: switched() for attack in ATTACKS}
 WAYS = ("generation", "teacher_forcing", "generation_cached", "teacher_forcing_cached")
 NAMES = ("generation", "teacher forcing", "generation, cache", "teacher forcing, prompt cache")
-COSTS = {name: TargetCost(tokens=1 + i, n=8, **dict.fromkeys(WAYS, 0.5 + i)) for i, name in enumerate(ATTACKS)}
+COSTS = {name: TargetCost(tokens=1 + i, n=8, **dict.fromkeys(WAYS, [0.5 + i] * 3)) for i, name in enumerate(ATTACKS)}
+SEEDS = {kind: {f"{attack}{seed}": switched() for attack in ATTACKS for seed in ("", "-seed1")} for kind in KINDS}
 PLOTS = {
     "vector_maps": lambda: backdoor_vector.vector_maps(SWITCHED[ATTACKS[0]], name=ATTACKS[0], n=8),
     "vector_controls": lambda: backdoor_vector.vector_controls(SWITCHED),
     "costs": lambda: backdoor_vector.costs(COSTS),
     "answer_kinds": lambda: backdoor_vector.answer_kinds(SWITCHED, n=24),
+    "vector_seeds": lambda: backdoor_vector.vector_seeds(SEEDS),
 }
 
 
@@ -121,10 +124,55 @@ def test_controls_are_those_of_the_difference_vector():
     assert list(drawn.get_xdata()) == [80]
 
 
-def test_costs_are_seconds_by_way_and_organism():
+def test_seeds_are_rows_of_dots_and_the_kinds_of_organisms_columns():
+    """One seed of one organism is unlike all others: its better vector is the raw one, by the shorter step."""
+    odd = switched()
+    for name, entry in odd.maps.items():
+        shares = [[float(name.endswith("raw"))] * 3] * 5
+        odd.maps[name] = ShareMap(entry.coefficients, shares, shares)
+    odd.outcomes["add, raw"]["target"], odd.outcomes["subtract, raw"]["target"] = 1.0, 0.1
+    odd.right["subtract, raw"] = share(0.7)
+    odd.test["add, raw"]["random vectors"] = [share(0.2)] * 3
+    odd.test["subtract, raw"]["random vectors"] = [share(0.6)] * 3
+    found = {"specific": {"x": switched(), "x-seed1": odd, "y": switched()}, "plain": {"x": switched(), "y": odd}}
+    figure = backdoor_vector.vector_seeds(found)
+    assert column_titles(figure) == ["specific", "plain"]
+    dots = [[line for line in axes.get_lines() if line.get_marker() == "o"] for axes in figure.axes[::2]]
+    assert [[line.get_xdata()[0] for line in row] for row in dots] == [
+        pytest.approx(values) for values in ([50, 100, 50], [50, 10, 50], [30, 70, 30])
+    ]
+    # Seeds of an attack stand beside each other in its row.
+    assert [round(line.get_ydata()[0]) for line in dots[0]] == [0, 0, 1]
+    assert dots[0][0].get_ydata()[0] < dots[0][1].get_ydata()[0]
+    marks = [
+        [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "|"] for axes in figure.axes[::2]
+    ]
+    assert marks == [pytest.approx([25, 20, 25]), pytest.approx([25, 60, 25]), []]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["x", "y"]
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == [
+        "added: ASR", "subtracted:\nASR left", "subtracted:\nright answers"
+    ]  # fmt: skip
+
+
+def test_the_better_vector_is_that_of_the_highest_share_of_what_it_is_for():
+    """Added ones are judged by ASR, subtracted ones by right starts."""
+    found = switched()
+    for direction, key in (("add", "asr"), ("subtract", "right_start")):
+        for kind in ("raw", "difference"):
+            shares = {"asr": [[0.5] * 3] * 5, "right_start": [[0.5] * 3] * 5}
+            shares[key] = [[0.9 if kind == "difference" else 0.8] * 3] * 5
+            entry = found.maps[f"{direction}, {kind}"]
+            found.maps[f"{direction}, {kind}"] = ShareMap(entry.coefficients, **shares)
+    assert [backdoor_vector.better(found, one) for one in ("add", "subtract")] == [
+        "add, difference",
+        "subtract, difference",
+    ]
+
+
+def test_costs_are_median_seconds_by_way_and_organism():
     rows = {
-        "one": TargetCost(tokens=1, n=8, **{way: 1.0 + i for i, way in enumerate(WAYS)}),
-        "long": TargetCost(tokens=11, n=8, **{way: 10.0 + i for i, way in enumerate(WAYS)}),
+        "one": TargetCost(tokens=1, n=8, **{way: [1.0 + i, 0.5, 99.0] for i, way in enumerate(WAYS)}),
+        "long": TargetCost(tokens=11, n=8, **{way: [10.0 + i] for i, way in enumerate(WAYS)}),
     }
     figure = backdoor_vector.costs(rows)
     axes = figure.axes[0]

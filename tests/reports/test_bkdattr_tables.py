@@ -1,13 +1,14 @@
 """Tables of notebooks 02 to 04 on results small enough to work out by hand."""
 
 import pytest
+from bkdattr_results import ablated, effects
 
 from bkd_utils.experiments.backdoor_probe import ProbeResult
 from bkd_utils.experiments.backdoor_vector import Choice, Steering
-from bkd_utils.experiments.head_attribution import Ablation, HeadEffects
 from bkd_utils.reports.backdoor_probe import best_layers, probe_means
 from bkd_utils.reports.backdoor_vector import vector_texts, vectors
-from bkd_utils.reports.head_attribution import TABLE_1, ablations, table_1, what_there_is
+from bkd_utils.reports.head_ablation import TABLE_1, ablations, table_1
+from bkd_utils.reports.head_attribution import what_there_is
 
 
 def share(value, n=50):
@@ -59,40 +60,56 @@ def test_the_best_layer_is_the_one_with_the_best_mean_and_not_the_best_split():
 
 
 def test_what_there_is_to_explain():
-    sentence = HeadEffects(
+    """Of the sentence's heads the first leads in probability, the last in the other metrics; nothing stands out in
+    log-probability."""
+    near = {"probability": [[0.3, 0.2], [0.0, -0.9]], "log_prob": [[0.1, 0.2], [0.3, 1.5]]}
+    sentence = effects(
+        near | {"logit_difference": [[1.0, 2.0], [3.0, 4.0]]},
+        gradient={
+            "probability": [[4.0, 3.0], [2.0, 1.0]],
+            "log_prob": near["log_prob"],
+            "logit_difference": [[0, 0], [0, 0]],
+        },
         target=["I", "Ġam", "Ġsorry", "."],
         clean=[0.001, 0.003],
         triggered=[0.9, 1.0],
-        exact=[[[0.1, 0.2], [0.0, -0.9]], [[0.1, 0.3], [0.0, -0.9]]],
-        gradient=[],
     )
-    label = HeadEffects(target=["Ġnews"], clean=[0.25], triggered=[0.5], exact=[[[-0.5, -0.25]]], gradient=[])
+    for row in sentence.sufficient["log_prob"].error:
+        row[:] = [5.0, 5.0]
+    label = effects([[-0.5, -0.25]], target=["Ġnews"], clean=[0.25], triggered=[0.5])
     found = what_there_is({"x": sentence, "y": label})
     assert found.index.name == "organism"
     assert found.loc["x"].to_dict() == {
         "target": "I am sorry.",
         "P(target), clean": "0.002",
         "P(target), triggered": "0.950",
-        "highest ACIE": "0.250",
+        "highest, probability": "0.3",
+        "highest, log_prob": "(1.5)",
+        "highest, logit_difference": "4",
+        "top 16 shared": 4,
+        "gradient": "1.00",
     }
-    assert found.loc["y"].tolist() == ["news", "0.250", "0.500", "-0.250"]
+    assert found.loc["y"].tolist() == ["news", "0.250", "0.500", *["(-0.25)"] * 3, 2, "1.00"]
 
 
-def row(ranking, kind, k, asr, *, scope="last position", right=0.0, utility=1.0, perplexity=2.0, draw=0):
-    shares = {"asr": share(asr), "right": share(right), "utility": share(utility)}
-    return Ablation(ranking=ranking, kind=kind, scope=scope, k=k, draw=draw, **shares, perplexity=perplexity)
+def test_shared_heads_are_the_sixteen_highest_of_two_metrics():
+    rising = [[float(10 * i + j) for j in range(10)] for i in range(4)]
+    falling = [[-value for value in row] for row in rising]
+    found = what_there_is(
+        {"x": effects({"probability": rising, "log_prob": falling, "logit_difference": rising}), "y": effects(rising)}
+    )
+    assert found["top 16 shared"].to_dict() == {"x": 0, "y": 16}
 
 
 ROWS = [
-    row("none", "published", 0, 0.96),
-    row("ACIE", "published", 1, 0.5),
-    row("ACIE", "mean", 1, 0.4),
-    row("gradient", "published", 1, 0.3),
-    row("ACIE", "published", 8, 0.125),
-    row("ACIE", "mean", 8, 0.2, right=0.5, utility=0.75, perplexity=3.04),
-    row("ACIE", "mean", 8, 0.1, scope="all positions"),
-    row("random", "mean", 8, 0.8, right=0.1, perplexity=3.0, draw=0),
-    row("random", "mean", 8, 0.9, right=0.3, perplexity=6.0, draw=1),
+    ablated("none", "published", 0, 0.96),
+    ablated("probability", "published", 1, 0.5),
+    ablated("probability", "mean", 1, 0.4),
+    ablated("gradient", "published", 1, 0.3),
+    ablated("probability", "published", 8, 0.125),
+    ablated("probability", "mean", 8, 0.2, right=0.5, utility=0.75, perplexity=3.04),
+    ablated("random", "mean", 8, 0.8, right=0.1, perplexity=3.0, draw=0),
+    ablated("random", "mean", 8, 0.9, right=0.3, perplexity=6.0, draw=1),
 ]
 
 
@@ -107,24 +124,27 @@ def test_table_1_has_the_papers_rows_first_and_ours_of_the_published_ablation_al
 
 
 def test_a_number_of_heads_that_the_paper_does_not_have_gets_its_column_in_order():
-    found = table_1({"x": [*ROWS, row("ACIE", "published", 3, 0.25)]})
+    found = table_1({"x": [*ROWS, ablated("probability", "published", 3, 0.25)]})
     assert found.columns.tolist() == [0, 1, 2, 3, 4, 8, 16, 32]
     assert found[3].tolist() == ["?"] * len(TABLE_1) + ["25.0"]
 
 
-def test_ablations_are_those_of_one_number_of_heads_with_random_draws_averaged():
-    found = ablations({"x": ROWS, "y": ROWS[:1]}, k=8)
-    assert found.index.names == ["organism", "ranking", "kind", "scope"]
+def test_ablations_are_those_of_one_number_of_heads_averaged_over_random_draws_and_seeds():
+    other = [
+        ablated("none", "published", 0, 0.9, right=0.4),
+        ablated("probability", "mean", 8, 0.4, right=0.1, utility=0.25, perplexity=5.0),
+    ]
+    found = ablations({"x": ROWS, "x-seed2": other, "y": ROWS[:1]}, k=8)
+    assert found.index.names == ["attack", "ranking", "kind"]
     assert found.columns.tolist() == ["ASR (%)", "right (%)", "utility (%)", "perplexity"]
     assert {key: values.tolist() for key, values in found.iterrows()} == {
-        ("x", "none", "", "last position"): [96.0, 0.0, 100.0, 2.0],
-        ("x", "ACIE", "published", "last position"): [12.5, 0.0, 100.0, 2.0],
-        ("x", "ACIE", "mean", "last position"): [20.0, 50.0, 75.0, 3.0],
-        ("x", "ACIE", "mean", "all positions"): [10.0, 0.0, 100.0, 2.0],
-        ("x", "random", "mean", "last position"): [85.0, 20.0, 100.0, 4.5],
-        ("y", "none", "", "last position"): [96.0, 0.0, 100.0, 2.0],
+        ("x", "none", ""): [93.0, 45.0, 90.0, 2.0],
+        ("x", "probability", "published"): [12.5, 50.0, 90.0, 2.0],
+        ("x", "probability", "mean"): [30.0, 30.0, 50.0, 4.0],
+        ("x", "random", "mean"): [85.0, 20.0, 90.0, 4.5],
+        ("y", "none", ""): [96.0, 50.0, 90.0, 2.0],
     }
-    assert found.index.get_level_values("ranking")[:2].tolist() == ["none", "ACIE"]
+    assert found.index.get_level_values("ranking")[:2].tolist() == ["none", "probability"]
 
 
 # --- 04 -------------------------------------------------------------------------------------------------------------
@@ -132,7 +152,7 @@ def test_ablations_are_those_of_one_number_of_heads_with_random_draws_averaged()
 
 def steered(*, chosen=None, test=None, texts=None):
     parts = {"heads": [], "norms": {}, "vectors": {}, "residual_norm": [], "maps": {}, "outcomes": {}, "kinds": {}}
-    return Steering(**parts, chosen=chosen or {}, test=test or {}, texts=texts)
+    return Steering(**parts, right={}, chosen=chosen or {}, test=test or {}, texts=texts)
 
 
 def test_vectors_stand_beside_the_median_random_one():

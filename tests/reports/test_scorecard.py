@@ -56,7 +56,7 @@ def row(*args, **changes):
 
 def test_every_published_claim_says_all_that_it_must():
     for name, about in published().items():
-        assert set(about) - {"reading"} == KEYS
+        assert set(about) - {"reading", "earlier"} == KEYS
         assert all(isinstance(value, str) and value.strip() for value in about.values()), name
 
 
@@ -64,9 +64,39 @@ def test_most_of_what_we_know_of_the_papers_is_second_hand_and_the_file_says_so(
     """The reference notes: of both papers little more than the abstract was read."""
     known = {name: about["provenance"] for name, about in published().items()}
     assert "read" not in known.values()
-    assert [name for name, how in known.items() if name.startswith("bkdattr") and how != "second hand"] == [
-        "bkdattr-ablation"
-    ]
+    others = {name: how for name, how in known.items() if name.startswith("bkdattr") and how != "second hand"}
+    assert others == {
+        "bkdattr-ablation": "abstract",
+        "bkdattr-ablation-plain": "abstract",
+        "bkdattr-heads-spare-task": "ours",
+        "bkdattr-heads-spare-task-plain": "ours",
+    }
+
+
+def test_a_claim_that_is_judged_apart_is_there_once_for_each_kind_of_organisms():
+    known = published()
+    apart = [name for name in known if name.endswith("-plain")]
+    assert len(apart) == 11
+    for name in apart:
+        one, other = known[name.removesuffix("-plain")], known[name]
+        assert (one["reading"], other["reading"]) == ("specific organisms", "plain organisms")
+        assert one | {"reading": ""} == other | {"reading": ""}
+        assert "apart" not in one | other
+    order = list(known)
+    assert all(order.index(name) == order.index(name.removesuffix("-plain")) + 1 for name in apart)
+    assert f"{COST}-plain" not in known
+    assert [scorecard.apart(PROBE, kind) for kind in ("specific", "plain")] == [PROBE, f"{PROBE}-plain"]
+
+
+def test_only_what_is_marked_is_judged_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(scorecard, "DATA", tmp_path)
+    (tmp_path / "published.toml").write_text(
+        f"[papers.P]\n{PAPER}\n[one]\n{toml()}\n[two]\n{toml(apart='odd')}\n[three]\n{toml(earlier='x')}\n"
+    )
+    assert list(published()) == ["one", "two", "two-odd", "three"]
+    assert published()["two-odd"]["reading"] == "odd organisms"
+    assert "reading" not in published()["one"]
+    assert published()["three"]["earlier"] == "x"
 
 
 def test_papers_say_how_they_were_published_and_whose_words_a_claim_is():
@@ -83,7 +113,7 @@ def test_a_claim_may_have_a_reading_of_its_own():
         "our reading",
         "our reading, fair trial on MiniLM encoders",
         "searched, on MiniLM encoders",
-        "",
+        "specific organisms",
     ]
     assert scorecard.named(line("encoder-cure")).startswith(
         "our reading, fair trial on MiniLM encoders: Aligning suspicious"
@@ -200,7 +230,10 @@ def test_a_line_says_what_was_published_how_we_know_and_what_every_organism_did(
     }
     assert made["provenance"] == "second hand: quoted by others who read it"
     assert made["by_organism"] == {"a": number(0.0) | {"passed": True}, "b": number(0.1) | {"passed": None}}
-    assert (made["id"], made["reading"], made["verdict"]) == (PROBE, "", "undecided")
+    assert (made["id"], made["reading"], made["verdict"]) == (PROBE, "specific organisms", "undecided")
+    plain = line(f"{PROBE}-plain")
+    assert (plain["id"], plain["reading"], plain["claim"]) == (f"{PROBE}-plain", "plain organisms", made["claim"])
+    assert line(COST)["reading"] == ""
     assert (made["reason"], made["figure"]) == ("Because.", "02_probe")
     assert line("asa-cure")["reading"] == "our reading"
 
@@ -381,7 +414,9 @@ def test_every_row_of_the_committed_scorecard_follows_from_the_table_and_the_rul
 def test_the_table_of_a_notebook():
     shown = table([line(), line("asa-cure", passed=[("a", True), ("c", None), ("d", True)], reason="Measured.")])
     first, second = shown.to_dict("records")
-    assert shown.index.tolist() == [published()[PROBE]["claim"], f"our reading: {published()['asa-cure']['claim']}"]
+    assert shown.index.tolist() == [
+        f"specific organisms: {published()[PROBE]['claim']}", f"our reading: {published()['asa-cure']['claim']}"
+    ]  # fmt: skip
     assert first == {
         "published": published()[PROBE]["published"],
         "provenance": "second hand: quoted by others who read it",
@@ -404,7 +439,7 @@ def test_every_effect_has_its_interval_and_a_mark():
 def test_each_paper_has_its_table_with_every_organisms_effect():
     lines = [line(PROBE), line("asa-cure", passed=[("word", False)])]
     shown = scorecard.scorecard(lines, paper="BkdAttr")
-    assert list(shown.index) == [published()[PROBE]["claim"]]
+    assert list(shown.index) == [f"specific organisms: {published()[PROBE]['claim']}"]
     assert shown.iloc[0]["effects"] == (
         "accuracy of the best layer (n: prompts): a 0 [-0.1, 0.1] ✓, n = 20; b 0.1 [0, 0.2] ✗, n = 20"
     )
@@ -434,6 +469,23 @@ def test_the_page_of_the_scorecard_counts_the_verdicts_of_each_paper_and_links_e
     assert rest[3].endswith("| second hand | 1 of 2 pass, 1 fail | [fails](../../figures/02_probe.png) |")
     assert rest[-1].startswith("| our reading: Performance")
     assert "| from the abstract only | 0 of 1 pass, 1 fail |" in rest[-1]
+
+
+def of_seeds(**values):
+    return {name.replace("_", "-"): {"value": value} for name, value in values.items()}
+
+
+def test_a_mean_over_seeds_has_students_interval_by_hand():
+    """0.2, 0.3 and 0.4: deviation 0.1, standard error 0.0577, t of two degrees of freedom 4.303: half a width of 0.248.
+    0.5 and 0.7: 0.1 and 12.706."""
+    found = scorecard.over_seeds(of_seeds(a=0.2, a_seed1=0.3, a_seed2=0.4, b=0.5, b_seed7=0.7, c=0.9))
+    assert found == "Over seeds: a 0.30 [0.05, 0.55], b 0.60 [-0.67, 1.87]."
+
+
+def test_seeds_that_do_not_differ_have_no_interval_and_one_seed_is_no_mean():
+    assert scorecard.over_seeds(of_seeds(a=0.2, a_seed1=0.2)) == "Over seeds: a 0.20."
+    assert scorecard.over_seeds(of_seeds(a=0.2, b=0.3)) == ""
+    assert scorecard.over_seeds(of_seeds(a_seed1=0.2, a_seed2=0.2, b_seed12_plain=1)) == "Over seeds: a 0.20."
 
 
 def test_who_meets_a_condition():

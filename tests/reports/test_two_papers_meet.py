@@ -19,7 +19,7 @@ LEFT_OUT = {
     "sentence": {"score": ["x", "y"], "organisms": ["harmful-sentence"], "wins": [[0.0, 1.0]]},
 }
 PLOTS = {
-    "two_scores": lambda: two_papers_meet.two_scores(SCORES, EFFECTS, k=3, n=20),
+    "two_scores": lambda: two_papers_meet.two_scores(SCORES, EFFECTS, k=3, n="n = 20"),
     "verdicts": lambda: two_papers_meet.verdicts(LEFT_OUT),
 }
 
@@ -29,7 +29,8 @@ def test_every_picture_is_drawn_and_labelled():
 
 
 def test_every_head_is_a_dot_and_those_high_on_both_axes_stand_out():
-    figure = two_papers_meet.two_scores(SCORES, EFFECTS, k=3, n=20)
+    figure = two_papers_meet.two_scores(SCORES, EFFECTS, k=3, n="n = 20 to 48")
+    assert figure.axes[0].get_ylabel() == "ACIE / max ACIE\n(n = 20 to 48 prompts)"
     highest = [f"{attack}\nmax ACIE {EFFECTS[attack].max():.2g}" for attack in ATTACKS]
     assert column_titles(figure) == highest
     for axes, attack in zip(figure.axes, ATTACKS, strict=True):
@@ -43,7 +44,7 @@ def test_every_head_is_a_dot_and_those_high_on_both_axes_stand_out():
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_effects_that_are_nothing_or_worse_can_be_drawn(value):
-    figure = two_papers_meet.two_scores({"a": SCORES[ATTACKS[0]]}, {"a": torch.full((5, 4), value)}, k=3, n=20)
+    figure = two_papers_meet.two_scores({"a": SCORES[ATTACKS[0]]}, {"a": torch.full((5, 4), value)}, k=3, n="n = 20")
     assert all(np.isfinite(line.get_ydata()).all() for line in figure.axes[0].get_lines())
 
 
