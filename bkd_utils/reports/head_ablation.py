@@ -140,12 +140,13 @@ def head_claims(
     rose = f"Largest rise between neighbouring counts: {span(rises)}.{told}"
     ahead = f"Strongest attention layer less strongest MLP, without the last tenth of the layers: {span(margin)} nats."
     without = f"They take {span(gone)} off the ASR. Utility falls by at most 10 points: {who(kept)}."
+    curve = apart("03_ablation", kind).replace("-", "_")  # a figure for each kind
     claims = {
         "sparse-heads": (sparse, carried, "03_head_maps", shares),
-        "ablation": (drop, met, "03_ablation", taken),
-        "ablation-monotone": (rises, level, "03_ablation", rose),
+        "ablation": (drop, met, curve, taken),
+        "ablation-monotone": (rises, level, curve, rose),
         "heads-not-mlps": (margin, judged(margin, at_least, 0), "03_components", ahead),
-        "heads-spare-task": (gone, spared, "03_ablation", without),
+        "heads-spare-task": (gone, spared, curve, without),
     }
     return [
         entry(apart(f"bkdattr-{name}", kind), numbers, passed, figure, f"{reason} {over_seeds(numbers)}".strip())
