@@ -93,7 +93,7 @@ def probe_scores(
         scores = probe.predict_proba(held)[:, 1] if kind == "MLP" else probe.decision_function(held)
         found["auroc"].append(float(roc_auc_score(truth, scores)))
         apart, spread = (np.array([f(scores[truth == label]) for label in (0, 1)]) for f in (np.mean, np.var))
-        found["separation"].append(float((apart[1] - apart[0]) / np.sqrt(spread.mean())))
+        found["separation"].append(float((apart[1] - apart[0]) / np.sqrt(max(spread.mean(), 1e-12))))
         for name, rows in (others or {}).items():
             found[name].append(float(probe.predict(rows[test]).mean()))
     return found

@@ -16,6 +16,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from bkd_utils.models.activations import token_log_prob
+from bkd_utils.models.context import check_fits
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import anatomy
 from bkd_utils.models.tokens import Ids, common_start, padded_inputs
@@ -30,8 +31,9 @@ def token_groups(clean: Ids, triggered: Ids) -> list[dict[str, list[int]]]:
     """The places of each group of `GROUPS` in each triggered prompt; row i of both lists is made of the same text.
 
     `trigger`: the tokens that the clean prompt does not have at this place; `template`: those behind the text, which
-    all clean prompts end in, but the last; `last`: the last prompt token; `text`: the others. Raises ValueError for
-    a triggered prompt without a token of its own.
+    all clean prompts end in, but the last; `last`: the last prompt token; `text`: the others, but for as many tokens
+    as all clean prompts begin with. A trigger in front of these moves the question into `text`, too. Raises ValueError
+    for a triggered prompt without a token of its own.
     """
     start = len(_shared(clean))
     end = len(_shared([prompt[::-1] for prompt in clean]))
@@ -100,6 +102,7 @@ def without_route(
         raise ValueError(f"unknown group {', '.join(sorted(unknown))}; known: {', '.join(GROUPS)}")
     if len(groups) != len(prompts) or not target:
         raise ValueError(f"{len(prompts)} prompts need as many groups and a target, got {len(groups)}")
+    check_fits(model, max(map(len, prompts)) + len(target), window=True)  # a mask of our own has no sliding window
     hits, logs = [], []
     for first in range(0, len(prompts), batch_size):
         some = [[*prompt, *target[:-1]] for prompt in prompts[first : first + batch_size]]

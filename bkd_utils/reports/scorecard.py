@@ -5,7 +5,7 @@ whole interval lies on the wrong side, and is undecided if the interval contains
 holds if all organisms pass, fails if at least one fails, and is otherwise undecided.
 
 The papers state their claims without exception, so that one organism that fails refutes a claim as it is stated. The
-price is that a claim which is true for each of four organisms is called failed by chance in up to one case of ten (four
+price is that a claim which is true for each of ten organisms is called failed by chance in up to two cases of ten (ten
 intervals, each beyond the bar on one side with a chance of 2.5 %).
 """
 

@@ -7,10 +7,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bkd_utils.reports.scorecard import PROVENANCE, count, named, published
+from bkd_utils.reports.scorecard import PROVENANCE, SEED, count, named, published
 from bkd_utils.reports.style import COLOURS, WIDTH, sizes
 
-MARK = {"ls": "", "ms": 6, "mec": "black", "mfc": "black", "mew": 0.9}
+MARK = {"ls": "", "ms": 3.8, "mec": "black", "mfc": "black", "mew": 0.9}
 # Marks that can be told apart without colour, which means models in the other notebooks.
 OUTCOMES = {
     True: (MARK | {"marker": "o"}, "passes the criterion"),
@@ -22,9 +22,10 @@ LETTERS = {"read": "P", "second hand": "S", "abstract": "A", "ours": "O"}
 
 
 def scorecard(lines: Sequence[Mapping]) -> Figure:
-    """One row per claim with how we know of it and its verdict, one column per organism or family of triggers."""
-    # Organisms that most claims were tested on come first.
-    tested = [name for line in lines for name in line["by_organism"]]
+    """One row per claim with how we know of it and its verdict, one column per attack or family of triggers, a mark for
+    each seed."""
+    # Attacks that most claims were tested on come first.
+    tested = [SEED.sub("", name) for line in lines for name in line["by_organism"]]
     columns = sorted(dict.fromkeys(tested), key=lambda name: -tested.count(name))
     # Row of every claim and of every paper's name, which stands above its claims.
     places, headings = [], {}
@@ -40,7 +41,10 @@ def scorecard(lines: Sequence[Mapping]) -> Figure:
         axes.axhline(y, color=COLOURS["pale"], lw=0.5, zorder=0)
         axes.text(-1, y, letter_of[line["provenance"]], ha="center", va="center", fontsize="small")
         for name, one in line["by_organism"].items():
-            axes.plot(columns.index(name), y, **OUTCOMES[one["passed"]][0])
+            attack = SEED.sub("", name)
+            seeds = [other for other in line["by_organism"] if SEED.sub("", other) == attack]
+            x = columns.index(attack) + 0.33 * (seeds.index(name) - (len(seeds) - 1) / 2)
+            axes.plot(x, y, **OUTCOMES[one["passed"]][0])
         text = f"{line['verdict']}: {count(line)}\n{sizes(line['by_organism'].values())} {units[line['id']]}"
         axes.annotate(text, (1, y), xycoords=("axes fraction", "data"), annotation_clip=False, **beside)
     names = [fill(named(line), 58) for line in lines]
@@ -53,7 +57,7 @@ def scorecard(lines: Sequence[Mapping]) -> Figure:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set(ylim=(rows, -0.4), xlim=(-1.5, len(columns) - 0.5))
-    axes.set_xlabel("organism, or family of triggers; empty: not tested", fontsize="small")
+    axes.set_xlabel("attack, a mark for each seed, or family of triggers; empty: not tested", fontsize="small")
     axes.grid(False)
     axes.spines[:].set_visible(False)
     entries, used = list(OUTCOMES.values()), {line["provenance"] for line in lines}
