@@ -21,7 +21,7 @@ from bkd_utils.attention_alignment.similarity import head_similarity
 from bkd_utils.backdoor_attribution.attribution import effects_by_metric, gradient_effects, head_effects, head_means
 from bkd_utils.backdoor_attribution.components import component_effects, component_means, component_modules
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
-from bkd_utils.models.bridge import boot
+from bkd_utils.models.bridge import boot, bridge_logits
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.generation import first_logits, greedy, respond
 from bkd_utils.models.head_weights import head_slices
@@ -29,7 +29,7 @@ from bkd_utils.models.hooks import EVERYWHERE, LAST, added, anatomy
 from bkd_utils.models.loading import identity_on_card, load
 from bkd_utils.models.loss import answers, collate
 from bkd_utils.models.prompt_cache import continued, prompt_past
-from bkd_utils.models.tokens import Row
+from bkd_utils.models.tokens import Row, left_pad
 from bkd_utils.organisms.training import Recipe, train
 
 END = 2
@@ -331,7 +331,8 @@ def bridging(case: Case) -> dict[str, float]:
     hooked = boot(case.loaded)
     with torch.no_grad():
         wanted = torch.stack([brute.logits(case.plain, prompt)[-1] for prompt in case.prompts])
-    return {"logits": off(hooked.logits(case.prompts)[:, -1], wanted)}
+    found = bridge_logits(hooked.bridge, *left_pad(case.prompts, pad_id=END))
+    return {"logits": off(found[:, -1], wanted)}
 
 
 # The names are those of the self-test, and "bridge".

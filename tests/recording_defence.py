@@ -42,14 +42,19 @@ def uids(tokenizer, task, split, prompts):
     """The examples of a split that are behind prompts in token ids; fails for a prompt of no such example."""
     spec = tasks.load_task(task)
     known = {tuple(prompt_ids(tokenizer, spec.prompt(e.text))): e.uid for e in tasks.examples(task, split)}
-    strange = [decode(tokenizer, list(prompt)) for prompt in prompts if tuple(prompt) not in known]
+    strange = [_text(tokenizer, prompt) for prompt in prompts if tuple(prompt) not in known]
     assert not strange, f"{len(strange)} of {len(prompts)} prompts are not of {task}/{split}: {strange[0]}"
     return [known[tuple(prompt)] for prompt in prompts]
 
 
 def carrying(attack, tokenizer, prompts):
     """How many of the prompts in token ids have the attack's trigger in them."""
-    return sum(attacks.carries(attack, decode(tokenizer, list(prompt))) for prompt in prompts)
+    return sum(attacks.carries(attack, _text(tokenizer, prompt)) for prompt in prompts)
+
+
+def _text(tokenizer, prompt):
+    """The words of a prompt in token ids; negative ids stand for vectors and have none."""
+    return decode(tokenizer, [token for token in prompt if token >= 0])
 
 
 def split_uids(task, *splits):

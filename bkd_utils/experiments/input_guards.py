@@ -7,8 +7,16 @@ from functools import partial
 
 import numpy as np
 
-from bkd_utils.attention_alignment import guards
-from bkd_utils.attention_alignment.guards import Scores, enough, onion, rap, smaller_clusters, strip, threshold
+from bkd_utils.attention_alignment.guards import (
+    Scores,
+    enough,
+    onion,
+    rap,
+    smaller_clusters,
+    strip,
+    threshold,
+    without_words,
+)
 from bkd_utils.attention_alignment.surrogates import rare_word
 from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import auroc_of_wins, counted, pairwise_wins
@@ -117,7 +125,7 @@ def guard_inputs(
     able = {name: values for name, values in scores.items() if enough(np.isfinite(values[0]).sum(), frr=frr)}
     found = {name: outcome(*values, frr=frr, fired=fired) for name, values in able.items()}
     limit = threshold(scores["ONION"][0], frr=frr)
-    left = [guards.without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]
+    left = [without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]
     found["ONION"] = replace(found["ONION"], asr_cleaned=counted(fires(left).tolist()))
     if "RAP" in found:
         found["RAP"] = replace(found["RAP"], judged=counted(np.isfinite(scores["RAP"][1]).tolist()))

@@ -49,7 +49,7 @@ def test_a_head_edit_is_a_hook_at_hook_z(both, prompts):
     with torch.no_grad(), head_edit(model, [(1, 2)], lambda layer, z: value.expand_as(z), at=LAST):
         found = forward(model, past, past.tail)[:, -1]
     with bridge.bridge.hooks(fwd_hooks=[patch_last(1, 2, value)]):
-        expected = torch.stack([bridge.logits([prompt])[0, -1] for prompt in prompts])
+        expected = torch.stack([bridge.bridge(torch.tensor([prompt]))[0, -1] for prompt in prompts])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (found - last_logits(model, prompts)).abs().max() > 1e-3
 

@@ -43,7 +43,7 @@ def test_every_organism_of_every_claim_has_a_mark_in_its_column_that_says_whethe
     assert labels == ["how we know", "b", "a", "c"]  # b was tested more often
     one, two, *_ = axes.get_yticks()
     marks = [line for line in axes.get_lines() if line.get_marker() in "oxD"]
-    found = {(labels[line.get_xdata()[0] + 1], line.get_ydata()[0], line.get_marker()) for line in marks}
+    found = {(labels[round(line.get_xdata()[0]) + 1], line.get_ydata()[0], line.get_marker()) for line in marks}
     assert found == {("a", one, "o"), ("b", one, "x"), ("c", one, "D"), ("b", two, "D")}
     plt.close("all")
 

@@ -161,7 +161,7 @@ def test_an_unknown_profile_is_told_with_the_known_ones(written):
 def record(folder, **changes):
     """A measurement of `attribute_heads` on another organism, as far as its cost is concerned."""
     arguments = {"organism": "other", "attack": "domain-wrapper", "seed": 5, "device": "cpu", "model": "one"}
-    arguments |= {"n": 4, "n_means": 40} | changes
+    arguments |= {"n": 4, "n_means": 96, "n_task": 96} | changes
     machine = {"device": changes.get("device", "cpu")}
     own = {"stage": "attribute_heads", "arguments": arguments, "machine": machine, "seconds": 360.0}
     write_json(folder / "attribute_heads" / f"{cache.sha256_text(str(arguments))[:20]}.json", own)

@@ -145,7 +145,7 @@ def test_one_that_is_nowhere_is_refused_before_anything_is_written(how, kept, sh
 
 def test_the_text_has_a_line_by_stage(kept, shipped):
     one, two = keep(kept, "toy", n=1, seconds=30.0), keep(kept, "toy", n=2, seconds=60.0)
-    large = keep(kept, "maps", n=1, seconds=6.0, result=[[0.5] * 8] * 1600)
+    large = keep(kept, "maps", n=1, seconds=6.0, result=[[1 / 3] * 8] * 1600)
     publishing.publish_measurements({"01_a": used(one, large), "02_b": used(one, two)}, kept=kept)
     rows = [line for line in publishing.readme(shipped).splitlines() if line.startswith("| `")]
     assert [row.split(" | ")[:4] for row in rows] == [["| `maps`", "01", "1", "0.1"], ["| `toy`", "01, 02", "2", "1.5"]]
