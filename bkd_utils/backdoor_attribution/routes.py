@@ -21,7 +21,7 @@ from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import anatomy
 from bkd_utils.models.tokens import Ids, common_start, padded_inputs
 
-# Group of tokens -> what it is. Tokens in front of the first text token, which all prompts share, belong to none.
+# What all clean prompts begin with, the question included, belongs to no group.
 GROUPS = ("trigger", "text", "template", "last")
 # Routes from a group to one behind it.
 ROUTES = (("trigger", "last"), ("trigger", "template"), ("trigger", "text"), ("text", "last"), ("template", "last"))
@@ -31,20 +31,20 @@ def token_groups(clean: Ids, triggered: Ids) -> list[dict[str, list[int]]]:
     """The places of each group of `GROUPS` in each triggered prompt; row i of both lists is made of the same text.
 
     `trigger`: the tokens that the clean prompt does not have at this place; `template`: those behind the text, which
-    all clean prompts end in, but the last; `last`: the last prompt token; `text`: the others, but for as many tokens
-    as all clean prompts begin with. A trigger in front of these moves the question into `text`, too. Raises ValueError
-    for a triggered prompt without a token of its own.
+    all clean prompts end in, but the last; `last`: the last prompt token; `text`: the others, but for those that all
+    clean prompts begin with, wherever the trigger has moved them. Raises ValueError for a triggered prompt without a
+    token of its own.
     """
     start = len(_shared(clean))
     end = len(_shared([prompt[::-1] for prompt in clean]))
     found = []
     for one, other in zip(clean, triggered, strict=True):
         same = SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
-        kept = {block.b + i for block in same for i in range(block.size)}
+        kept = {block.b + i: block.a + i for block in same for i in range(block.size)}  # place -> that in `one`
         behind = len(other) - end
         groups = {
             "trigger": [i for i in range(len(other)) if i not in kept],
-            "text": [i for i in range(start, behind) if i in kept],
+            "text": [i for i in range(behind) if kept.get(i, -1) >= start],
             "template": [i for i in range(behind, len(other) - 1) if i in kept],
             "last": [len(other) - 1],
         }

@@ -236,8 +236,8 @@ def test_the_groups_are_all_tokens_behind_what_every_prompt_begins_with_each_onc
         common = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*shown.clean, strict=False))]
         rest = iter(common)
         assert all(prompt[place] in rest for place in left_out)
-        if name != "domain-wrapper":  # whose trigger stands in front of a part of these
-            assert [prompt[place] for place in left_out] == common
+        missing = len(common) - len(left_out)
+        assert 0 <= missing <= (name == "domain-wrapper")  # a trigger in front may melt with the first of these
         assert groups["last"] == [len(prompt) - 1]
         kept = [prompt[place] for place in range(len(prompt)) if place not in groups["trigger"]]
         assert len(kept) <= len(clean)
