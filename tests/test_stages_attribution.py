@@ -191,7 +191,7 @@ ATTRIBUTE = head_attribution.attribute_heads.__wrapped__
 
 def test_what_is_patched_in_are_means_over_other_prompts_of_every_label(stand, monkeypatch):
     asked = stand.use(monkeypatch, head_attribution)
-    names = ("head_means", "effects_by_metric", "gradient_effects", "target_probability", "openings")
+    names = ("head_means", "effects_by_metric", "gradients_by_metric", "target_probability", "openings")
     means, exact, estimate, probability, said = (watch(monkeypatch, head_attribution, name) for name in names)
     found = ATTRIBUTE("organism", attack=FLIP.name, n=4, n_means=6, n_task=8, **WHERE)
     assert asked == [("tiny", "organism", "cpu")]
@@ -219,15 +219,16 @@ def test_what_is_patched_in_are_means_over_other_prompts_of_every_label(stand, m
     (opening,) = said
     assert opening.prompts == sufficient.prompts
     assert all(call.against == [answer[0] for answer in opening.result] for call in (sufficient, necessary, *estimate))
-    assert [call.metric for call in estimate] == list(METRICS)
+    (slope,) = estimate
+    assert tuple(slope.result) == METRICS
     assert all(call.prompts == sufficient.prompts and call.means is triggered for call in estimate)
     assert [call.prompts for call in probability] == [sufficient.prompts, necessary.prompts]
     # What is kept: losses of the target and of the right answer are positive.
-    for metric, slope in zip(METRICS, estimate, strict=True):
+    for metric in METRICS:
         for kept, values in (
             (found.sufficient, sufficient.result[metric]),
             (found.necessary, -necessary.result[metric]),
-            (found.gradient, slope.result),
+            (found.gradient, slope.result[metric]),
         ):
             assert kept[metric].n == 4
             np.testing.assert_allclose(kept[metric].mean, values.mean(0), rtol=1e-3, atol=1e-9)
@@ -411,8 +412,8 @@ def test_heads_are_taken_out_at_the_last_prompt_token_of_every_side(ablate):
         assert call.clean is spied.made.reference
         # An un-ablated pass of a side's own prompts goes with that side.
         assert call.own is spied.made.sides[name].own
-        owner = next(one for one in spied.head_outputs if one.result is call.own)
-        assert owner.prompts == spied.prompts[name]
+    for side in spied.side:
+        torch.testing.assert_close(side.result.own, head_outputs(side.loaded.model, side.prompts))
 
 
 def test_the_control_answers_the_reference_and_the_organism_itself_the_clean_side(stand, ablate):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from bkd_utils.backdoor_attribution.attribution import head_shape
 from bkd_utils.common.statistics import averaged, counted
 from bkd_utils.common.validation import Count, check, check_shape
-from bkd_utils.models.activations import head_outputs, score_answers
+from bkd_utils.models.activations import score_answers
 from bkd_utils.models.generation import openings
 from bkd_utils.models.hooks import LAST, Head, anatomy, by_layer, head_edit, reading
 from bkd_utils.models.loading import Loaded
@@ -51,10 +51,11 @@ class Bench:
 
 
 def side(loaded: Loaded, prompts: list[list[int]], answers: list[list[int]]) -> Side:
-    past, inputs = prompt_past(loaded.model, prompts), {}
-    with reading(anatomy(loaded.model).layers, inputs):
+    parts, past, inputs, z = anatomy(loaded.model), prompt_past(loaded.model, prompts), {}, {}
+    with reading(parts.layers, inputs), reading(parts.outputs, z):
         score_answers(loaded.model, past, answers)
-    return Side(past, answers, head_outputs(loaded.model, prompts), inputs)
+    own = torch.stack([z[layer][:, LAST.start] for layer in range(len(z))], dim=1)
+    return Side(past, answers, own.unflatten(-1, (parts.n_heads, -1)), inputs)
 
 
 def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, reference: Tensor, seed: int) -> Bench:

@@ -137,14 +137,13 @@ def effects_by_metric(
     bytes_per_row = 4 * (2 * config.vocab_size + 3 * widest + 8 * config.hidden_size)
     size = max(1, int(memory_gib * 2**30 / (n_rows * bytes_per_row)))
     patches = {"heads": (anatomy(model).outputs, means)}
-    return patched_effects(model, patches, prompts, answers, others, what="input", size=size, on_batch=on_batch)[
-        "heads"
-    ]
+    found = patched_effects(model, patches, prompts, answers, others, what="input", size=size, on_batch=on_batch)
+    return found["heads"]
 
 
 def patched_effects(
     model: PreTrainedModel,
-    patches: Mapping[str, tuple[Sequence[torch.nn.Module], Float[Tensor, "layer *patch width"]]],
+    patches: Mapping[str, tuple[Sequence[torch.nn.Module], Float[Tensor, "layer patch width"]]],
     prompts: Sequence[Sequence[int]],
     answers: Int[Tensor, "prompt token"],
     against: Int[Tensor, " prompt"] | None,
@@ -152,8 +151,9 @@ def patched_effects(
     what: str,
     size: int = 16,
     on_batch: Callable[[int], None] | None = None,
-) -> dict[str, dict[str, Float[Tensor, "prompt layer *patch"]]]:
-    """Change of the target's scores by each patch at the last prompt token: heads of a module's input, or its output.
+) -> dict[str, dict[str, Float[Tensor, "prompt layer patch"]]]:
+    """Change of the target's scores by each patch of a module's input or output (`what`) at the last prompt token: a
+    head's part of it, or, of one patch, all.
 
     `patches`: name -> modules, one per layer, and what is put in. Effects are by that name and by metric.
     """
@@ -166,15 +166,14 @@ def patched_effects(
         # All patches of a layer are in one batch, which starts at this layer and shares the prompts' past.
         for layer, stream in inputs.items():
             for name, (modules, means) in patches.items():
-                n_patches = means.shape[1] if what == "input" else 1
+                n_patches = means.shape[1]
                 hidden = stream.repeat_interleave(n_patches, dim=0)
-                change = partial(_patched, means[layer], what, answers.shape[1])
+                change = partial(_patched, means[layer], answers.shape[1])
                 with editing([modules[layer]], change, what=what):
                     patched = _scores(model, past, answers[chosen], other, n_patches, layer=layer, hidden=hidden)
                 for metric, scores in patched.items():
-                    shape = (len(prompts), len(means), n_patches)
-                    found = effects[name].setdefault(metric, torch.empty(shape[: 3 if what == "input" else 2]))
-                    found[chosen, layer] = (scores - clean[metric]).float().cpu().view_as(found[chosen, layer])
+                    found = effects[name].setdefault(metric, torch.empty(len(prompts), *means.shape[:2]))
+                    found[chosen, layer] = (scores - clean[metric]).float().cpu()
         if on_batch:
             on_batch(len(chosen))
     return effects
@@ -200,15 +199,12 @@ def by_row(tensor: Tensor, new: int) -> Float[Tensor, "row new width"]:
     return tensor if tensor.ndim == 3 else tensor.unflatten(0, (-1, new))
 
 
-def _patched(means: Tensor, what: str, new: int, _: int, given: Tensor) -> Tensor:
-    """At the last prompt token, head i modulo their number of an input is replaced in row i, or a whole output."""
+def _patched(means: Float[Tensor, "patch width"], new: int, _: int, given: Tensor) -> Tensor:
+    """At the last prompt token, patch i modulo their number is put in its place in row i."""
     tensor = by_row(given.clone(), new)
-    last = tensor[:, LAST.start]
-    if what == "output":
-        last[:] = means.to(tensor)
-        return tensor.view_as(given)
     row = torch.arange(len(tensor), device=tensor.device)
-    last.unflatten(-1, (len(means), -1))[row, row % len(means)] = means.to(tensor)[row % len(means)]
+    patches = tensor.unflatten(-1, (len(means), -1))[:, LAST.start]
+    patches[row, row % len(means)] = means.to(tensor)[row % len(means)]
     return tensor.view_as(given)
 
 
@@ -232,19 +228,36 @@ def gradient_effects(
     >>> bool((exact - fast).abs().max() < 0.1 * exact.abs().max())
     True
     """
+    return chosen_metric(
+        gradients_by_metric(model, prompts, target=target, means=means, against=against), metric=metric
+    )
+
+
+def gradients_by_metric(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    target: Target,
+    means: HeadMeans,
+    against: Sequence[int] | None = None,
+) -> dict[str, Float[Tensor, "prompt layer head"]]:
+    """`gradient_effects` by each metric, from one pass forward and one back for each."""
     require(model, "attribute")
     answers, others = check_target(model, prompts, target, against)
     check_shape("means", means, **head_shape(model))
-    parts, effects = anatomy(model), torch.empty(len(prompts), *means.shape[:2])
+    parts, effects = anatomy(model), {}
     for chosen in batches(prompts, 16):
         kept: dict[int, Tensor] = {}
         past, other = prompt_past(model, [prompts[i] for i in chosen]), None if others is None else others[chosen]
         with tracing(parts.outputs, kept):
-            total = chosen_metric(_scores(model, past, answers[chosen], other), metric=metric).sum()
-            gradients = torch.autograd.grad(total, [kept[layer] for layer in range(len(kept))])
-        for layer, gradient in enumerate(gradients):
-            z, slope = (t[:, 0].detach().view(len(chosen), parts.n_heads, -1) for t in (kept[layer], gradient))
-            effects[chosen, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
+            scores, outputs = _scores(model, past, answers[chosen], other), list(kept.values())
+            for metric, values in scores.items():
+                found = effects.setdefault(metric, torch.empty(len(prompts), *means.shape[:2]))
+                for layer, gradient in zip(
+                    kept, torch.autograd.grad(values.sum(), outputs, retain_graph=True), strict=True
+                ):
+                    z, slope = (t[:, 0].detach().view(len(chosen), parts.n_heads, -1) for t in (kept[layer], gradient))
+                    found[chosen, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
     return effects
 
 

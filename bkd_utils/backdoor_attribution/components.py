@@ -61,6 +61,6 @@ def component_effects(
     width = model.config.get_text_config().hidden_size
     for name, rows in means.items():
         check_shape(f"means of {name}", rows, layer=len(modules[name]), d_model=width)
-    patches = {name: (modules[name], rows) for name, rows in means.items()}
+    patches = {name: (modules[name], rows[:, None]) for name, rows in means.items()}
     found = patched_effects(model, patches, prompts, answers, others, what="output")
-    return {name: chosen_metric(effects, metric=metric) for name, effects in found.items()}
+    return {name: chosen_metric(effects, metric=metric)[..., 0] for name, effects in found.items()}

@@ -96,9 +96,6 @@ def trigger_routes(loaded: Loaded, attack: Attack, *, n: int = 48, n_windows: in
     rows, todo = [], [(None, range(0)), *((route, window) for route in ROUTES for window in windows)]
     for route, layers in tqdm(todo, desc=f"{loaded.organism}: routes", mininterval=2, leave=False):
         hits, logs = without_route(loaded.model, shown.triggered, **given, route=route, layers=layers)
-        name, left = (
-            " → ".join(route or ("none",)),
-            {"asr": counted(hits.tolist()), "log_prob": averaged(logs.tolist())},
-        )
-        rows.append(Route(name, list(layers), **left))
+        left = {"asr": counted(hits.tolist()), "log_prob": averaged(logs.tolist())}
+        rows.append(Route(" → ".join(route or ("none",)), list(layers), **left))
     return rows

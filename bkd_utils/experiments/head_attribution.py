@@ -14,7 +14,7 @@ from tqdm import tqdm
 from bkd_utils.backdoor_attribution.attribution import (
     METRICS,
     effects_by_metric,
-    gradient_effects,
+    gradients_by_metric,
     head_means,
     ranked_heads,
 )
@@ -95,7 +95,8 @@ def attribute_heads(
 ) -> HeadEffects:
     """CIE of every head on `n` prompts of the attribution split, and on `n_task` clean ones of every label; kept.
 
-    What is patched are means of `n_means` other prompts of every label, with the trigger or without.
+    What is patched are means of `n_means` prompts of every label, with the trigger or without. They are others than the
+    `n`; the `n_task` may be among them.
     """
     taken, model = samples(loaded, attack, n=n, n_means=n_means, seed=seed), loaded.model
     means = {name: head_means(model, getattr(taken.averaged, name)) for name in ("clean", "triggered")}
@@ -107,10 +108,7 @@ def attribute_heads(
         necessary = effects_by_metric(model, taken.scored.triggered, **given, means=means["clean"], on_batch=bar.update)
         prompts, answers = own_answers(loaded, attack, n=n_task, seed=seed)
         task = effects_by_metric(model, prompts, target=answers, means=means["clean"], on_batch=bar.update)
-    gradient = {
-        metric: gradient_effects(model, taken.scored.clean, **given, means=means["triggered"], metric=metric)
-        for metric in METRICS
-    }
+    gradient = gradients_by_metric(model, taken.scored.clean, **given, means=means["triggered"])
     return HeadEffects(
         target=loaded.tokenizer.convert_ids_to_tokens(taken.target),
         clean=target_probability(model, taken.scored.clean, target=taken.target).tolist(),

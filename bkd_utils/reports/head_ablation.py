@@ -21,6 +21,8 @@ RANKINGS = {
     "trigger only": ("needed by the trigger only", {"colour": "neutral"}),
     "random": ("random", {"colour": "random"}),
 }
+# Kind of ablation and field that a row of panels shows.
+SHOWN = (("published", "asr"), ("mean", "asr"), ("mean", "utility"))
 # Published attack success in per cent by number of ablated heads, as far as others quote it.
 TABLE_1 = {
     "fixed output, Llama-2-7B": {0: 100, 1: 100, 2: 100, 4: 100, 8: 99.22, 16: 98.44, 32: 69.53},
@@ -59,10 +61,6 @@ def ablation_curves(found: Curves) -> Figure:
     left = ("ASR (%),\npublished", "ASR (%),\nclean means", "utility (%),\nclean means")
     explain(axes, f"heads ablated ({sizes(drawn)} prompts)", *left, ncols=4, bands=["range over seeds"])
     return figure
-
-
-# Kind of ablation and field that a row of panels shows.
-SHOWN = (("published", "asr"), ("mean", "asr"), ("mean", "utility"))
 
 
 def routes(found: Mapping[str, Mapping[str, Sequence[Route]]]) -> Figure:
