@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bkd_utils import __version__
 from bkd_utils.common.files import ASSETS, CHECKOUT, FIGURES, ROOT, WORK, read_json
 
 GIB = 2**30
@@ -22,6 +21,7 @@ LEAST, ENOUGH = 1, 3  # GiB of disk: to unpack the model at all; for model, data
 SLOW, PATIENCE = 10, 120  # minutes: of a notebook that is called slow; of a whole run that is still recommended
 LARGE = 16  # GiB of a graphics card on which the profile with more prompts is recommended
 FOLDERS = {"results": WORK, "model and data": ASSETS}
+GROUP = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}  # from best to worst
 FIELDS = ("what", "status", "found", "advice")
 Told = tuple[str, str, str]  # status (a key of COLOURS), what was found, one sentence of advice
@@ -60,7 +60,8 @@ def examine() -> Iterator[tuple[str, str, str, str]]:
 
 
 def python() -> Told:
-    found = f"{platform.python_version()}, {platform.system()} {platform.machine()}, bkd_utils {__version__}"
+    own = installed("bkd-utils") or "is not installed"
+    found = f"{platform.python_version()}, {platform.system()} {platform.machine()}, bkd_utils {own}"
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         return "fail", found, "Make an environment with Python 3.11, 3.12 or 3.13."
     if sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ:
@@ -104,7 +105,7 @@ def assets() -> Told:
     state: dict[str, list[str]] = {"damaged": [], "missing": [], "verified": []}
     for name in assets.sources():
         try:
-            assets.verify(name)
+            assets.verify(name, into=ASSETS)
             state["verified"].append(name)
         except assets.AssetError:
             state["damaged" if (ASSETS / name).is_dir() else "missing"].append(name)
@@ -128,9 +129,9 @@ def disk() -> Told:
 def memory() -> Told:
     import psutil
 
-    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():  # that of a container
-        free = min(free, int(most) - int(limit.with_name("memory.current").read_text()))
+    free, limit = psutil.virtual_memory().available, GROUP / "memory.max"
+    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int((GROUP / "memory.current").read_text()))
     hungry = ", ".join(name for name, one in recorded().items() if one["peak_gib"] > free / GIB)
     advice = f"Close other programs: notebooks {hungry} need more." if hungry else ""
     return "warn" if advice else "ok", f"{free / GIB:.1f} GiB available", advice
