@@ -188,5 +188,9 @@ def speed() -> Told:
     card = torch.cuda.mem_get_info()[1] / GIB if torch.cuda.is_available() else 0
     options = " --device cuda" if card else " --profile smoke" if sum(minutes.values()) > PATIENCE else ""
     options = " --profile paper --device cuda" if card >= LARGE else options
-    advice = "Unset OMP_NUM_THREADS, which keeps cores idle, and look again." if idle else f"Run ./run_all.sh{options}."
-    return "warn" if idle or "smoke" in options else "ok", found, advice
+    advice = f"Run ./run_all.sh{options}"
+    if "smoke" in options:
+        advice += ", or look again when no other program is busy"
+    if idle:
+        advice = "Unset OMP_NUM_THREADS, which keeps cores idle, and look again"
+    return "warn" if idle or "smoke" in options else "ok", found, f"{advice}."

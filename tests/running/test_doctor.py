@@ -313,7 +313,7 @@ def test_the_command_that_fits_this_machine(rate, card):
         status, _, commands[factor, gib] = doctor.speed()
         assert status == ("warn" if (factor, gib) == (0.1, 0) else "ok")
     assert commands == {
-        (0.1, 0): "Run ./run_all.sh --profile smoke.",
+        (0.1, 0): "Run ./run_all.sh --profile smoke, or look again when no other program is busy.",
         (1, 0): "Run ./run_all.sh.",
         (0.1, 8): "Run ./run_all.sh --device cuda.",
         (1, 8): "Run ./run_all.sh --device cuda.",
