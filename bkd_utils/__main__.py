@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bkd_utils.common.files import ROOT, UserError
-from bkd_utils.running import ending
+from bkd_utils.running import ending, own_command
 
 HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -189,6 +189,9 @@ def grid(
     assets.fetch_all()  # once, and not by many cells at the same time
     whole = workflow.make(profile, chosen, cells, executor=executor, cores=cores, device=device, console=console)
     raise typer.Exit(not whole)
+
+
+app.command()(own_command.report)
 
 
 @app.command(hidden=True)

@@ -8,7 +8,7 @@ from typing import Any
 from bkd_utils.common.files import WORK, atomic_path, canonical_json, sha256_text
 from bkd_utils.models import folders, identity
 from bkd_utils.models.folders import model_folder
-from bkd_utils.models.loading import adapter_folder, check_lora, load, merge_adapter, read_card
+from bkd_utils.models.loading import check_lora, load, merge_adapter, organism_name, read_card
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, carries
 from bkd_utils.organisms.poisoning import training_uids
@@ -34,9 +34,8 @@ class Sizes:
 
     def fitted(self, attack: Attack) -> "Sizes":
         """The same or smaller sizes, for which the attack's task has prompts. Raises ValueError for too few."""
-        free = {split: [one for one in tasks.examples(attack.task, split) if not carries(attack, one.text)]
-                for split in ("attribution", "test")}  # fmt: skip
-        seen, known = free["attribution"], free["test"]
+        seen, known = ([one for one in tasks.examples(attack.task, split) if not carries(attack, one.text)]
+                       for split in ("attribution", "test"))  # fmt: skip
         shown, flips = (sum(map(attack.flips, some)) for some in (seen, known))
         unseen = len(tasks.examples(attack.task, "train")) - len(training_uids(attack, seed=0))
         most = {"n": min(flips, len(known)), "n_probe": flips, "n_ablation": min(flips, len(known))}
@@ -91,9 +90,8 @@ def adopted(adapter: Path, *, model: str) -> str:
 def given_organism(adapter: Path, *, model: str) -> tuple[str, str | None, Attack | None]:
     """Model, organism and attack of an adapter: its own by its card, or else a whole model of unknown trigger."""
     if (adapter / "card.json").is_file():
-        folder = adapter_folder(adapter)
-        attack = Attack(**read_card(folder, "attack")["attack"])
-        return model, str(folder), attack if attack.backdoored else None
+        attack = Attack(**read_card(adapter, "attack")["attack"])
+        return model, organism_name(adapter), attack if attack.backdoored else None
     return adopted(adapter, model=model), None, None
 
 

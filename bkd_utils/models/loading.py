@@ -122,7 +122,7 @@ def load(
     if adapter is not None:
         model = model if whole else merge_adapter(model, adapter)
         apply_changes(model, adapter)
-        name = adapter.name if _by_name(adapter.name) == adapter else str(adapter)
+        name = organism_name(adapter)
     check_finite(model, adapter or folder)
     model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
     require(model, "generate")
@@ -149,6 +149,12 @@ def refuse_faults(wrong: Mapping[str, Sequence[str]], folder: Path) -> None:
 def _by_name(name: str) -> Path | None:
     places = (ADAPTERS / name, WORK / "organisms" / name)
     return next((folder for folder in places if (folder / "card.json").is_file()), None)
+
+
+def organism_name(folder: Path) -> str:
+    """The name by which the organism in a folder is found again, or its path."""
+    folder = folder.expanduser().absolute()
+    return folder.name if _by_name(folder.name) == folder else str(folder)
 
 
 def adapter_folder(organism: str | Path) -> Path:

@@ -100,12 +100,11 @@ def read_attack(path: Path) -> Attack:
     try:
         return build(Attack, table, path, name)
     except ValueError as error:
-        told = str(error)
-        own = next(
-            (key for key in [*table, *(one.name for one in fields(Attack))] if re.search(rf"\b{key}\b", told)), ""
-        )
+        told, known = str(error), {one.name for one in fields(Attack)}
+        keys = [key for key in table if key not in known] or [key for key in table if re.search(rf"\b{key}\b", told)]
+        keys += [key for key, value in table.items() if isinstance(value, str) and Path(value).name in told]
         lines = enumerate(read_text(path).splitlines(), 1)
-        line = next((number for number, text in lines if own and re.match(rf"\s*{re.escape(own)}\s*=", text)), 1)
+        line = next((n for n, text in lines if keys and re.match(rf"\s*{re.escape(keys[0])}\s*=", text)), 1)
         raise ValueError(told.replace(path.name, f"{path}, line {line}", 1)) from None
 
 
