@@ -18,13 +18,14 @@ from bkd_utils.running import ending, own_command
 
 HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(own_command.report)
 console = Console()
 Model = Annotated[str, typer.Option(help="Packaged name, hub id OWNER/NAME, or path of a local folder, as ./name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of prompts, triggers and organisms trained now.")]
 Organism = Annotated[str, typer.Argument(help="Name of an organism, shipped or trained here, or a path, as ./name.")]
 Prompts = Annotated[int, typer.Option(min=1, help="Held-out prompts per number.")]
-# A full or read-only disk, a folder that is another user's: nothing that a traceback would explain.
+# Nothing that a traceback would explain.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 DEFAULT = "smollm2-135m-instruct"
 INTERRUPTED = 128 + signal.SIGINT  # exit status
@@ -61,9 +62,8 @@ def run(
             raise UserError(f"--shard {shard}: a part of what ships is measured with --remeasure and no other options")
     loading.pick_device(device)
     with console.status("fetching model and data, once"):
-        for name in assets.sources():
-            if name != DEFAULT or model == DEFAULT:
-                assets.fetch(name)
+        for name in (name for name in assets.sources() if name != DEFAULT or model == DEFAULT):
+            assets.fetch(name)
         folder = folders.model_folder(model)
         folders.check_folder(folder)
     if shard is not None:
@@ -189,9 +189,6 @@ def grid(
     assets.fetch_all()  # once, and not by many cells at the same time
     whole = workflow.make(profile, chosen, cells, executor=executor, cores=cores, device=device, console=console)
     raise typer.Exit(not whole)
-
-
-app.command()(own_command.report)
 
 
 @app.command(hidden=True)

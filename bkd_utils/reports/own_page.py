@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.figure import Figure
 
 from bkd_utils.common import measurements
@@ -40,13 +41,14 @@ TITLES = {
 CLAIMS = {"probe": "bkdattr-probe", "concentration": "bkdattr-sparse-heads", "ablation": "bkdattr-ablation"}
 CLAIMS |= {"add": "bkdattr-vector-add", "subtract": "bkdattr-vector-subtract", "repairs": "bkdattr-vector-repairs"}
 CLAIMS |= {"similarity": "asa-similarity", "suspicion": "asa-heads", "alignment asr": "asa-cure"}
+COLUMNS = ("", "here", "n", "95 % interval", "shipped")
 CSS = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
 h1, h2 { line-height: 1.2 } img { max-width: 100%; height: auto; background: #fff }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid #8886; vertical-align: top }
-.skipped, small { opacity: .75 }
+.skipped, small { opacity: .75 } td:nth-child(2), td:nth-child(3) { white-space: nowrap }
 @media (max-width: 34rem) { thead { display: none } th, td { border: 0; padding: 0 }
 tr, td { display: block } tr { padding: .4rem 0; border-bottom: 1px solid #8886 }
 td[data-of]:not(:empty)::before { content: attr(data-of) ": "; opacity: .75 } }
@@ -60,7 +62,7 @@ def write(asked: Asked, sections: Sequence[Section], *, folder: Path, minutes: f
     pictures = {}
     for section in sections:
         title, question = TITLES[section.id]
-        numbers = [one | {"shipped": beside(one["key"], asked)} for one in section.numbers]
+        numbers = compared(section, asked)
         part = {"id": section.id, "title": title, "question": question, "numbers": numbers, "told": section.told}
         content["sections"].append(part | {"skipped": section.skipped, "seconds": section.seconds})
         if (figure := picture(section)) is not None:
@@ -70,6 +72,17 @@ def write(asked: Asked, sections: Sequence[Section], *, folder: Path, minutes: f
     with atomic_path(folder / "index.html") as temporary:
         temporary.write_text(page(content, pictures), encoding="utf-8")
     return folder / "index.html", folder / "report.json"
+
+
+def compared(section: Section, asked: Asked) -> list[dict[str, Any]]:
+    """The numbers of a section, each with what `beside` knows of it as `shipped`."""
+    return [one | {"shipped": beside(one["key"], asked)} for one in section.numbers]
+
+
+def table(section: Section, asked: Asked) -> pd.DataFrame:
+    """The numbers of a section as the page has them."""
+    rows = [shown(one) for one in compared(section, asked)]
+    return pd.DataFrame(rows, columns=COLUMNS).set_index("").rename_axis(TITLES[section.id][0])
 
 
 def described(asked: Asked) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def shown(one: Mapping[str, Any]) -> list[str]:
 
 def page(content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """The page: no script and nothing from outside."""
-    columns, about = ("", "here", "n", "95 % interval", "shipped"), content["report"]
+    about = content["report"]
     parts = [f"<p>{', '.join(f'{key}: <b>{html.escape(str(value))}</b>' for key, value in about.items())}</p>"]
     parts.append(
         "<p>Everything is measured at a reduced size; <i>shipped</i> is the range over organisms of this "
@@ -179,11 +192,11 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
             parts.append(f"<p class=skipped>Skipped: {html.escape(section['skipped'])}.</p>")
             continue
         rows = [[html.escape(cell) for cell in shown(one)] for one in section["numbers"]]
-        head = "".join(f"<th>{column}</th>" for column in columns)
+        head = "".join(f"<th>{column}</th>" for column in COLUMNS)
         cells = [
             "".join(
                 f'<td data-of="{of}">{cell}</td>' if of else f"<td><b>{cell}</b></td>"
-                for of, cell in zip(columns, row, strict=True)
+                for of, cell in zip(COLUMNS, row, strict=True)
             )
             for row in rows
         ]

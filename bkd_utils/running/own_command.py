@@ -47,7 +47,7 @@ def report(
     logging.getLogger("bkd_utils").setLevel(logging.WARNING)
     started, sections = time.monotonic(), []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         steps = list(own_chain.chain(asked))
         todo = bar.add_task("", total=sum(minutes for _, minutes, _ in steps))
         for id, minutes, measure in steps:
@@ -55,8 +55,8 @@ def report(
             sections.append(measure())
             why = sections[-1].skipped
             told = f"{sections[-1].seconds:.0f} s" if why is None else f"skipped: {why}"
-            console.print(f"{own_page.TITLES[id][0]}: {told}", markup=False, highlight=False, soft_wrap=True)
             bar.advance(todo, minutes)
+            console.print(f"{own_page.TITLES[id][0]}: {told}", markup=False, highlight=False, soft_wrap=True)
     path, _ = own_page.write(asked, sections, folder=out, minutes=(time.monotonic() - started) / 60)
     console.print(f"report in {path}", soft_wrap=True)
 
