@@ -68,7 +68,8 @@ def chain(asked: Asked) -> Iterator[tuple[str, float, Callable[[], Section]]]:
         return section
 
     for id, (minutes, needs, function) in STEPS.items():
-        yield id, minutes, lambda id=id, function=function, needs=needs: measured(id, function, needs)
+        weight = minutes if _reason(id, found, ()) is None else 0.0
+        yield id, weight, lambda id=id, function=function, needs=needs: measured(id, function, needs)
 
 
 def _reason(id: str, found: dict, needs: tuple[str, ...]) -> str | None:
@@ -80,7 +81,7 @@ def _reason(id: str, found: dict, needs: tuple[str, ...]) -> str | None:
         return ONE_ROW
     if "attack" in found and found["attack"].result is None and asked.attack is not None:
         return "there is no attacked model, for the reason above"
-    if id in ("ablation", "vector") and found["heads"].result is None:
+    if id in ("ablation", "vector") and "heads" in found and found["heads"].result is None:
         return "there is no ranking of heads, for the reason above"
     return next((f"{name!r} is not possible with this model: {able[name]}" for name in needs if able.get(name)), None)
 
