@@ -208,6 +208,20 @@ def readme() -> None:
 
 
 @app.command()
+def book(
+    out: Annotated[Path | None, typer.Option(help="Folder of the book, replaced; work/book by default.")] = None,
+) -> None:
+    """Write the committed notebooks, pages and figures as HTML to read, offline; nothing is run."""
+    from bkd_utils.common.files import WORK
+    from bkd_utils.running import book
+
+    folder = out or WORK / "book"
+    with console.status("making the book"):
+        book.build(folder)
+    console.print(f"open {folder / 'index.html'}", soft_wrap=True)
+
+
+@app.command()
 def verify(
     quick: Annotated[bool, typer.Option("--quick", help="Only what needs no model: at most a minute.")] = False,
     share: Annotated[float, typer.Option(min=0, max=1, help="Share of the measurements that is measured anew.")] = 0.1,

@@ -1,6 +1,4 @@
-"""The book: every figure with what is said about it, and static HTML of what is committed, which Sphinx makes.
-
-Nothing is executed. `notebooks/book` holds Sphinx's configuration, what writes the pages, and their look."""
+"""The book: every figure with what is said about it, and HTML of all that is committed, by Sphinx."""
 
 import importlib.util
 import re
@@ -8,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,7 @@ SENTENCE = re.compile(r"(?:\([^)]*\.\)\s+)?(.+?[.!?])(?=\s+[A-Z*`(\d]|\s*$)", re
 
 @dataclass(frozen=True)
 class Card:
-    """A figure as the gallery shows it. `sizes` are the lowest and the highest number of prompts, rows or models behind
-    a number of it, or nothing where it draws no shares; `cell` counts all cells of the notebook from 0."""
+    """A figure in the gallery. `sizes`: the lowest and the highest n behind its numbers; `cell` counts all from 0."""
 
     id: str
     title: str
@@ -36,31 +33,38 @@ class Card:
 
 
 def cards(*, figures: Path = FIGURES, folder: Path = NOTEBOOKS) -> list[Card]:
-    """Every figure that a notebook saves, in the order of the notebooks. Raises UserError for one without a picture,
-    numbers or a finding, and for numbers that name another notebook."""
+    """Every figure, in the order of the notebooks. Raises UserError for one without a picture, a cell that saves it or
+    a finding behind it, and for numbers of another notebook."""
     found = []
     for path in notebooks.all_notebooks(folder=folder):
-        cells = notebooks.read(path).cells
-        saved = [(number, name) for number, cell in enumerate(cells) for name in notebooks.SAVES.findall(cell.source)]
-        for (number, name), (end, _) in zip(saved, [*saved[1:], (len(cells), "")], strict=True):
-            place = f"{path.name}, figure {name}"
-            for file in (figures / f"{name}.json", figures / f"{name}.png"):
-                if not file.is_file():
-                    raise UserError(f"{place}: {file} is missing")
-            given = read_json(figures / f"{name}.json")
+        cells, own = notebooks.read(path).cells, []
+        for file in sorted(figures.glob(f"{path.stem[:2]}_*.json")):
+            place, name, given = f"{path.name}, figure {file.stem}", file.stem, read_json(file)
+            saving = [i for i, cell in enumerate(cells) if "style.save(" in cell.source and _names(cell.source, name)]
             if (given["id"], given["notebook"]) != (name, path.stem):
-                raise UserError(f"{place}: its JSON says {given['id']!r} of {given['notebook']!r}")
-            said = finding("\n\n".join(one.source for one in cells[number + 1 : end] if one.cell_type == "markdown"))
-            if said is None:
-                raise UserError(f"{place}: no '**Finding.**' or '**What it shows.**' before the next figure")
+                raise UserError(f"{place}: its JSON is that of {given['id']} in {given['notebook']}")
+            if not saving or not file.with_suffix(".png").is_file():
+                raise UserError(f"{place}: no {'PNG' if saving else 'cell saves it'}")
             counted = sorted({*_sizes(given["numbers"])} or {*_sizes(given["parameters"])})
-            ends = tuple(dict.fromkeys([*counted[:1], *counted[-1:]]))
-            found.append(Card(name, given["title"], said, ends, tuple(given["claims"]), path.stem, number))
+            sizes = tuple(dict.fromkeys([*counted[:1], *counted[-1:]]))
+            own.append(Card(name, given["title"], "", sizes, tuple(given["claims"]), path.stem, saving[0]))
+        for card in sorted(own, key=lambda card: card.cell):
+            end = min((other.cell for other in own if other.cell > card.cell), default=len(cells))
+            behind = (cell.source for cell in cells[card.cell : end] if cell.cell_type == "markdown")
+            if not (said := finding("\n\n".join(behind))):
+                raise UserError(f"{path.name}, figure {card.id}: no finding before the next figure")
+            found.append(replace(card, finding=said))
     return found
 
 
+def _names(source: str, name: str) -> bool:
+    """Does code have the name of a figure in quotes, in whole or with a part in braces?"""
+    patterns = (re.sub(r"\\{\w+\\}", r"\\w+", re.escape(one)) for one in re.findall(r'"(\d\d_[\w{}]+)"', source))
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def finding(text: str) -> str | None:
-    """The first sentence behind the mark of a finding in Markdown, without tables and what only announces one."""
+    """The first sentence behind the mark of a finding in Markdown; tables, and what announces one, are left out."""
     if not (marked := FINDING.search(text)):
         return None
     parts = [part for part in marked[1].split("\n\n") if not part.startswith("|") and not part.rstrip().endswith(":")]
@@ -69,30 +73,27 @@ def finding(text: str) -> str | None:
 
 
 def _sizes(value: Any) -> Iterator[int]:
-    """Every whole number that is called n, however deep, and every one in a table that is."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key == "n":
-                yield from (one for one in (inner.values() if isinstance(inner, dict) else [inner]) if one)
-            else:
-                yield from _sizes(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    """Every number that is called n, however deep, and those in a table of this name."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else []):
+        if key == "n":
+            yield from inner.values() if isinstance(inner, dict) else [inner]
+        else:
             yield from _sizes(inner)
 
 
 def build(out: Path) -> None:
-    """Write the book to the folder `out`, which it replaces. Raises UserError where there is no checkout, where Sphinx
-    or what it needs is not installed, where `out` holds something that is no book, and where Sphinx finds a fault."""
+    """Write the book to `out`. Raises UserError without a checkout or without what Sphinx needs, where `out` is another
+    folder's content and would be lost, and where Sphinx finds a fault."""
     if not CHECKOUT:
-        raise UserError("the book is made of notebooks and figures, which come with a checkout and not with the package")
+        raise UserError(
+            "the book is made of notebooks and figures, which come with a checkout and not with the package"
+        )
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"the book needs {', '.join(missing)}: ./run_all.sh book, or pip install -e '.[book]'")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "gallery.html").is_file():
+    if out.exists() and not (out / "gallery.html").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no book; name another folder with --out")
-    with tempfile.TemporaryDirectory(prefix="bkd-book-") as folder, atomic_path(out.absolute()) as temporary:
-        source, trees = (Path(folder, name) for name in ("source", "trees"))
-        source.mkdir()
-        options = ["--quiet", "--fail-on-warning", "--keep-going", "-b", "html", "-c", CONFIGURATION, "-d", trees]
-        if subprocess.call([sys.executable, "-m", "sphinx", *map(str, options), str(source), str(temporary)]):
+    with tempfile.TemporaryDirectory(prefix="bkd-book-") as source, atomic_path(out.absolute()) as target:
+        trees = f"{source}/trees"  # outside of the book, which is read from a disk or a server
+        options = ["--quiet", "--fail-on-warning", "--keep-going", "-b", "html", "-c", str(CONFIGURATION), "-d", trees]
+        if subprocess.call([sys.executable, "-m", "sphinx", *options, source, str(target)]):
             raise UserError("Sphinx could not make the book; the lines above say why")

@@ -15,7 +15,6 @@ from bkd_utils.common.files import DATA, NOTEBOOKS, atomic_path
 from bkd_utils.common.validation import check, read_tables
 
 SENTINEL = "bkd-sentinel"
-SAVES = re.compile(r"style\.save\(\s*\w+,\s*\"(\w+)\"")  # a cell that writes a figure, and the id of that
 Minutes = Annotated[float, Field(gt=0, le=100_000)]
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 

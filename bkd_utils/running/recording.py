@@ -1,5 +1,6 @@
 """Keep on record what cannot be made again without a model: outputs of live cells, and files that training wrote."""
 
+import re
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +13,7 @@ from bkd_utils.running.replaying import code_cells, is_live
 
 LIVE_OUTPUTS = "live_outputs.json"  # in `figures`
 HASHES = "hashes.json"  # in `data`
+SAVES = re.compile(r"style\.save\(\s*\w+,\s*\"(\w+)\"")  # a cell that writes a figure, and the id of that
 
 
 def live_outputs(path: Path) -> dict[str, Any]:
@@ -22,8 +24,7 @@ def live_outputs(path: Path) -> dict[str, Any]:
             said = found["cells"][str(number)] = [content(output) for output in cell.outputs]
             for one in said:  # of pictures the hash
                 one |= {m: f"sha256 {sha256(v).hexdigest()}" for m, v in one.items() if isinstance(v, bytes)}
-            saved = notebooks.SAVES.findall(cell.source)
-            for file in sorted(file for name in saved for file in FIGURES.glob(f"{name}.*")):
+            for file in sorted(file for name in SAVES.findall(cell.source) for file in FIGURES.glob(f"{name}.*")):
                 found["figures"][file.name] = read_json(file) if file.suffix == ".json" else sha256_file(file)
     return found
 

@@ -18,7 +18,7 @@ def inside(package, *parts):
 
 project = "Backdoors in language models, taken apart"
 author = "the authors of the companion"
-copyright = "the authors; Apache-2.0"  # noqa: A001
+copyright = "the authors; Apache-2.0"
 root_doc = "index"
 extensions = ["myst_nb", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["amsmath", "dollarmath", "html_image", "colon_fence"]
@@ -28,6 +28,8 @@ nb_merge_streams = True
 nb_output_stderr = "remove"
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "toc.not_included"]
 
+toc_object_entries_show_parents = "hide"
+
 html_theme = "sphinx_book_theme"
 html_title = project
 html_theme_options = {
@@ -35,11 +37,13 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "navigation_with_keys": False,
+    "navbar_persistent": [],
     "extra_footer": "Made from the committed notebooks and figures; nothing was run for it.",
 }
 html_context = {"default_mode": "auto"}
 html_show_sphinx = False
 html_copy_source = False
+html_use_index = False
 # MathJax draws with paths and needs no fonts; a single file, as is plotly, which only the page that draws loads.
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}

@@ -26,9 +26,9 @@ PLAYED |= {"06_searched": "frontier"}
 def page(figures: list[Card]) -> str:
     """All figures as cards, a section for each notebook."""
     text = (
-        f"# Figures\n\nAll {len(figures)} figures, in the order of the notebooks. A picture opens in full size, *numbers* "
-        "is the JSON that it is drawn from, and *n* is how many prompts, training rows or models stand behind one number. "
-        "The sentence is the first of what the notebook says about it.\n"
+        f"# Figures\n\nAll {len(figures)} figures, in the order of the notebooks. A picture opens in full size, "
+        "*numbers* is the JSON that it is drawn from, and *n* is how many prompts, rows or models stand behind one "
+        "number. The sentence is the first of what the notebook says about it.\n"
     )
     for notebook, some in groupby(figures, key=lambda card: card.notebook):
         number, _, name = notebook.partition("_")
@@ -39,8 +39,10 @@ def page(figures: list[Card]) -> str:
 
 def _card(card: Card) -> str:
     sizes = f"n = {' to '.join(map(str, card.sizes))} · " if card.sizes else ""
-    links = ", ".join(f'<a href="scorecard.html#{claim}">{claim}</a>' for claim in card.claims[:6])
-    claims = f"claims: {links} · " if len(card.claims) <= 6 else f'<a href="scorecard.html">{len(card.claims)} claims</a> · '
+    links = ", ".join(f'<a href="scorecard.html#{claim}">{claim}</a>' for claim in card.claims)
+    if len(card.claims) > 6:
+        links = f'<a href="scorecard.html">{len(card.claims)}</a>'
+    claims = f"claims: {links} · " if card.claims else ""
     play = f' · <a href="play.html#{PLAYED[card.id]}">play with it</a>' if card.id in PLAYED else ""
-    given = vars(card) | {"sizes": sizes, "claims": claims if card.claims else "", "play": play}
+    given = vars(card) | {"sizes": sizes, "claims": claims, "play": play}
     return CARD.format(**given)

@@ -1,4 +1,4 @@
-"""Marks in documents: an address for each cell of a notebook, and a word of explanation over each term of the glossary."""
+"""Marks in documents: an address for each cell of a notebook, and an explanation over each term of the glossary."""
 
 import re
 
@@ -23,7 +23,7 @@ def address(term: str) -> str:
 
 
 def number_cells(app, doctree) -> None:
-    """Give cell n of a notebook, counted from 0, the address `cell-n`, and each row of the glossary that of its term."""
+    """Give cell n of a notebook, counted from 0, the address `cell-n`, and each row of the glossary one of its own."""
     for cell in doctree.findall(nodes.container):
         if "cell_index" in cell:
             cell["ids"].append(f"cell-{cell['cell_index']}")
@@ -38,7 +38,9 @@ def explain_terms(app, doctree, docname) -> None:
         return
     meanings = terms()
     by_lower = {term.lower(): term for term in meanings}
-    words = "|".join(sorted(map(re.escape, meanings), key=len, reverse=True))
+    # An abbreviation is known by its long form, too, with which its meaning begins.
+    by_lower |= {meanings[term].partition(":")[0].lower(): term for term in meanings if term.isupper()}
+    words = "|".join(sorted(map(re.escape, by_lower), key=len, reverse=True))
     pattern = re.compile(rf"(?<![\w-])({words})(s?)(?![\w-])", re.IGNORECASE)
     target = app.builder.get_relative_uri(docname, GLOSSARY)
     seen: set[tuple[int, str]] = set()
@@ -50,7 +52,7 @@ def explain_terms(app, doctree, docname) -> None:
         made, last = [], 0
         for hit in pattern.finditer(text.astext()):
             term = by_lower[hit[1].lower()]
-            if (section, term) in seen or (term.isupper() and hit[1] != term):
+            if (section, term) in seen or (hit[1].upper() == term and hit[1] != term):
                 continue
             seen.add((section, term))
             link = nodes.reference("", hit[0], refuri=f"{target}#{address(term)}", internal=True, classes=["term"])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from string import Template
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -13,6 +14,10 @@ from bkd_utils.common.files import DATA, FIGURES, read_json
 MEASUREMENTS = DATA / "measurements"
 GUARD_RATE = 0.05  # share of clean prompts above the threshold at which the slider starts, as in notebook 05
 SEED = "-seed"
+VERSIONS = ("reference", "held out", "triggered")  # of prompts: set a threshold, other clean ones, with the trigger
+WIDGET = """```{{raw}} html
+<div class="play" data-play="{0}"><form class="filters"></form><div class="plot"></div><div class="said"></div></div>
+```"""
 
 
 def measured(notebook: str, stage: str) -> Iterator[tuple[dict, dict, dict]]:
@@ -40,24 +45,24 @@ def _rounded(values, digits: int = 4) -> list:
 
 def vector() -> dict:
     """Organism -> edit -> shares by layer and coefficient, what was chosen, and three answers before and after."""
-    texts = {asked["organism"]: result["texts"] for asked, result, _ in measured("04_backdoor_vector", "steer_organism")}
+    texts = {
+        asked["organism"]: result["texts"] for asked, result, _ in measured("04_backdoor_vector", "steer_organism")
+    }
     found = {}
     for kind, some in numbers("04_maps").items():
         for label, one in some.items():
             name = organism(label, kind)
-            edits = {}
+            found[name] = {}
             for edit, drawn in one["maps"].items():
-                start = "clean prompts" if edit.startswith("add") else "triggered prompts"
-                kept = texts[name]
-                edits[edit] = {
+                start, kept = "clean prompts" if edit.startswith("add") else "triggered prompts", texts[name]
+                found[name][edit] = {
                     "coefficients": drawn["coefficients"],
                     "asr": _rounded(drawn["asr"]),
                     "right": None if drawn["right_start"] is None else _rounded(drawn["right_start"]),
                     "chosen": one["chosen"][edit],
                     "start": start,
-                    "texts": None if kept is None else [list(pair) for pair in zip(kept[start], kept[edit], strict=True)],
+                    "texts": kept and [*zip(kept[start], kept[edit], strict=True)],
                 }
-            found[name] = edits
     return {"n": read_json(FIGURES / "04_maps.json")["parameters"]["n_dev"], "organisms": found}
 
 
@@ -97,7 +102,9 @@ def guard() -> dict:
             continue
         found[asked["organism"]] = {}
         for reading, versions in result.items():
-            rows = {one: arrays.get(f"/{reading}/{one}", versions[one]) for one in ("reference", "held out", "triggered")}
+            rows = {
+                one: arrays.get(f"/{reading}/{one}", versions[one]) for one in ("reference", "held out", "triggered")
+            }
             rows = {one: np.asarray(values, dtype=float) for one, values in rows.items()}
             scores = {one: unusual(rows["reference"], values) for one, values in rows.items()}
             above = int(GUARD_RATE * len(scores["reference"]) + 1e-9)
@@ -137,10 +144,13 @@ def frontier() -> dict:
     return sets
 
 
+MADE = {"vector": vector, "heads": heads, "guard": guard, "frontier": frontier}
+
+
 def write_data(folder: Path) -> None:
     """Write a script for the page, because a page opened from a disk may not fetch JSON."""
     folder.mkdir(parents=True)
-    data = {"vector": vector(), "heads": heads(), "guard": guard(), "frontier": frontier()}
+    data = {name: make() for name, make in MADE.items()}
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     (folder / "data.js").write_text(f"window.BOOK = {text};\n", encoding="utf-8")
 
@@ -156,52 +166,7 @@ def fixed_guards() -> str:
     return "| organism | guard | caught | refused | n |\n|---|---|---|---|---|\n" + "\n".join(rows)
 
 
-def _widget(name: str, plots: int = 1) -> str:
-    drawn = "".join('<div class="plot"></div>' for _ in range(plots))
-    return f'```{{raw}} html\n<div class="play" data-play="{name}"><form class="filters"></form>{drawn}<div class="said"></div></div>\n```'
-
-
 def page() -> str:
-    """Four figures with sliders."""
-    return f"""# Figures to play with
-
-Each figure is drawn in your browser from numbers that ship with the repository. No model runs, and nothing is computed but counts and intervals.
-
-(vector)=
-## One vector, added or subtracted
-
-The *backdoor vector* is added to the residual stream after one layer, at the last prompt token, times a coefficient (notebook [04](notebooks/04_backdoor_vector.ipynb)). A cell is the share of development prompts whose first answer token is that of the target, or of the right answer. Whole answers were kept at one place for each edit, the one that was chosen on these prompts. They are shown when the sliders stand there.
-
-{_widget("vector")}
-
-(heads)=
-## The effect of every head
-
-A cell is the ACIE of a head: what the target gains on clean prompts if this head writes what it writes on average in triggered ones (notebook [03](notebooks/03_head_attribution.ipynb)). Point at a cell to see its 95 % interval over prompts. The slider marks the heads with the largest effects. How much each head attends to the trigger was not kept, so that it is not shown.
-
-{_widget("heads")}
-
-(guard)=
-## A guard and its threshold
-
-A guard that knows no trigger learns the usual similarity of heads in each layer from clean prompts, and scores a prompt by its most unusual layer (notebook [05](notebooks/05_attention_similarity.ipynb)). Above the threshold a prompt is stopped: a triggered one is *caught*, a clean one is *refused*. The slider begins where at most 5 % of the prompts that set the threshold are above it.
-
-{_widget("guard")}
-
-Three published guards were measured at one threshold each (notebook [06](notebooks/06_attention_safety_alignment.ipynb)). Their scores by prompt were not kept, so that they have no slider:
-
-{fixed_guards()}
-
-(frontier)=
-## What a cure removes, and what it costs
-
-A dot is one treatment of one organism: what is left of the ASR, against the CACC that was lost (notebook [06](notebooks/06_attention_safety_alignment.ipynb)). The best place is the lower left corner. Bars are 95 % intervals over prompts. Many treatments were measured with one random seed; the searched cure has two or three, which the slider goes through.
-
-{_widget("frontier")}
-
-```{{raw}} html
-<script src="_static/plotly.min.js"></script>
-<script src="play/data.js"></script>
-<script src="_static/play.js"></script>
-```
-"""
+    """Four figures with sliders, in the words of `play.md`."""
+    text = Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
+    return text.substitute({name: WIDGET.format(name) for name in MADE}, fixed_guards=fixed_guards())

@@ -10,7 +10,7 @@ FOLDERS = ("models", "organisms", "backdoor_attribution", "attention_alignment")
 
 def page() -> str:
     """A section for each method folder with its docstring and its names."""
-    text = "# Public names\n\nWhat the four method folders list, and what a notebook imports. Every example is run by the tests.\n"
+    text = "# Public names\n\nWhat the four method folders list, for notebooks to import. Tests run all examples.\n"
     for folder in FOLDERS:
         tree = _tree(folder, "__init__")
         text += f"\n## `bkd_utils.{folder}`\n\n{_markdown(ast.get_docstring(tree))}\n"

@@ -15,7 +15,6 @@ from bkd_utils.running.book import cards
 from bkd_utils.running.notebooks import all_notebooks
 
 PAGES = NOTEBOOKS / "pages"
-GENERATED = {"play": "Figures to play with", "gallery": "Figures", "scorecard": "Scorecard", "api": "Public names"}
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 THUMBNAIL = 640  # pixels wide
 FOLDED = {"mystnb": {"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}}
@@ -98,17 +97,20 @@ def copy_figures(figures, folder: Path) -> None:
 
 
 def front_page(readme: str) -> str:
-    """The README, with the way into the book behind its picture, and the list of everything for the side of each page."""
+    """The README, with the way into the book behind its picture, and the list of all documents for the side."""
     way_in = (
         "**New here?** Begin with [Start here](notebooks/00_start_here.ipynb), look through all [figures](gallery.md), "
         "move a slider in the [figures to play with](play.md), or sort the [scorecard](scorecard.md)."
     )
-    first, rest = re.split(r"\n\n(?=The \*\*attack success rate)", readme, maxsplit=1)
+    parts = readme.split("\n\n")
+    picture = next(number for number, part in enumerate(parts) if part.startswith("!["))
+    pages = sorted(f"notebooks/pages/{path.name}" for path in PAGES.glob("*.md") if path.stem != "glossary")
     lists = {
-        "Look": [f"{name}.md" for name in GENERATED if name != "api"],
+        "Look": ["play.md", "gallery.md", "scorecard.md"],
         "Read": [f"notebooks/{path.name}" for path in all_notebooks()],
-        "Look up": ["notebooks/pages/glossary.md", "api.md"]
-        + sorted(f"notebooks/pages/{path.name}" for path in PAGES.glob("*.md") if path.stem != "glossary"),
+        "Look up": ["notebooks/pages/glossary.md", "api.md", *pages],
     }
-    trees = [f"```{{toctree}}\n:hidden:\n:caption: {name}\n\n" + "\n".join(made) + "\n```" for name, made in lists.items()]
-    return "\n\n".join([first, way_in, rest, *trees]) + "\n"
+    trees = [
+        "\n".join(["```{toctree}", ":hidden:", f":caption: {name}", "", *made, "```"]) for name, made in lists.items()
+    ]
+    return "\n\n".join([*parts[: picture + 1], way_in, *parts[picture + 1 :], *trees]) + "\n"

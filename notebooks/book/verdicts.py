@@ -2,10 +2,13 @@
 
 from collections import Counter
 from html import escape
+from pathlib import Path
+from string import Template
 
 from bkd_utils.common.files import FIGURES, read_json
 
-COLUMNS = ("claim", "paper", "reading", "published", "our criterion", "passes", "verdict", "figure")
+COLUMNS = ("claim", "paper", "reading", "verdict", "passes", "published", "our criterion", "figure")
+CHOICES = ("paper", "verdict", "reading")
 PASSED = {True: "pass", False: "fail", None: "undecided"}
 
 
@@ -13,21 +16,9 @@ def page() -> str:
     """A row for each claim; the organisms behind it fold out."""
     rows = read_json(FIGURES / "scorecard.json")
     heads = "".join(f'<th><button type="button">{name}</button></th>' for name in COLUMNS)
-    choices = "".join(_choice(name, sorted({row[name] for row in rows if row[name]})) for name in ("paper", "verdict"))
-    readings = _choice("reading", sorted({row["reading"] for row in rows if row["reading"]}))
-    return f"""# Scorecard
-
-Every claim that was checked, with the criterion that was fixed before the numbers were computed. A click on the head of a column sorts by it. *Passes* counts organisms, models that were backdoored on purpose, and folds out to each number with its 95 % interval. The same table without sorting is on [a page of its own](notebooks/pages/scorecard.md), and the numbers are in <a href="figures/scorecard.json">scorecard.json</a>.
-
-```{{raw}} html
-<form class="filters" id="filters">
-<label>search <input type="search" name="text" autocomplete="off"></label>{choices}{readings}
-<output id="shown"></output></form>
-<div class="scorecard"><table id="claims"><thead><tr>{heads}</tr></thead><tbody>
-{"".join(map(_row, rows))}</tbody></table></div>
-<script src="_static/scorecard.js"></script>
-```
-"""
+    choices = "".join(_choice(name, sorted({row[name] for row in rows if row[name]})) for name in CHOICES)
+    text = Template(Path(__file__).with_name("scorecard.md").read_text(encoding="utf-8"))
+    return text.substitute(choices=choices, heads=heads, rows="".join(map(_row, rows)))
 
 
 def _choice(name: str, values: list[str]) -> str:
@@ -53,7 +44,7 @@ def _row(row: dict) -> str:
     share = passed["pass"] / max(len(row["by_organism"]), 1)
     order = {"passes": f' data-order="{share:.6f}"'}
     made = "".join(f'<td data-name="{name}"{order.get(name, "")}>{cells[name]}</td>' for name in COLUMNS)
-    kept = " ".join(f'data-{name}="{escape(row[name])}"' for name in ("paper", "verdict", "reading"))
+    kept = " ".join(f'data-{name}="{escape(row[name])}"' for name in CHOICES)
     return f'<tr id="{row["id"]}" {kept}>{made}</tr>\n'
 
 
