@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bkd_utils.common.files import ROOT, UserError
-from bkd_utils.running import ending
+from bkd_utils.running import book, ending
 
 HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(book.book)
 console = Console()
 Model = Annotated[str, typer.Option(help="Packaged name, hub id OWNER/NAME, or path of a local folder, as ./name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -47,8 +48,7 @@ def run(
     from bkd_utils.running import notebooks
 
     if list_:
-        print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
-        return
+        return print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
     from bkd_utils.common import assets, files
     from bkd_utils.models import folders, loading
     from bkd_utils.running import publishing, remeasuring, runner
@@ -205,20 +205,6 @@ def readme() -> None:
     from bkd_utils.reports import pages
 
     pages.write()
-
-
-@app.command()
-def book(
-    out: Annotated[Path | None, typer.Option(help="Folder of the book, replaced; work/book by default.")] = None,
-) -> None:
-    """Write the committed notebooks, pages and figures as HTML to read, offline; nothing is run."""
-    from bkd_utils.common.files import WORK
-    from bkd_utils.running import book
-
-    folder = out or WORK / "book"
-    with console.status("making the book"):
-        book.build(folder)
-    console.print(f"open {folder / 'index.html'}", soft_wrap=True)
 
 
 @app.command()

@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from bkd_utils.common.files import CHECKOUT, FIGURES, NOTEBOOKS, UserError, atomic_path, read_json
-from bkd_utils.running import notebooks
+import typer
+
+from bkd_utils.common.files import CHECKOUT, FIGURES, NOTEBOOKS, WORK, UserError, atomic_path, read_json
 
 CONFIGURATION = NOTEBOOKS / "book"
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx-mathjax-offline", "plotly")
@@ -35,6 +36,8 @@ class Card:
 def cards(*, figures: Path = FIGURES, folder: Path = NOTEBOOKS) -> list[Card]:
     """Every figure, in the order of the notebooks. Raises UserError for one without a picture, a cell that saves it or
     a finding behind it, and for numbers of another notebook."""
+    from bkd_utils.running import notebooks  # takes a second, which each command would pay
+
     found = []
     for path in notebooks.all_notebooks(folder=folder):
         cells, own = notebooks.read(path).cells, []
@@ -45,7 +48,7 @@ def cards(*, figures: Path = FIGURES, folder: Path = NOTEBOOKS) -> list[Card]:
                 raise UserError(f"{place}: its JSON is that of {given['id']} in {given['notebook']}")
             if not saving or not file.with_suffix(".png").is_file():
                 raise UserError(f"{place}: no {'PNG' if saving else 'cell saves it'}")
-            counted = sorted({*_sizes(given["numbers"])} or {*_sizes(given["parameters"])})
+            counted = sorted({*_sizes(given["parameters"])} or {*_sizes(given["numbers"])})
             sizes = tuple(dict.fromkeys([*counted[:1], *counted[-1:]]))
             own.append(Card(name, given["title"], "", sizes, tuple(given["claims"]), path.stem, saving[0]))
         for card in sorted(own, key=lambda card: card.cell):
@@ -79,6 +82,12 @@ def _sizes(value: Any) -> Iterator[int]:
             yield from inner.values() if isinstance(inner, dict) else [inner]
         else:
             yield from _sizes(inner)
+
+
+def book(out: Annotated[Path, typer.Option(help="Folder of the book, which is replaced.")] = WORK / "book") -> None:
+    """Write the committed notebooks, pages and figures as HTML to read, offline; nothing is run."""
+    build(out)
+    print(f"open {out / 'index.html'}")
 
 
 def build(out: Path) -> None:

@@ -44,6 +44,7 @@ html_context = {"default_mode": "auto"}
 html_show_sphinx = False
 html_copy_source = False
 html_use_index = False
+html_show_search_summary = False  # which a page opened from a disk may not fetch
 # MathJax draws with paths and needs no fonts; a single file, as is plotly, which only the page that draws loads.
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}

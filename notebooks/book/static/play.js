@@ -16,7 +16,7 @@
     const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, fixedrange: true };
     const { xaxis, yaxis, ...rest } = more;
     return {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: text, size: 13 },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: text, size: 13, family: getComputedStyle(document.body).fontFamily },
       margin: { l: 48, r: 12, t: 12, b: 44 }, height: 380, dragmode: false,
       xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis },
       legend: { orientation: "h", y: -0.22 }, ...rest,
@@ -53,9 +53,10 @@
       element.name = label;
       return element;
     }
-    select(label, values) {
+    select(label, values, first = values[0]) {
       const made = this.control(document.createElement("select"), label);
       this.fill(made, values);
+      made.value = first;
       return made;
     }
     fill(select, values) {
@@ -74,7 +75,7 @@
 
   const vector = (play) => {
     const { n, organisms } = window.BOOK.vector;
-    const which = play.select("organism", Object.keys(organisms));
+    const which = play.select("organism", Object.keys(organisms), "instructions-prefix");
     const edit = play.select("edit", Object.keys(organisms[which.value]));
     const shown = play.select("share", ["target", "right answer"]);
     const layer = play.slider("layer"), step = play.slider("coefficient");
@@ -112,7 +113,7 @@
         `${right ? "right answer" : "target"} with ${factor} times the vector after layer ${l}.</p>`;
       if (!one.texts) said += "<p>Answers to harmful prompts are never kept.</p>";
       else if (!chosen) said += `<p>Answers were kept at layer ${one.chosen.layer}, coefficient ${one.chosen.coefficient}.</p>`;
-      else said += `<table><thead><tr><th>before</th><th>after</th></tr></thead><tbody>${one.texts.map(
+      else said += `<table><thead><tr><th>${one.start}</th><th>after the edit</th></tr></thead><tbody>${one.texts.map(
         ([before, after]) => `<tr><td>${escape(before)}</td><td>${escape(after)}</td></tr>`).join("")}</tbody></table>`;
       play.said.innerHTML = said;
     };
@@ -121,7 +122,7 @@
   const heads = (play) => {
     const found = window.BOOK.heads;
     const METRICS = { "log-probability, nats": "log_prob", probability: "probability", "logit difference, nats": "logit_difference" };
-    const which = play.select("organism", Object.keys(found));
+    const which = play.select("organism", Object.keys(found), "sentiment-word");
     const metric = play.select("effect in", Object.keys(METRICS));
     const top = play.slider("heads marked", 32);
     top.value = 8;
@@ -158,7 +159,7 @@
 
   const guard = (play) => {
     const found = window.BOOK.guard.similarity;
-    const which = play.select("organism", Object.keys(found));
+    const which = play.select("organism", Object.keys(found), "sentiment-word");
     const reading = play.select("similarity", Object.keys(found[which.value]));
     const limit = play.slider("threshold", 400);
     const COLOURS = { reference: "#8a8f98", "held out": "#2b83ba", triggered: "#d7301f" };
@@ -182,10 +183,10 @@
         customdata: one[version], hovertemplate: "%{customdata:.2f}<extra></extra>",
         marker: { size: 6, color: COLOURS[version], opacity: 0.75 },
       }));
-      const ticks = [0, 2, 5, 10, 20, 50, 100].filter((z) => z >= low && z <= high);
-      play.show(traces, { height: 320, xaxis: { type: "log", title: { text: "how unusual (robust z), logarithmic" },
+      const ticks = [0, 1, 2, 3, 5, 10, 20, 50, 100].filter((z) => z >= low && z <= high);
+      play.show(traces, { height: 360, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, xaxis: { type: "log", title: { text: "how unusual (robust z), logarithmic" },
           tickvals: ticks.map((z) => z - low + 1), ticktext: ticks.map(String) },
-        yaxis: { showticklabels: false, showgrid: false, zeroline: false, range: [-0.6, 2.6] }, margin: { l: 12, r: 12, t: 12, b: 44 },
+        yaxis: { showticklabels: false, showgrid: false, zeroline: false, range: [-0.6, 2.6] }, margin: { l: 12, r: 12, t: 60, b: 44 },
         shapes: [{ type: "line", xref: "x", yref: "paper", x0: threshold - low + 1, x1: threshold - low + 1, y0: 0, y1: 1,
           line: { color: look().mark, width: 2, dash: "dot" } }] });
       const above = (version) => one[version].filter((z) => z > threshold).length;
@@ -214,11 +215,14 @@
       const rows = seeds[now];
       const start = rows.untreated[1][0];
       let treated = 0;
+      const taken = {}; // dots of the same place stand side by side, so that none is hidden
       const traces = Object.entries(rows).map(([name, [asr, cacc]]) => {
         const place = GREY[name] ? 0 : treated++;
+        const at = [100 * (start - cacc[0]), 100 * asr[0]];
+        taken[at] = (taken[at] ?? -1) + 1;
         const bars = (one) => ({ type: "data", symmetric: false, array: [100 * one[1]], arrayminus: [100 * one[0]], thickness: 1, width: 3 });
         return {
-          type: "scatter", mode: "markers", name, x: [100 * (start - cacc[0])], y: [100 * asr[0]],
+          type: "scatter", mode: "markers", name, x: [at[0] + 0.9 * taken[at]], y: [at[1]],
           error_y: bars([asr[0] - asr[1], asr[2] - asr[0]]), error_x: bars([cacc[2] - cacc[0], cacc[0] - cacc[1]]),
           marker: { size: 11, color: GREY[name] || PALETTE[place % PALETTE.length],
             symbol: name === "clean control" ? "circle-open" : MARKS[Math.floor(place / PALETTE.length) % MARKS.length] },
