@@ -1,17 +1,20 @@
 """Command line: `python -m bkd_utils --help`."""
 
-import errno
 import logging
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError:  # no command works then, and `doctor` says what else is missing
+    from bkd_utils.running import doctor
+
+    sys.exit(doctor.report(as_json="--json" in sys.argv))
 
 from bkd_utils.common.files import ROOT, UserError
 from bkd_utils.running import book, ending
@@ -25,10 +28,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of prompts, triggers and organisms trained now.")]
 Organism = Annotated[str, typer.Argument(help="Name of an organism, shipped or trained here, or a path, as ./name.")]
 Prompts = Annotated[int, typer.Option(min=1, help="Held-out prompts per number.")]
-# A full or read-only disk, a folder that is another user's: nothing that a traceback would explain.
-OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 DEFAULT = "smollm2-135m-instruct"
-INTERRUPTED = 128 + signal.SIGINT  # exit status
 
 
 @app.command()
@@ -200,6 +200,16 @@ def cell(folder: Path, target: str) -> None:
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs, and for reports of bugs.")] = False,
+) -> None:
+    """Say what this machine and environment lack, what will be slow, and the command that fits. Status 1: broken."""
+    from bkd_utils.running import doctor
+
+    raise typer.Exit(doctor.report(console, as_json=as_json))
+
+
+@app.command()
 def readme() -> None:
     """Write the tables of organisms and verdicts into the README and its pages, from cards and scorecard."""
     from bkd_utils.reports import pages
@@ -278,22 +288,9 @@ def _show(frame) -> None:
 
 
 def main() -> None:
-    """Our own errors are one line each, and so is Ctrl-C; anything else is a bug and keeps its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    ended_by = ending.end_as_by_ctrl_c()
-    try:
-        app()
-    except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:  # to which typer turns a Ctrl-C
-            raise
-        console.print("stopped; the same command again does what is left")
-        sys.exit(128 + signal.SIGTERM if ended_by else INTERRUPTED)
-    except (ValueError, UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
-            raise
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(1)
+    ending.in_one_line(app, console)
 
 
 if __name__ == "__main__":

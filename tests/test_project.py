@@ -208,7 +208,9 @@ def dead_links(path, markdown):
 
 README = ROOT / "README.md"
 PAGES = sorted((NOTEBOOKS / "pages").glob("*.md"))
-EACH_PAGE = pytest.mark.parametrize("path", [README, *PAGES], ids=lambda path: path.stem)
+EACH_PAGE = pytest.mark.parametrize(
+    "path", [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES], ids=lambda path: path.stem
+)
 SPELLED = {
     "ASR": "attack success rate",
     "CACC": "clean accuracy",

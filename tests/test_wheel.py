@@ -5,10 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
+from typer.main import get_command
 
+from bkd_utils.__main__ import app
+from bkd_utils.common.assets import sources
 from bkd_utils.common.files import ROOT
 from bkd_utils.organisms.attacks import load_attack
 
@@ -67,14 +71,17 @@ def site(wheel):
     return folder
 
 
-def told(site, script, *, cwd, **environment):
-    """What a script prints, as JSON, in a process that finds the package in `site` and nowhere else."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("BKD_")}
-    environment = kept | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"} | environment
-    command = [sys.executable, "-c", script]
-    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+def told(site, *arguments, cwd, **environment):
+    """What Python prints, as JSON, in a process that finds the package in `site` and nowhere else."""
+    ended = python(site, *arguments, cwd=cwd, **environment)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
+
+
+def python(site, *arguments, cwd, **environment):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BKD_")}
+    environment = kept | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_a_wheel_holds_every_module_and_table_and_no_organism(wheel):
@@ -83,12 +90,13 @@ def test_a_wheel_holds_every_module_and_table_and_no_organism(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bkd_utils").rglob("*.py")}
     tables = [*(ROOT / "data").glob("*.toml"), *(ROOT / "data" / "answers").glob("*.json")]
     assert len(tables) > 5
-    assert held == modules | {f"bkd_utils/{path.relative_to(ROOT).as_posix()}" for path in tables}
+    data = {f"bkd_utils/{path.relative_to(ROOT).as_posix()}" for path in tables}
+    assert held == modules | data | {"bkd_utils/py.typed"}
     assert wheel.stat().st_size < 1_000_000
 
 
 def test_the_public_names_work_from_a_wheel_alone(site, tmp_path):
-    found = told(site, SCRIPT, cwd=tmp_path)
+    found = told(site, "-c", SCRIPT, cwd=tmp_path)
     assert found["names"] == 40
     assert found["paths"] == {
         "DATA": str(site / "bkd_utils" / "data"),
@@ -103,11 +111,26 @@ def test_the_public_names_work_from_a_wheel_alone(site, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_command_line_and_the_doctor_work_from_a_wheel_alone(site, tmp_path):
+    said = python(site, "-m", "bkd_utils", "--help", cwd=tmp_path, COLUMNS="120")
+    assert (said.returncode, said.stderr) == (0, "")
+    assert [name for name in get_command(app).commands if f" {name} " not in said.stdout] == ["cell"]  # hidden
+    found = told(site, "-m", "bkd_utils", "doctor", "--json", cwd=tmp_path)["findings"]
+    found = {one["what"]: (one["status"], one["found"]) for one in found}
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert found["packages"] == ("ok", f"{len(pins)} as pinned")
+    assert found["assets"] == ("warn", f"missing: {', '.join(sources())}")
+    assert found["git"] == ("ok", "no checkout")
+    ended = python(site, "-m", "bkd_utils", "run", "--only", "00", cwd=tmp_path)
+    assert (ended.returncode, "they come with a checkout" in ended.stdout) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_environment_names_other_folders(site, tmp_path):
     script = "import json; from bkd_utils.common import files as f; print(json.dumps([str(f.WORK), str(f.ASSETS)]))"
-    found = told(site, script, cwd=tmp_path, BKD_WORK="/elsewhere/kept", BKD_ASSETS="/elsewhere/assets")
+    found = told(site, "-c", script, cwd=tmp_path, BKD_WORK="/elsewhere/kept", BKD_ASSETS="/elsewhere/assets")
     assert found == ["/elsewhere/kept", "/elsewhere/assets"]
-    assert told(site, script, cwd=tmp_path, BKD_WORK="/elsewhere/kept")[1] == "/elsewhere/kept/assets"
+    assert told(site, "-c", script, cwd=tmp_path, BKD_WORK="/elsewhere/kept")[1] == "/elsewhere/kept/assets"
 
 
 def test_a_folder_called_data_beside_the_installed_package_is_not_taken_for_ours(site, tmp_path):
@@ -115,4 +138,4 @@ def test_a_folder_called_data_beside_the_installed_package_is_not_taken_for_ours
     stray = site / "data" / "attacks.toml"
     stray.parent.mkdir()
     stray.write_text("", encoding="utf-8")
-    assert told(site, script, cwd=tmp_path) == str(site / "bkd_utils" / "data")
+    assert told(site, "-c", script, cwd=tmp_path) == str(site / "bkd_utils" / "data")

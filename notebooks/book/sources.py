@@ -45,8 +45,7 @@ def write(folder: Path, config) -> None:
         "api": public_names.page(),
     }.items():
         (folder / f"{name}.md").write_text(made, encoding="utf-8")
-    config.include_patterns = ["*.md", "notebooks/*.ipynb", "notebooks/pages/*.md", "data/measurements/README.md"]
-    config.exclude_patterns = ["extra"]
+    config.exclude_patterns = ["extra", "trees"]
     config.html_extra_path = [str(kept)]
 
 
@@ -58,12 +57,17 @@ def copy_linked(where: Path, text: str, folder: Path) -> None:
         if path.is_file() and path.is_relative_to(ROOT) and path.suffix != ".ipynb" and path.parent != PAGES:
             target = folder / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            if path.suffix != ".md":
+                shutil.copyfile(path, target)
+            elif not target.is_file() and path != ROOT / "README.md":  # a document, with links of its own
+                linked = to_index(path.read_text(encoding="utf-8"))
+                target.write_text(linked, encoding="utf-8")
+                copy_linked(path.parent, linked, folder)
 
 
 def to_index(text: str) -> str:
     """The README is the front page, which a book calls index."""
-    return re.sub(r"\]\(((?:\.\./)+)README\.md", r"](\1index.md", text)
+    return re.sub(r"\]\(((?:\.\./)*)README\.md", r"](\1index.md", text)
 
 
 def folded(notebook):

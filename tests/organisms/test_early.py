@@ -1,6 +1,7 @@
 """What can be known before a model is loaded is said before a model is loaded, from the command line and in a cell."""
 
 import errno
+import signal
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_a_treated_organism_with_a_name_that_is_a_path_is_refused(name):
 def main(monkeypatch):
     def call_main(*arguments):
         monkeypatch.setattr(cli.sys, "argv", ["bkd_utils", *arguments])
-        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return int(ended.value.code)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bkd_utils.common.files import ROOT, UserError
-from bkd_utils.common.measurements import read
+from bkd_utils.common.measurements import read, write
 from bkd_utils.running import remeasuring
 from bkd_utils.running.remeasuring import Cell, parse_shard, read_cells, remeasure, split
 
@@ -55,6 +55,16 @@ def test_all_is_measured_anew_by_the_code_that_is_here_and_only_once(source, tmp
     done, printed = call(source, tmp_path / "new")
     assert done == (0, 4, 0)
     assert toys.tree(tmp_path / "new") == before
+
+
+def test_it_says_how_many_seconds_on_record_are_those_of_a_graphics_card(source, tmp_path):
+    """They say little about processors."""
+    assert "graphics card" not in call(source, tmp_path / "one")[1]
+    cells = list(source.glob("*/*.json"))
+    for path in cells[:3]:
+        one = read(path)
+        write(source, one.model_copy(update={"machine": one.machine.model_copy(update={"device": "cuda"})}))
+    assert "measured last, 3 of them on a graphics card" in call(source, tmp_path / "two")[1]
 
 
 def test_what_is_there_by_other_code_or_damaged_is_measured_again(source, tmp_path):
