@@ -3,6 +3,7 @@
 # ./run_all.sh test [OPTIONS]        the same, then run the tests (options go to pytest)
 # ./run_all.sh verify [OPTIONS]      the same, then hold every committed number against its source (--quick: no model)
 # ./run_all.sh mutations [OPTIONS]   the same, then make each change of tests/mutations.toml and see a test fail
+# ./run_all.sh book [--out FOLDER]   the same, and what makes a book, then write notebooks and figures as HTML to read
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -34,6 +35,11 @@ if [[ ! -e "$stamp" ]]; then
 fi
 
 if [[ "${1:-}" == test || "${1:-}" == verify ]]; then
+    exec "$python" -m bkd_utils "$@"
+elif [[ "${1:-}" == book ]]; then
+    # What only the book needs is installed when it is first asked for; it moves nothing that is locked.
+    "$python" -c 'import myst_nb, plotly, sphinx_book_theme' 2>/dev/null ||
+        "$python" -m pip install --disable-pip-version-check --quiet -c requirements.lock -e '.[book]'
     exec "$python" -m bkd_utils "$@"
 elif [[ "${1:-}" == mutations ]]; then
     "$python" -m bkd_utils fetch

@@ -17,11 +17,12 @@ except ModuleNotFoundError:  # no command works then, and `doctor` says what els
     sys.exit(doctor.report(as_json="--json" in sys.argv))
 
 from bkd_utils.common.files import ROOT, UserError
-from bkd_utils.running import ending, own_command
+from bkd_utils.running import book, ending, own_command
 
 HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(own_command.report)
+app.command()(book.book)
 console = Console()
 Model = Annotated[str, typer.Option(help="Packaged name, hub id OWNER/NAME, or path of a local folder, as ./name.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -48,8 +49,7 @@ def run(
     from bkd_utils.running import notebooks
 
     if list_:
-        print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
-        return
+        return print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
     from bkd_utils.common import assets, files
     from bkd_utils.models import folders, loading
     from bkd_utils.running import publishing, remeasuring, runner

@@ -16,7 +16,7 @@ from rich.table import Table
 from bkd_utils.common import assets, measurements
 from bkd_utils.common.files import ADAPTERS, ASSETS, DATA, FIGURES, ROOT, read_json, sha256_file
 from bkd_utils.common.results import plain
-from bkd_utils.running import notebooks, publishing
+from bkd_utils.running import book, notebooks, publishing
 from bkd_utils.running.comparing import Comparison, outputs
 from bkd_utils.running.notebooks import profile_parameters
 from bkd_utils.running.recording import HASHES, LIVE_OUTPUTS, live_outputs, made_files
@@ -157,7 +157,19 @@ def check_pages() -> Comparison:
     return found
 
 
-FILES = (check_measurements, check_hashes, check_organisms, check_assets, check_pages)
+def check_book() -> Comparison:
+    """Every figure has what the book shows of it: a notebook that saves it, a finding, and claims that were judged."""
+    found = Comparison("figures of the book")
+    with named(found, FIGURES):
+        judged, cards = {row["id"] for row in read_json(FIGURES / "scorecard.json")}, book.cards()
+        found.compared += len(cards)
+        for card in cards:
+            for claim in sorted(set(card.claims) - judged):
+                found.wrong(f"{short(FIGURES / card.id)}.json, claims", f"{claim} is no line of the scorecard")
+    return found
+
+
+FILES = (check_measurements, check_hashes, check_organisms, check_assets, check_pages, check_book)
 
 
 def check_replays(replays: Sequence[Replay]) -> list[Comparison]:
