@@ -16,6 +16,8 @@ from bkd_utils.common.validation import check, read_tables
 
 SENTINEL = "bkd-sentinel"
 Minutes = Annotated[float, Field(gt=0, le=100_000)]
+# About a model of the reader's own, which is trained and measured in a quarter of an hour; nothing of it ships.
+ON_REQUEST = frozenset({"08_your_own_model"})
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -29,12 +31,13 @@ def all_notebooks(*, folder: Path = NOTEBOOKS) -> list[Path]:
 
 
 def select(only: str | None, *, folder: Path = NOTEBOOKS) -> list[Path]:
-    """Notebooks by comma-separated numbers (`01,03`) or names. Raises NotebookError for one that does not exist."""
+    """Notebooks by comma-separated numbers (`01,03`) or names; by default all but those `ON_REQUEST`. Raises
+    NotebookError for one that does not exist."""
     known = all_notebooks(folder=folder)
     if not known:
         raise NotebookError(f"there are no notebooks in {folder}; they come with a checkout, not with the package")
     if only is None:
-        return known
+        return [path for path in known if path.stem not in ON_REQUEST]
     words = {word.strip() for word in only.split(",") if word.strip()} or {only}
     names = {name for path in known for name in (path.stem, path.stem[:2])}
     if unknown := ", ".join(map(repr, sorted(words - names))):

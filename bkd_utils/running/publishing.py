@@ -26,6 +26,7 @@ def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
     """Ship the measurements that notebooks used, by name, beside those of notebooks that were not run. Those made here
     are copied from the folder `kept`; the others ship already. What no notebook uses any more is removed. Raises
     ValueError for one that is damaged, and UserError, before anything is written, for one that is missing."""
+    used = {name: one for name, one in used.items() if name not in notebooks.ON_REQUEST}
     index = index_of(MEASUREMENTS) | {name: sorted(one.measurements) for name, one in used.items()}
     # A kept one that was not used is of other code, and must not replace what ships.
     own = {one: kept / f"{one}.json" for each in used.values() for one in each.own}
@@ -35,7 +36,7 @@ def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
             raise UserError(f"{one} was used but is nowhere kept; run its notebook again, then publish")
     for source in own.values():
         measurements.write(MEASUREMENTS, measurements.read(source))
-    complete = {path.stem for path in notebooks.all_notebooks()} <= index.keys()  # else one may be of another notebook
+    complete = {path.stem for path in notebooks.select(None)} <= index.keys()  # else one may be of another notebook
     for path in measurements.paths(MEASUREMENTS) if complete else []:
         if f"{path.parent.name}/{path.stem}" not in needed:
             measurements.remove(path)

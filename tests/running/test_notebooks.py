@@ -84,10 +84,11 @@ def test_a_file_that_is_no_notebook_is_named(tmp_path):
 
 
 def test_selection_by_number_and_name(tmp_path):
-    for name in ("00_a", "01_b", "03_c"):
+    for name in ("00_a", "01_b", "03_c", "08_your_own_model"):
         write(tmp_path / f"{name}.ipynb")
     assert [path.stem for path in notebooks.select("03,01_b", folder=tmp_path)] == ["01_b", "03_c"]
-    assert len(notebooks.select(None, folder=tmp_path)) == 3
+    assert [path.stem for path in notebooks.select(None, folder=tmp_path)] == ["00_a", "01_b", "03_c"]
+    assert [path.stem for path in notebooks.select("08", folder=tmp_path)] == ["08_your_own_model"]
     for bad in ("42", "1", ","):
         with pytest.raises(NotebookError):
             notebooks.select(bad, folder=tmp_path)

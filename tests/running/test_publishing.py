@@ -48,7 +48,7 @@ def kept(tmp_path):
 @pytest.fixture(autouse=True)
 def shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(publishing, "MEASUREMENTS", tmp_path / "shipped")
-    monkeypatch.setattr(notebooks, "all_notebooks", lambda: [Path("01_a.ipynb"), Path("02_b.ipynb")])
+    monkeypatch.setattr(notebooks, "all_notebooks", lambda **_: [Path("01_a.ipynb"), Path("02_b.ipynb")])
     return tmp_path / "shipped"
 
 
@@ -77,6 +77,13 @@ def test_what_a_notebook_used_ships_with_an_index_and_a_text(kept, shipped):
     for name in (f"{one}.json", f"{large}.json", f"{large}.safetensors"):
         assert (shipped / name).read_bytes() == (kept / name).read_bytes()
     assert (shipped / "README.md").read_text(encoding="utf-8") == publishing.readme(shipped)
+
+
+def test_of_a_notebook_about_a_model_of_the_readers_own_nothing_ships(kept, shipped):
+    one, own = keep(kept, "toy", n=1), keep(kept, "toy", n=2)
+    publishing.publish_measurements({"01_a": used(one), "08_your_own_model": used(own)}, kept=kept)
+    assert ids(shipped) == [one]
+    assert read_json(shipped / "index.json") == {"01_a": [one]}
 
 
 def test_publishing_the_same_again_changes_no_byte(kept, shipped):
