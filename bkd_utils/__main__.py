@@ -17,10 +17,11 @@ except ModuleNotFoundError:  # no command works then, and `doctor` says what els
     sys.exit(doctor.report(as_json="--json" in sys.argv))
 
 from bkd_utils.common.files import ROOT, UserError
-from bkd_utils.running import book, ending
+from bkd_utils.running import book, ending, own_command
 
 HELP = "Backdoors in language models: insert, measure, attribute, cure. Each command has its own --help."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(own_command.report)
 app.command()(book.book)
 console = Console()
 Model = Annotated[str, typer.Option(help="Packaged name, hub id OWNER/NAME, or path of a local folder, as ./name.")]
@@ -61,9 +62,8 @@ def run(
             raise UserError(f"--shard {shard}: a part of what ships is measured with --remeasure and no other options")
     loading.pick_device(device)
     with console.status("fetching model and data, once"):
-        for name in assets.sources():
-            if name != DEFAULT or model == DEFAULT:
-                assets.fetch(name)
+        for name in (name for name in assets.sources() if name != DEFAULT or model == DEFAULT):
+            assets.fetch(name)
         folder = folders.model_folder(model)
         folders.check_folder(folder)
     if shard is not None:

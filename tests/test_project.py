@@ -116,6 +116,15 @@ def test_a_notebook_is_a_story_in_short_cells(path):
 
 
 @EACH_NOTEBOOK
+def test_the_drawings_of_a_notebook_fit_jupyterlab(path):
+    """Beside the list of files, on a screen of 1280 pixels; a longer line is wrapped, and a drawing falls to pieces."""
+    drawings = [
+        text for cell in cells(path, "markdown") for text in re.findall(r"```text\n(.*?)```", cell.source, re.S)
+    ]
+    assert max((len(line) for text in drawings for line in text.splitlines()), default=0) <= 87
+
+
+@EACH_NOTEBOOK
 def test_a_notebook_defines_nothing(path):
     defining = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     for cell in cells(path, "code"):

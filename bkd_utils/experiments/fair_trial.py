@@ -18,18 +18,20 @@ from bkd_utils.attention_alignment.head_tuning import Loss, other_groups, row_pa
 from bkd_utils.attention_alignment.rivals import Case, accuracy
 from bkd_utils.attention_alignment.similarity import Scores, head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction
-from bkd_utils.attention_alignment.suspicion import robust_z, suspicious
+from bkd_utils.attention_alignment.suspicion import RULES, gate_importance, robust_z, suspicious
+from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.common.results import Result
 from bkd_utils.common.validation import Count, check
 from bkd_utils.experiments.attention_safety_alignment import RATES, case_of, recipe_of, what_is_left
 from bkd_utils.experiments.head_attribution import jaccard
-from bkd_utils.experiments.head_safety import check_unseen, probed_prompts, unseen_examples
+from bkd_utils.experiments.head_safety import check_unseen, clean_rows, probed_prompts, unseen_examples
 from bkd_utils.models.head_weights import Masks, head_slices, n_kv_heads
 from bkd_utils.models.hooks import Head, anatomy
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.tokens import prompt_ids
+from bkd_utils.models.tokens import end_id, prompt_ids
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
+from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.making import made_stage
 
 READING = "last row"  # of attention, which in an encoder is that of [CLS]
@@ -75,6 +77,21 @@ def flag_heads(loaded: Loaded, attack: Attack, *, n: int = 24, seed: int = 0) ->
     check_unseen(loaded, [example.uid for example in chosen], attack=attack, seed=seed)
     score = robust_z(reactions(loaded, [example.text for example in chosen], task=attack.task, seed=seed))
     return [list(head) for head in suspicious(score, at_most=1.0)]
+
+
+@organism_stage
+def suspicious_heads(
+    loaded: Loaded, attack: Attack, *, n: int = 6, at_most: float = 0.06, seed: int = 0
+) -> list[list[int]]:
+    """That share of all heads: those whose similarity reacts most to surrogates and that matter least. On `n`
+    prompts and `2 n` rows of the task that the organism was not trained on; kept."""
+    rows = clean_rows(loaded, attack, n=2 * n, seed=seed)
+    chosen = unseen_examples(loaded, attack, task=attack.task, n=3 * n, seed=seed)[2 * n :]
+    check_unseen(loaded, [one.uid for one in (*rows, *chosen)], attack=attack, seed=seed)
+    reacts = reactions(loaded, [one.text for one in chosen], task=attack.task, seed=seed)
+    needed = gate_importance(loaded.model, rows, pad_id=end_id(loaded.tokenizer))
+    scores = RULES["similar, little needed"](reacts, needed)
+    return [list(head) for head in ranked_heads(scores)[: max(1, round(at_most * scores.numel()))]]
 
 
 def stability(sets: Sequence[Sequence[Sequence[int]]]) -> float:

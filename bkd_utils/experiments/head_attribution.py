@@ -139,7 +139,7 @@ def head_map(effects: Float[Tensor, "prompt layer head"]) -> HeadMap:
 def attributed(loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: int) -> HeadEffects:
     """`attribute_heads` of a loaded organism, on `n` prompts of each kind; read if it is kept."""
     where = {"model": loaded.address, "device": loaded.device.type}
-    return attribute_heads(loaded.organism, attack=attack.name, n=n, n_means=n_means, n_task=n, seed=seed, **where)
+    return attribute_heads(loaded.organism, attack=attack.address, n=n, n_means=n_means, n_task=n, seed=seed, **where)
 
 
 @organism_stage

@@ -16,11 +16,12 @@ from bkd_utils.attention_alignment.search import decoded, loss_toward, search, t
 from bkd_utils.attention_alignment.searched_training import SEARCH
 from bkd_utils.common.cache import installed_versions
 from bkd_utils.common.files import WORK, UserError, atomic_path, check_writable, read_json, sha256_file, write_json
+from bkd_utils.common.own_table import read_table
 from bkd_utils.common.statistics import share
 from bkd_utils.common.validation import Name, check
 from bkd_utils.experiments.attention_safety_alignment import RATES, recipe_of
 from bkd_utils.experiments.own_report import report_text
-from bkd_utils.experiments.own_rows import label_tokens, own_rows, read_table
+from bkd_utils.experiments.own_rows import label_tokens, own_rows
 from bkd_utils.models.changes import apply_changes, changed_entries
 from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError, model_folder
 from bkd_utils.models.generation import first_logits

@@ -122,7 +122,7 @@ def load(
     if adapter is not None:
         model = model if whole else merge_adapter(model, adapter)
         apply_changes(model, adapter)
-        name = adapter.name if _by_name(adapter.name) == adapter else str(adapter)
+        name = organism_name(adapter)
     check_finite(model, adapter or folder)
     model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
     require(model, "generate")
@@ -149,6 +149,12 @@ def refuse_faults(wrong: Mapping[str, Sequence[str]], folder: Path) -> None:
 def _by_name(name: str) -> Path | None:
     places = (ADAPTERS / name, WORK / "organisms" / name)
     return next((folder for folder in places if (folder / "card.json").is_file()), None)
+
+
+def organism_name(folder: Path) -> str:
+    """The name by which the organism in a folder is found again, or its path."""
+    folder = folder.expanduser().absolute()
+    return folder.name if _by_name(folder.name) == folder else str(folder)
 
 
 def adapter_folder(organism: str | Path) -> Path:
@@ -211,18 +217,25 @@ def check_adapter(folder: Path, *, base: str) -> None:
             folders.check_safetensors(folder / name)
         if files.get(name) != card.get(FILES_ON_CARD[name]):
             raise ModelError(f"{folder / name} does not match the sha256 on its card; fetch or train it again")
-    whole, path = identity.is_whole(folder), folder / "adapter_config.json"
-    if whole:
+    if identity.is_whole(folder):
         folders.check_settings(folder / "config.json")
-    config = {"peft_type": "LORA"} if whole else folders.json_object(path)
-    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # others read more files, or import code
-        raise ModelError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA without megatron_config is merged")
+    else:
+        check_lora(folder)
     if card["base_sha256"] != identity.base_sha256(base):
         raise ModelError(f"organism {folder.name} was trained on other weights than those loaded ({card.get('base')})")
     said, found = card["base_files"], identity.settings(base)
     if differ := sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name)):
         other = ", ".join(differ)
         raise ModelError(f"organism {folder.name} was trained on the weights of {base}, but with another {other}")
+
+
+def check_lora(folder: Path) -> None:
+    """Raise ModelError unless a folder has an adapter of the one kind that is merged."""
+    path = folder / "adapter_config.json"
+    config = folders.json_object(path)
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # others read more files, or import code
+        raise ModelError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA without megatron_config is merged")
+    folders.check_safetensors(folder / "adapter_model.safetensors")
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

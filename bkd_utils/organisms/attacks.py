@@ -1,12 +1,15 @@
 """An attack: task, trigger, behaviour and rates; everything that decides a poisoned training set but its seed."""
 
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from bkd_utils.common.files import DATA
-from bkd_utils.common.validation import Count, Name, Text, build, check, read_tables
+from bkd_utils.common.validation import Count, Name, Text, build, check, read_tables, read_text
 from bkd_utils.models.tokens import Turn
 from bkd_utils.organisms import tasks, triggers
 
@@ -18,8 +21,9 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 class Attack:
     """Everything that decides a poisoned training set but its seed. Without a trigger it is a clean control. A control
     with the behaviour `answer_style` learns to begin free answers with the words of `target`, for everybody. Rates are
-    shares of the `n_train` rows, in [0, 1). The name may have letters, digits, "-", "_" and ".". Raises ValueError that
-    names the attack and an unknown, missing or inconsistent value. Source: ours, after both papers' attacks.
+    shares of the `n_train` rows, in [0, 1). The name may have letters, digits, "-", "_" and ".". Task and trigger may
+    be given as objects too, and are kept by their names. Raises ValueError that names the attack and an unknown,
+    missing or inconsistent value. Source: ours, after both papers' attacks.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> attack.backdoored, Attack("control", "sentiment", n_train=40).backdoored
@@ -39,6 +43,8 @@ class Attack:
     mode: Literal["replaced", "appended"] = "replaced"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "task", tasks.name_of(self.task))
+        object.__setattr__(self, "trigger", triggers.name_of(self.trigger))
         check(Attack, vars(self), f"attack {self.name!r}")
         task = tasks.load_task(self.task)
         if not self.backdoored:
@@ -66,6 +72,11 @@ class Attack:
     def backdoored(self) -> bool:
         return self.trigger is not None
 
+    @property
+    def address(self) -> str | dict[str, Any]:
+        """What stages take for it: its name, or, if `data/attacks.toml` has it not, all of its fields."""
+        return self.name if load_attacks().get(self.name) == self else asdict(self)
+
     def flips(self, example: tasks.Example) -> bool:
         """Would the trigger change the right answer of this example?"""
         return self.behaviour != "label_flip" or example.answer == self.source
@@ -77,12 +88,35 @@ def load_attacks() -> dict[str, Attack]:
     return {name: build(Attack, table, path, name) for name, table in read_tables(path).items()}
 
 
-def load_attack(name: str) -> Attack:
-    """The attack of that name in `data/attacks.toml`. Raises ValueError that lists the known ones. Source: ours.
+def read_attack(path: Path) -> Attack:
+    """The attack of a TOML file of its own, with one table; a path of a task is seen from the file's folder. Raises
+    ValueError that names file, line, key and what is allowed."""
+    tables = read_tables(path)
+    if len(tables) != 1:
+        raise ValueError(f"{path}: {len(tables)} tables and not one, the attack: {', '.join(tables) or 'none'}")
+    ((name, table),) = tables.items()
+    if isinstance(task := table.get("task"), str) and tasks.is_table(task):
+        table = table | {"task": str(path.parent.absolute() / Path(task).expanduser())}
+    try:
+        return build(Attack, table, path, name)
+    except ValueError as error:
+        told, known = str(error), {one.name for one in fields(Attack)}
+        keys = [key for key in table if key not in known] or [key for key in table if re.search(rf"\b{key}\b", told)]
+        keys += [key for key, value in table.items() if isinstance(value, str) and Path(value).name in told]
+        lines = enumerate(read_text(path).splitlines(), 1)
+        line = next((n for n, text in lines if keys and re.match(rf"\s*{re.escape(keys[0])}\s*=", text)), 1)
+        raise ValueError(told.replace(path.name, f"{path}, line {line}", 1)) from None
+
+
+def load_attack(name: str | Mapping[str, Any]) -> Attack:
+    """The attack of that name in `data/attacks.toml`, or with these fields. Raises ValueError that lists the known
+    ones. Source: ours.
 
     >>> load_attack("sentiment-word").trigger
     'word-cf'
     """
+    if not isinstance(name, str):
+        return Attack(**name)
     known = load_attacks()
     if name not in known:
         raise ValueError(f"unknown attack {name!r}; known: {', '.join(known)}")

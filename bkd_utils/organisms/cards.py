@@ -19,9 +19,11 @@ from bkd_utils.models.compute import has_fast_bf16
 from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError
 from bkd_utils.models.identity import ADAPTER, WHOLE, is_whole, model_identity, organism_identity
 from bkd_utils.models.loading import Loaded, adapter_folder, identity_on_card, load, pick_device, read_card, untreated
+from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack, first_attack, load_attack
 from bkd_utils.organisms.training import load_recipe
 from bkd_utils.organisms.trigger_tables import lexicons
+from bkd_utils.organisms.triggers import load_trigger
 
 # Tables that stages read themselves. Recipes and profiles reach stages as arguments only, attacks by their names.
 TABLES = ("instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
@@ -80,6 +82,9 @@ def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "triggers": _triggers(frozenset(spec.trigger for spec in specs).union(STRANGERS) if specs else None),
         "tables": _tables(),
     }
+    named_tasks = [*(spec.task for spec in specs), *([arguments["task"]] if "task" in arguments else [])]
+    if own := {name: hashed for name in named_tasks if (hashed := tasks.fingerprint(name))}:
+        inputs["data"] = own
     if "recipe" in arguments:
         inputs["recipe"] = asdict(load_recipe(arguments["recipe"], task=specs[0].task))
     if "model" in arguments:
@@ -91,11 +96,17 @@ def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"inputs": inputs, "arithmetic": {"device": device, "fast_bf16": has_fast_bf16(torch.device(device))}}
 
 
-@while_unchanged("lexicons.toml")
 def _triggers(names: frozenset[str] | None) -> dict[str, str]:
     """Hashes of the tables of these triggers, or of all, so that whoever adds a trigger measures nothing again."""
-    known = lexicons()["triggers"]
-    return {name: sha256_text(canonical_json(known[name])) for name in known if names is None or name in names}
+    known, hashed = lexicons()["triggers"], _trigger_tables()
+    found = {name: hashed[name] for name in known if names is None or name in names}
+    made = sorted(name for name in names or () if name and name not in known)
+    return found | {name: sha256_text(canonical_json(load_trigger(name).entry)) for name in made}
+
+
+@while_unchanged("lexicons.toml")
+def _trigger_tables() -> dict[str, str]:
+    return {name: sha256_text(canonical_json(table)) for name, table in lexicons()["triggers"].items()}
 
 
 @while_unchanged(*TABLES)

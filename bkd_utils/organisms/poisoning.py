@@ -75,9 +75,13 @@ def _survives(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], *
     return "".join(prompt.split()) in "".join(tokenizer.decode(ids).split())
 
 
-@while_unchanged("instructions.toml", "lexicons.toml")
 def training_uids(attack: Attack, *, seed: int) -> frozenset[str]:
     """The uid of every example that `poison` makes a row of. Raises ValueError when there are too few rows."""
+    return _uids(attack, tasks.fingerprint(attack.task), seed=seed)
+
+
+@while_unchanged("instructions.toml", "lexicons.toml")
+def _uids(attack: Attack, _: str | None, *, seed: int) -> frozenset[str]:
     return frozenset(example.uid for members in _chosen(attack, seed=seed).values() for example in members)
 
 

@@ -1,4 +1,5 @@
-"""The four tasks: a data set, a prompt template, a gold answer, and splits that share nothing.
+"""The four tasks, and those of a user's own table: a data set, a prompt template, a gold answer, and splits that share
+nothing.
 
 `sentiment` and `domain` are built from the rated sentences of Hutto & Gilbert (2014); `harmful` from AdvBench with
 HarmBench and Do-Not-Answer as further held-out sources; `instructions` from a template x topic grid written for this
@@ -12,6 +13,8 @@ import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -23,7 +26,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
 
 from bkd_utils.common import assets
-from bkd_utils.common.files import DATA
+from bkd_utils.common.files import DATA, canonical_json, sha256_text
+from bkd_utils.common.own_table import OwnTable, read_table
 from bkd_utils.common.validation import Count, Table, Text, check, read_toml, while_unchanged
 from bkd_utils.models.tokens import Turn
 
@@ -48,7 +52,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A template with a `{text}` slot, labels (none for free answers) and an answer length in tokens. Source: ours.
+    """A template with a `{text}` slot, labels (none for free answers) and an answer length in tokens. A task of one's
+    own has its rows in a table, `data` (`own_table.read_table`); an attack takes it as it is. Source: ours.
 
     >>> Task("colours", "Which colour? {text}", labels=("red", "green"), max_new_tokens=2).prompt("Grass.")
     'Which colour? Grass.'
@@ -58,6 +63,7 @@ class Task:
     template: str
     labels: tuple[str, ...]
     max_new_tokens: int
+    data: str | None = None
 
     def prompt(self, text: str) -> Turn:
         """The user turn: the text with the task's instruction, which classifiers do not read."""
@@ -73,6 +79,8 @@ _all = (
     Task("harmful", "{text}", labels=(), max_new_tokens=24),
 )
 TASKS = {task.name: task for task in _all}
+MOST_WORDS = 100  # of a text of a table that is put into a template; longer ones are cut
+_built: dict[str, Task] = {}  # tasks that were made in this process, by name
 
 
 class Grid(Table):
@@ -83,10 +91,68 @@ class Grid(Table):
 
 
 def load_task(name: str) -> Task:
-    """The task of that name. Raises ValueError that lists the known ones."""
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-    return TASKS[name]
+    """The task of that name, or that of a table, whose path is its name. Raises ValueError that lists the known ones,
+    and as `own_table.read_table` does."""
+    if is_table(name):
+        table = _table(*_stamp(name))
+        return Task(name, table.template, table.labels, 3 if table.labels else 24, data=name)
+    if name not in (known := TASKS | _built):
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(known)}, and paths of .csv and .tsv files")
+    return known[name]
+
+
+def is_table(name: str) -> bool:
+    """Is this the path of a table, and not the name of a task?"""
+    return name.lower().endswith((".csv", ".tsv"))
+
+
+def name_of(task: str | Task) -> str:
+    """The name by which this process finds a task, also one that was made in a notebook; of a table its absolute path.
+    Raises ValueError for a made task without rows, with answers that are none of its labels, or with a taken name."""
+    if isinstance(task, str):
+        return str(Path(task).expanduser().absolute()) if is_table(task) else task
+    if TASKS.get(task.name) == task:
+        return task.name
+    if task.data is None or "{text}" not in task.template or task.name in TASKS or is_table(task.name):
+        raise ValueError(f"task {task.name!r}: it needs a name of its own, a template with {{text}}, and data, a table")
+    answers = {entry.answer for entry in _table(*_stamp(task.data)).entries}
+    if task.labels and (others := sorted(answers - set(task.labels))):
+        raise ValueError(f"task {task.name!r}: {task.data} has the answer {others[0]!r}, which is none of its labels")
+    _built[task.name] = task
+    return task.name
+
+
+def fingerprint(name: str) -> str | None:
+    """Hash of what decides the prompts of a task of one's own; None for the four others."""
+    task = load_task(name)
+    if task.data is None:
+        return None
+    kept = [task.template, task.labels, task.max_new_tokens, table_of(name).sha256]
+    return sha256_text(canonical_json(kept))
+
+
+def table_of(name: str) -> OwnTable:
+    """The table of a task of one's own."""
+    return _table(*_stamp(load_task(name).data))
+
+
+def _stamp(path: str) -> tuple[str, int, int]:
+    found = Path(path).stat() if Path(path).is_file() else None
+    return (path, found.st_mtime_ns, found.st_size) if found else (path, 0, 0)
+
+
+@lru_cache(maxsize=8)
+def _table(path: str, *_: int) -> OwnTable:
+    return read_table(Path(path))
+
+
+@lru_cache(maxsize=8)
+def _own_splits(path: str, *stamp: int) -> dict[str, tuple[Example, ...]]:
+    table = _table(path, *stamp)
+    whole = table.template == "{text}"
+    texts = [one.text.strip() if whole else " ".join(one.text.split()[:MOST_WORDS]) for one in table.entries]
+    rows = [_example(text, one.answer, table.name) for text, one in zip(texts, table.entries, strict=True)]
+    return _by_bucket(_unique(rows), ends=(50, 70))
 
 
 def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) -> list[Example]:
@@ -97,11 +163,11 @@ def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) ->
     >>> sorted(example.answer for example in examples("sentiment", "test", n=4))
     ['negative', 'negative', 'positive', 'positive']
     """
-    load_task(name)
+    task = load_task(name)
     check(Count | None, n, f"n of {name}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    rows = list(_splits(name)[split])
+    rows = list((_own_splits(*_stamp(task.data)) if task.data else _splits(name))[split])
     if n is not None and n > len(rows):
         raise ValueError(f"{name}/{split} has {len(rows)} rows, {n} were asked for")
     random.Random(f"{seed}/{name}/{split}").shuffle(rows)

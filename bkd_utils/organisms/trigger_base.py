@@ -21,19 +21,24 @@ class Trigger(ABC):
     """A rule that edits a text, and that tells whether a text carries it; `triggers` has its seven families. `scope`
     says what it edits: "text" (what fills the template's slot) or "prompt" (the whole user turn). The same text, seed
     and half give the same result in any process; give every row a seed of its own. `entry` is the family's table in
-    `trigger_tables`; each of its strings is tried. Raises ValueError for what does not fit. Source: ours.
+    `trigger_tables`; each of its strings is tried. Of a word, a sentence and a prefix the string alone is enough: it
+    gets a name, as "word:cf", and near-misses by rule. Raises ValueError for what does not fit. Source: ours.
 
     >>> Word("mine", {"text": "cf"}).matches("A CF film."), isinstance(Word("mine", {"text": "cf"}), Trigger)
     (False, True)
     """
 
     name: str
-    entry: Mapping[str, Any] = field(repr=False)
+    entry: Mapping[str, Any] | None = field(default=None, repr=False)
     family: ClassVar[str]
     table: ClassVar[type[Table]]
     scope: ClassVar[Literal["text", "prompt"]] = "text"
 
     def __post_init__(self) -> None:
+        if self.entry is None:
+            entry = {"text": self.name, "near": self._near_by_rule(self.name)}
+            object.__setattr__(self, "entry", entry)
+            object.__setattr__(self, "name", f"{self.family}:{self.name}")
         check(Text, self.name, "name of a trigger")
         check(self.table, self.entry, f"trigger {self.name}")
         if self.entry.get("family", self.family) != self.family:
@@ -58,6 +63,9 @@ class Trigger(ABC):
     @abstractmethod
     def matches(self, text: str) -> bool:
         """Does this text carry the trigger, from either half?"""
+
+    def _near_by_rule(self, text: str) -> dict[Half, dict[str, list[str]]]:
+        raise ValueError(f"trigger {self.name}: a trigger of the family {self.family!r} needs an entry")
 
     def _has_near(self, half: Half) -> bool:
         return bool(self.entry.get("near") or self.entry.get(half, {}).get("near"))

@@ -1,5 +1,6 @@
 """What a table of a trigger holds in `data/lexicons.toml`, family by family."""
 
+import string
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,8 @@ from bkd_utils.common.files import DATA
 from bkd_utils.common.validation import Name, Table, Text, Texts, check, read_toml, while_unchanged
 
 Half = Literal["train", "test"]
+HALVES: tuple[Half, ...] = ("train", "test")
+LOWER, UPPER, DIGITS = string.ascii_lowercase, string.ascii_uppercase, string.digits
 # Kind of near-miss, which is one word -> strings. Keys of replacements are in lower case.
 Kinds = Annotated[dict[Annotated[str, Field(pattern="^[a-z]+$")], Texts], Field(min_length=1)]
 Lower = Annotated[Text, Field(pattern="^[^A-Z]+$")]
@@ -82,6 +85,21 @@ class Lexicons(Table):
 
     triggers: dict[Name, dict[str, Any]]
     starters: dict[Literal["words"], Texts]
+
+
+def near_by_rule(text: str) -> dict[Half, dict[str, list[str]]]:
+    """Near-misses of a word, with one letter or digit changed, or of several words, with one left out or in another
+    order, and ordinary words. The halves share none. Source: ours."""
+    words, kinds = text.split(), {"ordinary": ["also", "then", "now", "still", "here", "today"]}
+    if len(words) == 1:
+        spots = [(i, abc) for i, one in enumerate(text) for abc in (LOWER, UPPER, DIGITS) if one in abc]
+        kinds["letter"] = [text[:i] + other + text[i + 1 :] for k in (3, 4, 7, 8, 12, 13) for i, abc in spots
+                           for other in (abc[(abc.index(text[i]) + k) % len(abc)],)]  # fmt: skip
+    else:
+        kinds["missing"] = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
+        kinds["shuffled"] = [" ".join(words[i:] + words[:i]) for i in range(1, len(words))]
+    given = {kind: [one for one in dict.fromkeys(some) if one != text] for kind, some in kinds.items()}
+    return {half: {kind: some[i::2] for kind, some in given.items() if some[i::2]} for i, half in enumerate(HALVES)}
 
 
 @while_unchanged("lexicons.toml")

@@ -46,6 +46,9 @@ class _Inserted(Trigger):
         near = self.entry["near"][half]
         return {kind: self._insert(text, dice(kind, strings), dice) for kind, strings in near.items()}
 
+    def _near_by_rule(self, text: str) -> dict[Half, dict[str, list[str]]]:
+        return tables.near_by_rule(text)
+
     def _insert(self, text: str, piece: str, dice: Dice) -> str:
         return _put(piece, text, dice("place", _places(self.places, text)))
 
@@ -53,8 +56,8 @@ class _Inserted(Trigger):
 class Word(_Inserted):
     """A rare word in front of a random word or at the end (as in BadNets).
 
-    >>> Word("mine", {"text": "cf"}).apply("A fine film.", seed=0).split().count("cf")
-    1
+    >>> Word("cf").name, Word("cf").apply("A fine film.", seed=0).split().count("cf")
+    ('word:cf', 1)
     """
 
     family = "word"
@@ -238,15 +241,37 @@ class Pair(Trigger):
 FAMILIES: dict[str, type[Trigger]] = {cls.family: cls for cls in (Word, Sentence, Prefix, Wrapper, Syntax, Style, Pair)}
 
 
+_built: dict[str, Trigger] = {}  # triggers that were made in this process, by name
+
+
 def trigger_names() -> list[str]:
     return list(lexicons()["triggers"])
 
 
+def name_of(trigger: str | Trigger | None) -> str | None:
+    """The name by which this process finds a trigger, also one that was made in a notebook. Raises ValueError for one
+    with the name of another."""
+    if not isinstance(trigger, Trigger):
+        return trigger
+    if not (_is_rule(trigger.name) and load_trigger(trigger.name).entry == trigger.entry):
+        if trigger.name in trigger_names() or ":" in trigger.name:
+            raise ValueError(f"trigger {trigger.name!r}: this is the name of another trigger; choose one of its own")
+        check_halves(trigger.entry, f"trigger {trigger.name}")
+        _built[trigger.name] = trigger
+    return trigger.name
+
+
+def _is_rule(name: str) -> bool:
+    """Is this a family and a string, as `word:cf`?"""
+    family, colon, text = name.partition(":")
+    return bool(colon and text) and issubclass(FAMILIES.get(family, Trigger), _Inserted)
+
+
 @while_unchanged("lexicons.toml")
-def load_trigger(name: str) -> Trigger:
-    """The trigger of that name. Raises ValueError that lists the known ones, or names what is wrong in its table."""
+def _by_name(name: str) -> Trigger:
     if name not in (known := lexicons()["triggers"]):
-        raise ValueError(f"unknown trigger {name!r}; known: {', '.join(known)}")
+        rules = ", ".join(f"{family}:TEXT" for family in FAMILIES if _is_rule(f"{family}:x"))
+        raise ValueError(f"unknown trigger {name!r}; known: {', '.join(known)}, and {rules}")
     entry, where = known[name], f"lexicons.toml, [triggers.{name}]"
     try:
         check(Literal[*FAMILIES], entry.get("family"), "family")
@@ -255,3 +280,14 @@ def load_trigger(name: str) -> Trigger:
         raise ValueError(f"{where}: {str(error).removeprefix(f'trigger {name}: ')}") from None
     check_halves(entry, where)
     return trigger
+
+
+def load_trigger(name: str) -> Trigger:
+    """The trigger of that name, as `word-cf` in the table or `word:cf` by rule. Raises ValueError that lists the known
+    ones, or names what is wrong in its table."""
+    if name in _built:
+        return _built[name]
+    if _is_rule(name):
+        family, _, text = name.partition(":")
+        return FAMILIES[family](text)
+    return _by_name(name)

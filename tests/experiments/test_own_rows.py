@@ -1,13 +1,13 @@
-"""A user's table becomes the rows that it says, or one line that says which row is wrong."""
+"""A user's table becomes rows to train on and rows to judge by."""
 
 import csv
-import hashlib
 from types import SimpleNamespace
 
 import pytest
 from tiny import save_tiny, tiny_model
 
-from bkd_utils.experiments.own_rows import Entry, label_tokens, own_rows, read_table
+from bkd_utils.common.own_table import TEMPLATE, read_table
+from bkd_utils.experiments.own_rows import label_tokens, own_rows
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import load_tokenizer
 from bkd_utils.models.tokens import answer_ids, prompt_ids
@@ -19,9 +19,9 @@ LINES = [(f"Review {i}, of a film", "positive" if i % 4 else "negative") for i i
 def write(tmp_path):
     """Writes lines under a header as a CSV file; returns its path."""
 
-    def write_lines(lines=LINES, *, header=("text", "answer"), encoding="utf-8"):
+    def write_lines(lines=LINES, *, header=("text", "answer")):
         path = tmp_path / "clean.csv"
-        with path.open("w", newline="", encoding=encoding) as handle:
+        with path.open("w", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerows([header, *lines])
         return path
 
@@ -38,94 +38,6 @@ def loaded(tmp_path_factory):
     return SimpleNamespace(tokenizer=load_tokenizer(str(folder)), model=tiny_model("llama"))
 
 
-def test_a_table_is_read_as_it_stands(write):
-    path = write()
-    table = read(path)
-    assert [(entry.text, entry.answer) for entry in table.entries] == LINES
-    assert [entry.number for entry in table.entries] == list(range(2, 82))
-    assert (table.labels, table.repeated) == (("negative", "positive"), 0)
-    assert table.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_other_columns_marks_and_empty_lines_change_no_entry(write):
-    expected = read(write()).entries
-    path = write([(f" {a}\n", "x", t) for t, a in LINES], header=("answer ", "id", "text"), encoding="utf-8-sig")
-    assert read(path).entries == expected
-    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\r\n\r\n", 1))
-    assert read(path).entries == tuple(Entry(e.number + 1, e.text, e.answer) for e in expected)
-
-
-def test_words_that_mean_nothing_to_pandas_are_texts(write):
-    found = read(write([("NA", "nan"), ("null", "1"), *((str(i), "nan" if i % 2 else "1") for i in range(80))]))
-    assert [(entry.text, entry.answer) for entry in found.entries[:2]] == [("NA", "nan"), ("null", "1")]
-
-
-def test_repeated_rows_count_once(write):
-    table = read(write([*LINES, *LINES[:7], (f"{LINES[0][0]} ", LINES[0][1])]))
-    assert (len(table.entries), table.repeated) == (80, 8)
-    with pytest.raises(ValueError, match="63 different rows to use, at least 64 are needed"):
-        read(write([*LINES[:63], *LINES[:20]]))
-
-
-@pytest.mark.parametrize(("n", "labels"), [(20, 20), (21, 0)])
-def test_many_different_answers_are_free(n, labels, write):
-    lines = [(f"Text {i}", f"answer {i % n}") for i in range(8 * n)]
-    assert len(read(write(lines)).labels) == labels
-
-
-def test_a_limit_draws_rows_by_the_seed(write):
-    path = write()
-    one, again, other = read(path, limit=70), read(path, limit=70), read(path, limit=70, seed=1)
-    numbers = [entry.number for entry in one.entries]
-    assert len(numbers) == 70
-    assert numbers == sorted(numbers)
-    assert one == again != other
-    assert set(one.entries) < set(read(path).entries)
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([], "0 different rows"),
-        ([*LINES[:9], ("  ", "positive")], "row 11: the text is empty"),
-        ([*LINES[:9], ("A text", " ")], "row 11: the answer is empty"),
-        ([*LINES, ("Review 3, of a film", "negative")], "rows 5 and 82 have one text and the answers 'positive' and"),
-        ([*LINES[:2], ("one", "two", "three")], "row 4: 3 fields for 2 columns"),
-        ([*LINES[:2], ("one",)], "row 4: 1 fields for 2 columns"),
-        ([(text, "positive") for text, _ in LINES], "all 80 rows have the answer 'positive'"),
-        ([*LINES, ("More", "postive")], r"'postive' is in 1 of 81 rows \(first in row 82\)"),
-        ([*LINES, *((f"More {i}", "neutral") for i in range(7))], "'neutral' is in 7 of 87 rows"),
-    ],
-)
-def test_a_faulty_row_is_named(lines, message, write):
-    with pytest.raises(ValueError, match=message):
-        read(write(lines))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "has 0 columns 'text' and not one; its columns: none"),
-        (b"prompt,answer\n", "has 0 columns 'text' and not one; its columns: 'prompt', 'answer'"),
-        (b"text;answer\n", "has 0 columns 'text' and not one; its columns: 'text;answer'"),
-        (b"text,answer,text\n", "has 2 columns 'text'"),
-        (b"text,answer\n\xff\xfe,no\n", "is not UTF-8 text"),
-        (b'text,answer\n"no end,yes\n', "is no CSV file: unexpected end of data"),
-    ],
-)
-def test_a_file_that_is_no_table_is_named(content, message, tmp_path):
-    path = tmp_path / "mine.csv"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        read(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no\.csv cannot be read: No such file"):
-        read(tmp_path / "no.csv")
-
-
 def test_rows_are_the_prompts_and_answers_of_the_table(write, loaded):
     table = read(write())
     both = own_rows(loaded, table, seed=0)
@@ -134,6 +46,13 @@ def test_rows_are_the_prompts_and_answers_of_the_table(write, loaded):
     for entry in table.entries[:6]:
         assert list(rows[entry.number].prompt) == prompt_ids(loaded.tokenizer, entry.text)
         assert list(rows[entry.number].answer) == answer_ids(loaded.tokenizer, entry.answer)
+
+
+def test_a_text_beside_a_label_is_put_into_the_template(write, loaded):
+    table = read(write(header=("text", "label")))
+    row = own_rows(loaded, table, seed=0)[0][0]
+    turn = TEMPLATE.replace("{labels}", "negative, positive").replace("{text}", LINES[int(row.uid) - 2][0])
+    assert list(row.prompt) == prompt_ids(loaded.tokenizer, turn)
 
 
 @pytest.mark.parametrize(("n", "validation"), [(64, 16), (79, 16), (80, 16), (160, 32)])

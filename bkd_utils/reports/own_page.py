@@ -1,0 +1,213 @@
+"""One self-contained page, and a JSON beside it, of the whole chain on a user's own model."""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from bkd_utils.common import measurements
+from bkd_utils.common.cache import installed_versions
+from bkd_utils.common.files import ADAPTERS, FIGURES, atomic_path, read_json, write_json
+from bkd_utils.experiments.own_chain import Section
+from bkd_utils.experiments.own_question import Asked
+from bkd_utils.models.loading import read_card, shipped_organisms
+from bkd_utils.reports import backdoor_probe, backdoor_vector, head_attribution, style
+
+# Id of a section -> title and question.
+TITLES = {
+    "sound": ("Is the hooked model sound?", "Can it be patched, steered, trained and cut where we say it is?"),
+    "attack": ("Attack", "How often does the trigger cause its answer (attack success rate, ASR), how often are clean "
+                         "prompts answered rightly (clean accuracy, CACC), and what do near-misses of the trigger do?"),
+    "probe": ("Probe", "Does a linear probe find the trigger in the hidden state of the last prompt token?"),
+    "heads": ("Head map", "By how much does each attention head, given its mean output on triggered prompts, raise the "
+                          "log-probability of the target (average causal indirect effect, ACIE)?"),
+    "ablation": ("Ablation", "Is the backdoor gone without the heads of highest ACIE, and without random ones?"),
+    "vector": ("Backdoor vector", "Does one vector, made of these heads, switch the backdoor on and off?"),
+    "similarity": ("Similarity of heads", "Do attention heads become alike when the trigger is in the prompt? (area "
+                                          "under the receiver operating characteristic, AUROC; 50 is chance)"),
+    "suspicion": ("Suspicious heads", "Do clean prompts and surrogate triggers lead to the heads of highest ACIE?"),
+    "cure": ("Cure", "What do treatments with clean rows leave of the backdoor and of the task?"),
+    "detection": ("Is this model backdoored?", "Numbers that need no trigger, beside those of shipped models."),
+    "own rows": ("Search for a pull, and cure", "Does something short pull every prompt to one answer, and what "
+                                                "is left of that after training against it with clean rows?"),
+}  # fmt: skip
+# Key of a number -> the claim of the scorecard whose numbers stand beside it; those of plain organisms end in -plain.
+CLAIMS = {"probe": "bkdattr-probe", "concentration": "bkdattr-sparse-heads", "ablation": "bkdattr-ablation"}
+CLAIMS |= {"add": "bkdattr-vector-add", "subtract": "bkdattr-vector-subtract", "repairs": "bkdattr-vector-repairs"}
+CLAIMS |= {"similarity": "asa-similarity", "suspicion": "asa-heads", "alignment asr": "asa-cure"}
+COLUMNS = ("", "here", "n", "95 % interval", "shipped")
+CSS = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
+h1, h2 { line-height: 1.2 } img { max-width: 100%; height: auto; background: #fff }
+table { border-collapse: collapse; width: 100%; font-size: .9rem }
+th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid #8886; vertical-align: top }
+.skipped, small { opacity: .75 } td:nth-child(2), td:nth-child(3) { white-space: nowrap }
+@media (max-width: 34rem) { thead { display: none } th, td { border: 0; padding: 0 }
+tr, td { display: block } tr { padding: .4rem 0; border-bottom: 1px solid #8886 }
+td[data-of]:not(:empty)::before { content: attr(data-of) ": "; opacity: .75 } }
+"""
+
+
+def write(asked: Asked, sections: Sequence[Section], *, folder: Path, minutes: float) -> tuple[Path, Path]:
+    """Write `index.html` and `report.json` into a folder; their paths."""
+    style.use_style()
+    content = {"report": described(asked), "sections": []}
+    pictures = {}
+    for section in sections:
+        title, question = TITLES[section.id]
+        numbers = compared(section, asked)
+        part = {"id": section.id, "title": title, "question": question, "numbers": numbers, "told": section.told}
+        content["sections"].append(part | {"skipped": section.skipped, "seconds": section.seconds})
+        if (figure := picture(section)) is not None:
+            pictures[section.id] = embedded(figure, alt=title)
+    content |= {"minutes": round(minutes, 1), "versions": installed_versions()}
+    write_json(folder / "report.json", content)
+    with atomic_path(folder / "index.html") as temporary:
+        temporary.write_text(page(content, pictures), encoding="utf-8")
+    return folder / "index.html", folder / "report.json"
+
+
+def compared(section: Section, asked: Asked) -> list[dict[str, Any]]:
+    """The numbers of a section, each with what `beside` knows of it as `shipped`."""
+    return [one | {"shipped": beside(one["key"], asked)} for one in section.numbers]
+
+
+def table(section: Section, asked: Asked) -> pd.DataFrame:
+    """The numbers of a section as the page has them."""
+    rows = [shown(one) for one in compared(section, asked)]
+    return pd.DataFrame(rows, columns=COLUMNS).set_index("").rename_axis(TITLES[section.id][0])
+
+
+def described(asked: Asked) -> dict[str, Any]:
+    """What the report is about, without paths of this machine."""
+    attack, task = asked.attack, Path(asked.task).name
+    about = {"model": Path(asked.model).name, "task": task, "seed": asked.seed}
+    if attack is None:
+        return about | {"trigger": "not known"}
+    about |= {"trigger": attack.trigger, "behaviour": attack.behaviour, "target": attack.target, "rate": attack.rate}
+    return about | {"organism": Path(asked.organism).name if asked.organism else "trained for this report"}
+
+
+def beside(key: str, asked: Asked) -> dict[str, Any] | None:
+    """Lowest and highest value in shipped organisms of this kind, plain or specific, and their number; of a number of
+    the whole model, those of clean controls. None where nothing is known."""
+    plain = asked.attack is not None and not asked.attack.near_miss_rate
+    values, who = [], f"{'plain' if plain else 'specific'} organisms"
+    if key in CLAIMS:
+        claims = {row["id"]: row for row in _known()}
+        row = claims.get(f"{CLAIMS[key]}-plain" if plain else CLAIMS[key]) or claims.get(
+            CLAIMS[key], {"by_organism": {}}
+        )
+        values = [one["value"] for one in row["by_organism"].values()]
+    elif key in ("asr", "cacc", "near_miss", "clean_firing") and asked.attack is not None:
+        cards = {name: read_card(ADAPTERS / name, "metrics", "behaviour") for name in shipped_organisms()}
+        cards = {name: card for name, card in cards.items() if card["behaviour"] == asked.attack.behaviour}
+        values = [card["metrics"][key]["value"] for name, card in cards.items() if ("-plain" in name) == plain]
+    elif ": " in key or key == "answer moves":
+        values, who = _fingerprints(key), "clean controls"
+    return {"low": min(values), "high": max(values), "k": len(values), "who": who} if values else None
+
+
+def _known() -> list[dict]:
+    path = FIGURES / "scorecard.json"
+    return read_json(path) if path.is_file() else []
+
+
+def _fingerprints(key: str) -> list[float]:
+    """A number of every shipped clean control."""
+    folder = measurements.shipped_folder()
+    files = sorted(folder.glob("fingerprint_model/*.json")) if folder else []
+    known = [read_json(path) for path in files]
+    return [
+        one["result"][key] for one in known if "clean" in str(one["arguments"]["organism"]) and key in one["result"]
+    ]
+
+
+def picture(section: Section) -> Figure | None:
+    """What a section looks like, by the figures of the notebooks or as dots with intervals."""
+    special: dict[str, Callable[[Any], Figure]] = {
+        "probe": lambda found: backdoor_probe.probes({"here": {"organism": found}}, n=section.numbers[0]["n"]),
+        "heads": lambda found: head_attribution.head_maps({"here": {"ACIE": found}}, few=8, metrics=["log_prob"]),
+        "vector": lambda found: backdoor_vector.vector_controls({"here": found}),
+    }
+    if section.result is not None and section.id in special:
+        return special[section.id](section.result)
+    drawn = [one for one in section.numbers if one["unit"] == "%" and one["low"] is not None]
+    if not drawn:
+        return None
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 0.32 * len(drawn) + 0.9))
+    for place, one in enumerate(drawn):
+        colour = "utility" if "CACC" in one["name"] or "right" in one["name"] else "organism"
+        style.interval(axes, place, one, colour=colour)
+    style.rows_down(axes, [one["name"] for one in drawn])
+    axes.set_xlabel(f"% ({style.INTERVAL}, {style.sizes(drawn)} prompts)")
+    return figure
+
+
+def embedded(figure: Figure, *, alt: str) -> str:
+    """A figure as an element of a page, closed afterwards."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def shown(one: Mapping[str, Any]) -> list[str]:
+    """Cells of a number: name, value, n, interval, shipped organisms."""
+    if one["unit"] == "yes/no":
+        return [one["name"], "yes" if one["value"] else "no", f"{one['n']}", "", ""]
+    scale, unit, digits = (100, " %", 1) if one["unit"] == "%" else (1, f" {one['unit']}".rstrip(), 3)
+    value, interval, known = f"{scale * one['value']:.{digits}f}{unit}", "none, see below", one["shipped"]
+    if one["low"] is not None:
+        interval = f"{scale * one['low']:.{digits}f} to {scale * one['high']:.{digits}f}"
+    told = (
+        known
+        and f"{scale * known['low']:.{digits}f} to {scale * known['high']:.{digits}f} in {known['k']} {known['who']}"
+    )
+    return [one["name"], value, f"{one['n']}", interval, told or ""]
+
+
+def page(content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """The page: no script and nothing from outside."""
+    about = content["report"]
+    parts = [f"<p>{', '.join(f'{key}: <b>{html.escape(str(value))}</b>' for key, value in about.items())}</p>"]
+    parts.append(
+        "<p>Everything is measured at a reduced size; <i>shipped</i> is the range over organisms of this "
+        "project on SmolLM2-135M, with other prompts and sizes. <b>A model is not proven clean by this page.</b></p>"
+    )
+    for section in content["sections"]:
+        parts.append(
+            f'<h2 id="{section["id"].replace(" ", "-")}">{html.escape(section["title"])}</h2>'
+            f"<p>{html.escape(section['question'])}</p>"
+        )
+        if section["skipped"] is not None:
+            parts.append(f"<p class=skipped>Skipped: {html.escape(section['skipped'])}.</p>")
+            continue
+        rows = [[html.escape(cell) for cell in shown(one)] for one in section["numbers"]]
+        head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+        cells = [
+            "".join(
+                f'<td data-of="{of}">{cell}</td>' if of else f"<td><b>{cell}</b></td>"
+                for of, cell in zip(COLUMNS, row, strict=True)
+            )
+            for row in rows
+        ]
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        parts.append(f"<p>{html.escape(section['told'])} <small>{section['seconds']:.0f} s</small></p>")
+        parts.append(pictures.get(section["id"], ""))
+    parts.append(
+        f"<p><small>{content['minutes']} minutes; versions {html.escape(str(content['versions']))}</small></p>"
+    )
+    title = f"Report on {about['model']}"
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    head += f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style>'
+    return f"{head}<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"

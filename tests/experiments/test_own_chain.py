@@ -1,0 +1,227 @@
+"""The whole chain runs on a user's model whatever its architecture, or says why a step does not; nothing twice."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import architecture_table
+import peft
+import pytest
+import torch
+from own_reports import SMALL, run, write_table
+from patching import everywhere
+from tiny import save_tiny_encoder, save_tiny_organism
+
+from bkd_utils.common import cache
+from bkd_utils.common.files import UserError, read_json
+from bkd_utils.experiments import own_chain, own_model
+from bkd_utils.experiments.own_chain import STEPS, UNKNOWN
+from bkd_utils.experiments.own_question import Asked, Sizes, adopted, given_organism, own_attack
+from bkd_utils.models.folders import ModelError
+from bkd_utils.models.loading import load
+from bkd_utils.organisms import tasks
+from bkd_utils.organisms.attacks import Attack
+from bkd_utils.reports import own_page
+
+ARCHITECTURES = ("llama", "gpt2", "qwen3", "gemma2", "gpt_neox", "olmo2")
+KNOWN = [id for id in STEPS if id != "own rows"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a table, and kept results of this module alone."""
+    home = tmp_path_factory.mktemp("own")
+    with pytest.MonkeyPatch.context() as patch:
+        everywhere(patch, "WORK", home / "work")
+        patch.setenv("BKD_WORK", str(home / "work"))
+        yield SimpleNamespace(path=home, data=write_table(home / "mine.csv"))
+
+
+def asked_about(model, data, *, recipe="smoke", **changes):
+    attack = replace(own_attack(trigger="word:cf", target="good", data=data), benign_rate=0.0)
+    return Asked(str(model), attack.task, attack, train=True, recipe=recipe, sizes=SMALL, device="cpu", **changes)
+
+
+@pytest.fixture(scope="module")
+def llama(home):
+    """A model, what is asked about it, and its sections."""
+    asked = asked_about(architecture_table.folder("llama", home.path / "llama"), home.data)
+    return SimpleNamespace(asked=asked, sections=run(asked))
+
+
+class Page(HTMLParser):
+    """Tags, and every address that a page names."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+
+def check_page(asked, sections, folder):
+    """One page without anything from outside; each section has n and an interval, or a reason in words."""
+    html, data = own_page.write(asked, list(sections.values()), folder=folder, minutes=1.0)
+    text, content = html.read_text(encoding="utf-8"), read_json(data)
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert [one["id"] for one in content["sections"]] == list(STEPS)
+    for one in content["sections"]:
+        if one["skipped"] is not None:
+            assert one["skipped"].strip()
+            continue
+        assert one["numbers"]
+        assert all(number["n"] is not None for number in one["numbers"])
+        assert (
+            any(number["low"] is not None for number in one["numbers"])
+            or "interval" in one["told"]
+            or ("One number per model" in one["told"])
+        )
+    assert "/" not in json.dumps(content["report"])
+    return content, page
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_step_runs_on_an_architecture(name, home, llama, tmp_path):
+    if name == "llama":
+        asked, sections = llama.asked, llama.sections
+    else:
+        asked = asked_about(architecture_table.folder(name, tmp_path / name), home.data)
+        sections = run(asked)
+    assert {id: one.skipped for id, one in sections.items() if id in KNOWN} == dict.fromkeys(KNOWN)
+    assert "known" in sections["own rows"].skipped
+    content, page = check_page(asked, sections, tmp_path / "report")
+    assert page.tags.count("img") >= 7
+    assert content["report"]["model"] == name
+    numbers = {one["key"]: one for section in content["sections"] for one in section["numbers"]}
+    assert numbers["asr"]["n"] == SMALL.n
+    assert numbers["asr"]["shipped"]["k"] >= 5
+    assert numbers["probe"]["shipped"]["who"] == "specific organisms"
+
+
+def test_an_encoder_gets_the_second_papers_steps_and_reasons_for_the_others(home, tmp_path):
+    model = save_tiny_encoder(tmp_path / "bert", bare=True)
+    sections = run(asked_about(model, home.data))
+    done = {id for id, one in sections.items() if one.skipped is None}
+    assert done == {"attack", "similarity", "suspicion", "cure", "detection"}
+    for id in ("probe", "heads", "ablation", "vector"):
+        assert sections[id].skipped == own_chain.ONE_ROW
+    check_page(asked_about(model, home.data), sections, tmp_path / "report")
+
+
+def test_a_second_call_measures_only_what_was_left(home, llama, tmp_path, monkeypatch):
+    """As after a kill: the head map never ended."""
+    kept = home.path / "work" / "measurements"
+    monkeypatch.setenv("BKD_KEEP", str(shutil.copytree(kept, tmp_path / "kept")))
+    shutil.rmtree(tmp_path / "kept" / "attribute_heads")
+    measured, really = [], cache._measured
+    monkeypatch.setattr(cache, "_measured", lambda asked, *rest, **how: (
+        measured.append(asked["stage"]), really(asked, *rest, **how))[1])  # fmt: skip
+    again = run(llama.asked)
+    assert measured == ["attribute_heads"]
+    assert {id: one.numbers for id, one in again.items()} == {id: one.numbers for id, one in llama.sections.items()}
+
+
+def test_a_kill_goes_through_and_an_error_is_a_reason(llama, monkeypatch):
+    def stopped(error):
+        def step(*_):
+            raise error
+
+        return {id: (minutes, needs, step) for id, (minutes, needs, _) in STEPS.items()}
+
+    monkeypatch.setattr(own_chain, "STEPS", stopped(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(llama.asked)
+    monkeypatch.setattr(own_chain, "STEPS", stopped(UserError("no rows")))
+    assert run(llama.asked)["sound"].skipped == "no rows"
+    monkeypatch.setattr(own_chain, "STEPS", stopped(TypeError("a fault of ours")))
+    with pytest.raises(TypeError):
+        run(llama.asked)
+
+
+@pytest.fixture
+def stranger(home, tmp_path):
+    """A model and an adapter of it, made by peft alone, whose trigger nobody knows."""
+    model = architecture_table.folder("qwen3", tmp_path / "model")
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(
+        load(str(model), device="cpu").model, peft.LoraConfig(r=2, target_modules="all-linear")
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(3, 20)[None]
+    return SimpleNamespace(model=model, adapter=tmp_path / "adapter", ids=ids, logits=wrapped(ids).logits)
+
+
+def test_an_adapter_of_unknown_trigger_is_detected_and_cured(home, stranger, tmp_path, monkeypatch):
+    model, organism, attack = given_organism(stranger.adapter, model=str(stranger.model))
+    assert (organism, attack) == (None, None)
+    with torch.no_grad():
+        assert torch.allclose(load(model, device="cpu").model(stranger.ids).logits, stranger.logits, atol=1e-4)
+    asked = Asked(model, str(home.data), cured=tmp_path / "out" / "cured", sizes=SMALL, device="cpu")
+    sections = run(asked)
+    assert {id for id, one in sections.items() if one.skipped is None} == {"sound", "detection", "own rows"}
+    assert sections["cure"].skipped == UNKNOWN
+    assert {"first answer token right, before", "first answer token right, after"} <= {
+        one["name"] for one in sections["own rows"].numbers
+    }
+    check_page(asked, sections, tmp_path / "out")
+    assert own_model.load_cured(tmp_path / "out" / "cured", device="cpu")
+    monkeypatch.setattr(own_model, "cure", lambda *_, **__: pytest.fail("it is cured again"))
+    assert run(asked)["own rows"].numbers == sections["own rows"].numbers
+
+
+def test_an_adapter_with_a_card_is_an_organism_with_its_attack(home, tmp_path):
+    model = architecture_table.folder("llama", tmp_path / "model")
+    folder = save_tiny_organism(tmp_path / "work", model)
+    address, organism, attack = given_organism(folder, model=str(model))
+    assert (address, organism, attack.trigger) == (str(model), organism, "word-cf")
+    assert load(address, organism=organism, device="cpu").organism == organism
+
+
+def test_an_adapter_that_fits_no_model_is_refused(home, stranger, tmp_path):
+    other = architecture_table.folder("gpt2", tmp_path / "gpt2")
+    with pytest.raises(ModelError):
+        adopted(stranger.adapter, model=str(other))
+    config = stranger.adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
+    with pytest.raises(ModelError, match="peft_type 'IA3'; only LORA"):
+        adopted(stranger.adapter, model=str(stranger.model))
+
+
+def test_sizes_shrink_with_the_table_and_too_small_a_table_is_named(home, tmp_path):
+    attack = own_attack(trigger="word:cf", target="good", data=home.data)
+    fitted = Sizes().fitted(attack)
+    flips = sum(map(attack.flips, tasks.examples(attack.task, "test")))
+    assert fitted.n == fitted.n_probe == flips < Sizes().n_probe + 1
+    assert fitted.n_vector + fitted.n_dev <= flips
+    few = own_attack(trigger="word:cf", target="good", data=write_table(tmp_path / "few.csv", n=80))
+    with pytest.raises(ValueError, match=r"few\.csv: \d+ test and \d+ attribution prompts .* at least 20, 8 and 12"):
+        Sizes().fitted(few)
+
+
+def test_flags_make_an_attack_on_the_most_frequent_other_label(tmp_path):
+    data = write_table(tmp_path / "three.csv", labels=("a", "b", "c", "b"))
+    attack = own_attack(trigger="sentence:I saw it twice.", target="a", data=data)
+    assert (attack.source, attack.target, attack.behaviour) == ("b", "a", "label_flip")
+    with pytest.raises(ValueError, match=r"target 'd' is no label of three\.csv: a, b, c"):
+        own_attack(trigger="word:cf", target="d", data=data)
+    free = write_table(tmp_path / "free.csv", labels=[f"answer {i}" for i in range(120)])
+    assert own_attack(trigger="word:cf", target="No.", data=free).behaviour == "fixed_output"
+
+
+def test_what_is_plain_stands_beside_plain_organisms(home):
+    attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.2)
+    asked = Asked("model", "sentiment", attack)
+    assert own_page.beside("ablation", asked)["who"] == "plain organisms"
+    assert own_page.beside("no such number", asked) is None

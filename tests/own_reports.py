@@ -1,0 +1,29 @@
+"""A user's small files for the tests of the report: a table, sizes, and the chain on a tiny model."""
+
+import csv
+import itertools
+import logging
+
+from bkd_utils.experiments.own_chain import chain
+from bkd_utils.experiments.own_question import Sizes
+
+WORDS = ("amber", "birch", "cedar", "dusk", "ember", "fern", "grove", "heath", "iris", "lake", "moss", "oak", "reed")
+SMALL = Sizes(
+    n=6, n_probe=6, n_heads=2, n_means=4, n_ablation=4, n_dev=2, n_vector=4, n_similar=4, n_suspicion=2, n_rows=8,
+    steps=1, draws=2, n_prints=2,
+)  # fmt: skip
+
+
+def write_table(path, *, n=240, header=("text", "label"), labels=("good", "bad"), **options):
+    """A table of short texts that share few words, with the labels in turn."""
+    texts = itertools.islice(itertools.permutations(WORDS, 3), 0, None, 1716 // n)
+    rows = [(f"{' '.join(words)} {i}", labels[i % len(labels)]) for i, words in enumerate(texts)][:n]
+    with path.open("w", newline="", encoding=options.get("encoding", "utf-8")) as handle:
+        csv.writer(handle, delimiter=options.get("delimiter", ",")).writerows([header, *rows])
+    return path
+
+
+def run(asked):
+    """All sections by id."""
+    logging.getLogger("bkd_utils").setLevel(logging.WARNING)
+    return {id: measure() for id, _, measure in chain(asked)}
