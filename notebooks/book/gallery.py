@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from bkd_utils.running.book import Card
+from cards import Card
 
 CARD = """:::{{container}} card-of-figure
 ```{{raw}} html

@@ -9,9 +9,9 @@ import nbformat
 import play
 import public_names
 import verdicts
+from cards import cards
 
 from bkd_utils.common.files import FIGURES, NOTEBOOKS, ROOT
-from bkd_utils.running.book import cards
 from bkd_utils.running.notebooks import all_notebooks
 
 PAGES = NOTEBOOKS / "pages"

@@ -65,7 +65,7 @@ def test_every_picture_has_a_card_and_every_card_a_cell_that_saves_it():
         assert list(card.sizes) == sorted(card.sizes)
 
 
-def test_the_sizes_of_a_card_are_those_of_its_numbers():
+def test_the_sizes_of_a_card_are_those_of_its_parameters_or_numbers():
     sizes = {card.id: card.sizes for card in book.cards()}
     assert sizes["01_poison_rate"] == (60,)
     assert sizes["06_repairs"] == (32,)
@@ -86,8 +86,8 @@ def test_the_sizes_of_a_card_are_those_of_its_numbers():
         ("**Finding.** no end", None),
     ],
 )  # fmt: skip
-def test_a_finding_is_the_first_sentence_that_says_something(text, sentence):
-    assert book.finding(text) == sentence
+def test_a_finding_is_the_first_sentence_that_says_something(makers, text, sentence):
+    assert makers("cards").finding(text) == sentence
 
 
 @pytest.fixture
@@ -104,30 +104,36 @@ def one_figure(tmp_path):
     return tmp_path
 
 
-def test_a_figure_that_lacks_something_is_named(one_figure):
-    (card,) = book.cards(figures=one_figure, folder=one_figure)
-    assert card == book.Card("01_a", "A", "It is so.", (4,), (), "01_mine", 0)
+def test_a_figure_that_lacks_something_is_named(makers, one_figure):
+    cards = makers("cards")
+    (card,) = cards.cards(figures=one_figure, folder=one_figure)
+    assert card == cards.Card("01_a", "A", "It is so.", (4,), (), "01_mine", 0)
     given = read_json(one_figure / "01_a.json")
     write_json(one_figure / "01_a.json", given | {"notebook": "02_other"})
     with pytest.raises(UserError, match=r"01_mine\.ipynb, figure 01_a: its JSON is that of 01_a in 02_other"):
-        book.cards(figures=one_figure, folder=one_figure)
+        cards.cards(figures=one_figure, folder=one_figure)
     write_json(one_figure / "01_a.json", given)
     (one_figure / "01_a.png").unlink()
     with pytest.raises(UserError, match=r"01_mine\.ipynb, figure 01_a: no PNG"):
-        book.cards(figures=one_figure, folder=one_figure)
+        cards.cards(figures=one_figure, folder=one_figure)
 
 
-def test_a_figure_without_a_finding_is_named(one_figure):
+def test_a_figure_without_a_finding_or_a_cell_is_named(makers, one_figure):
+    cards = makers("cards")
     notebook = nbformat.read(one_figure / "01_mine.ipynb", as_version=4)
     nbformat.write(nbformat.v4.new_notebook(cells=notebook.cells[:1]), one_figure / "01_mine.ipynb")
     with pytest.raises(UserError, match="no finding before the next figure"):
-        book.cards(figures=one_figure, folder=one_figure)
+        cards.cards(figures=one_figure, folder=one_figure)
+    nbformat.write(nbformat.v4.new_notebook(cells=notebook.cells[1:]), one_figure / "01_mine.ipynb")
+    with pytest.raises(UserError, match=r"01_mine\.ipynb, figure 01_a: no cell saves it"):
+        cards.cards(figures=one_figure, folder=one_figure)
 
 
-def test_verify_holds_the_claims_of_figures_against_the_scorecard(monkeypatch):
+def test_verify_holds_the_claims_of_figures_against_the_scorecard(makers, monkeypatch):
     assert verifying.check_book().findings == []
     assert verifying.check_book().compared == len(PICTURES)
-    monkeypatch.setattr(verifying.book, "cards", lambda: [book.Card("01_a", "A", "So.", (), ("no-claim",), "01_b", 0)])
+    card = makers("cards").Card("01_a", "A", "So.", (), ("no-claim",), "01_b", 0)
+    monkeypatch.setattr(verifying.book, "cards", lambda: [card])
     (wrong,) = verifying.check_book().findings
     assert "01_a.json" in wrong
     assert "no-claim is no line of the scorecard" in wrong
