@@ -2,6 +2,7 @@
 # ./run_all.sh [OPTIONS]             install what is missing, then run the notebooks (--help lists the options)
 # ./run_all.sh test [OPTIONS]        the same, then run the tests (options go to pytest)
 # ./run_all.sh verify [OPTIONS]      the same, then hold every committed number against its source (--quick: no model)
+# ./run_all.sh doctor [--json]        the same, then say what this machine lacks and the command that fits it
 # ./run_all.sh mutations [OPTIONS]   the same, then make each change of tests/mutations.toml and see a test fail
 # ./run_all.sh book [--out FOLDER]   the same, and what makes a book, then write notebooks and figures as HTML to read
 set -euo pipefail
@@ -34,7 +35,7 @@ if [[ ! -e "$stamp" ]]; then
     touch "$stamp"
 fi
 
-if [[ "${1:-}" == test || "${1:-}" == verify ]]; then
+if [[ "${1:-}" == test || "${1:-}" == verify || "${1:-}" == doctor ]]; then
     exec "$python" -m bkd_utils "$@"
 elif [[ "${1:-}" == book ]]; then
     # What only the book needs is installed when it is first asked for; it moves nothing that is locked.

@@ -257,7 +257,7 @@ def test_the_commands_that_a_page_shows_exist(path):
         if command.startswith("./run_all.sh mutations"):
             assert " mutations " in (ROOT / "run_all.sh").read_text()
             continue
-        words = re.sub(r"\./run_all\.sh (test|verify|book)\b", r"python -m bkd_utils \1", command).split()
+        words = re.sub(r"\./run_all\.sh (test|verify|book|doctor)\b", r"python -m bkd_utils \1", command).split()
         name = "run" if words[0] == "./run_all.sh" else words[3] if len(words) > 3 else "--help"
         if name == "--help":
             continue
