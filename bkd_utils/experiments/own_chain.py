@@ -23,7 +23,7 @@ from bkd_utils.experiments.model_detection import fingerprint_model
 from bkd_utils.experiments.own_question import Asked
 from bkd_utils.models import folders, identity
 from bkd_utils.models.folders import kind, model_folder
-from bkd_utils.models.loading import load
+from bkd_utils.models.loading import adapter_folder, load
 from bkd_utils.models.self_test import capabilities
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.evaluation import measure_attacked
@@ -262,7 +262,9 @@ def own_rows(asked: Asked, found: dict) -> Section:
     how = {"organism": asked.organism, "steps": 2 * asked.sizes.steps, "rows": 8 * asked.sizes.n_rows}
     said = target / own_model.REPORT
     known = read_json(said) if said.is_file() else {}
-    same = {"identity": identity.model_identity(asked.model), "steps": how["steps"], "seed": asked.seed}
+    organism = asked.organism and adapter_folder(asked.organism).name
+    same = {"identity": identity.model_identity(asked.model), "organism": organism}
+    same |= {"steps": how["steps"], "seed": asked.seed}
     table = tasks.table_of(asked.task).sha256
     if {key: known.get(key) for key in same} != same or known["data"]["sha256"] != table:
         own_model.cure(asked.model, data=Path(data), out=target, force=True, seed=asked.seed, **how)
