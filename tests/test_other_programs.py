@@ -136,7 +136,7 @@ def test_the_page_about_other_machines_says_of_each_what_was_not_tested():
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
     ]
     assert rows[0] == ["where", "file", "what it does", "not tested"]
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(len(row) == 4 and row[3] for row in rows)
     assert "-r requirements.lock" in text
 

@@ -23,6 +23,8 @@ ROOT = PACKAGE.parent if CHECKOUT else Path.cwd()
 DATA = (ROOT if CHECKOUT else PACKAGE) / "data"
 FIGURES = ROOT / "figures"
 NOTEBOOKS = ROOT / "notebooks"
+# About a model of the reader's own, which is trained and measured; runs when asked for, and nothing of it ships.
+ON_REQUEST = frozenset({"08_your_own_model"})
 # Fetched and computed things are ignored by git; both folders can be shared between clones.
 WORK = Path(os.environ.get("BKD_WORK") or ROOT / "work").expanduser().absolute()
 ASSETS = Path(os.environ.get("BKD_ASSETS") or (DATA if CHECKOUT else WORK) / "assets").expanduser().absolute()

@@ -111,6 +111,8 @@ def name_of(task: str | Task) -> str:
     Raises ValueError for a made task without rows, with answers that are none of its labels, or with a taken name."""
     if isinstance(task, str):
         return str(Path(task).expanduser().absolute()) if is_table(task) else task
+    if not isinstance(task, Task):
+        return task  # refused, with the name of the attack, by who asked
     if TASKS.get(task.name) == task:
         return task.name
     if task.data is None or "{text}" not in task.template or task.name in TASKS or is_table(task.name):

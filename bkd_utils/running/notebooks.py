@@ -11,13 +11,11 @@ import nbformat
 from nbformat import NotebookNode
 from pydantic import Field
 
-from bkd_utils.common.files import DATA, NOTEBOOKS, atomic_path
+from bkd_utils.common.files import DATA, NOTEBOOKS, ON_REQUEST, atomic_path
 from bkd_utils.common.validation import check, read_tables
 
 SENTINEL = "bkd-sentinel"
 Minutes = Annotated[float, Field(gt=0, le=100_000)]
-# About a model of the reader's own, which is trained and measured in a quarter of an hour; nothing of it ships.
-ON_REQUEST = frozenset({"08_your_own_model"})
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 

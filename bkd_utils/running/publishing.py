@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bkd_utils.common import measurements
-from bkd_utils.common.files import DATA, FIGURES, UserError, atomic_path, read_json, write_json
+from bkd_utils.common.files import DATA, FIGURES, ON_REQUEST, UserError, atomic_path, read_json, write_json
 from bkd_utils.running import notebooks
 from bkd_utils.running.ledger import Used
 
@@ -26,7 +26,7 @@ def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
     """Ship the measurements that notebooks used, by name, beside those of notebooks that were not run. Those made here
     are copied from the folder `kept`; the others ship already. What no notebook uses any more is removed. Raises
     ValueError for one that is damaged, and UserError, before anything is written, for one that is missing."""
-    used = {name: one for name, one in used.items() if name not in notebooks.ON_REQUEST}
+    used = {name: one for name, one in used.items() if name not in ON_REQUEST}
     index = index_of(MEASUREMENTS) | {name: sorted(one.measurements) for name, one in used.items()}
     # A kept one that was not used is of other code, and must not replace what ships.
     own = {one: kept / f"{one}.json" for each in used.values() for one in each.own}
