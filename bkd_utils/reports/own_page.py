@@ -45,7 +45,7 @@ COLUMNS = ("", "here", "n", "95 % interval", "shipped")
 CSS = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
-h1, h2 { line-height: 1.2 } img { max-width: 100%; height: auto; background: #fff }
+h1, h2 { line-height: 1.2 } img { max-width: 100%; height: auto; background: white }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid #8886; vertical-align: top }
 .skipped, small { opacity: .75 } td:nth-child(2), td:nth-child(3) { white-space: nowrap }
