@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bkd_utils.common.files import ASSETS, CHECKOUT, FIGURES, ROOT, WORK, read_json
+from bkd_utils.common.files import ASSETS, CHECKOUT, FIGURES, ON_REQUEST, ROOT, WORK, read_json
 
 GIB = 2**30
 LEAST, ENOUGH = 1, 3  # GiB of disk: to unpack the model at all; for model, data and results
@@ -179,7 +179,8 @@ def speed() -> Told:
 
     pace, threads, cores = runner.speed(), torch.get_num_threads(), os.cpu_count() or 1
     found = f"{threads} threads on {cores} cores, GFLOP/s: {', '.join(f'{kind} {rate}' for kind, rate in pace.items())}"
-    minutes = {name: one["minutes"] * one["gflops"]["fp32"] / pace["fp32"] for name, one in recorded().items()}
+    run = {name: one for name, one in recorded().items() if one["name"] not in ON_REQUEST}
+    minutes = {name: one["minutes"] * one["gflops"]["fp32"] / pace["fp32"] for name, one in run.items()}
     if not minutes:
         return "ok", found, "Notebooks come with a checkout only."
     slow = ", ".join(f"{name} ({taken:.0f})" for name, taken in minutes.items() if taken > SLOW)

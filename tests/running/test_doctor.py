@@ -295,11 +295,15 @@ def rate(monkeypatch, card):
 
 
 def test_minutes_are_scaled_by_the_speed_of_products(rate):
-    whole = sum(one["minutes"] for one in RUN.values())
+    usual = {name: one for name, one in RUN.items() if name != "08"}  # which runs on request
+    assert usual.keys() < RUN.keys()
+    whole = sum(one["minutes"] for one in usual.values())
     for factor in (0.5, 1, 2):
         rate(factor)
         status, found, advice = doctor.speed()
-        slow = [f"{name} ({one['minutes'] / factor:.0f})" for name, one in RUN.items() if one["minutes"] / factor > 10]
+        slow = [
+            f"{name} ({one['minutes'] / factor:.0f})" for name, one in usual.items() if one["minutes"] / factor > 10
+        ]
         assert f"fp32 {100 * factor:.0f}, bf16 7; all notebooks in about {whole / factor:.0f} minutes" in found
         assert found.endswith(f"slow: {', '.join(slow) or 'none'}")
         assert (status, advice) == ("ok", "Run ./run_all.sh.")
