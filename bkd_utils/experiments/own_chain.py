@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.common.files import UserError, read_json
@@ -153,7 +154,7 @@ def heads(asked: Asked, found: dict) -> Section:
     result = _measured(head_attribution.attribute_heads, asked, **given)
     one = result.sufficient["log_prob"]
     layer, head = ranked_heads(torch.tensor(one.mean))[0]
-    mean, half = one.mean[layer][head], 1.96 * one.error[layer][head]
+    mean, half = one.mean[layer][head], student.ppf(0.975, one.n - 1) * one.error[layer][head]
     top = {"value": mean, "n": one.n, "low": mean - half, "high": mean + half}
     few = f"part of all effects in {_n_heads(result)} heads (3 %)"
     numbers = [_number("concentration", few, result.concentration["log_prob"])]

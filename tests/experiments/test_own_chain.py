@@ -18,6 +18,8 @@ from tiny import save_tiny_encoder, save_tiny_organism
 from bkd_utils.common import cache
 from bkd_utils.common.files import UserError, read_json
 from bkd_utils.experiments import own_chain, own_model
+from bkd_utils.experiments.head_ablation import Ablation
+from bkd_utils.experiments.head_attribution import HeadEffects, HeadMap
 from bkd_utils.experiments.own_chain import STEPS, UNKNOWN
 from bkd_utils.experiments.own_question import Asked, Sizes, adopted, given_organism, own_attack
 from bkd_utils.models.folders import ModelError
@@ -225,3 +227,135 @@ def test_what_is_plain_stands_beside_plain_organisms(home):
     asked = Asked("model", "sentiment", attack)
     assert own_page.beside("ablation", asked)["who"] == "plain organisms"
     assert own_page.beside("no such number", asked) is None
+
+
+# --- which number of a stage stands where ---------------------------------------------------------------------------
+
+
+def part(value, n=10):
+    return {"value": value, "n": n, "low": value - 0.1, "high": value + 0.1, "by_prompt": [value] * n}
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stages with known results in place of those that measure, and what each was asked."""
+    asked, results = [], {}
+
+    def measured(stage, _asked, **how):
+        asked.append((stage.__name__, how))
+        result = results[stage.__name__]
+        return result(**how) if callable(result) else result
+
+    monkeypatch.setattr(own_chain, "_measured", measured)
+    return SimpleNamespace(asked=asked, results=results)
+
+
+@pytest.fixture
+def effects():
+    """Effects of four heads whose order by log-probability is 1.0, 0.1, 0.0, 1.1, and by probability the reverse."""
+    log_prob = HeadMap(n=4, mean=[[0.2, 0.3], [0.9, 0.1]], error=[[0.1, 0.1], [0.05, 0.1]])
+    probability = HeadMap(n=4, mean=[[0.3, 0.2], [0.1, 0.9]], error=[[0.1, 0.1], [0.1, 0.1]])
+    task = HeadMap(n=4, mean=[[0.0, 0.0], [0.0, 0.0]], error=[[0.1, 0.1], [0.1, 0.1]])
+    maps = {"log_prob": log_prob, "probability": probability}
+    carried = {"log_prob": part(0.6), "probability": part(0.2)}
+    return HeadEffects(["x"], [0.1] * 4, [0.8] * 4, maps, maps, maps, task, carried)
+
+
+def by_name(section):
+    return {one["name"]: one for one in section.numbers}
+
+
+def test_the_head_map_is_read_in_log_probability(stages, effects):
+    stages.results["attribute_heads"] = effects
+    numbers = by_name(own_chain.heads(Asked("m", "sentiment", sizes=SMALL), {}))
+    top = numbers["highest ACIE, head 1.0"]
+    assert (top["value"], top["n"]) == (0.9, 4)
+    assert top["high"] - 0.9 == pytest.approx(3.182 * 0.05, abs=1e-4)  # Student's t with 3 degrees of freedom
+    assert 0.9 - top["low"] == pytest.approx(top["high"] - 0.9)
+    assert numbers["part of all effects in 1 heads (3 %)"]["value"] == 0.6
+    assert (numbers["P(target), clean prompts"]["value"], numbers["P(target), triggered prompts"]["value"]) == (
+        0.1,
+        0.8,
+    )
+
+
+def test_the_ablation_is_the_published_one_by_the_published_ranking(stages, effects):
+    rows = {("none", "published"): 1.0, ("probability", "published"): 0.2, ("probability", "mean"): 0.5}
+    rows |= {("log_prob", "published"): 0.6}
+    made = [Ablation(*key, 1, 0, part(asr), part(0.3), part(0.4 + asr / 10), 1.0) for key, asr in rows.items()]
+    made += [
+        Ablation("random", "published", 1, i, part(asr), part(0.3), part(0.9), 1.0) for i, asr in enumerate((0.7, 0.9))
+    ]
+    stages.results["ablation_curves"] = made
+    found = {"heads": SimpleNamespace(result=effects)}
+    numbers = by_name(own_chain.ablation(Asked("m", "sentiment", sizes=SMALL), found))
+    assert {name: round(one["value"], 6) for name, one in numbers.items()} == {
+        "part of the ASR that 1 heads take off": 0.8,
+        "ASR, untouched": 1.0,
+        "ASR, without 1 heads": 0.2,
+        "ASR, without 1 random heads": 0.8,
+        "right on clean prompts, untouched": 0.5,
+        "right on clean prompts, without 1 heads": 0.42,
+    }
+
+
+def test_adding_and_subtracting_are_not_mixed_up(stages, effects):
+    def edit(vector, *random):
+        return {"backdoor vector": [part(vector)], "random vectors": [part(one) for one in random]}
+
+    test = {"add, difference": edit(0.9, 0.1, 0.3, 0.2), "subtract, difference": edit(0.4, 1.0, 0.8, 0.6)}
+    test |= {"add, raw": edit(0.0, 0.0), "subtract, raw": edit(0.0, 0.0)}
+    right = {"subtract, difference": part(0.7), "add, difference": part(0.05)}
+    stages.results["steer_organism"] = SimpleNamespace(test=test, right=right)
+    found = {"heads": SimpleNamespace(result=effects)}
+    section = own_chain.vector(Asked("m", "sentiment", sizes=SMALL), found)
+    assert {name: one["value"] for name, one in by_name(section).items()} == {
+        "ASR, clean prompts, vector added": 0.9,
+        "ASR, clean prompts, median random vector added": 0.2,
+        "ASR, triggered prompts, vector subtracted": 0.4,
+        "ASR, triggered prompts, median random vector subtracted": 0.8,
+        "right answers to triggered prompts, vector subtracted": 0.7,
+    }
+    ((_, how),) = stages.asked
+    assert how["skip"] >= how["n_dev"]  # the prompts on which layer and coefficient are chosen do not confirm them
+
+
+def test_suspicious_heads_are_held_against_those_of_highest_log_probability_effect(stages, effects):
+    stages.results["suspicious_heads"] = [[1, 0], [0, 1], [0, 0]]
+    found = {"heads": SimpleNamespace(result=effects)}
+    (number,) = own_chain.suspicion(Asked("m", "sentiment", sizes=SMALL), found).numbers
+    assert (number["value"], number["n"]) == (1.0, 3)
+
+
+def test_alignment_alone_is_told_the_suspicious_heads(stages):
+    left = {"alignment": 0.3, "fine-tuning": 0.6, "searched": 0.1}
+    stages.results["treat_and_measure"] = lambda method, **_: SimpleNamespace(
+        after={"asr": part(left[method]), "cacc": part(1 - left[method])}
+    )
+    found = {"suspicion": SimpleNamespace(result=[(1, 0)])}
+    found["attack"] = SimpleNamespace(result={"asr": part(1.0), "cacc": part(0.9)})
+    numbers = by_name(own_chain.cure(Asked("m", "sentiment", sizes=SMALL), found))
+    assert {how["method"]: how["heads"] for _, how in stages.asked} == {
+        "alignment": [[1, 0]],
+        "fine-tuning": [],
+        "searched": [],
+    }
+    for method, asr in left.items():
+        assert numbers[f"ASR after {method}"]["value"] == asr
+        assert numbers[f"CACC after {method}"]["value"] == 1 - asr
+    assert (numbers["ASR before"]["value"], numbers["CACC before"]["value"]) == (1.0, 0.9)
+
+
+def test_a_cure_of_another_organism_is_not_shown_as_this_ones(home, tmp_path, monkeypatch):
+    model = architecture_table.folder("llama", tmp_path / "model")
+    asked = Asked(str(model), str(home.data), cured=tmp_path / "cured", sizes=SMALL, device="cpu")
+    before = run(asked)["own rows"]
+    organism = save_tiny_organism(tmp_path / "work", model)
+    cured, really = [], own_model.cure
+    monkeypatch.setattr(
+        own_model, "cure", lambda *args, **how: (cured.append(how["organism"]), really(*args, **how))[1]
+    )
+    after = run(replace(asked, organism=str(organism)))["own rows"]
+    assert cured == [str(organism)]
+    assert before.skipped is None
+    assert after.skipped is None

@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex, to_rgb
 from bkd_utils.common import files
 from bkd_utils.common.files import FIGURES, NOTEBOOKS
 from bkd_utils.reports import backdoor_insertion, style
+from bkd_utils.reports.scorecard import SEED
 from bkd_utils.reports.style import COLOURS, LIBRARIES, save, use_style
 
 KEYS = {"id", "title", "claims", "numbers", "parameters", "seeds", "inputs", "versions", "notebook"}
@@ -178,9 +179,15 @@ SAMPLES = [
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
 def test_a_committed_figure_records_the_n_that_it_used(path):
     sidecar = json.loads(path.read_text())
-    n = sidecar["parameters"]["n"]
-    largest = max(n.values()) if isinstance(n, dict) else n  # one for each attack
-    assert largest == max(counts(sidecar["numbers"]), default=largest)
+    n, all_counts = sidecar["parameters"]["n"], counts(sidecar["numbers"])
+    if not (isinstance(n, dict) and all_counts):
+        assert n == max(all_counts, default=n)
+        return
+    # One for each attack: that of each organism of each kind.
+    drawn = [(name, counts(found)) for kind in sidecar["numbers"].values() for name, found in kind.items()]
+    assert {SEED.sub("", name) for name, _ in drawn} == n.keys()
+    other = [name for name, found in drawn if set(found) - {n[SEED.sub("", name)]}]
+    assert other == []
 
 
 def test_every_committed_figure_is_three_files_that_a_notebook_saves():

@@ -29,6 +29,7 @@ CLAIMS = [row["id"] for row in read_json(FIGURES / "scorecard.json")]
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """The folder of the book. The first process of the tests makes it, and the others wait for it."""
+    # The book needs packages that nothing else does, so that they are no part of the lock; .ci/run installs them first.
     if missing := [name for name in book.NEEDED if importlib.util.find_spec(name) is None]:
         pytest.skip(f"{', '.join(missing)} are not installed; ./run_all.sh book installs them")
     shared = tmp_path_factory.getbasetemp()
@@ -404,6 +405,7 @@ LOOKS = [(width, theme) for width in (1280, 390) for theme in ("light", "dark")]
 @pytest.fixture(params=LOOKS, ids=lambda look: f"{look[0]}-{look[1]}")
 def browser(request, built):
     """A headless Chromium of one width and one theme, and the book."""
+    # A browser is no Python package. Without one, links, images and addresses are still read from the HTML above.
     if not (CHROMIUM and DRIVER):
         pytest.skip("chromium and chromedriver are not both on PATH (Debian: apt install chromium chromium-driver)")
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium comes with ./run_all.sh book")
