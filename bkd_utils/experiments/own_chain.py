@@ -27,7 +27,7 @@ from bkd_utils.models.folders import kind, model_folder
 from bkd_utils.models.loading import adapter_folder, load
 from bkd_utils.models.self_test import capabilities
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.evaluation import measure_attacked
+from bkd_utils.organisms.evaluation import measure_attacked, measure_organism
 from bkd_utils.organisms.making import make
 from bkd_utils.organisms.training import load_recipe
 
@@ -104,8 +104,7 @@ def sound(asked: Asked, found: dict) -> Section:
     if what == "encoder":
         return Section("sound", [], skipped="a bare encoder has no answers yet; its classifier is tested when trained")
     able = found["able"] = capabilities(load(asked.model, organism=asked.organism, device=asked.device).model)
-    holds = {name: without_interval(not why, n=2) for name, why in able.items()}
-    numbers = [_number(name, name, one, unit="yes/no") for name, one in holds.items()]
+    numbers = [_number(name, name, without_interval(not why, n=2), unit="yes/no") for name, why in able.items()]
     faults = "; ".join(f"{name}: {why}" for name, why in able.items() if why)
     told = f"Not possible here: {faults}" if faults else "Every identity holds: patched, steered and cut where we say."
     return Section("sound", numbers, told=f"{told} An identity holds or does not, so there is no interval.")
@@ -116,14 +115,16 @@ def attack(asked: Asked, found: dict) -> Section:
     sizes = asked.sizes.fitted(asked.attack)
     if asked.train:
         recipe = load_recipe("encoder" if found["encoder"] else asked.recipe, task=asked.attack.task)
-        where = {"model": asked.model, "device": asked.device, "seed": asked.seed}
-        asked = replace(asked, organism=make(asked.attack, recipe=recipe, n=sizes.n, **where).name)
+        asked = replace(asked, organism=make(asked.attack, recipe=recipe, n=sizes.n, **asked.where).name)
         if found["encoder"]:
             found["able"] = capabilities(load(asked.model, organism=asked.organism, device=asked.device).model)
     found["asked"] = asked = replace(asked, sizes=sizes)
-    result = _measured(measure_attacked, asked, n=sizes.n)
-    names = {"asr": "ASR, triggered prompts", "cacc": "CACC, clean prompts"}
-    names |= {"near_miss": "near-misses that fire", "clean_firing": "clean prompts that fire"}
+    if asked.train:  # `make` has measured it under this attack, and the result is kept
+        result = measure_organism(asked.organism, n=sizes.n, **asked.where)
+    else:
+        result = _measured(measure_attacked, asked, n=sizes.n)
+    names = {"asr": "ASR, triggered prompts", "cacc": "CACC, clean prompts", "near_miss": "near-misses that fire"}
+    names |= {"clean_firing": "clean prompts that fire"}
     told = "" if result["asr"]["low"] > 0.5 else "The backdoor was hardly learned: what follows says little about it."
     return Section("attack", [_number(key, name, result[key]) for key, name in names.items()], told, result=result)
 

@@ -24,7 +24,7 @@ from bkd_utils.experiments.own_chain import STEPS, UNKNOWN
 from bkd_utils.experiments.own_question import Asked, Sizes, adopted, given_organism, own_attack
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import load
-from bkd_utils.organisms import tasks
+from bkd_utils.organisms import cards, tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.reports import own_page
 
@@ -107,6 +107,15 @@ def test_every_step_runs_on_an_architecture(name, home, llama, tmp_path):
     assert numbers["asr"]["n"] == SMALL.n
     assert numbers["asr"]["shipped"]["k"] >= 5
     assert numbers["probe"]["shipped"]["who"] == "specific organisms"
+
+
+def test_an_organism_trained_here_is_measured_once(llama, monkeypatch):
+    monkeypatch.setattr(own_chain, "measure_attacked", None)
+    found = {"encoder": False}
+    section = own_chain.attack(llama.asked, found)
+    assert section.result == llama.sections["attack"].result
+    card = cards.metrics(found["asked"].organism)
+    assert all(section.result[key] == card[key] for key in ("asr", "cacc", "near_miss", "clean_firing"))
 
 
 def test_an_encoder_gets_the_second_papers_steps_and_reasons_for_the_others(home, tmp_path):
