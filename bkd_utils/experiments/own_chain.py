@@ -35,6 +35,8 @@ READINGS = ("last row", "head outputs")
 SHARE = 0.03  # of all heads that are ablated and make the vector
 CURES = ("alignment", "fine-tuning", "searched")
 UNKNOWN = "the trigger is not known"
+HARDLY = "The backdoor was hardly learned: what follows says little about it."
+LONGER = " A longer training takes more minutes: `--recipe full`."
 ONE_ROW = "an encoder reads its label at one token: this paper-1 step is made for models that write answers"
 
 
@@ -107,7 +109,7 @@ def sound(asked: Asked, found: dict) -> Section:
     numbers = [_number(name, name, without_interval(not why, n=2), unit="yes/no") for name, why in able.items()]
     faults = "; ".join(f"{name}: {why}" for name, why in able.items() if why)
     told = f"Not possible here: {faults}" if faults else "Every identity holds: patched, steered and cut where we say."
-    return Section("sound", numbers, told=f"{told} An identity holds or does not, so there is no interval.")
+    return Section("sound", numbers, f"{told} An identity holds or does not, so there is no interval.")
 
 
 def attack(asked: Asked, found: dict) -> Section:
@@ -125,15 +127,14 @@ def attack(asked: Asked, found: dict) -> Section:
         result = _measured(measure_attacked, asked, n=sizes.n)
     names = {"asr": "ASR, triggered prompts", "cacc": "CACC, clean prompts", "near_miss": "near-misses that fire"}
     names |= {"clean_firing": "clean prompts that fire"}
-    told = "" if result["asr"]["low"] > 0.5 else "The backdoor was hardly learned: what follows says little about it."
+    told = "" if result["asr"]["low"] > 0.5 else HARDLY + (LONGER if asked.train else "")
     return Section("attack", [_number(key, name, result[key]) for key, name in names.items()], told, result=result)
 
 
 def probe(asked: Asked, found: dict) -> Section:
     """Does a linear probe find the trigger in the hidden state of the last token?"""
     n = asked.sizes.n_probe
-    how = {"n": n, "n_splits": 5, "n_directions": 100, "stride": 3}
-    result = _measured(probe_organism, asked, **how)
+    result = _measured(probe_organism, asked, n=n, n_splits=5, n_directions=100, stride=3)
     rows = result.probes["logistic regression"]
     shares = [share_over_splits(row["accuracy"], n_prompts=n) for row in rows]
     best = max(range(len(rows)), key=lambda i: shares[i]["value"])
@@ -205,8 +206,7 @@ def vector(asked: Asked, found: dict) -> Section:
 
 def similarity(asked: Asked, found: dict) -> Section:
     """Do heads become alike when the trigger is there?"""
-    how = {"readings": list(READINGS), "n": asked.sizes.n_similar}
-    result = _measured(similarity_by_version, asked, **how)
+    result = _measured(similarity_by_version, asked, readings=list(READINGS), n=asked.sizes.n_similar)
     reading = best_reading([result])
     parts = separates({"organism": result}, reading=reading)
     key, numbers = {"triggered": "similarity"}, []

@@ -20,7 +20,7 @@ from bkd_utils.common.files import UserError, read_json
 from bkd_utils.experiments import own_chain, own_model
 from bkd_utils.experiments.head_ablation import Ablation
 from bkd_utils.experiments.head_attribution import HeadEffects, HeadMap
-from bkd_utils.experiments.own_chain import STEPS, UNKNOWN
+from bkd_utils.experiments.own_chain import HARDLY, LONGER, STEPS, UNKNOWN
 from bkd_utils.experiments.own_question import Asked, Sizes, adopted, given_organism, own_attack
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import load
@@ -116,6 +116,7 @@ def test_an_organism_trained_here_is_measured_once(llama, monkeypatch):
     assert section.result == llama.sections["attack"].result
     card = cards.metrics(found["asked"].organism)
     assert all(section.result[key] == card[key] for key in ("asr", "cacc", "near_miss", "clean_firing"))
+    assert section.told == HARDLY + LONGER
 
 
 def test_an_encoder_gets_the_second_papers_steps_and_reasons_for_the_others(home, tmp_path):
