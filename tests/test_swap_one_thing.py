@@ -42,8 +42,8 @@ def given(once, tmp_path, monkeypatch):
 
 
 def test_there_is_an_example_of_each_kind():
-    assert len(EXAMPLES) == 6
-    for name in ("Trigger", "fixed_output", "head_scores", "TREATMENTS", "respond", "Task"):
+    assert len(EXAMPLES) == 7
+    for name in ("Trigger", "fixed_output", "head_scores", "TREATMENTS", "respond", "Task", "live.sliders"):
         assert sum(name in example for example in EXAMPLES) >= 1
 
 

@@ -25,8 +25,9 @@ def main(source: str, target: str, parameters: str) -> None:
         os.environ["JUPYTER_PATH"] = jupyter
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             os.environ[name] = str(Path(jupyter) / name.lower())
+        os.environ["BKD_STATIC"] = "1"  # nobody moves sliders here, see `reports.live`
         given = json.loads(Path(parameters).read_text(encoding="utf-8"))
-        where = {"kernel_name": "bkd", "language": "python", "cwd": str(ROOT)}
+        where = {"kernel_name": "bkd", "language": "python", "cwd": str(ROOT), "store_widget_state": False}
         papermill.execute_notebook(source, target, given, **where, progress_bar=False, autosave_cell_every=0)
 
 

@@ -8,13 +8,12 @@ import importlib.util
 import json
 import math
 import re
-import shutil
 import sys
-import tempfile
 from functools import cache
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
+import browsing
 import nbformat
 import numpy as np
 import pytest
@@ -397,8 +396,6 @@ def test_the_search_knows_a_word_that_only_one_notebook_has(built):
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 LOOKS = [(width, theme) for width in (1280, 390) for theme in ("light", "dark")]
 
 
@@ -406,25 +403,13 @@ LOOKS = [(width, theme) for width in (1280, 390) for theme in ("light", "dark")]
 def browser(request, built):
     """A headless Chromium of one width and one theme, and the book."""
     # A browser is no Python package. Without one, links, images and addresses are still read from the HTML above.
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("chromium and chromedriver are not both on PATH (Debian: apt install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium comes with ./run_all.sh book")
+    if lacks := browsing.missing():
+        pytest.skip(lacks)
     width, theme = request.param
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with tempfile.TemporaryDirectory(prefix="bkd-browser-") as profile:
-        for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync",
-                         "no-first-run", "disable-component-update", "disable-dev-shm-usage", "hide-scrollbars",
-                         f"user-data-dir={profile}"):  # fmt: skip
-            options.add_argument(f"--{argument}")
-        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    with browsing.chromium(width=width, loggingPrefs={"browser": "ALL", "performance": "ALL"}) as driver:
         scheme = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
         yield driver, width, theme, built
-        driver.quit()
 
 
 WAIT = """
