@@ -28,8 +28,7 @@ SAMPLE = ("Name a colour.", "Is a tomato a fruit or a vegetable? Answer in one w
 
 @dataclass(frozen=True)
 class Hooked:
-    """A validated bridge, the checks it passed with their measured values, and what the model can do.
-    `can` is `self_test.capabilities`: an empty text, or the reason why not."""
+    """A validated bridge, the checks it passed with their measured values, and what the model can (`capabilities`)."""
 
     bridge: TransformerBridge
     checks: dict[str, float]
@@ -41,8 +40,7 @@ def boot(loaded: Loaded) -> Hooked:
     encoder classifiers."""
     if is_encoder(loaded.model):
         raise ModelError("encoder classifiers are read with torch hooks (`models.hooks`), not with TransformerLens")
-    live = [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]
-    if live:
+    if live := [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
     plain, twin = plain_copy(loaded.model), plain_copy(loaded.model)
     how = {"hf_model": twin, "tokenizer": loaded.tokenizer, "device": str(loaded.device)}

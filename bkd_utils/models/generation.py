@@ -55,12 +55,12 @@ def greedy(
 
 @torch.inference_mode()
 def first_logits(
-    model: Module, prompts: Ids, *, end_id: int, batch_size: int = 32, on_batch: OnBatch = None
+    model: Module, prompts: Ids, *, end_id: int, on_batch: OnBatch = None
 ) -> Float[Tensor, "prompt vocab"]:
     """Logits of the first answer token of every prompt (of a classifier: of its labels), in the order of `prompts`.
     Raises as `greedy` does."""
     found: dict[int, Tensor] = {}
-    for batch, logits, _, _ in _started(model, prompts, end_id, batch_size, on_batch):
+    for batch, logits, _, _ in _started(model, prompts, end_id, 32, on_batch):
         found.update(zip(batch, logits, strict=True))
     return torch.stack([found[i] for i in range(len(prompts))])
 
