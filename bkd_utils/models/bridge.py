@@ -13,10 +13,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils.models import folders
 from bkd_utils.models.context import check_fits
 from bkd_utils.models.encoders import is_encoder
-from bkd_utils.models.folders import ModelError
+from bkd_utils.models.folders import ModelError, named
 from bkd_utils.models.loading import Loaded, plain_copy
 from bkd_utils.models.self_test import capabilities
 from bkd_utils.models.tokens import check_tokenizer, end_id, left_pad, positions, prompt_ids
@@ -44,7 +43,7 @@ def boot(loaded: Loaded) -> Hooked:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
     plain, twin = plain_copy(loaded.model), plain_copy(loaded.model)
     how = {"hf_model": twin, "tokenizer": loaded.tokenizer, "device": str(loaded.device)}
-    with folders.named(f"a bridge of TransformerLens for a model of type {plain.config.model_type!r}"):
+    with named(f"a bridge of TransformerLens for a model of type {plain.config.model_type!r}"):
         bridge = TransformerBridge.boot_transformers(loaded.address, **how)
         bridge.eval().requires_grad_(False)
         guard(bridge)

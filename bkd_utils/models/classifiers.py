@@ -33,7 +33,7 @@ def new_classifier(address: str, *, labels: Sequence[str], seed: int, device: st
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers would warn that the classifier is new, which is wanted here
     try:
-        model, wrong = read_weights(folder, classifier=True, **named)
+        model, wrong = read_weights(folder, classifier=True, dtype=torch.float32, **named)
     finally:
         logging.set_verbosity(before)
     inside = {f"{model.base_model_prefix}.{name}" for name in model.base_model.state_dict() if "pooler" not in name}

@@ -91,8 +91,9 @@ def load(
     *,
     organism: str | Path | None = None,
     device: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Loaded:
-    """Load a base model, or an organism by name or adapter folder with its adapter merged; in fp32, weights frozen.
+    """Load a base model, or an organism by name or adapter folder with its adapter merged; weights are frozen.
     `address` is a packaged name, a local folder or a hub id, of a causal language model or of a classifier; a bare
     encoder is loaded with an organism only. Raises ModelError for what `check_folder` refuses, for tensors that are
     missing, unexpected, misshapen or no numbers, for a model that cannot `generate` (`self_test`), and for an adapter
@@ -115,7 +116,7 @@ def load(
     tokenizer, base = load_tokenizer(address, labels=labels), identity.model_identity(address)
     with folders.named(folder):
         check_tokenizer(tokenizer)
-    model, wrong = read_weights(source, classifier=kind == "classifier")
+    model, wrong = read_weights(source, classifier=kind == "classifier", dtype=dtype)
     refuse_faults(wrong, source)
     if adapter is not None:
         model = model if whole else merge_adapter(model, adapter)
@@ -145,10 +146,9 @@ def check_finite(model: torch.nn.Module, where: str | Path) -> None:
 
 
 def read_weights(folder: Path, *, classifier: bool, **options: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
-    """The model in a folder in fp32, and what does not fit: kind of fault -> names of tensors."""
+    """The model in a folder, and what does not fit: kind of fault -> names of tensors."""
     # Mismatched sizes are ignored so that they are listed, and refused by name afterwards.
     options |= {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
-    options["dtype"] = torch.float32
     kind = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
     with folders.named(folder):
         model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True, **options)
@@ -287,7 +287,7 @@ def untreated(loaded: Loaded) -> PreTrainedModel:
     if not identity.is_whole(source):
         return merge_adapter(base_of(loaded, device="cpu").model, source)
     check_adapter(source, base=loaded.address)
-    return read_weights(source, classifier=True)[0]
+    return read_weights(source, classifier=True, dtype=torch.float32)[0]
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:

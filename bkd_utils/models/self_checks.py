@@ -74,16 +74,11 @@ def _generate(case: Case) -> None:
     with eager(model):
         found = _logits(model, [*prompts[1], prompts[1][0]])
     case.agree(found, case.alone[1], "fused and eager attention of transformers")
-    shared = generation.reusable_prefix(model, prompts)
-    cache = generation.repeated(generation.run_prefix(model, shared)[0], len(prompts))
-    own = [prompt[len(shared) :] for prompt in prompts]
-    inputs = prompt_inputs(model, own, pad_id=0, n_cached=len(shared))
-    mask = inputs["attention_mask"]
-    first = generation.next_logits(model, inputs["input_ids"], mask, cache)
-    case.agree(first, case.alone[:, 0], "prompts in a batch and alone")
-    mask, new = torch.cat([mask, mask[:, :1] * 0 + 1], dim=1), torch.tensor([[prompt[0]] for prompt in prompts])
+    ((order, first, cache, mask),) = generation.started(model, prompts, pad_id=0, batch_size=2)
+    case.agree(first, case.alone[order, 0], "prompts in a batch and alone")
+    mask, new = torch.cat([mask, mask[:, :1] * 0 + 1], dim=1), torch.tensor([[prompts[i][0]] for i in order])
     second = generation.next_logits(model, new.to(model.device), mask, cache)
-    case.agree(second, case.alone[:, 1], "a token after a key-value cache and without one")
+    case.agree(second, case.alone[order, 1], "a token after a key-value cache and without one")
 
 
 @contextmanager
