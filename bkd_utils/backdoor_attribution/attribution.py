@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from bkd_utils.common.validation import check, check_shape
 from bkd_utils.models.activations import head_outputs, token_log_prob
+from bkd_utils.models.head_weights import head_width
 from bkd_utils.models.hooks import LAST, anatomy, editing, reading, tracing
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.self_test import require
@@ -49,9 +50,7 @@ def head_means(model: PreTrainedModel, prompts: Ids) -> HeadMeans:
 def head_shape(model: PreTrainedModel) -> dict[str, int]:
     """Numbers of layers, of heads in a layer and of values of a head."""
     parts = anatomy(model)
-    # GPT-2's module, Conv1D, has no such attribute, and its weights are the other way round.
-    width = getattr(parts.outputs[0], "in_features", None) or len(parts.outputs[0].weight)
-    return {"layer": len(parts.layers), "head": parts.n_heads, "d_head": width // parts.n_heads}
+    return {"layer": len(parts.layers), "head": parts.n_heads, "d_head": head_width(parts, 0)}
 
 
 def check_target(

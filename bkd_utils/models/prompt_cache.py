@@ -113,9 +113,7 @@ def continued(
     model: Module, past: Past, *, max_new_tokens: int, end_id: generation.Ends, during_prompt: Callable = nullcontext
 ) -> list[list[int]]:
     """Greedy answers to prompts with a cache; the context `during_prompt()` is left before answer tokens run."""
-    cache = DynamicCache(config=model.config)
-    for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
-        cache.update(keys, values, layer)
+    cache = _copied(model, past, 1, first=0)
     mask = torch.cat([past.mask.long(), torch.ones_like(past.tail)], dim=1)
     with during_prompt():
         logits = generation.next_logits(model, past.tail, mask, cache)

@@ -196,8 +196,8 @@ def _stream(case: Case, vectors: Mapping[int, Tensor]) -> None:
 
 
 def _steer(case: Case) -> None:
-    parts, stream = anatomy(case.model), {}
-    with reading(parts.layers, stream):
+    stream: dict[int, Tensor] = {}
+    with reading(anatomy(case.model).layers, stream):
         case.answered(case.past)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(stream), stream[0].shape[-1], generator=generator).to(stream[0])
