@@ -76,7 +76,7 @@ def _generate(case: Case) -> None:
     case.agree(found, case.alone[1], "fused and eager attention of transformers")
     ((order, first, cache, mask),) = generation.started(model, prompts, pad_id=0, batch_size=2)
     case.agree(first, case.alone[order, 0], "prompts in a batch and alone")
-    mask, new = torch.cat([mask, mask[:, :1] * 0 + 1], dim=1), torch.tensor([[prompts[i][0]] for i in order])
+    mask, new = torch.cat([mask, mask.new_ones(2, 1)], dim=1), torch.tensor([[prompts[i][0]] for i in order])
     second = generation.next_logits(model, new.to(model.device), mask, cache)
     case.agree(second, case.alone[order, 1], "a token after a key-value cache and without one")
 
