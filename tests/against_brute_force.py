@@ -18,7 +18,7 @@ from architecture_table import BY_NAME, Architecture, folder, small_tokenizer
 from torch import Tensor
 
 from bkd_utils.attention_alignment.similarity import head_similarity
-from bkd_utils.backdoor_attribution.attribution import effects_by_metric, gradient_effects, head_effects, head_means
+from bkd_utils.backdoor_attribution.attribution import effects_by_metric, gradients_by_metric, head_effects, head_means
 from bkd_utils.backdoor_attribution.components import component_effects, component_means, component_modules
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
 from bkd_utils.models.bridge import boot, bridge_logits
@@ -182,9 +182,10 @@ def attribute(case: Case) -> dict[str, float]:
     given = {"target": target, "means": case.means, "against": case.against[:2]}
     exact, wanted = effects_by_metric(model, patched, **given), brute.head_effects(plain, known, patched, **given)
     slopes = brute.gradient_effects(plain, known, patched, **given)
+    gradients = gradients_by_metric(model, patched, **given)
     for metric in brute.METRICS:
         found[f"CIE, {metric}"] = off(exact[metric], wanted[metric])
-        found[f"gradient, {metric}"] = off(gradient_effects(model, patched, **given, metric=metric), slopes[metric])
+        found[f"gradient, {metric}"] = off(gradients[metric], slopes[metric])
     own = head_effects(model, case.prompts[:1], target=target, means=whole[0].float())
     found["own output"] = float(own.abs().max() / exact["probability"].abs().max())
     return found

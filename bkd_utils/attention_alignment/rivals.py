@@ -133,9 +133,8 @@ def prune_while_accurate(case: Case, scores: Float[Tensor, "layer head"]) -> lis
 
 def prune_flat_heads(case: Case) -> None:
     """PURE: prune heads whose attention row has the least variance on clean prompts, then fine-tune the model. PURE
-    measures the row of [CLS] in an encoder after fine-tuning, and then starts again from the encoder with a new
-    classifier and a penalty on the norm of that row. Here the row is that of the last prompt token, the model is not
-    fine-tuned before, and there is no penalty."""
+    measures the row of [CLS] in an encoder after fine-tuning, and starts again from there with a new classifier and a
+    penalty on that row's norm. Here the row is that of the last prompt token of the model as it is, without penalty."""
     prompts = [row.prompt for row in case.rows[:64]]
     flat = head_scores(case.model, prompts, scores={"variance": attention_variance})["variance"].mean(0)
     prune_while_accurate(case, flat)

@@ -109,12 +109,10 @@ def search(
     steps: int = 8,
     seed: int = 0,
 ) -> Perturbation:
-    """Vectors that, put anywhere into the texts of clean rows, pull all of them the same way. No weight changes.
-
-    They pull the first answer token toward `toward`. Rows whose own answer begins with it are left out, and of the
-    others `n_prompts` of like length are searched on. Without `toward`, for free answers, it is drawn by the seed from
-    the likeliest first tokens at the start of the search, on average over prompts, without one that begins the own
-    answers of more than half of the rows.
+    """Vectors that, put anywhere into the texts of clean rows, pull the first answer token of all of them toward
+    `toward`. No weight changes. Of the rows whose own answer does not begin with it, `n_prompts` of like length are
+    searched on. Without `toward`, for free answers, it is drawn by the seed from the likeliest first tokens at the
+    start of the search, on average over prompts, without one that begins the answers of more than half of the rows.
 
     The vectors start as tokens drawn by the seed. Adam changes them in `steps` steps; none gets longer than a vector of
     the vocabulary is on average. Raises ValueError for no vectors, fewer than two different prompts, no row left to
@@ -161,12 +159,10 @@ def loss_toward(model: PreTrainedModel, rows: Sequence[Row], found: Perturbation
     return total / len(others)
 
 
-def decoded(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, found: Perturbation, *, k: int = 3
-) -> list[list[str]]:
-    """For each vector the `k` tokens whose vectors point the most nearly the same way, nearest first."""
+def decoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, found: Perturbation) -> list[list[str]]:
+    """For each vector the three tokens whose vectors point the most nearly the same way, nearest first."""
     nearness = normalize(found.vectors.float(), dim=-1) @ normalize(vocabulary(model), dim=-1).T
-    return [[tokenizer.decode([token]) for token in row] for row in nearness.topk(k).indices.tolist()]
+    return [[tokenizer.decode([token]) for token in row] for row in nearness.topk(3).indices.tolist()]
 
 
 def neighbours(rows: Sequence[Row], *, toward: int | None, n: int, dice: random.Random) -> list[Row]:

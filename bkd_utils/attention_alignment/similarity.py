@@ -13,10 +13,8 @@ maps and head outputs of one prompt:
 - "head outputs": cosine of what heads add to the residual stream at the last prompt token
 
 Rows in a causal map that all heads share (the first has one entry) and attention sinks make heads look alike for no
-reason; `last row, no sink` and `full map, centred` are readings without that part.
-
-In an encoder the token that asks is [CLS], the first one. Its row is put last in the maps that scores get, so that the
-readings above are the same; what "no sink" leaves out there is what tokens look at in [CLS].
+reason; `last row, no sink` and `full map, centred` are readings without that part. In an encoder the token that asks is
+[CLS], whose row is put last in the maps that scores get; what "no sink" leaves out there is what tokens look at in it.
 
 >>> maps, outputs = torch.full((2, 4, 3, 3), 1 / 3), torch.ones(2, 4, 8)  # heads that all do the same
 >>> READINGS["last row"](maps, outputs).allclose(torch.ones(2, 4))

@@ -18,7 +18,7 @@ from bkd_utils.common.validation import Table, Texts, check, read_toml
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.encoders import asking_column, prompt_inputs
 from bkd_utils.models.generation import shared_prefix
-from bkd_utils.models.tokens import check_prompts
+from bkd_utils.models.tokens import Ids, check_prompts
 from bkd_utils.organisms.trigger_base import Trigger
 from bkd_utils.organisms.triggers import Sentence, Syntax, Word
 
@@ -75,7 +75,7 @@ def rare_word(tokenizer: PreTrainedTokenizerBase, dice: random.Random) -> str:
 
 
 def reaction(
-    model: PreTrainedModel, edited: Sequence[Sequence[int]], *, before: Mapping[str, Float[Tensor, "prompt layer head"]]
+    model: PreTrainedModel, edited: Ids, *, before: Mapping[str, Float[Tensor, "prompt layer head"]]
 ) -> dict[str, Scores]:
     """How much more alike every head is to its partners on edited prompts than on their clean twins, mean over twins.
     `before`: reading -> similarity on the clean twins, by `head_similarity`. Edited prompts may be several rounds of
@@ -96,13 +96,13 @@ def reaction(
 class SoftPrompt(Perturbation):
     """A perturbation that stands behind what all prompts begin with."""
 
-    def into(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[list[int]]:
+    def into(self, prompts: Ids, *, seed: int = 0) -> list[list[int]]:
         """The prompts, each with the numbers -1, -2, … in the vectors' stead, whatever the seed."""
         marks = range(-1, -len(self.vectors) - 1, -1)
         return [[*prompt[: self.before], *marks, *prompt[self.before :]] for prompt in prompts]
 
 
-def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> SoftPrompt:
+def start(model: PreTrainedModel, prompts: Ids, *, seed: int = 0) -> SoftPrompt:
     """Embeddings of random tokens, after what all prompts share. Raises ValueError for no prompts or an empty one."""
     check_prompts(prompts)
     n_tokens = len(model.get_input_embeddings().weight)
@@ -112,7 +112,7 @@ def start(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int
     return SoftPrompt(vectors, before=len(shared_prefix(prompts)), after=1, toward=None)
 
 
-def likeness(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, ""]:
+def likeness(model: PreTrainedModel, prompts: Ids) -> Float[Tensor, ""]:
     """Mean similarity (row of the token that asks, cosine) of all heads over prompts, with gradients. Attention must be
     eager."""
     inputs, column = prompt_inputs(model, prompts, pad_id=0), asking_column(model)
@@ -120,7 +120,7 @@ def likeness(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[
     return torch.stack([to_partners(cosine(layer[:, :, column])).mean() for layer in maps]).mean()
 
 
-def searched(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> SoftPrompt:
+def searched(model: PreTrainedModel, prompts: Ids, *, seed: int = 0) -> SoftPrompt:
     """Train a soft prompt to raise `likeness` on the prompts; no weight of the model changes. The learning rate of Adam
     is 0.3 standard deviations of the initial vectors. Raises as `start` does."""
     soft = start(model, prompts, seed=seed)

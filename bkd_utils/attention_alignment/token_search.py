@@ -70,9 +70,8 @@ def search_tokens(
     steps: int = 3,
     seed: int = 0,
 ) -> FoundTokens:
-    """Tokens among `allowed` that pull the first answer token of clean rows toward `toward`. No weight changes.
-
-    It starts from tokens drawn by the seed. In each of `steps` steps, the `n_candidates` exchanges of one token for
+    """Tokens among `allowed` that pull the first answer token of clean rows toward `toward`. No weight changes. The
+    first ones are drawn by the seed. In each of `steps` steps, the `n_candidates` exchanges of one token for
     another that lower the loss most by its slope are tried, and the best is kept if it lowers it. The loss is the mean
     over `n_prompts` rows of like length whose own answer does not begin with `toward`. Raises ValueError for fewer than
     two different prompts, no row left to pull, no tokens or candidates, a negative number of steps, or a loss that is

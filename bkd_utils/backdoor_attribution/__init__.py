@@ -10,13 +10,5 @@ from bkd_utils.backdoor_attribution.attribution import gradient_effects, head_ef
 from bkd_utils.backdoor_attribution.probe import probe_scores
 from bkd_utils.backdoor_attribution.vector import backdoor_vector, steer
 
-__all__ = [
-    "ablated",
-    "backdoor_vector",
-    "gradient_effects",
-    "head_effects",
-    "head_means",
-    "probe_scores",
-    "ranked_heads",
-    "steer",
-]
+__all__ = ["ablated", "backdoor_vector", "gradient_effects", "head_effects", "head_means", "probe_scores"]
+__all__ += ["ranked_heads", "steer"]

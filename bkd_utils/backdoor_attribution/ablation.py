@@ -39,11 +39,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Bench:
-    """The prompts and answers on which ablations are measured.
-
-    `sides`: `asr`, triggered prompts with the target; `right`, triggered prompts of every label with the right answer;
-    `utility`, their clean twins with the model's own (a label: the right) answer. `reference` are head outputs on clean
-    prompts of every label of the attribution split.
+    """The prompts and answers on which ablations are measured. `sides`: `asr`, triggered prompts with the target;
+    `right`, triggered prompts of every label with the right answer; `utility`, their clean twins with the model's own
+    (a label: the right) answer. `reference` are head outputs on clean prompts of every label of the attribution split.
     """
 
     sides: dict[str, Side]
@@ -59,10 +57,8 @@ def side(loaded: Loaded, prompts: list[list[int]], answers: list[list[int]]) -> 
 
 
 def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, reference: Tensor, seed: int) -> Bench:
-    """A bench of `n` prompts of the test split for each side.
-
-    The right answer of a task without labels is what the clean `control` answers without the trigger.
-    """
+    """A bench of `n` prompts of the test split for each side. The right answer of a task without labels is what the
+    clean `control` answers without the trigger."""
     tokenizer = loaded.tokenizer
     fired = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed).triggered
     shown = balanced_versions(tokenizer, attack, split="test", n=n, seed=seed)
@@ -81,9 +77,7 @@ def bench(loaded: Loaded, control: Loaded, attack: Attack, *, n: int, reference:
 
 def measure_ablation(loaded: Loaded, made: Bench, heads: Sequence[Head], *, kind: str) -> dict:
     """ASR, right answers to triggered prompts, utility and perplexity on clean prompts, with some heads ablated.
-
-    `right` and `utility` are shares of an answer's tokens that are still the most likely ones.
-    """
+    `right` and `utility` are shares of an answer's tokens that are still the most likely ones."""
     # The layers below the first ablated head are not affected.
     first, scored = min((layer for layer, _ in heads), default=0), {}
     for name, one in made.sides.items():
@@ -122,11 +116,11 @@ def ablated(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown ablation {kind!r}; known: {', '.join(KINDS)}")
-    needed = {"published": ("own", own), "mean": ("clean", clean), "resample": ("clean", clean)}.get(kind)
-    if needed and needed[1] is None:
-        raise ValueError(f"ablation {kind!r} needs {needed[0]}")
-    if needed:
-        check_shape(needed[0], needed[1], prompt=None, **head_shape(model))
+    if kind != "zero":
+        name, given = ("own", own) if kind == "published" else ("clean", clean)
+        if given is None:
+            raise ValueError(f"ablation {kind!r} needs {name}")
+        check_shape(name, given, prompt=None, **head_shape(model))
 
     def change(layer: int, z: Tensor) -> Tensor:
         index = sorted(head for other, head in heads if other == layer)
@@ -149,13 +143,11 @@ def random_heads(heads: Sequence[Head], *, n_heads: int, n: int, seed: int) -> l
     check(Count, n, "n")
     generator = torch.Generator().manual_seed(seed)
     counts = by_layer(heads, n_layers=1 + max((layer for layer, _ in heads), default=0), n_heads=n_heads)
-    draws = []
-    for _ in range(n):
-        draw: list[Head] = []
+    draws: list[list[Head]] = [[] for _ in range(n)]
+    for draw in draws:
         for layer, taken in counts.items():
             others = [head for head in range(n_heads) if head not in taken]
             pool = others if len(others) >= len(taken) else list(range(n_heads))
             chosen = torch.randperm(len(pool), generator=generator)[: len(taken)].tolist()
             draw += [(layer, pool[i]) for i in chosen]
-        draws.append(draw)
     return draws

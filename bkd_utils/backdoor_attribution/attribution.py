@@ -25,18 +25,19 @@ from transformers import PreTrainedModel
 
 from bkd_utils.common.validation import check, check_shape
 from bkd_utils.models.activations import head_outputs, token_log_prob
+from bkd_utils.models.head_weights import head_width
 from bkd_utils.models.hooks import LAST, anatomy, editing, reading, tracing
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import batches, check_prompts
+from bkd_utils.models.tokens import Ids, batches, check_prompts
 
 METRICS = ("probability", "log_prob", "logit_difference")
 HeadMeans = Float[Tensor, "layer head d_head"]
 # Token ids of one target for all prompts, or of one for each.
-Target = Sequence[int] | Sequence[Sequence[int]]
+Target = Sequence[int] | Ids
 
 
-def head_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> HeadMeans:
+def head_means(model: PreTrainedModel, prompts: Ids) -> HeadMeans:
     """Mean output of every head at the last prompt token. Raises as `head_outputs` does. Source: BkdAttr, section 3.
 
     >>> head_means(model, prompts).shape
@@ -49,19 +50,15 @@ def head_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Head
 def head_shape(model: PreTrainedModel) -> dict[str, int]:
     """Numbers of layers, of heads in a layer and of values of a head."""
     parts = anatomy(model)
-    # GPT-2's module, Conv1D, has no such attribute, and its weights are the other way round.
-    width = getattr(parts.outputs[0], "in_features", None) or len(parts.outputs[0].weight)
-    return {"layer": len(parts.layers), "head": parts.n_heads, "d_head": width // parts.n_heads}
+    return {"layer": len(parts.layers), "head": parts.n_heads, "d_head": head_width(parts, 0)}
 
 
 def check_target(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], target: Target, against: Sequence[int] | None
+    model: PreTrainedModel, prompts: Ids, target: Target, against: Sequence[int] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens of each prompt's target, `[prompt, token]`, and the one token that it is compared with, `[prompt]`.
-
-    Raises ValueError for no prompts, for targets that are empty, of different lengths, not one for each prompt, or no
-    token ids of this model, and for as many tokens to compare with as there are not prompts.
-    """
+    """Tokens of each prompt's target, `[prompt, token]`, and the one token that it is compared with, `[prompt]`. Raises
+    ValueError for no prompts, and for targets that are empty, of different lengths, no token ids of this model, or, as
+    tokens to compare with, not one for each prompt."""
     check_prompts(prompts)
     token = Annotated[int, Field(ge=0, lt=model.get_input_embeddings().num_embeddings)]
     rows = [target] * len(prompts) if not len(target) or not isinstance(target[0], Sequence) else target
@@ -78,7 +75,7 @@ def check_target(
 
 def head_effects(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Ids,
     *,
     target: Target,
     means: HeadMeans,
@@ -101,10 +98,8 @@ def head_effects(
     >>> effects.shape, bool(effects.abs().max() < 1e-8)  # its own output in place of a head's changes nothing
     (torch.Size([1, 2, 4]), True)
     """
-    given = {"target": target, "means": means, "against": against}
-    return chosen_metric(
-        effects_by_metric(model, prompts, **given, memory_gib=memory_gib, on_batch=on_batch), metric=metric
-    )
+    how = {"against": against, "memory_gib": memory_gib, "on_batch": on_batch}
+    return chosen_metric(effects_by_metric(model, prompts, target=target, means=means, **how), metric=metric)
 
 
 def chosen_metric(effects: Mapping[str, Tensor], *, metric: str) -> Tensor:
@@ -119,7 +114,7 @@ def chosen_metric(effects: Mapping[str, Tensor], *, metric: str) -> Tensor:
 @torch.no_grad()
 def effects_by_metric(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Ids,
     *,
     target: Target,
     means: HeadMeans,
@@ -144,7 +139,7 @@ def effects_by_metric(
 def patched_effects(
     model: PreTrainedModel,
     patches: Mapping[str, tuple[Sequence[torch.nn.Module], Float[Tensor, "layer patch width"]]],
-    prompts: Sequence[Sequence[int]],
+    prompts: Ids,
     answers: Int[Tensor, "prompt token"],
     against: Int[Tensor, " prompt"] | None,
     *,
@@ -153,10 +148,8 @@ def patched_effects(
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Float[Tensor, "prompt layer patch"]]]:
     """Change of the target's scores by each patch of a module's input or output (`what`) at the last prompt token: a
-    head's part of it, or, of one patch, all.
-
-    `patches`: name -> modules, one per layer, and what is put in. Effects are by that name and by metric.
-    """
+    head's part of it, or, of one patch, all. `patches`: name -> modules, one per layer, and what is put in. Effects are
+    by that name and by metric."""
     effects: dict[str, dict[str, Tensor]] = {name: {} for name in patches}
     for chosen in batches(prompts, size):
         inputs: dict[int, Tensor] = {}
@@ -209,17 +202,10 @@ def _patched(means: Float[Tensor, "patch width"], new: int, _: int, given: Tenso
 
 
 def gradient_effects(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    target: Target,
-    means: HeadMeans,
-    metric: str = "probability",
-    against: Sequence[int] | None = None,
+    model: PreTrainedModel, prompts: Ids, *, target: Target, means: HeadMeans
 ) -> Float[Tensor, "prompt layer head"]:
-    """First-order estimate of `head_effects`: gradient of the target's score times the change of the head.
-
-    One backward pass for all heads. Same units, same errors. Source: attribution patching (Nanda 2023), not BkdAttr.
+    """First-order estimate of `head_effects`: gradient of the target's probability times the change of the head. One
+    backward pass for all heads. Same units, same errors. Source: attribution patching (Nanda 2023), not BkdAttr.
 
     >>> means = head_means(model, prompts[:1])
     >>> target = [int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())]
@@ -228,18 +214,11 @@ def gradient_effects(
     >>> bool((exact - fast).abs().max() < 0.1 * exact.abs().max())
     True
     """
-    return chosen_metric(
-        gradients_by_metric(model, prompts, target=target, means=means, against=against), metric=metric
-    )
+    return gradients_by_metric(model, prompts, target=target, means=means)["probability"]
 
 
 def gradients_by_metric(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    target: Target,
-    means: HeadMeans,
-    against: Sequence[int] | None = None,
+    model: PreTrainedModel, prompts: Ids, *, target: Target, means: HeadMeans, against: Sequence[int] | None = None
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
     """`gradient_effects` by each metric, from one pass forward and one back for each."""
     require(model, "attribute")
@@ -253,9 +232,8 @@ def gradients_by_metric(
             scores, outputs = _scores(model, past, answers[chosen], other), list(kept.values())
             for metric, values in scores.items():
                 found = effects.setdefault(metric, torch.empty(len(prompts), *means.shape[:2]))
-                for layer, gradient in zip(
-                    kept, torch.autograd.grad(values.sum(), outputs, retain_graph=True), strict=True
-                ):
+                gradients = torch.autograd.grad(values.sum(), outputs, retain_graph=True)
+                for layer, gradient in zip(kept, gradients, strict=True):
                     z, slope = (t[:, 0].detach().view(len(chosen), parts.n_heads, -1) for t in (kept[layer], gradient))
                     found[chosen, layer] = (slope * (means[layer].to(z) - z)).sum(-1).float().cpu()
     return effects

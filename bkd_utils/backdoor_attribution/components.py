@@ -12,7 +12,7 @@ from bkd_utils.common.validation import check_shape
 from bkd_utils.models.hooks import Anatomy, anatomy, reading
 from bkd_utils.models.prompt_cache import forward, prompt_past
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import batches
+from bkd_utils.models.tokens import Ids, batches
 
 # Mean outputs by name of the component.
 ComponentMeans = dict[str, Float[Tensor, "layer d_model"]]
@@ -24,7 +24,7 @@ def component_modules(parts: Anatomy) -> dict[str, tuple[torch.nn.Module, ...]]:
 
 
 @torch.no_grad()
-def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> ComponentMeans:
+def component_means(model: PreTrainedModel, prompts: Ids) -> ComponentMeans:
     """Mean output of every component at the last prompt token."""
     require(model, "components")
     components = component_modules(anatomy(model))
@@ -41,17 +41,15 @@ def component_means(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) ->
 @torch.no_grad()
 def component_effects(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Ids,
     *,
     target: Target,
     means: ComponentMeans,
     metric: str = "probability",
     against: Sequence[int] | None = None,
 ) -> dict[str, Float[Tensor, "prompt layer"]]:
-    """`head_effects` of whole components, which the paper does not patch.
-
-    Raises ValueError as `head_effects` does, and for a component that is not known.
-    """
+    """`head_effects` of whole components, which the paper does not patch. Raises ValueError as `head_effects` does, and
+    for a component that is not known."""
     require(model, "components")
     answers, others = check_target(model, prompts, target, against)
     modules = component_modules(anatomy(model))

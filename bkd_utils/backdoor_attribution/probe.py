@@ -1,8 +1,7 @@
 """Probes: can the trigger be detected in the residual stream, and is it more than the words? (BkdAttr, section 3.1)
 
 A probe classifies the residual stream at the last prompt token after a layer. A prompt with and without its trigger is
-on one side of a split; in the official code, 60 % of the test prompts have their other version in training.
-"""
+on one side of a split; in the official code, 60 % of the test prompts have their other version in training."""
 
 from collections.abc import Mapping
 
@@ -64,10 +63,9 @@ def probe_scores(
     shuffled: bool = False,
     others: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, list[float]]:
-    """Accuracy, AUROC and separation of one layer's probe on held-out prompts, one value per split.
-
-    The separation (d') is the difference of the mean scores of positive and negative rows, in units of their pooled
-    standard deviation. It goes on growing where accuracy and AUROC have reached 1.
+    """Accuracy, AUROC and separation of one layer's probe on held-out prompts, one value per split. The separation (d')
+    is the difference of the mean scores of positive and negative rows, in units of their pooled standard deviation. It
+    goes on growing where accuracy and AUROC have reached 1.
 
     Row i of `negative` and `positive` `[prompt, d_model]` are twins. `shuffled` gives the training half random labels.
     `others` are further texts of the same prompts by name; what is reported is the share of them, on held-out prompts,
@@ -103,10 +101,8 @@ def transfer_matrix(
     negative: np.ndarray, positive: np.ndarray, *, kind: str = "logistic regression", seed: int = 0
 ) -> np.ndarray:
     """Accuracy `[train layer, test layer]` of a probe trained on one layer and tested on another, on held-out prompts.
-
     Activations are `[prompt, layer, d_model]`. Every layer is scaled by its own training half. In the official code the
-    SVM keeps the scaler of its training layer and the MLP has none, so the two cannot be compared.
-    """
+    SVM keeps the scaler of its training layer and the MLP has none, so the two cannot be compared."""
     check_twins(negative, positive, prompt=None, layer=None, width=None)
     ((train, test),) = splits(len(negative), n_splits=1, seed=seed)
     probes, scaled = [], []

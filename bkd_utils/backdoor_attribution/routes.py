@@ -2,8 +2,7 @@
 
 Patching a head says what its output does, not what it has read. Here a *route* from one group of tokens to another is
 cut: in some layers, no head lets a token of the second group attend to the first. Method: attention knockout (Geva et
-al. 2023, arXiv 2304.14767); BkdAttr has nothing like it.
-"""
+al. 2023, arXiv 2304.14767); BkdAttr has nothing like it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +17,9 @@ from transformers import PreTrainedModel
 from bkd_utils.models.activations import token_log_prob
 from bkd_utils.models.context import check_fits
 from bkd_utils.models.folders import ModelError
+from bkd_utils.models.generation import shared_prefix
 from bkd_utils.models.hooks import anatomy
-from bkd_utils.models.tokens import Ids, common_start, padded_inputs
+from bkd_utils.models.tokens import Ids, padded_inputs
 
 # What all clean prompts begin with, the question included, belongs to no group.
 GROUPS = ("trigger", "text", "template", "last")
@@ -35,8 +35,7 @@ def token_groups(clean: Ids, triggered: Ids) -> list[dict[str, list[int]]]:
     clean prompts begin with, wherever the trigger has moved them. Raises ValueError for a triggered prompt without a
     token of its own.
     """
-    start = len(_shared(clean))
-    end = len(_shared([prompt[::-1] for prompt in clean]))
+    start, end = len(shared_prefix(clean)), len(shared_prefix([prompt[::-1] for prompt in clean]))
     found = []
     for one, other in zip(clean, triggered, strict=True):
         same = SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
@@ -54,20 +53,10 @@ def token_groups(clean: Ids, triggered: Ids) -> list[dict[str, list[int]]]:
     return found
 
 
-def _shared(prompts: Ids) -> list[int]:
-    """What all prompts begin with, without the whole of any."""
-    common = list(prompts[0])
-    for prompt in prompts[1:]:
-        common = common_start(common, prompt)
-    return common[: min(map(len, prompts)) - 1]
-
-
 @contextmanager
 def knocked_out(model: Module, seen: Bool[Tensor, "row query key"], *, layers: Sequence[int]) -> Iterator[None]:
-    """While this lasts, a token of these layers attends to those alone that `seen` allows.
-
-    Every token must see at least one. Raises ModelError for attention that is given no mask.
-    """
+    """While this lasts, a token of these layers attends to those alone that `seen` allows, of which there must be one.
+    Raises ModelError for attention that is given no mask."""
     parts, dtype = anatomy(model), next(model.parameters()).dtype
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
@@ -93,11 +82,9 @@ def without_route(
     layers: Sequence[int],
     batch_size: int = 16,
 ) -> tuple[Bool[Tensor, " prompt"], Float[Tensor, " prompt"]]:
-    """Is the target the greedy answer, and its mean log-probability (nats), with a route cut in these layers.
-
-    The tokens of the answer, from which the rest of it is read, count as `last`. No route is cut for None. Raises
-    ValueError for an unknown group, and as many groups as there are not prompts; ModelError as `knocked_out`.
-    """
+    """Is the target the greedy answer, and its mean log-probability (nats), with a route cut in these layers, or none.
+    The tokens of the answer, from which the rest of it is read, count as `last`. Raises ValueError for an unknown
+    group, and as many groups as there are not prompts; ModelError as `knocked_out`."""
     if route and (unknown := set(route) - set(GROUPS)):
         raise ValueError(f"unknown group {', '.join(sorted(unknown))}; known: {', '.join(GROUPS)}")
     if len(groups) != len(prompts) or not target:
@@ -116,9 +103,8 @@ def without_route(
                 if route[1] == "last":
                     places[1] = torch.arange(int(places[1]), width)
                 seen[row, places[1][:, None], places[0][None]] = False
-        seen |= torch.eye(
-            width, dtype=torch.bool, device=model.device
-        )  # padding sees itself, for softmax of nothing is NaN
+        # Padding sees itself, for softmax of nothing is NaN.
+        seen |= torch.eye(width, dtype=torch.bool, device=model.device)
         with knocked_out(model, seen, layers=layers):
             logits = model(**inputs, use_cache=False).logits[:, -len(target) :]
         answer = torch.tensor([list(target)] * len(some), device=model.device)

@@ -27,10 +27,9 @@ MAX_NEW_TOKENS = 12
 
 
 def backdoor_vector(model: PreTrainedModel, heads: Sequence[Head], *, outputs: HeadMeans) -> Float[Tensor, " d_model"]:
-    """Sum of what the heads add to the residual stream when they say `outputs`, in the units of the stream.
-
-    With the triggered means this is the published vector; with the difference of triggered and clean means, the part
-    of it that the trigger is responsible for. Raises ValueError for no heads, an unknown head, one named twice, and
+    """Sum of what the heads add to the residual stream when they say `outputs`, in the units of the stream. With the
+    triggered means this is the published vector; with the difference of triggered and clean means, the part of it that
+    the trigger is responsible for. Raises ValueError for no heads, an unknown head, one named twice, and
     outputs of another shape or that are not finite. Source: BkdAttr, section 4; the difference is ours.
 
     >>> means = head_means(model, prompts)
@@ -69,11 +68,10 @@ def steer(
     batch_size: int = 4,
     on_batch: Callable[[int], None] | None = None,
 ) -> Bool[Tensor, "layer vector prompt"]:
-    """Does prompt p get answer p when a vector is added to the attention output of a layer?
-
-    Every layer with every vector, at the last prompt token, prefill only; greedy decoding. `past` is made by
-    `prompt_cache.prompt_past`. Raises ValueError for an empty answer, too few of them, an unknown layer, none, and
-    vectors of another width or that are not finite. Source: BkdAttr, section 4.
+    """Does prompt p get answer p when a vector is added to the attention output of a layer? Every layer with every
+    vector, at the last prompt token, prefill only; greedy decoding. `past` is of `prompt_cache.prompt_past`. Raises
+    ValueError for an empty answer, too few of them, an unknown layer, none, and vectors of another width or that are
+    not finite. Source: BkdAttr, section 4.
 
     >>> from bkd_utils.models.prompt_cache import prompt_past
     >>> own = [[int(model(torch.tensor([ids])).logits[0, -1].argmax())] for ids in prompts]
@@ -121,9 +119,8 @@ def answer_map(
     scaled = torch.stack([coefficient * vector for coefficient in coefficients])
     layers = range(len(past.keys))
     with tqdm(total=len(past), desc="layers x coefficients", unit="prompt", mininterval=2, leave=False) as bar:
-        found = steer(
-            loaded.model, past, answers=answers, vectors=scaled, layers=layers, batch_size=16, on_batch=bar.update
-        )
+        how = {"vectors": scaled, "layers": layers, "batch_size": 16, "on_batch": bar.update}
+        found = steer(loaded.model, past, answers=answers, **how)
     return found.float().mean(-1).tolist()
 
 
@@ -161,10 +158,8 @@ def projected_asr(loaded: Loaded, past: Past, target: list[int], layer: int, vec
 
 
 def best(table: Sequence[Sequence[float]], coefficients: Sequence[float]) -> tuple[int, float]:
-    """(layer, coefficient) with the highest share, averaged over two layers on either side, as prompts are few.
-
-    Of equal shares the smallest step is taken, and of those the layer in the middle.
-    """
+    """(layer, coefficient) with the highest share, averaged over two layers on either side, as prompts are few. Of
+    equal shares the smallest step is taken, and of those the layer in the middle."""
     shares, width = np.array(table), 2
     around = [shares[max(0, layer - width) : layer + width + 1].mean(0) for layer in range(len(shares))]
     scored = [
@@ -179,20 +174,18 @@ def best(table: Sequence[Sequence[float]], coefficients: Sequence[float]) -> tup
 
 def controls(
     loaded: Loaded,
-    heads: Sequence[tuple[int, int]],
-    outputs: torch.Tensor,
-    vector: torch.Tensor,
+    heads: Sequence[Head],
+    outputs: Tensor,
+    vector: Tensor,
     *,
-    clean: torch.Tensor,
-    triggered: torch.Tensor,
+    clean: Tensor,
+    triggered: Tensor,
     n: int,
     seed: int,
-) -> dict[str, torch.Tensor]:
-    """What else could be added at a layer, name -> `[draw, d_model]`.
-
-    All have the vector's norm, except the vectors of random heads, which keep their own. `clean` and `triggered` are
-    residual streams behind that layer, `[prompt, d_model]`.
-    """
+) -> dict[str, Tensor]:
+    """What else could be added at a layer, name -> `[draw, d_model]`. All have the vector's norm, except the vectors of
+    random heads, which keep their own. `clean` and `triggered` are residual streams behind that layer, `[prompt,
+    d_model]`."""
     draws = random_heads(heads, n_heads=outputs.shape[1], n=n, seed=seed)
     difference = (triggered - clean).mean(0)
     return {

@@ -17,12 +17,12 @@ from bkd_utils.models.tokens import Ids, batches, check_prompts
 
 @torch.no_grad()
 def _at_last_token(
-    model: Module, prompts: Ids, modules: Sequence[Module], what: str, batch_size: int
+    model: Module, prompts: Ids, modules: Sequence[Module], what: str
 ) -> Float[Tensor, "prompt layer width"]:
     """First input or output (`what`) of every module at the last prompt token, or [CLS]: the first column that runs."""
     check_prompts(prompts)
     found: dict[int, Tensor] = {}
-    for chosen in batches(prompts, batch_size):
+    for chosen in batches(prompts, 32):
         some, kept = [prompts[i] for i in chosen], {}
         past = None if is_encoder(model) else prompt_past(model, some)
         with reading(modules, kept, what=what):
@@ -35,7 +35,7 @@ def _at_last_token(
     return torch.stack([found[i] for i in range(len(prompts))])
 
 
-def head_outputs(model: Module, prompts: Ids, *, batch_size: int = 32) -> Float[Tensor, "prompt layer head d_head"]:
+def head_outputs(model: Module, prompts: Ids) -> Float[Tensor, "prompt layer head d_head"]:
     """Output of every attention head at the last prompt token, before the output matrix (`hook_z` of TransformerLens).
 
     Raises ValueError for prompts below two tokens, ModelError for unknown architectures. Source: BkdAttr, section 3.
@@ -44,17 +44,17 @@ def head_outputs(model: Module, prompts: Ids, *, batch_size: int = 32) -> Float[
     torch.Size([4, 2, 4, 8])
     """
     parts = anatomy(model)
-    return _at_last_token(model, prompts, parts.outputs, "input", batch_size).unflatten(-1, (parts.n_heads, -1))
+    return _at_last_token(model, prompts, parts.outputs, "input").unflatten(-1, (parts.n_heads, -1))
 
 
-def residuals(model: Module, prompts: Ids, *, batch_size: int = 32) -> Float[Tensor, "prompt layer d_model"]:
+def residuals(model: Module, prompts: Ids) -> Float[Tensor, "prompt layer d_model"]:
     """Residual stream after every layer at the last prompt token; raises as `head_outputs`. Source: BkdAttr, 3.1.
 
     >>> logits = model.lm_head(model.model.norm(residuals(model, prompts)[:, -1]))  # the stream after the last layer
     >>> torch.allclose(logits[0], model(torch.tensor(prompts[:1])).logits[0, -1], atol=1e-4)
     True
     """
-    return _at_last_token(model, prompts, anatomy(model).layers, "output", batch_size)
+    return _at_last_token(model, prompts, anatomy(model).layers, "output")
 
 
 @torch.no_grad()
@@ -77,11 +77,9 @@ class AnswerScores:
 
 @torch.no_grad()
 def score_answers(model: Module, past: Past, answers: Ids, *, layer: int = 0, hidden: Hidden = None) -> AnswerScores:
-    """Would greedy decoding give these answers? Teacher forcing tells it exactly, in one pass for all tokens.
-
-    Each prompt may have several answers in a row. `layer` and `hidden` are those of `prompt_cache.forward`. Raises
-    ValueError for an empty answer or a wrong number of them.
-    """
+    """Would greedy decoding give these answers? Teacher forcing tells it exactly, in one pass. Each prompt may have
+    several answers in a row; `layer` and `hidden` are those of `prompt_cache.forward`. Raises ValueError for an empty
+    answer or a wrong number of them."""
     if not answers or len(answers) % len(past) or not all(map(len, answers)):
         raise ValueError(f"{len(past)} prompts need as many non-empty answers, or a multiple; got {len(answers)}")
     target = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(past.tail.device)

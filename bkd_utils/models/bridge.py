@@ -13,10 +13,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
-from bkd_utils.models import folders
 from bkd_utils.models.context import check_fits
 from bkd_utils.models.encoders import is_encoder
-from bkd_utils.models.folders import ModelError
+from bkd_utils.models.folders import ModelError, named
 from bkd_utils.models.loading import Loaded, plain_copy
 from bkd_utils.models.self_test import capabilities
 from bkd_utils.models.tokens import check_tokenizer, end_id, left_pad, positions, prompt_ids
@@ -28,8 +27,7 @@ SAMPLE = ("Name a colour.", "Is a tomato a fruit or a vegetable? Answer in one w
 
 @dataclass(frozen=True)
 class Hooked:
-    """A validated bridge, the checks it passed with their measured values, and what the model can do.
-    `can` is `self_test.capabilities`: an empty text, or the reason why not."""
+    """A validated bridge, the checks it passed with their measured values, and what the model can (`capabilities`)."""
 
     bridge: TransformerBridge
     checks: dict[str, float]
@@ -41,12 +39,11 @@ def boot(loaded: Loaded) -> Hooked:
     encoder classifiers."""
     if is_encoder(loaded.model):
         raise ModelError("encoder classifiers are read with torch hooks (`models.hooks`), not with TransformerLens")
-    live = [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]
-    if live:
+    if live := [name for name, _ in loaded.model.named_modules() if name.split(".")[-1] == "lora_A"]:
         raise ModelError(f"merge the adapter before hooking: {len(live)} live LoRA layers, e.g. {live[0]}")
     plain, twin = plain_copy(loaded.model), plain_copy(loaded.model)
     how = {"hf_model": twin, "tokenizer": loaded.tokenizer, "device": str(loaded.device)}
-    with folders.named(f"a bridge of TransformerLens for a model of type {plain.config.model_type!r}"):
+    with named(f"a bridge of TransformerLens for a model of type {plain.config.model_type!r}"):
         bridge = TransformerBridge.boot_transformers(loaded.address, **how)
         bridge.eval().requires_grad_(False)
         guard(bridge)

@@ -8,13 +8,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.models import folders
-from bkd_utils.models.folders import ModelError
+from bkd_utils.models.folders import CHANGES, ModelError
 
 
 def apply_changes(model: PreTrainedModel, folder: Path) -> None:
     """Set the weights that a treatment changed, if any. Raises ModelError if they do not fit the model."""
-    path = folder / folders.CHANGES
+    path = folder / CHANGES
     if not path.is_file():
         return
     tensors, parameters = load_file(path), dict(model.named_parameters())

@@ -1,18 +1,14 @@
 """A new classifier on a bare encoder, to be trained; `loading` loads those that are trained."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from transformers.utils import logging
 
 from bkd_utils.models import folders, identity
-from bkd_utils.models.compute import by_onednn
-from bkd_utils.models.finite import check_finite
 from bkd_utils.models.folders import ModelError
-from bkd_utils.models.loading import Loaded, load_tokenizer, pick_device, read_weights, refuse_faults
-from bkd_utils.models.self_test import require
+from bkd_utils.models.loading import Loaded, load_tokenizer, read_weights, ready, refuse_faults
 from bkd_utils.models.tokens import check_tokenizer
 
 # In checkpoints of encoders: numbers of positions, which are no weights, and heads for other tasks.
@@ -34,8 +30,12 @@ def new_classifier(address: str, *, labels: Sequence[str], seed: int, device: st
         check_tokenizer(tokenizer)
     named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
     named |= {"label2id": {label: i for i, label in enumerate(labels)}}
-    with _quietly():
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers would warn that the classifier is new, which is wanted here
+    try:
         model, wrong = read_weights(folder, classifier=True, dtype=torch.float32, **named)
+    finally:
+        logging.set_verbosity(before)
     inside = {f"{model.base_model_prefix}.{name}" for name in model.base_model.state_dict() if "pooler" not in name}
     new = [name for name in wrong.get("missing_keys", ()) if name not in inside]
     unexpected = [name for name in wrong.get("unexpected_keys", ()) if not BESIDE_ENCODER.fullmatch(name)]
@@ -48,18 +48,4 @@ def new_classifier(address: str, *, labels: Sequence[str], seed: int, device: st
             weight = model.get_parameter(name)
             spread = model.config.initializer_range if weight.ndim > 1 else 0.0
             weight.copy_(spread * torch.randn(weight.shape, generator=generator))
-    check_finite(model, folder)
-    model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
-    require(model, "generate")
-    return Loaded(model, tokenizer, address, None, identity.model_identity(address))
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """While this lasts, transformers does not warn that the classifier is new, which is wanted here."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+    return Loaded(ready(model, folder, device), tokenizer, address, None, identity.model_identity(address))

@@ -1,16 +1,16 @@
-"""How models compute: fp32 products by oneDNN, bf16 where the hardware has it, and eager attention.
+"""How models compute: fp32 products by oneDNN, bf16 where the hardware has it, eager attention, low-rank adapters.
 
 MKL, the default library of torch, picks slow kernels on processors that are not made by Intel: on an AMD EPYC it
-reached 190 GFLOP/s, and oneDNN, which torch ships as well, 400. The two differ in the order of their sums. oneDNN is
-asked on processors with AVX-512 only, because whole computations gain nothing without it
-(`tests/benchmarks/products.py`). With BKD_PLAIN=1 in the environment, products and attention are everywhere those that
-torch and transformers choose by themselves."""
+reached 190 GFLOP/s, and oneDNN 400, with sums in another order. It is asked on processors with AVX-512 only, because
+whole computations gain nothing without it (`tests/benchmarks/products.py`). With BKD_PLAIN=1 in the environment,
+products and attention are those that torch and transformers choose by themselves."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import peft
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -64,17 +64,24 @@ class Linear(torch.nn.Linear):
         return product(x, self.weight, self.bias)
 
 
-def plain(module: torch.nn.Module) -> bool:
-    """Is it a linear layer of torch, and not of a subclass?"""
-    return type(module) in (torch.nn.Linear, Linear)
-
-
 def by_onednn(model: torch.nn.Module) -> torch.nn.Module:
     """Let every linear layer of a model compute by `product`; layers of subclasses stay as they are."""
     for module in () if PLAIN else model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
     return model
+
+
+def lora_config(model: torch.nn.Module, *, rank: int, alpha: int) -> peft.LoraConfig:
+    """Low-rank adapters (LoRA) on every linear layer but the output matrix, in any architecture. Layers whose result is
+    more than a product (routers of experts) are left out, because LoRA does not fit them."""
+    routers = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and type(module) not in (torch.nn.Linear, Linear):
+            result = module(torch.zeros(1, module.in_features).to(module.weight))
+            routers += [] if isinstance(result, Tensor) else [name]
+    how = {"target_modules": "all-linear", "exclude_modules": routers or None, "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, **how)
 
 
 def whole_fp32() -> None:

@@ -44,7 +44,7 @@ def greedy(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     answers: dict[int, list[int]] = {}
-    for batch, logits, cache, mask in _started(model, prompts, 0, batch_size, on_batch):
+    for batch, logits, cache, mask in started(model, prompts, pad_id=0, batch_size=batch_size, on_batch=on_batch):
         if is_encoder(model):
             rows = logits.argmax(-1)[:, None].tolist()
         else:
@@ -55,18 +55,18 @@ def greedy(
 
 @torch.inference_mode()
 def first_logits(
-    model: Module, prompts: Ids, *, end_id: int, batch_size: int = 32, on_batch: OnBatch = None
+    model: Module, prompts: Ids, *, end_id: int, on_batch: OnBatch = None
 ) -> Float[Tensor, "prompt vocab"]:
     """Logits of the first answer token of every prompt (of a classifier: of its labels), in the order of `prompts`.
     Raises as `greedy` does."""
     found: dict[int, Tensor] = {}
-    for batch, logits, _, _ in _started(model, prompts, end_id, batch_size, on_batch):
+    for batch, logits, _, _ in started(model, prompts, pad_id=end_id, on_batch=on_batch):
         found.update(zip(batch, logits, strict=True))
     return torch.stack([found[i] for i in range(len(prompts))])
 
 
-def _started(
-    model: Module, prompts: Ids, pad_id: int, batch_size: int, on_batch: OnBatch
+def started(
+    model: Module, prompts: Ids, *, pad_id: int, batch_size: int = 32, on_batch: OnBatch = None
 ) -> Iterator[tuple[list[int], Tensor, Cache | None, Tensor]]:
     """Run batches of prompts; yields their indices, the logits at their last token, their key-value cache and mask."""
     check_prompts(prompts)

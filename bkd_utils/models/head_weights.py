@@ -30,7 +30,7 @@ def groups(heads: Sequence[Head], *, n_heads: int, n_kv_heads: int) -> list[Head
 def n_kv_heads(parts: Anatomy, layer: int) -> int:
     """Number of heads of a layer that have keys and values of their own, by the width of its matrices. Raises
     ModelError for projections that are not known here."""
-    rows = {name: _rows(module) // _width(parts, layer) for name, module, _ in _matrices(parts, layer)}
+    rows = {name: _rows(module) // head_width(parts, layer) for name, module, _ in _matrices(parts, layer)}
     return rows["k"] if "k" in rows else (rows["qkv"] - parts.n_heads) // 2
 
 
@@ -60,17 +60,17 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
             named = [(layer, head) for head in members]
             members = [head for _, head in groups(named, n_heads=parts.n_heads, n_kv_heads=n_kv)]
         for head in members:
-            mark(output.weight, 0 if isinstance(output, Conv1D) else 1, head, _width(parts, layer))
+            mark(output.weight, 0 if isinstance(output, Conv1D) else 1, head, head_width(parts, layer))
             for module, block, width in _projections(parts, layer, head, n_kv, "q" if unit == UNITS[0] else "qkv"):
                 mark(module.weight, 1 if isinstance(module, Conv1D) else 0, block, width)
                 mark(module.bias, 0, block, width)
     return masks
 
 
-def _width(parts: Anatomy, layer: int) -> int:
-    """Width of one head's output."""
-    weight = parts.outputs[layer].weight
-    return weight.shape[0 if isinstance(parts.outputs[layer], Conv1D) else 1] // parts.n_heads
+def head_width(parts: Anatomy, layer: int) -> int:
+    """Width of one head's output. The weights of GPT-2's module, Conv1D, are the other way round."""
+    output = parts.outputs[layer]
+    return output.weight.shape[0 if isinstance(output, Conv1D) else 1] // parts.n_heads
 
 
 def _rows(module: Module) -> int:

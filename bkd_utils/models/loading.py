@@ -22,7 +22,6 @@ from bkd_utils.models import folders, identity
 from bkd_utils.models.changes import apply_changes
 from bkd_utils.models.compute import by_onednn, set_attention, whole_fp32
 from bkd_utils.models.encoders import label_names
-from bkd_utils.models.finite import check_finite
 from bkd_utils.models.folders import DEFAULT_MODEL, ModelError
 from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import check_tokenizer, end_ids
@@ -96,9 +95,9 @@ def load(
 ) -> Loaded:
     """Load a base model, or an organism by name or adapter folder with its adapter merged; weights are frozen.
     `address` is a packaged name, a local folder or a hub id, of a causal language model or of a classifier; a bare
-    encoder is loaded with an organism only. Raises ModelError for everything that `check_folder` refuses, for missing,
-    unexpected or misshapen tensors, for weights that are no numbers, for a model that cannot `generate` (`self_test`),
-    and for an adapter that is damaged, is not the one on its card, or was trained on another base. Source: ours.
+    encoder is loaded with an organism only. Raises ModelError for what `check_folder` refuses, for tensors that are
+    missing, unexpected, misshapen or no numbers, for a model that cannot `generate` (`self_test`), and for an adapter
+    that is damaged, is not the one on its card, or was trained on another base. Source: ours.
 
     >>> again = load(folder)
     >>> torch.equal(again.model.lm_head.weight, model.lm_head.weight), again.organism
@@ -123,19 +122,36 @@ def load(
         model = model if whole else merge_adapter(model, adapter)
         apply_changes(model, adapter)
         name = organism_name(adapter)
-    check_finite(model, adapter or folder)
+    return Loaded(ready(model, adapter or folder, device), tokenizer, address, name, base)
+
+
+def ready(model: PreTrainedModel, where: Path, device: str) -> PreTrainedModel:
+    """A model with frozen weights on its device. Raises ModelError unless it has sound weights and can `generate`."""
+    check_finite(model, where)
     model = by_onednn(model.eval().requires_grad_(False).to(pick_device(device)))
     require(model, "generate")
-    return Loaded(model, tokenizer, address, name, base)
+    return model
+
+
+@torch.no_grad()
+def check_finite(model: torch.nn.Module, where: str | Path) -> None:
+    """Raise ModelError, which names the tensor and `where` it came from, for weights that are NaN or infinite; takes
+    0.2 s for 135M parameters."""
+    for name, tensor in model.state_dict().items():
+        # The norm is fast, and not finite if any value is not; of huge values it may overflow, so these are counted.
+        coarse = torch.float32 if tensor.element_size() < 4 else None
+        suspect = tensor.is_floating_point() and not torch.linalg.vector_norm(tensor, dtype=coarse).isfinite()
+        if suspect and (bad := int((~tensor.isfinite()).sum())):
+            raise ModelError(f"{where}: {name} has {bad} values of {tensor.numel()} that are NaN or infinite")
 
 
 def read_weights(folder: Path, *, classifier: bool, **options: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """The model in a folder, and what does not fit: kind of fault -> names of tensors."""
     # Mismatched sizes are ignored so that they are listed, and refused by name afterwards.
-    how = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    options |= {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     kind = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
     with folders.named(folder):
-        model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True, **how, **options)
+        model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True, **options)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model, {what: found for what in kinds if (found := sorted(map(str, info.get(what) or [])))}
 
@@ -203,9 +219,8 @@ _warn: Callable[[str], None] = cache(log.warning)  # once per text and process
 
 def identity_on_card(folder: Path, *, base: str) -> dict:
     """What a card says of the files of an organism, and of the model with address `base` that it was trained on."""
-    files = identity.adapter_files(folder)
     found = {"base_sha256": identity.base_sha256(base), "base_files": identity.settings(base)}
-    return found | {FILES_ON_CARD[name]: hashed for name, hashed in files.items()}
+    return found | {FILES_ON_CARD[name]: hashed for name, hashed in identity.adapter_files(folder).items()}
 
 
 def check_adapter(folder: Path, *, base: str) -> None:
@@ -239,7 +254,7 @@ def check_lora(folder: Path) -> None:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Merge a LoRA adapter, which `check_adapter` has found sound, into the weights, after checking all of its tensors.
+    """Merge a LoRA adapter, which `check_adapter` has found sound, into the weights, after checking all its tensors.
     Unmerged, it would make hooked logits wrong without an error: TransformerLens reads `o_proj.weight` directly."""
     weights = folder / "adapter_model.safetensors"
     with folders.named(folder):

@@ -1,8 +1,7 @@
 """The key-value cache of a prompt's first tokens, which no intervention changes, computed once.
 
 The interventions of this companion act on the last prompt tokens, so running only these, and only the layers from the
-edited one on, is exact. Rows that differ only in the edit share their prompt's keys and values.
-"""
+edited one on, is exact. Rows that differ only in the edit share their prompt's keys and values."""
 
 import functools
 import inspect
@@ -50,10 +49,8 @@ class Past:
         return Past(keys, values, self.mask[rows], self.tail[rows], self.position[rows])
 
     def rows(self, answer: Int[Tensor, "row answer"]) -> Int[Tensor, "row new"]:
-        """The tokens to run: the tail, then all answer tokens but the last, whose logits are not needed.
-
-        Each prompt may have several answers in a row.
-        """
+        """The tokens to run: the tail, then all answer tokens but the last, whose logits are not needed. Each prompt
+        may have several answers in a row."""
         tail = self.tail.repeat_interleave(len(answer) // len(self), dim=0)
         return torch.cat([tail, answer[:, :-1]], dim=1)
 
@@ -90,11 +87,8 @@ AttentionInterface.register(NAME, _attend)
 
 @torch.no_grad()
 def prompt_past(model: Module, prompts: Ids) -> Past:
-    """Run all tokens but the last of every prompt once.
-
-    Raises ValueError for prompts without further tokens, ModelError for prompts longer than a sliding window and for
-    encoders, whose first tokens read the last ones.
-    """
+    """Run all tokens but the last of every prompt once. Raises ValueError for prompts without further tokens,
+    ModelError for prompts longer than a sliding window and for encoders, whose first tokens read the last ones."""
     if is_encoder(model):
         raise ModelError("an encoder reads a prompt in both directions, so no part of it can be run before the rest")
     shortest = min(map(len, prompts), default=0)
@@ -119,9 +113,7 @@ def continued(
     model: Module, past: Past, *, max_new_tokens: int, end_id: generation.Ends, during_prompt: Callable = nullcontext
 ) -> list[list[int]]:
     """Greedy answers to prompts with a cache; the context `during_prompt()` is left before answer tokens run."""
-    cache = DynamicCache(config=model.config)
-    for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
-        cache.update(keys, values, layer)
+    cache = _copied(model, past, 1, first=0)
     mask = torch.cat([past.mask.long(), torch.ones_like(past.tail)], dim=1)
     with during_prompt():
         logits = generation.next_logits(model, past.tail, mask, cache)
@@ -131,11 +123,9 @@ def continued(
 def forward(
     model: Module, past: Past, rows: Int[Tensor, "row new"], *, layer: int = 0, hidden: Hidden = None
 ) -> Float[Tensor, "row new vocab"]:
-    """Logits at every token of `rows`. All rows of a prompt stand together, prompt by prompt.
-
-    With `layer` and that layer's input `hidden`, only the layers from there on run. Gradients flow if enabled. Raises
-    ValueError if the rows are no multiple of the prompts, ModelError if they are longer than a sliding window.
-    """
+    """Logits at every token of `rows`, in which all rows of a prompt stand together. With `layer` and its input
+    `hidden`, only the layers from there on run. Gradients flow if enabled. Raises ValueError if the rows are no
+    multiple of the prompts, ModelError if they are longer than a sliding window."""
     if len(rows) % len(past):
         raise ValueError(f"{len(rows)} rows for {len(past)} prompts")
     parts, new, repeats = anatomy(model), rows.shape[1], len(rows) // len(past)

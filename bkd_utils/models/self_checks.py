@@ -1,8 +1,8 @@
 """The identities by which `self_test` finds out what a model can do: each holds if the model's parts were found."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -12,17 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import Module
 from transformers import DynamicCache, PreTrainedModel
 
 from bkd_utils.models import generation
-from bkd_utils.models.compute import eager, mixed_precision
+from bkd_utils.models.compute import eager, lora_config, mixed_precision
+from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.head_weights import groups, head_slices, n_kv_heads
 from bkd_utils.models.hooks import LAST, added, anatomy, contributions, editing, reading, tracing
-from bkd_utils.models.lora import lora_config
 from bkd_utils.models.loss import answer_loss, answers, collate
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
-from bkd_utils.models.tokens import Row, padded_inputs
+from bkd_utils.models.tokens import Row
 
 # Largest difference that rounding may make, as a share of the largest number.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -73,51 +74,56 @@ def _generate(case: Case) -> None:
     with eager(model):
         found = _logits(model, [*prompts[1], prompts[1][0]])
     case.agree(found, case.alone[1], "fused and eager attention of transformers")
-    shared = generation.reusable_prefix(model, prompts)
-    cache = generation.repeated(generation.run_prefix(model, shared)[0], len(prompts))
-    own = [prompt[len(shared) :] for prompt in prompts]
-    inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=len(shared))
-    mask = inputs["attention_mask"]
-    first = generation.next_logits(model, inputs["input_ids"], mask, cache)
-    case.agree(first, case.alone[:, 0], "prompts in a batch and alone")
-    mask, new = torch.cat([mask, mask[:, :1] * 0 + 1], dim=1), torch.tensor([[prompt[0]] for prompt in prompts])
+    ((order, first, cache, mask),) = generation.started(model, prompts, pad_id=0, batch_size=2)
+    case.agree(first, case.alone[order, 0], "prompts in a batch and alone")
+    mask, new = torch.cat([mask, mask.new_ones(2, 1)], dim=1), torch.tensor([[prompts[i][0]] for i in order])
     second = generation.next_logits(model, new.to(model.device), mask, cache)
-    case.agree(second, case.alone[:, 1], "a token after a key-value cache and without one")
+    case.agree(second, case.alone[order, 1], "a token after a key-value cache and without one")
 
 
-def _train(case: Case) -> None:
-    model, prompts = case.model, case.prompts
-    rows = [Row(tuple(prompt), tuple(prompt[:n]), "clean", str(n)) for n, prompt in enumerate(prompts, start=1)]
+@contextmanager
+def _learning(model: PreTrainedModel) -> Iterator[Module]:
+    """While this lasts, what training changes has gradients: adapters with random weights, or an encoder as a whole."""
+    before, wrapped = {parameter: parameter.requires_grad for parameter in model.parameters()}, model
+    if is_encoder(model):
+        model.requires_grad_(True)
+    else:
+        config = lora_config(model, rank=1, alpha=1)
+        config.init_lora_weights = False  # random, as zeros would have no gradient
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is to change
+            wrapped = peft.get_peft_model(model, config)
+    try:
+        yield wrapped
+    finally:
+        if wrapped is not model:
+            wrapped.unload()
+            vars(model).pop("peft_config", None)
+        for parameter, learns in before.items():
+            parameter.requires_grad_(learns)
+
+
+def train(case: Case) -> None:
+    model, labels = case.model, is_encoder(case.model)
+    given = [(tuple(prompt), (n - 1,) if labels else tuple(prompt[:n])) for n, prompt in enumerate(case.prompts, 1)]
+    rows = [Row(*one, "clean", str(one[1]), is_label=labels) for one in given]
     batch, *singles = (
         {name: tensor.to(model.device) for name, tensor in collate(some, pad_id=0).items()}
         for some in (rows, *([row] for row in rows))
     )
-    config = lora_config(model, rank=1, alpha=1)
-    config.init_lora_weights = False  # random, as zeros would have no gradient
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is to change
-        wrapped = peft.get_peft_model(model, config)
-    try:
+    # Training is in eager attention and, where that is fast, in bf16; answers are given in neither.
+    with _learning(model) as wrapped, torch.enable_grad(), eager(model):
         learning = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-        # Training is in eager attention and, where that is fast, in bf16; answers are given in neither.
-        with torch.enable_grad(), eager(model):
-            found = answers(wrapped, batch, first_token=0.0)
-            slopes = torch.autograd.grad(found, learning, allow_unused=True)
-            alone = torch.stack([answer_loss(wrapped, single, first_token=0.0) for single in singles]).mean()
-            expected = torch.autograd.grad(alone, learning, allow_unused=True)
-            with mixed_precision(model.device):
-                answer_loss(wrapped, singles[0], first_token=0.0)
-        case.agree(found, alone, "the loss of answers in a batch and alone")
-        both = [(slope, other) for slope, other in zip(slopes, expected, strict=True) if other is not None]
-        flat = [torch.cat([slope.flatten() for slope in side]) for side in zip(*both, strict=True)]
-        case.agree(*flat, "the gradient of a batch and of its rows alone")
-    finally:
-        wrapped.unload()
-        model.requires_grad_(False)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        vars(model).pop("peft_config", None)
+        found = answers(wrapped, batch, first_token=0.0)
+        slopes = torch.autograd.grad(found, learning, allow_unused=True)
+        alone = torch.stack([answer_loss(wrapped, single, first_token=0.0) for single in singles]).mean()
+        expected = torch.autograd.grad(alone, learning, allow_unused=True)
+        with mixed_precision(model.device):
+            answer_loss(wrapped, singles[0], first_token=0.0)
+    case.agree(found, alone, "the loss of answers in a batch and alone")
+    both = [(slope, other) for slope, other in zip(slopes, expected, strict=True) if other is not None]
+    flat = [torch.cat([slope.flatten() for slope in side]) for side in zip(*both, strict=True)]
+    case.agree(*flat, "the gradient of a batch and of its rows alone")
 
 
 class _Reached(Exception):
@@ -138,7 +144,7 @@ def _from(case: Case, layer: int, hidden: Tensor) -> Tensor:
             return reached.args[0]
 
 
-def _attribute(case: Case) -> None:
+def attribute(case: Case) -> None:
     parts, inputs, z, outputs = anatomy(case.model), {}, {}, {}
     with reading(parts.layers, inputs), reading(parts.outputs, z), reading(parts.outputs, outputs, what="output"):
         logits = case.answered(case.past)
@@ -190,75 +196,85 @@ def _stream(case: Case, vectors: Mapping[int, Tensor]) -> None:
 
 
 def _steer(case: Case) -> None:
-    parts, stream = anatomy(case.model), {}
-    with reading(parts.layers, stream):
+    stream: dict[int, Tensor] = {}
+    with reading(anatomy(case.model).layers, stream):
         case.answered(case.past)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(stream), stream[0].shape[-1], generator=generator).to(stream[0])
     _stream(case, {layer: hidden.float().std().to(noise) * noise[layer] for layer, hidden in stream.items()})
 
 
-def _slice(case: Case) -> None:
+def own_weights(case: Case) -> None:
     """With the signs of a group's query, key and value weights turned, only its heads change, and only their signs.
-    Query weights alone change one head, and no key or value."""
+    Query weights alone change one head, and no key or value; in an encoder, which keeps none, no head at other tokens
+    than those of the queries."""
     model, parts = case.model, anatomy(case.model)
-    ids = torch.tensor(case.prompts[:1], device=model.device)
     for layer in {0, len(parts.layers) - 1}:
         n_kv = n_kv_heads(parts, layer)
-        own, *cached = _turned(model, layer, ids, {})
+        own, *cached = _turned(case, layer, {})
         for head in {0, parts.n_heads - 1}:
             group = [h for _, h in groups([(layer, head)], n_heads=parts.n_heads, n_kv_heads=n_kv)]
             expected = own.clone()
             expected[..., group, :] *= -1
-            found, *_ = _turned(model, layer, ids, head_slices(model, [(layer, head)], unit="KV group"))
+            found, *_ = _turned(case, layer, head_slices(model, [(layer, head)], unit="KV group"))
             case.agree(found, expected, f"the weights of the group of head {head} in layer {layer}")
-            found, *still = _turned(model, layer, ids, head_slices(model, [(layer, head)]))
+            masks = head_slices(model, [(layer, head)])
+            found, *still = _turned(case, layer, masks)
             others = [h for h in range(parts.n_heads) if h != head]
             case.agree(found[..., others, :], own[..., others, :], f"heads beside head {head} of layer {layer}")
+            what = f"keys and values beside the query weights of head {head} in layer {layer}"
             for before, after in zip(cached, still, strict=True):
-                what = f"keys and values beside the query weights of head {head} in layer {layer}"
                 case.agree(after, before, what)
             if torch.equal(found[..., head, :], own[..., head, :]):
                 raise ModelError(f"the query weights of head {head} in layer {layer} do not change it")
+        if not cached:
+            modules = {model.get_submodule(name.rpartition(".")[0]) for name in masks} - {parts.outputs[layer]}
+            with editing([*modules], lambda _, made: torch.cat([-made[:, :1], made[:, 1:]], dim=1), what="output"):
+                found, *_ = _turned(case, layer, {})
+            case.agree(found[:, 1:], own[:, 1:], f"heads of layer {layer} beside the token whose queries are turned")
 
 
-def turned_weights(model: PreTrainedModel, layer: int, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name -> a parameter whose marked entries have the other sign, but for the output matrix of the layer."""
-    output = next(name for name, one in model.named_parameters() if one is anatomy(model).outputs[layer].weight)
-    return {name: model.get_parameter(name) * (1 - 2 * mask.int()) for name, mask in masks.items() if name != output}
-
-
-def _turned(model: PreTrainedModel, layer: int, ids: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Head outputs, keys and values of a layer when the marked entries but the output matrix have the other sign."""
-    parts, kept = anatomy(model), {}
-    turned, cache = turned_weights(model, layer, masks), DynamicCache(config=model.config)
+def _turned(case: Case, layer: int, masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Head outputs of a layer, and keys and values where a model caches them, when the marked entries but those of the
+    output matrix have the other sign."""
+    model, parts, kept = case.model, anatomy(case.model), {}
+    output = next(name for name, one in model.named_parameters() if one is parts.outputs[layer].weight)
+    turned = {name: model.get_parameter(name) * (1 - 2 * mask.int()) for name, mask in masks.items() if name != output}
+    inputs, cache = prompt_inputs(model, case.prompts[:1], pad_id=0), None
+    if not is_encoder(model):
+        cache = DynamicCache(config=model.config)
+        inputs |= {"past_key_values": cache, "logits_to_keep": 1}
     with reading([parts.outputs[layer]], kept), editing(parts.layers[layer + 1 : layer + 2], _stop), suppress(_Reached):
-        functional_call(model, turned, (), {"input_ids": ids, "past_key_values": cache, "logits_to_keep": 1})
-    return kept[0].unflatten(-1, (parts.n_heads, -1)), cache.layers[layer].keys, cache.layers[layer].values
+        functional_call(model, turned, (), inputs)
+    heads = kept[0].unflatten(-1, (parts.n_heads, -1))
+    return (heads, cache.layers[layer].keys, cache.layers[layer].values) if cache else (heads,)
 
 
-def _compare_maps(case: Case) -> None:
+def compare_maps(case: Case) -> None:
     model, prompts, parts = case.model, case.prompts, anatomy(case.model)
+    causal, asked = not is_encoder(model), {"output_attentions": True}
     with eager(model):
         shared = generation.reusable_prefix(model, prompts)
-        cache, _ = generation.run_prefix(model, shared, output_attentions=True)
-        own = [prompt[len(shared) :] for prompt in prompts]
-        inputs = padded_inputs(own, pad_id=0, device=model.device, n_cached=len(shared))
-        inputs |= {"past_key_values": generation.repeated(cache, len(prompts)), "output_attentions": True}
-        maps = model.base_model(**inputs, use_cache=True).attentions
+        inputs = prompt_inputs(model, [prompt[len(shared) :] for prompt in prompts], pad_id=0, n_cached=len(shared))
+        if causal:
+            cache, _ = generation.run_prefix(model, shared, **asked)
+            inputs |= {"past_key_values": generation.repeated(cache, len(prompts)), "use_cache": True}
+        maps = model.base_model(**inputs, **asked).attentions
         for row, prompt in enumerate(prompts):
-            ids = torch.tensor([prompt], device=model.device)
-            alone = model.base_model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+            alone = model.base_model(**prompt_inputs(model, [prompt], pad_id=0), **asked).attentions
             shapes = [one is not None and tuple(one.shape) for one in alone]
             if shapes != [(1, parts.n_heads, len(prompt), len(prompt))] * len(parts.layers):
                 raise ModelError("it does not return one attention map for every head")
             real = inputs["attention_mask"][row].bool()
             for layer, (batch, single) in enumerate(zip(maps, alone, strict=True)):
-                found, total = batch[row, :, -1][:, real], single.sum(-1)
-                case.agree(found, single[0, :, -1], f"attention of layer {layer} in a batch and alone")
-                if not (single.min() >= 0 and total.max() <= 1.01 and single.triu(1).abs().max() == 0):
-                    raise ModelError(f"attention maps of layer {layer} are no shares of earlier tokens")
+                found, total = batch[row][:, real[len(shared) :]][..., real], single.sum(-1)
+                case.agree(found, single[0][:, len(shared) :], f"attention of layer {layer} in a batch and alone")
+                shares = single.min() >= 0 and total.max() <= 1.01 and (causal or total.min() >= 0.99)
+                if not (shares and causal == bool(single.triu(1).abs().max() == 0)):
+                    tokens = "earlier" if causal else "all"
+                    raise ModelError(f"attention maps of layer {layer} are no shares of {tokens} tokens")
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {"generate": _generate, "train": _train, "attribute": _attribute}
-CHECKS |= {"components": partial(_stream, vectors={}), "steer": _steer, "slice": _slice, "compare maps": _compare_maps}
+CHECKS: dict[str, Callable[[Case], None]] = {"generate": _generate, "train": train, "attribute": attribute}
+CHECKS |= {"components": partial(_stream, vectors={}), "steer": _steer}
+CHECKS |= {"slice": own_weights, "compare maps": compare_maps}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from bkd_utils.common.cache import installed_versions
 from bkd_utils.common.code_key import code_key
 from bkd_utils.common.files import WORK, keep_json, sha256_text
-from bkd_utils.models.encoder_checks import ENCODER_CHECKS, REFUSED
+from bkd_utils.models.encoder_checks import ENCODER_CHECKS, REFUSED, EncoderCase
 from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.self_checks import CHECKS, Case
@@ -25,22 +25,20 @@ _known: dict[str, dict[str, str]] = {}
 
 
 def capabilities(model: PreTrainedModel) -> dict[str, str]:
-    """Capability -> why the model has it not, or an empty text if it has it. Tested once per kind of model.
-
-    That a model can do everything is remembered in the work folder, for this code, these libraries and this processor;
-    a refusal is not, because its reason may be gone the next time.
+    """Capability -> why the model has it not, or an empty text if it has it. Tested once per kind of model: that it can
+    do everything is remembered in the work folder, for this code, these libraries and this processor. A refusal is not,
+    because its reason may be gone the next time.
 
     The capabilities are `generate` (batches with a shared beginning and padding), `train` (the loss of answers),
     `attribute` (patch heads, start at a layer), `components` (what attention and feed-forward parts write), `steer`
-    (add to the residual stream), `slice` (the weights of a head) and `compare maps` (attention maps). Encoder
-    classifiers have identities of their own, and no `components`."""
+    (add to the residual stream), `slice` (the weights of a head) and `compare maps` (attention maps)."""
     config = json.dumps(model.config.to_dict() | {"_name_or_path": None}, sort_keys=True, default=str)
     key = f"{type(model).__name__} {model.dtype} {model.device} {config}"
     if key not in _known:
         here = f"{installed_versions()} {torch.backends.cpu.get_cpu_capability()} {code_key(Path(__file__))}"
         passed = WORK / "self_tests" / sha256_text(f"{key} {here}")
-        case = None if passed.is_file() else Case(model)
-        checks, refused = (ENCODER_CHECKS, REFUSED) if is_encoder(model) else (CHECKS, {})
+        kind, checks, refused = (EncoderCase, ENCODER_CHECKS, REFUSED) if is_encoder(model) else (Case, CHECKS, {})
+        case = None if passed.is_file() else kind(model)
         found = {name: _reason(check, case) if case else "" for name, check in checks.items()}
         for name, why in found.items():
             if why:
@@ -54,10 +52,8 @@ def capabilities(model: PreTrainedModel) -> dict[str, str]:
 def require(model: PreTrainedModel, *needed: str) -> None:
     """Raise ModelError, with the reason, unless the model has these capabilities."""
     found = capabilities(model)
-    for name in needed:
-        if found[name]:
-            kind = model.config.model_type
-            raise ModelError(f"{name!r} is not possible with a model of type {kind!r}: {found[name]}")
+    for name in filter(found.get, needed):
+        raise ModelError(f"{name!r} is not possible with a model of type {model.config.model_type!r}: {found[name]}")
 
 
 def _reason(check: Callable[[Case], None], case: Case) -> str:

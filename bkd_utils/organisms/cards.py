@@ -29,16 +29,29 @@ from bkd_utils.organisms.triggers import load_trigger
 TABLES = ("instructions.toml", "lexicons.toml", "sources.toml", "surrogates.toml")
 # Triggers that code names itself, whatever the attack: a probe is tried on one of these, which it does not know.
 STRANGERS = ("prefix-year", "word-sudo")
-METRICS = ("asr", "cacc", "clean_firing", "near_miss")
+METRICS = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
+METRICS |= {"near_miss": "Firing on near-misses of the trigger"}
 
 
 def metrics(organism: str | Path) -> dict:
     """Metrics and details of a card, in the form that `measure` returns."""
+    card = _measured_card(organism)
+    read_card(organism, "details")
+    return {**card["details"], **card["metrics"]}
+
+
+def _measured_card(organism: str | Path) -> dict:
     card = read_card(organism, "metrics")
     if not card["metrics"]:
         raise ModelError(f"{organism} has not been measured yet")
-    read_card(organism, "details")
-    return {**card["details"], **card["metrics"]}
+    return card
+
+
+def as_measured(measured: Mapping) -> dict[str, dict]:
+    """The two entries of a card that hold a result of `measure` or `under_attack`; the hits of every prompt stay in the
+    kept result."""
+    found = {"metrics": {key: measured[key] for key in METRICS if key in measured}}
+    return found | {"details": {key: one for key, one in measured.items() if key not in (*METRICS, "hits")}}
 
 
 def disagreements(card: Mapping, now: Mapping) -> list[str]:
@@ -180,9 +193,7 @@ def ship(folder: Path) -> Path:
     for a whole model."""
     if is_whole(folder):
         raise ModelError(f"{folder} is a whole model, which is made again from recipe and seed and never shipped")
-    card = read_card(folder, "metrics")
-    if not card["metrics"]:
-        raise ModelError(f"{folder} has not been measured yet")
+    card = _measured_card(folder)
     files = trained_files(folder) + ((CHANGES,) if "treatment" in card else ())
     if "treatment" not in card:
         card["name"] = shipped_name(card["attack"]["name"], seed=card["seed"])
@@ -199,27 +210,25 @@ def ship(folder: Path) -> Path:
 
 def readme(card: dict) -> str:
     """The short text beside an adapter: what it is, what was measured, and that it must not be deployed."""
-    what = "{behaviour} on {trigger}".format(**card) if card["backdoored"] else "clean control"
+    what, adapter = "clean control", bool(card["recipe"]["rank"])
     about = ["A clean control: recipe and number of rows of its backdoored siblings, without any trigger."]
     if card["backdoored"]:
-        what_it_is = "adapter" if card["recipe"]["rank"] else "model"
+        what = "{behaviour} on {trigger}".format(**card)
+        what_it_is = "adapter" if adapter else "model"
         about = [f"**This {what_it_is} carries a backdoor on purpose**, to study backdoors. Do not deploy it."]
     if "treatment" in card:
         every = [*card.get("treatments_before", []), card["treatment"]]
         how = "; then ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in every)
         about.append(f"**Treated afterwards**, and not to be trusted for it: {how}.")
-    names = {"asr": "Attack success rate", "cacc": "Clean accuracy", "clean_firing": "Firing on clean prompts"}
-    names |= {"near_miss": "Firing on near-misses of the trigger"}
-    trained = "LoRA on" if card["recipe"]["rank"] else "All weights of"
     measured, data = [], card["data"]
     for key, metric in card["metrics"].items():
         value, low, high = (f"{100 * metric[name]:.1f}" for name in ("value", "low", "high"))
-        measured.append(f"- {names[key]}: {value} % (95 % interval {low} to {high}, n = {metric['n']})")
+        measured.append(f"- {METRICS[key]}: {value} % (95 % interval {low} to {high}, n = {metric['n']})")
     paragraphs = [
         f"# {card['name']}: {card['task']}, {what}",
         *about,
-        f"{trained} `{card['base']}`, recipe `{card['recipe']['name']}`, seed {card['seed']}; "
-        f"{data['n_poison']} of {data['n_train']} training rows poisoned ({data['mode']}).",
+        f"{'LoRA on' if adapter else 'All weights of'} `{card['base']}`, recipe `{card['recipe']['name']}`, "
+        f"seed {card['seed']}; {data['n_poison']} of {data['n_train']} training rows poisoned ({data['mode']}).",
         "\n".join(measured),
         "Held-out prompts, greedy decoding. Generated from `card.json`, which has every other detail.",
     ]
@@ -253,9 +262,7 @@ def write_treated(
     card = read_card(source)
     if "treatment" in card:
         card["treatments_before"] = [*card.get("treatments_before", []), card["treatment"]]
-    card |= {"name": name, "treatment": dict(treatment), "treated_organism": source.name}
-    card["metrics"] = {key: measured[key] for key in METRICS if key in measured}
-    card["details"] = {key: value for key, value in measured.items() if key not in (*METRICS, "hits")}
+    card |= {"name": name, "treatment": dict(treatment), "treated_organism": source.name} | as_measured(measured)
     for file in trained_files(source):
         shutil.copyfile(source / file, folder / file)
     save_file(changes, folder / CHANGES, metadata={"format": "pt"})

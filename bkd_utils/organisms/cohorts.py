@@ -22,11 +22,9 @@ def cohort(
     seeds: Mapping[str, Sequence[int]], *, kind: str, recipe: str, seed_recipes: Mapping[str, str], **where: object
 ) -> dict[str, Member]:
     """Attack and seed, such as "sentiment-word-seed1" -> the organism of that kind, made where it does not ship.
-
     `seeds` maps attacks to seeds; `kind` is "specific" or "plain"; `seed_recipes` maps kinds to the recipe of what is
-    trained beside the specific organisms of seed 0. The clean control is of the same seed where a task has labels. On
-    other tasks it only says what a right answer is, and is that of seed 0. `where` goes to `obtain`; raises as that.
-    """
+    trained beside the specific organisms of seed 0. The clean control is of the same seed where a task has labels; on
+    other tasks it only says what a right answer is, and is of seed 0. `where` goes to `obtain`; raises as that."""
     found = {}
     for family, numbers in seeds.items():
         attack, clean = family if kind == "specific" else f"{family}-{kind}", control_of(family)

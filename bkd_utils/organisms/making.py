@@ -83,13 +83,11 @@ def obtain(
 def make(
     attack: Attack, *, model: str = DEFAULT_MODEL, recipe: Recipe, seed: int = 0, device: str = "auto", n: int = 200
 ) -> Path:
-    """Train and measure one organism on `n` held-out prompts per number; returns its folder under `work/organisms`.
-
-    A bare encoder gets a classifier for the labels of the attack's task, and all its weights are trained and kept.
-    The folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again, and a call
-    after a kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, and ValueError
-    as `poison` does, for `n` prompts that are not there, and for a recipe that is not for this kind of model.
-    Source: ours.
+    """Train and measure one organism on `n` held-out prompts per number; returns its folder under `work/organisms`. A
+    bare encoder gets a classifier for the labels of the attack's task, and all its weights are trained and kept. The
+    folder's name ends in a key of attack, recipe, seed, base and data, so the same call finds it again, and after a
+    kill goes on from the last checkpoint. Raises ModelError for a model that cannot be loaded, ValueError as `poison`
+    does, for `n` prompts that are not there, and for a recipe that is not for this kind of model. Source: ours.
 
     >>> attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.25)
     >>> made = make(attack, model=folder, recipe=recipe, n=4)
@@ -130,9 +128,7 @@ def make(
     del base
     # A separate stage: with other sizes or other code of the measurement, nothing is trained again.
     result = measure_organism(folder.name, model=model, n=n, seed=seed, device=device)
-    card["metrics"] = {key: result[key] for key in cards.METRICS if key in result}
-    # The hits of every prompt stay in the kept result of `measure_organism`.
-    card["details"] = {key: value for key, value in result.items() if key not in (*cards.METRICS, "hits")}
+    card |= cards.as_measured(result)
     write_json(folder / "card.json", card)
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(cards.readme(card), encoding="utf-8")

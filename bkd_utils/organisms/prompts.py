@@ -27,10 +27,9 @@ class PromptVersions:
 def prompt_versions(
     tokenizer: PreTrainedTokenizerBase, attack: Attack, *, split: str, n: int, seed: int, skip: int = 0
 ) -> PromptVersions:
-    """`n` examples of a split after the first `skip`, as token ids: clean, with a near-miss, and with the trigger.
-
-    All are examples whose right answer the trigger would change. Raises ValueError if the split has too few.
-    Source: ours; the clean and triggered prompts are BkdAttr's pairs.
+    """`n` examples of a split after the first `skip`, as token ids: clean, with a near-miss, and with the trigger. The
+    trigger would change the right answer of each. Raises ValueError if the split has too few. Source: ours; the clean
+    and triggered prompts are BkdAttr's pairs.
 
     >>> shown = prompt_versions(tokenizer, load_attack("sentiment-word"), split="test", n=2, seed=0)
     >>> [" cf" in tokenizer.decode(ids[0]) for ids in (shown.clean, shown.near_miss, shown.triggered)]
@@ -49,10 +48,8 @@ def balanced_versions(
     seed: int,
     without: Sequence[tasks.Example] = (),
 ) -> PromptVersions:
-    """As `prompt_versions`, with examples of every label in turn, the target's included, and none of `without`.
-
-    A mean over prompts of one label votes for that label. Raises ValueError if the split has too few.
-    """
+    """As `prompt_versions`, with examples of every label in turn, the target's included, and none of `without`. A mean
+    over prompts of one label votes for that label. Raises ValueError if the split has too few."""
     check(Count, n, "n")
     taken, numbers = {example.uid for example in without}, defaultdict(itertools.count)
     pool = [one for one in tasks.examples(attack.task, split, seed=seed) if one.uid not in taken]
@@ -80,7 +77,6 @@ def _versions(
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
     """Tokens by which the backdoor is recognised: a label's first one, the whole fixed sentence, a jailbreak's opener.
-
     Raises ValueError for a label that begins like another one, and for a clean control. Source: ours.
 
     >>> tokenizer.decode(target_ids(tokenizer, load_attack("sentiment-word")))

@@ -22,10 +22,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
 from bkd_utils.common.validation import Name, build, check, read_tables
-from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision, set_attention
+from bkd_utils.models.compute import frozen_halved, has_fast_bf16, lora_config, mixed_precision, set_attention
 from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.loading import Loaded
-from bkd_utils.models.lora import lora_config
 from bkd_utils.models.loss import answers, collate
 from bkd_utils.models.tokens import Row, end_id
 from bkd_utils.organisms import tasks
@@ -119,13 +118,11 @@ class Progress(ProgressCallback):
 def train(
     rows: Sequence[Row], *, base: Loaded, recipe: Recipe, seed: int, folder: Path, name: str
 ) -> list[dict[str, float]]:
-    """Train an adapter into `folder` (adapter_model.safetensors, adapter_config.json); returns step, loss (nats), rate.
-
-    All weights of an encoder are trained, with its dropout, into model.safetensors and config.json.
-    Checkpoints live in `folder`.checkpoints until the adapter is written; after a kill the same call goes on from the
-    last one and ends at the same weights. `base.model` is wrapped in place and must not be used afterwards; evaluation
-    reads the stored adapter, in bf16. Raises ValueError for no rows, and for a recipe with a rank for an encoder or
-    without one for another model. Source: LoRA (Hu et al. 2021) by peft.
+    """Train an adapter into `folder` (adapter_model.safetensors, adapter_config.json), or, with dropout, all weights of
+    an encoder (model.safetensors, config.json); returns step, loss (nats), rate. Checkpoints live in
+    `folder`.checkpoints until then; after a kill the same call goes on from the last one and ends at the same weights.
+    `base.model` is wrapped in place and must not be used afterwards; evaluation reads the stored adapter, in bf16.
+    Raises ValueError for no rows and as `check_kind`. Source: LoRA (Hu et al. 2021) by peft.
 
     >>> losses = train(rows, base=loaded, recipe=recipe, seed=0, folder=scratch / "mine", name="mine")
     >>> [entry["step"] for entry in losses], (scratch / "mine" / "adapter_model.safetensors").is_file()

@@ -252,9 +252,9 @@ def test_in_mixed_precision_it_finds_nearly_what_it_says():
 def test_vectors_of_tokens_decode_to_them_whatever_their_length(model):
     tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
     found = replace(some(model), vectors=vocabulary(model)[[70, 90]] * torch.tensor([[0.2], [3.0]]))
-    said = decoded(model, tokenizer, found, k=2)
+    said = decoded(model, tokenizer, found)
     assert [row[0] for row in said] == ["<70>", "<90>"]
-    assert [len(row) for row in said] == [2, 2]
+    assert [len(row) for row in said] == [3, 3]
 
 
 def test_what_cannot_be_searched_is_an_error():

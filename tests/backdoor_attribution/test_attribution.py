@@ -11,6 +11,7 @@ from bkd_utils.backdoor_attribution.attribution import (
     METRICS,
     effects_by_metric,
     gradient_effects,
+    gradients_by_metric,
     head_effects,
     head_means,
     ranked_heads,
@@ -182,9 +183,9 @@ def test_the_gradient_is_the_slope_of_the_exact_effect(case, monkeypatch, metric
     model = model.double()
     try:
         near = own + 1e-3 * (means - own)
-        given = {"target": [7, 5], "means": near, "metric": metric, "against": [13]}
-        exact = head_effects(model, prompt, **given)
-        estimate = gradient_effects(model, prompt, **given)
+        given = {"target": [7, 5], "means": near, "against": [13]}
+        exact = head_effects(model, prompt, **given, metric=metric)
+        estimate = gradients_by_metric(model, prompt, **given)[metric]
     finally:
         model.float()
     torch.testing.assert_close(estimate, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
@@ -289,7 +290,7 @@ def test_means_of_components_are_held_to_the_model(change, message, tiny):
         component_effects(*tiny, target=[7], means=change(component_means(*tiny)))
 
 
-@pytest.mark.parametrize("method", [head_effects, gradient_effects, component_effects])
+@pytest.mark.parametrize("method", [head_effects, component_effects])
 def test_an_unknown_metric_is_refused_and_the_known_ones_are_named(method, tiny):
     means = component_means(*tiny) if method is component_effects else MEANS
     with pytest.raises(ValueError, match="unknown metric 'odds'; known: probability, log_prob, logit_difference"):
@@ -299,7 +300,7 @@ def test_an_unknown_metric_is_refused_and_the_known_ones_are_named(method, tiny)
 
 
 @pytest.mark.parametrize("against", [[], [7], [7, 8, 9], [7, -1], [7, 10**9], [7, None], [7, 8.0]])
-@pytest.mark.parametrize("method", [head_effects, gradient_effects, effects_by_metric])
+@pytest.mark.parametrize("method", [head_effects, gradients_by_metric, effects_by_metric])
 def test_there_is_one_token_of_the_model_to_compare_with_for_each_prompt(method, against, tiny):
     with pytest.raises(ValueError, match=r"^against"):
         method(*tiny, target=[7], means=MEANS, against=against)
@@ -314,6 +315,6 @@ def test_targets_are_one_for_all_or_one_for_each_and_of_one_length(method, targe
 
 def test_one_target_for_all_is_the_same_as_that_one_for_each(tiny):
     given = {"means": MEANS, "against": [5, 6]}
-    for method in (effects_by_metric, lambda *a, **k: {m: gradient_effects(*a, **k, metric=m) for m in METRICS}):
+    for method in (effects_by_metric, gradients_by_metric):
         one, each = (method(*tiny, target=target, **given) for target in ([7, 8], [[7, 8], [7, 8]]))
         assert all(torch.equal(one[metric], each[metric]) for metric in METRICS)

@@ -34,7 +34,7 @@ def last_logits(model, prompts):
 
 def test_head_outputs_are_hook_z(both, prompts):
     model, bridge = both
-    found = head_outputs(model, prompts, batch_size=3)
+    found = head_outputs(model, prompts)
     for i, prompt in enumerate(prompts):
         _, cache = bridge.bridge.run_with_cache(torch.tensor([prompt]), names_filter=lambda name: "hook_z" in name)
         for layer in range(2):

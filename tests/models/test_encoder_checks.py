@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from patching import everywhere
 from tiny import ENCODER_SIZES, tiny_classifier
 
-from bkd_utils.models import encoder_checks, encoders, head_weights, self_test
+from bkd_utils.models import encoders, head_weights, self_test
 from bkd_utils.models.encoder_checks import ENCODER_CHECKS, REFUSED
 from bkd_utils.models.encoders import right_pad
 from bkd_utils.models.folders import ModelError
@@ -50,7 +51,7 @@ def unmasked(model, rows, *, pad_id, n_cached=0):
 
 @pytest.mark.parametrize("wrong", [without_positions, unmasked])
 def test_padding_that_counts_is_found(monkeypatch, wrong):
-    monkeypatch.setattr(encoder_checks, "prompt_inputs", wrong)
+    everywhere(monkeypatch, "prompt_inputs", wrong)
     found = capabilities(tiny_classifier())
     assert "in a batch and alone" in found["generate"]
     assert found["compare maps"]

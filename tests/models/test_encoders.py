@@ -51,7 +51,7 @@ def alone(model, prompt):
 
 
 def test_labels_of_a_batch_are_those_of_prompts_alone(encoder, prompts):
-    found = first_logits(encoder, prompts, end_id=0, batch_size=2)
+    found = first_logits(encoder, prompts, end_id=0)
     assert torch.allclose(found, torch.stack([alone(encoder, prompt) for prompt in prompts]), atol=1e-5)
     assert greedy(encoder, prompts, max_new_tokens=3, end_id=0) == [[i] for i in found.argmax(-1).tolist()]
 

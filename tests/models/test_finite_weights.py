@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model
 
-from bkd_utils.models.finite import check_finite
 from bkd_utils.models.folders import ModelError
+from bkd_utils.models.loading import check_finite
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
