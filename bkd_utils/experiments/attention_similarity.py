@@ -58,9 +58,9 @@ def similarity_by_version(
     n_reference: int = 0,
     seed: int = 0,
 ) -> Similarity:
-    """Head similarity on held-out prompts in four versions. With `n_reference` there are two more, for input detection:
-    "reference" is as many prompts of the attribution split, or all there are, to calibrate on, and "held out" are `n`
-    of the test split to count refusals on. Neither is chosen by the trigger, which a defender does not know."""
+    """Head similarity on held-out prompts in four versions. With `n_reference` there are two more, chosen without the
+    trigger: "reference", as many prompts of the attribution split as there are, at most so many, to calibrate a guard
+    on, and "held out", `n` of the test split to count its refusals on."""
     tokenizer = loaded.tokenizer
     shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
     texts, lengths = [row.text for row in shown.examples], list(map(len, shown.triggered))
@@ -103,15 +103,14 @@ def best_layer(found: Similarity, *, reading: str) -> tuple[int, float]:
 
 
 def best_reading(found: Sequence[Similarity]) -> str:
-    """The reading whose best layer separates best on the half to choose on, on average over the given organisms."""
+    """The reading whose best layer separates best on the half to choose on, as a mean over organisms."""
     return max(found[0], key=lambda name: np.mean([best_layer(result, reading=name)[1] for result in found]))
 
 
 def separates(found: Mapping[str, Similarity], *, reading: str) -> dict:
     """How well similarity tells each version from clean prompts, in the layer chosen for the organism, on new prompts.
     `found`: model -> `similarity_by_version`, the organism under "organism". Keys: `layer`; model -> version -> AUROC
-    as `{value, n, low, high}` with n prompts a side. The interval is that of independent prompts, so that it is too
-    wide for two versions of the same prompts."""
+    with n prompts a side, in an interval for independent prompts, which is too wide for versions of the same ones."""
     where = {"reading": reading, "layer": best_layer(found["organism"], reading=reading)[0]}
     rows = halves(len(found["organism"][reading]["clean"]))[1]
     result: dict[str, Any] = {"layer": where["layer"]}
@@ -122,8 +121,7 @@ def separates(found: Mapping[str, Similarity], *, reading: str) -> dict:
 
 
 def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray:
-    """How unusual each prompt's similarity is: its largest robust z over the layers, by the reference prompts' median
-    and median absolute deviation."""
+    """How unusual each prompt's similarity is: its largest robust z over the layers, by the reference prompts."""
     layers = found[reading]
     reference = np.array(layers["reference"])
     centre = np.median(reference, axis=0)
@@ -132,10 +130,10 @@ def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray
 
 
 def input_detection(found: Similarity, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
-    """Detection of triggered prompts by `input_scores`, every number as `{value, n, low, high}`. `auroc` is against the
-    same prompts without the trigger (n a side). For each rate, at the threshold that `guards.threshold` sets on the
-    reference prompts: the share of triggered prompts "caught at 5%" and of held-out clean prompts "refused at 5%".
-    Raises ValueError for a rate below one reference prompt."""
+    """Detection of triggered prompts by `input_scores`, as `{value, n, low, high}`: `auroc` against the same prompts
+    without the trigger (n a side), and for each rate, at the threshold of `guards.threshold` on the reference prompts,
+    the shares of triggered prompts "caught at 5%" and of held-out clean ones "refused at 5%". Raises ValueError for a
+    rate below one reference prompt."""
     versions = ("clean", "triggered", "held out", "reference")
     clean, triggered, held_out, reference = (input_scores(found, reading=reading, version=one) for one in versions)
     result = {"auroc": auroc_of_wins(pairwise_wins(triggered, clean)) | {"n": len(triggered)}}
