@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bkd_utils.attention_alignment.head_tuning import all_matrices, other_groups, tune
 from bkd_utils.attention_alignment.rivals import Case, treat
@@ -95,14 +95,21 @@ def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, s
     """`n` draws of as many heads in as many other KV groups of the model; see `head_tuning.other_groups`."""
     config = AutoConfig.from_pretrained(model_folder(model), trust_remote_code=False)
     with torch.device("meta"):  # the layout without the weights
-        parts = anatomy(AutoModelForCausalLM.from_config(config))
-    size = {"n_layers": len(parts.layers), "n_heads": parts.n_heads, "n_kv_heads": n_kv_heads(parts, 0)}
+        return other_heads(AutoModelForCausalLM.from_config(config), heads, n=n, seed=seed)
+
+
+def other_heads(
+    model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "KV group", n: int, seed: int
+) -> list[list[Head]]:
+    """`random_heads` in other units of a loaded model."""
+    parts = anatomy(model)
+    n_units = parts.n_heads if unit == "query head" else n_kv_heads(parts, 0)
+    size = {"n_layers": len(parts.layers), "n_heads": parts.n_heads, "n_kv_heads": n_units}
     return other_groups(heads, **size, n=n, seed=seed)
 
 
 def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
-    """Share of the opening tokens of the base model's answers to `n` held-out benign instructions that are still the
-    most likely ones, mean over prompts."""
+    """Share of the opening tokens of the base model's answers to `n` held-out benign instructions that stay first."""
     sample = clean_sample("instructions", n=n, seed=seed)
     texts = base_answers(loaded, sample)
     answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
@@ -111,8 +118,7 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
 
 
 def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """What is left of backdoor and task (`evaluation.under_attack`) and, but for a classifier, of the rest
-    (`elsewhere`)."""
+    """What is left of backdoor and task (`under_attack`) and, but for a classifier, of the rest (`elsewhere`)."""
     found = under_attack(loaded, attack, n=n, seed=seed)
     if labels_of(loaded.tokenizer):
         return found
@@ -139,9 +145,9 @@ def treat_and_measure(
     n: int = 60,
     seed: int = 0,
 ) -> Treated:
-    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones. Tuning takes
-    `steps` batches of `batch_size` rows, at the method's rate in `RATES` unless another is given. Raises as
-    `rivals.treat` and `case_of` do."""
+    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones, in `steps`
+    batches of `batch_size` rows at its rate in `RATES` unless another is given. Raises as `rivals.treat` and `case_of`
+    do."""
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method], batch_size=batch_size)
     case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()

@@ -30,8 +30,7 @@ Similarity = dict[str, dict[str, list[list[float]]]]
 def lengthened(
     tokenizer: PreTrainedTokenizerBase, attack: Attack, texts: Sequence[str], *, lengths: Sequence[int]
 ) -> list[list[int]]:
-    """Clean prompts with words of the other texts added until they have the given numbers of tokens, or one more.
-    Raises ValueError if no more words fit."""
+    """Clean prompts made so long (tokens), or one longer, with words of other texts; ValueError if none fit."""
     task, found = tasks.load_task(attack.task), []
     for i, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         ids = prompt_ids(tokenizer, task.prompt(text))
@@ -89,8 +88,7 @@ def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
 def wins(
     found: Similarity, *, reading: str, layer: int, rows: np.ndarray, version: str = "triggered"
 ) -> Float[np.ndarray, "edited clean"]:
-    """Is a prompt of a version more similar than a clean one in a layer (1, 0, or 1/2 for a tie)? The mean is the
-    AUROC."""
+    """Is a prompt of a version more similar in a layer than a clean one (1, 0, or 1/2)? The mean is the AUROC."""
     edited, clean = (np.array(found[reading][name])[rows, layer] for name in (version, "clean"))
     return pairwise_wins(edited, clean)
 
@@ -130,10 +128,10 @@ def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray
 
 
 def input_detection(found: Similarity, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
-    """Detection of triggered prompts by `input_scores`, as `{value, n, low, high}`: `auroc` against the same prompts
-    without the trigger (n a side), and for each rate, at the threshold of `guards.threshold` on the reference prompts,
-    the shares of triggered prompts "caught at 5%" and of held-out clean ones "refused at 5%". Raises ValueError for a
-    rate below one reference prompt."""
+    """Detection of triggered prompts by `input_scores`, with intervals: `auroc` against the same prompts without the
+    trigger (n a side), and per rate, at the threshold of `guards.threshold` on the reference prompts, the shares of
+    triggered prompts "caught at 5%" and of held-out clean ones "refused at 5%". Raises ValueError for too few reference
+    prompts."""
     versions = ("clean", "triggered", "held out", "reference")
     clean, triggered, held_out, reference = (input_scores(found, reading=reading, version=one) for one in versions)
     result = {"auroc": auroc_of_wins(pairwise_wins(triggered, clean)) | {"n": len(triggered)}}

@@ -60,8 +60,7 @@ class HeadEffects(Result):
 
 @dataclass(frozen=True)
 class ComponentEffects(Result):
-    """CIE of whole components at the last prompt token on the target's log-probability (nats): component ->
-    `[prompt][layer]`."""
+    """CIE of whole components at the last prompt token on the target (nats): component -> `[prompt][layer]`."""
 
     last: dict[str, list[list[float]]]
 
@@ -115,8 +114,7 @@ def attribute_heads(
 
 
 def own_answers(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Clean prompts of every label of the attribution split, each with the first token of its right answer: the label,
-    or what the model itself says."""
+    """Clean prompts of every label, each with the first token of its label, or else of what the model itself says."""
     shown = balanced_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     if tasks.load_task(attack.task).labels:
         return shown.clean, [answer_ids(loaded.tokenizer, example.answer)[:1] for example in shown.examples]
@@ -157,10 +155,9 @@ def acie(found: HeadEffects, *, metric: str = "probability") -> Float[Tensor, "l
 
 
 def rankings(found: HeadEffects) -> dict[str, list[tuple[int, int]]]:
-    """All heads in the order of several scores: of ACIE in each metric, of which "probability" is the published one; of
-    its "gradient" estimate; "necessary", of what the target loses in log-probability on triggered prompts, or in
-    "necessary, logits", which do not saturate; "trigger only", of the former less what the right answer loses on clean
-    prompts."""
+    """All heads in the order of several scores: ACIE in each metric, of which "probability" is the published one; its
+    "gradient" estimate; "necessary", what the target loses in log-probability on triggered prompts, or "necessary,
+    logits", which do not saturate; "trigger only", the former less what the right answer loses on clean prompts."""
     scores = {metric: acie(found, metric=metric) for metric in METRICS}
     scores["gradient"] = torch.tensor(found.gradient["probability"].mean)
     scores["necessary"] = torch.tensor(found.necessary["log_prob"].mean)

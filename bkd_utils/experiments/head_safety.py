@@ -48,8 +48,7 @@ def seen_uids(loaded: Loaded, attack: Attack | None, *, seed: int) -> frozenset[
 
 
 def unseen_examples(loaded: Loaded, attack: Attack | None, *, task: str, n: int, seed: int) -> list[Example]:
-    """The first `n` examples of the training split, in an order of `seed`, that are not among `seen_uids`; ValueError
-    for too few."""
+    """The first `n` training examples, in an order of `seed`, that are not `seen_uids`; ValueError for too few."""
     seen, pool = seen_uids(loaded, attack, seed=seed), tasks.examples(task, "train", seed=seed)
     unseen = [example for example in pool if example.uid not in seen]
     if len(unseen) < n:
@@ -79,9 +78,8 @@ def collect_own_answers(loaded: Loaded, *, task: str, uids: Sequence[str]) -> di
 
 
 def clean_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
-    """The defender's data: `n` `unseen_examples` of the attack's task with their gold answers, or else with the
-    untreated model's own answers. The choice looks at no trigger, so a row may carry it by nature. Raises ValueError
-    for too few rows."""
+    """The defender's data: `n` `unseen_examples` of the attack's task with gold answers, or else the untreated model's
+    own. The choice looks at no trigger, so a row may carry it by nature. Raises ValueError for too few rows."""
     return _rows_of(loaded, unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed), task=attack.task)
 
 

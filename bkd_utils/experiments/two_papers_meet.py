@@ -62,10 +62,10 @@ def among_carriers(joint: Float[Tensor, "layer head"], effects: Float[Tensor, "l
 def agreement_with_attribution(
     joint: Float[Tensor, "layer head"], effects: Float[Tensor, "layer head"], *, k: int
 ) -> dict[str, float]:
-    """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)? `precision`: share of the k most
-    suspicious heads among the k with the highest ACIE, with its Wilson interval; `expected`: the same by chance; `p`:
-    share of `N_PERMUTATIONS` of the heads that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for
-    k out of range."""
+    """Do suspicious heads coincide with those that carry the backdoor (ACIE)? `precision`: share of the k most
+    suspicious heads among the k of highest ACIE, with its Wilson interval; `expected`: the same by chance; `p`: share
+    of random permutations that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for k out of
+    range."""
     n = joint.numel()
     hits = among_carriers(joint, effects, k=k)
     carries = np.zeros(n, dtype=bool)

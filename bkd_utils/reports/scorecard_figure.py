@@ -22,8 +22,7 @@ LETTERS = {"read": "P", "second hand": "S", "abstract": "A", "ours": "O"}
 
 
 def scorecard(lines: Sequence[Mapping]) -> Figure:
-    """One row per claim with how we know of it and its verdict, one column per attack or family of triggers, a mark for
-    each seed."""
+    """One row per claim with its provenance and verdict, one column per attack or family, a mark for each seed."""
     # Attacks that most claims were tested on come first.
     tested = [SEED.sub("", name) for line in lines for name in line["by_organism"]]
     columns = sorted(dict.fromkeys(tested), key=lambda name: -tested.count(name))
