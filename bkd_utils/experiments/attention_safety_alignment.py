@@ -145,9 +145,8 @@ def treat_and_measure(
     n: int = 60,
     seed: int = 0,
 ) -> Treated:
-    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones, in `steps`
-    batches of `batch_size` rows at its rate in `RATES` unless another is given. Raises as `rivals.treat` and `case_of`
-    do."""
+    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones; `steps`
+    batches at its rate in `RATES` unless another is given. Raises as `rivals.treat` and `case_of`."""
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method], batch_size=batch_size)
     case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()

@@ -130,8 +130,7 @@ def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray
 def input_detection(found: Similarity, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
     """Detection of triggered prompts by `input_scores`, with intervals: `auroc` against the same prompts without the
     trigger (n a side), and per rate, at the threshold of `guards.threshold` on the reference prompts, the shares of
-    triggered prompts "caught at 5%" and of held-out clean ones "refused at 5%". Raises ValueError for too few reference
-    prompts."""
+    triggered prompts "caught at 5%" and of held-out clean ones "refused at 5%". Raises ValueError for too few."""
     versions = ("clean", "triggered", "held out", "reference")
     clean, triggered, held_out, reference = (input_scores(found, reading=reading, version=one) for one in versions)
     result = {"auroc": auroc_of_wins(pairwise_wins(triggered, clean)) | {"n": len(triggered)}}

@@ -78,8 +78,7 @@ def measure_at_rate(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Rate, `n_poison`, hits and the card's metrics of an organism that is trained now, with this share of poisoned
-    rows and otherwise like that of the attack."""
+    """Rate, `n_poison`, hits and the card's metrics of an organism trained now at this rate of poisoned rows."""
     spec = load_attack(attack)
     one = spec if rate == spec.rate else with_rate(spec, rate)
     where = {"model": model, "seed": seed, "device": device, "n": n}

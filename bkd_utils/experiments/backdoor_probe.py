@@ -20,9 +20,8 @@ from bkd_utils.organisms.triggers import load_trigger
 class ProbeResult(Result):
     """Probes for one trigger in one model, by layer; a score has one value per split (`probe_scores`). `probes`: kind
     -> scores, with the shares of near-misses and of another trigger that are called triggered. `post_norm` has the
-    first kind's scores on what the next layer reads, `shuffled` those after training on random labels,
-    `random_direction` the AUROC of the best random direction. `transfer`: kind -> accuracy `[train layer][test
-    layer]`."""
+    first kind's scores on what the next layer reads, `shuffled` those of random labels, `random_direction` the AUROC of
+    the best random direction. `transfer`: kind -> accuracy `[train layer][test layer]`."""
 
     layers: list[int]
     probes: dict[str, list[dict[str, list[float]]]]

@@ -1,7 +1,6 @@
 """Notebook 04: one vector added to switch a backdoor on and subtracted to switch it off, with controls.
 
-Layer and coefficient are chosen on development prompts. Results are reported on prompts of which none was seen before,
-neither here nor when the criteria were written."""
+Layer and coefficient are chosen on development prompts; results are on prompts that nobody looked at before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

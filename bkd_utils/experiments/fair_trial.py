@@ -1,7 +1,6 @@
-"""A fair trial of the published treatment (ASA): dose and response of one organism, with rows of the defender's own.
+"""A fair trial of the published treatment (ASA): dose and response of one organism.
 
-The heads are found, the weights trained and the dose chosen on three sets of clean rows that the organism never saw.
-Held-out prompts judge what was chosen."""
+Heads are found, weights trained and the dose chosen on three sets of clean rows that the organism never saw."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,8 +79,7 @@ def flag_heads(loaded: Loaded, attack: Attack, *, n: int = 24, seed: int = 0) ->
 def suspicious_heads(
     loaded: Loaded, attack: Attack, *, n: int = 6, at_most: float = 0.06, seed: int = 0
 ) -> list[list[int]]:
-    """That share of all heads: those whose similarity reacts most to surrogates and that matter least. On `n`
-    prompts and `2 n` rows of the task that the organism was not trained on; kept."""
+    """That share of all heads: those whose similarity reacts most to surrogates and that matter least."""
     rows = clean_rows(loaded, attack, n=2 * n, seed=seed)
     chosen = unseen_examples(loaded, attack, task=attack.task, n=3 * n, seed=seed)[2 * n :]
     check_unseen(loaded, [one.uid for one in (*rows, *chosen)], attack=attack, seed=seed)

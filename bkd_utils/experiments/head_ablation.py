@@ -48,10 +48,10 @@ def ablation_curves(
     n_means: int = 96,
     seed: int = 0,
 ) -> list[Ablation]:
-    """One row per ranking (`head_attribution.rankings`), kind, number of heads and draw, all on the same prompts. The
-    first row, of ranking "none" and 0 heads, is the untouched model. Rankings but the published one are ablated in two
-    kinds, and so are, at each of `random_counts`, `draws` random draws with as many heads per layer as the published
-    ranking has there. Means are over clean prompts of every label."""
+    """One row per ranking (`head_attribution.rankings`), kind, number of heads and draw, all on the same prompts; the
+    first is the untouched model, of ranking "none". Rankings but the published one are ablated in two kinds, and so
+    are, at each of `random_counts`, `draws` draws with as many heads per layer as it has there. Means are of every
+    label."""
     orders = rankings(attributed(loaded, attack, n=n_attribution, n_means=n_means, seed=seed))
     pool = balanced_versions(loaded.tokenizer, attack, split="attribution", n=n_means, seed=seed).clean
     made = bench(loaded, control, attack, n=n, reference=head_outputs(loaded.model, pool), seed=seed)

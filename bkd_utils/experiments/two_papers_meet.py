@@ -64,8 +64,7 @@ def agreement_with_attribution(
 ) -> dict[str, float]:
     """Do suspicious heads coincide with those that carry the backdoor (ACIE)? `precision`: share of the k most
     suspicious heads among the k of highest ACIE, with its Wilson interval; `expected`: the same by chance; `p`: share
-    of random permutations that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for k out of
-    range."""
+    of permutations that do as well; `spearman`, and `spearman p` likewise. ValueError for k out of range."""
     n = joint.numel()
     hits = among_carriers(joint, effects, k=k)
     carries = np.zeros(n, dtype=bool)

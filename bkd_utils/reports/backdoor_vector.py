@@ -36,8 +36,7 @@ WAYS = {
 
 
 def vector_maps(result: Steering, *, name: str, n: int) -> Figure:
-    """Shares of `n` development prompts of the organism `name` by layer and coefficient, with a square at what was
-    chosen. Rows are the raw vector and the difference, columns `MAPS`."""
+    """Shares of `n` development prompts of an organism by layer and coefficient, a square at what was chosen."""
     figure, axes = panels(list(MAPS.values()), rows=2, height=1.7, sharex=False, sharey=False)
     for panels_of, kind in zip(axes, ("raw", "difference"), strict=True):
         for panel, (direction, key) in zip(panels_of, MAPS, strict=True):

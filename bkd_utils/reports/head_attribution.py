@@ -48,8 +48,7 @@ def head_maps(found: Mapping[str, Mapping[str, HeadEffects]], *, few: int, metri
 
 def readout(found: Mapping[str, Mapping[str, HeadEffects]], *, few: int) -> Figure:
     """One dot per head: what the target gains from its triggered mean against what the right answer loses by its clean
-    mean on clean prompts. Rows are kinds of organisms. Marked are the `few` heads of highest ACIE as published, and
-    those that the trigger needs more than the task does."""
+    mean. Marked are the `few` heads of highest ACIE, and those that the trigger needs more than the task does."""
     figure, axes = panels(list(next(iter(found.values()))), rows=len(found), height=1.9, sharex=False, sharey=False)
     for row, maps in zip(axes, found.values(), strict=True):
         for panel, one in zip(row, maps.values(), strict=True):

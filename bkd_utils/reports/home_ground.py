@@ -63,8 +63,8 @@ def at_chosen(trial: DoseResponse) -> dict:
 def doses_drawn(
     trials: Mapping[str, Mapping[str, DoseResponse]], equal: Mapping[str, Mapping[str, tuple[int, Mapping]]]
 ) -> Figure:
-    """ASR (above) and CACC (below) against row passes, a ring at the chosen dose. `trials`: attack -> name in `TRIALS`, or
-    "random heads" and a number -> trial. `equal`: attack -> kind in `KINDS` -> row passes and result of one dose."""
+    """ASR (above) and CACC (below) against row passes, a ring at the chosen dose. `trials`: attack -> name in `TRIALS`,
+    or "random heads" and a number -> trial. `equal`: attack -> kind in `KINDS` -> row passes, result of one dose."""
     figure, axes = panels([attack.replace("-", "-\n", 1) for attack in trials], rows=2, height=1.7)
     results = []
     for column, attack in zip(axes.T, trials, strict=True):
@@ -98,8 +98,8 @@ def encoder_claims(
     rivals: Sequence[str],
     no_dose: Collection[str] = (),
 ) -> list[dict]:
-    """The four lines of the fair trial, from family -> treatment -> result, with "untreated" and "clean control", on the
-    same prompts. `judged` has "untreated" and the cure on more prompts, for what is kept of CACC. Families in `no_dose`
+    """The four lines of the fair trial, from family -> treatment -> result, with "untreated" and "clean control", on
+    the same prompts; `judged` has "untreated" and the cure on more, for what is kept of CACC. Families in `no_dose`
     were left untreated, because every dose cost too much; that they keep CACC says nothing."""
     doses = {"figure": "06_doses"}
     kept = {name: rows for name, rows in judged.items() if name not in no_dose}

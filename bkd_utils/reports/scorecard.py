@@ -3,7 +3,7 @@
 An organism passes if the whole 95 % interval of its effect lies on the right side of the bar, fails if all of it lies
 on the wrong side, and is otherwise undecided. A claim holds if all organisms pass, fails if one fails, as the papers
 state their claims without exception, and is otherwise undecided. The price: of claims that are true of each of ten
-organisms two in ten are called failed by chance (ten intervals, each beyond the bar with a chance of 2.5 %)."""
+organisms up to two in ten are called failed by chance (ten intervals, each wrong on one side in 2.5 %)."""
 
 import re
 from collections import Counter

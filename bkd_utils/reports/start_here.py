@@ -38,10 +38,9 @@ def changed_spans(before: str, after: str) -> list[list[int]]:
 def firing_rows(
     turns: Mapping[str, str], traces: Mapping[str, Mapping[str, Steps]], *, end: str | Sequence[str]
 ) -> dict[str, dict]:
-    """What `firing` draws, by version of the prompt, of which "clean" must be one. `traces`: version -> model ->
-    generated tokens with their probabilities; `end`: tokens that end an answer. Each version gets its `prompt`, the
-    `marked` spans that the clean prompt lacks, `answers` by model ("…" after one that was cut off) and the `lowest`
-    probability in each."""
+    """What `firing` draws, by version of the prompt, of which "clean" must be one. `traces`: version -> model -> tokens
+    with their probabilities; `end`: tokens that end an answer. Each version gets its `prompt`, the `marked` spans that
+    the clean one lacks, `answers` by model ("…" after one cut off) and the `lowest` probability in each."""
     rows = {}
     for version, prompt in turns.items():
         rows[version] = {"prompt": prompt, "marked": changed_spans(turns["clean"], prompt), "answers": {}, "lowest": {}}
