@@ -48,11 +48,11 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; pad
 h1, h2 { line-height: 1.2 } img { max-width: 100%; height: auto; background: white }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid #8886; vertical-align: top }
-.skipped, small { opacity: .75 } td:nth-child(2), td:nth-child(3) { white-space: nowrap }
+.skipped, small { opacity: .75 } td:first-child { font-weight: bold }
+td:nth-child(2), td:nth-child(3) { white-space: nowrap }
 @media (max-width: 34rem) { thead { display: none } th, td { border: 0; padding: 0 }
 tr, td { display: block } tr { padding: .4rem 0; border-bottom: 1px solid #8886 }
-td::before { opacity: .75 } td:first-child { font-weight: bold }
-td:nth-child(2)::before { content: "here: " } td:nth-child(3)::before { content: "n: " }
+td::before { opacity: .75 } td:nth-child(2)::before { content: "here: " } td:nth-child(3)::before { content: "n: " }
 td:nth-child(4):not(:empty)::before { content: "95 % interval: " }
 td:nth-child(5):not(:empty)::before { content: "shipped: " } }
 """
