@@ -95,7 +95,8 @@ def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, s
     """`n` draws of as many heads in as many other KV groups of the model; see `head_tuning.other_groups`."""
     config = AutoConfig.from_pretrained(model_folder(model), trust_remote_code=False)
     with torch.device("meta"):  # the layout without the weights
-        return other_heads(AutoModelForCausalLM.from_config(config), heads, n=n, seed=seed)
+        bare = AutoModelForCausalLM.from_config(config)
+    return other_heads(bare, heads, n=n, seed=seed)
 
 
 def other_heads(
