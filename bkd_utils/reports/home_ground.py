@@ -80,9 +80,8 @@ def doses_drawn(
                 panel.plot(x[at], y[at], "o", **look, **ring)
                 results += [dose.left[key] for dose in trial.doses]
             for kind, (passes, left) in equal[attack].items():
-                dots(
-                    panel, passes / 1000, 100 * left[key]["value"], (*KINDS[kind][:2], True), ms=6, zorder=3, label=kind
-                )
+                place, filled = (passes / 1000, 100 * left[key]["value"]), (*KINDS[kind][:2], True)
+                dots(panel, *place, filled, ms=6, mew=1, zorder=3, label=kind)
                 results.append(left[key])
     axes[0, 0].set_ylim(LIMITS)
     explain(axes, f"thousand row passes, {sizes(results)} prompts", "ASR (%)", "CACC (%)", ncols=3)
