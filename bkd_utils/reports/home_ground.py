@@ -40,8 +40,8 @@ def left_and_kept(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figur
             for i, (name, seeds) in enumerate(treatments.items()):
                 values = [100 * seed[key]["value"] for seed in seeds]
                 heights = [y + 0.6 * (i / (len(LOOKS) - 1) - 0.5)] * len(values)
-                look = {"ms": 8 if name == "searched" else 5.5, "alpha": 0.85, "label": name}
-                dots(panel, values, heights, LOOKS[name], **look)
+                look = {"ms": 8 if name == "searched" else 5.5, "mew": 0 if LOOKS[name][2] else 1.2, "alpha": 0.85}
+                dots(panel, values, heights, LOOKS[name], label=name, **look)
         panel.grid(axis="y", visible=False)
     rows_down(axes[0], list(found))
     results = [seed for one in found.values() for rows in one.values() for seed in rows]
