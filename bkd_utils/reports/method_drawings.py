@@ -20,7 +20,6 @@ SAFE = (
     ([1], [0.5, 0.5], [0.3, 0.2, 0.5], [0.3, 0.1, 0.2, 0.4], [0.3, 0.1, 0.1, 0.2, 0.3]),
 )
 N_HEADS, N_GROUPS, D_HEAD, HEAD = 6, 3, 2, 3  # of the layer whose matrices are drawn, and the head that is tuned
-PARTS = {"W_Q": N_HEADS, "W_K": N_GROUPS, "W_V": N_GROUPS, "W_O": N_HEADS}  # matrix -> heads that have a part of it
 SHADES = {"the head": 1.0, "the rest of its group": 0.45, "stays bit for bit": 0.08}
 # Prompts into which vectors are put, each at its place, and the way of one vector that is longer than it may be.
 PROMPTS = (("a", "dull", "film", ":"), ("no", "plot", "at", "all", ":"), ("I", "left", "early", ":"))
@@ -37,7 +36,8 @@ def tuned_entries() -> dict[str, np.ndarray]:
     """Matrix of a layer -> shade of its entries: those of a head, those of its key-value group, all others."""
     share = N_HEADS // N_GROUPS
     group, width = HEAD // share, N_HEADS * D_HEAD
-    shades = {name: np.full((n * D_HEAD, width), SHADES["stays bit for bit"]) for name, n in PARTS.items()}
+    parts = {"W_Q": N_HEADS, "W_K": N_GROUPS, "W_V": N_GROUPS, "W_O": N_HEADS}  # heads that have a part of it
+    shades = {name: np.full((n * D_HEAD, width), SHADES["stays bit for bit"]) for name, n in parts.items()}
     first, last = group * share * D_HEAD, (group + 1) * share * D_HEAD
     for name in ("W_Q", "W_O"):  # in the output matrix a head has columns, which is why it is turned here
         shades[name][first:last] = SHADES["the rest of its group"]
@@ -51,7 +51,8 @@ def pull_on_a_head() -> Figure:
     """A drawing of the alignment of one head: its map, the mean map of the safe heads, and how far their rows are apart
     (KL divergence, nats); below, the entries of the layer's matrices that are trained. All numbers are invented."""
     above = [name for name in ("suspicious head", "mean of safe heads", "rows apart") for _ in range(4)]
-    below = [name for name in PARTS for _ in range(3)]
+    entries = tuned_entries()
+    below = [name for name in entries for _ in range(3)]
     figure, axes = plt.subplot_mosaic([above, below], figsize=(WIDTH, 4.4), height_ratios=(1.25, 1))
     look = {"vmin": 0, "vmax": 1, "cmap": "Greys", "upwards": False, "square": True}
     maps = {"suspicious head": full_map(SUSPICIOUS), "mean of safe heads": np.mean([full_map(s) for s in SAFE], 0)}
@@ -66,7 +67,7 @@ def pull_on_a_head() -> Figure:
     style.rows_down(bars, WORDS, limits=(0, 1.1 * apart.max()))
     bars.set_title(f"divergence, mean {apart.mean():.2f}", fontsize="small")
     bars.set_xlabel("nats", fontsize="small")
-    for name, shades in tuned_entries().items():
+    for name, shades in entries.items():
         axes[name].imshow(shades, cmap="Greys", vmin=0, vmax=1)
         axes[name].set(xticks=[], yticks=[])
         axes[name].set_title(f"${name}$", fontsize="small")
