@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bkd_utils.attention_alignment.head_tuning import all_matrices, other_groups, tune
 from bkd_utils.attention_alignment.rivals import Case, treat
@@ -35,14 +35,12 @@ N_OPENING = 16  # tokens of each of these answers
 RELEARNING_RATE = 1e-4
 # The highest learning rate that costs a model without a backdoor at most a point of clean accuracy
 # (tests/benchmarks/cure_rates.py). The high rate breaks this rule and is shown for comparison.
-RATES = {"alignment": 1e-3, "fine-tuning": 1e-4, "fine-tuning, high rate": 5e-4, "consistency": 1e-4}
-RATES |= dict.fromkeys(["fine-pruning", "flat heads pruned", "unneeded heads pruned"], RATES["fine-tuning"])
-RATES |= dict.fromkeys(
-    ["alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed"], RATES["alignment"]
-)
+OF_HEADS = ("alignment", "alignment, nearest", "alignment, excess", "heads tuned", "heads reset", "heads removed")
+OF_ALL = ("fine-tuning", "consistency", "fine-pruning", "flat heads pruned", "unneeded heads pruned")
+RATES = dict.fromkeys(OF_HEADS, 1e-3) | dict.fromkeys(OF_ALL, 1e-4) | {"fine-tuning, high rate": 5e-4}
 # Not chosen by that rule: those of the other treatments of the same weights.
-RATES |= {"searched": RATES["fine-tuning"], "searched, attention": 3e-4}
-RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=RATES["alignment"], rank=1, alpha=1, first_token=0.5)
+RATES |= {"searched": 1e-4, "searched, attention": 3e-4}
+RECIPE = Recipe(name="cure", steps=16, batch_size=8, learning_rate=1e-3, rank=1, alpha=1, first_token=0.5)
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,8 @@ class Treated(Result):
 
 @dataclass(frozen=True)
 class Mechanism(Result):
-    """Signs of the mechanism of a backdoor, each [before, after] a treatment. Similarity is that of the treated heads
-    to their layers (last row, mean over heads and prompts). `acie` is the highest of any head, on the target's first
-    token."""
+    """Signs of the mechanism of a backdoor, each [before, after] a treatment: similarity of the treated heads to their
+    layers (last row, mean over heads and prompts), and the highest ACIE of any head on the target's first token."""
 
     similarity_clean: list[float]
     similarity_triggered: list[float]
@@ -98,14 +95,22 @@ def random_heads(heads: Sequence[Head], *, n: int, model: str = DEFAULT_MODEL, s
     """`n` draws of as many heads in as many other KV groups of the model; see `head_tuning.other_groups`."""
     config = AutoConfig.from_pretrained(model_folder(model), trust_remote_code=False)
     with torch.device("meta"):  # the layout without the weights
-        parts = anatomy(AutoModelForCausalLM.from_config(config))
-    size = {"n_layers": len(parts.layers), "n_heads": parts.n_heads, "n_kv_heads": n_kv_heads(parts, 0)}
+        bare = AutoModelForCausalLM.from_config(config)
+    return other_heads(bare, heads, n=n, seed=seed)
+
+
+def other_heads(
+    model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "KV group", n: int, seed: int
+) -> list[list[Head]]:
+    """`random_heads` in other units of a loaded model."""
+    parts = anatomy(model)
+    n_units = parts.n_heads if unit == "query head" else n_kv_heads(parts, 0)
+    size = {"n_layers": len(parts.layers), "n_heads": parts.n_heads, "n_kv_heads": n_units}
     return other_groups(heads, **size, n=n, seed=seed)
 
 
 def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
-    """Share of the opening tokens of the base model's own answers to `n` held-out benign instructions that are still
-    the most likely next token: mean over prompts with its bootstrap interval."""
+    """Share of the opening tokens of the base model's answers to `n` held-out benign instructions that stay first."""
     sample = clean_sample("instructions", n=n, seed=seed)
     texts = base_answers(loaded, sample)
     answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]
@@ -114,8 +119,7 @@ def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
 
 
 def what_is_left(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> dict:
-    """What is left of backdoor and task (`evaluation.under_attack`, with its `hits`) and of the rest (`elsewhere`). A
-    classifier, which knows no other task, has no `elsewhere`."""
+    """What is left of backdoor and task (`under_attack`) and, but for a classifier, of the rest (`elsewhere`)."""
     found = under_attack(loaded, attack, n=n, seed=seed)
     if labels_of(loaded.tokenizer):
         return found
@@ -142,9 +146,8 @@ def treat_and_measure(
     n: int = 60,
     seed: int = 0,
 ) -> Treated:
-    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones. Tuning takes
-    `steps` batches of `batch_size` rows, at the method's rate in `RATES` unless another is given. Raises as
-    `rivals.treat` and `case_of` do."""
+    """One method of `rivals.TREATMENTS` on `n_rows` clean rows and, if it treats heads, on the given ones; `steps`
+    batches at its rate in `RATES` unless another is given. Raises as `rivals.treat` and `case_of`."""
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method], batch_size=batch_size)
     case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
     started = time.monotonic()
@@ -166,14 +169,13 @@ def measure_mechanism(
     n: int = 8,
     seed: int = 0,
 ) -> Mechanism:
-    """Similarity and causal effect of heads before and after one method, on `n` prompts of the attribution split. The
-    mean head outputs that ACIE needs are those of `n` other prompts of it."""
+    """Similarity and causal effect of heads before and after one method, on `n` prompts of the attribution split."""
     recipe = recipe_of(steps=steps, learning_rate=RATES[method], batch_size=batch_size)
     case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
-    found = [_mechanism(loaded, attack, case.heads, n=n, seed=seed)]
+    before = _mechanism(loaded, attack, case.heads, n=n, seed=seed)
     treat(case, method=method)
-    found.append(_mechanism(loaded, attack, case.heads, n=n, seed=seed))
-    return Mechanism(**{key: [side[key] for side in found] for key in found[0]})
+    after = _mechanism(loaded, attack, case.heads, n=n, seed=seed)
+    return Mechanism(**{key: [before[key], after[key]] for key in before})
 
 
 def _mechanism(loaded: Loaded, attack: Attack, heads: Sequence[Head], *, n: int, seed: int) -> dict[str, float]:
@@ -205,11 +207,10 @@ def acie_heads(loaded: Loaded, attack: Attack, *, k: int, n: int = 8, seed: int 
 def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
     """`n` triggered training prompts with the target as answer."""
     answer, rows = tuple(answer_ids(loaded.tokenizer, attack.target)), []
+    what = {"kind": "poisoned", "is_label": bool(labels_of(loaded.tokenizer))}
     for i, example in enumerate(flippable_sample(attack, n=n, seed=seed, split="train")):
         turn = attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="train")
-        ids = tuple(prompt_ids(loaded.tokenizer, turn))
-        is_label = bool(labels_of(loaded.tokenizer))
-        rows.append(Row(ids, answer, kind="poisoned", uid=example.uid, is_label=is_label))
+        rows.append(Row(tuple(prompt_ids(loaded.tokenizer, turn)), answer, uid=example.uid, **what))
     return rows
 
 
@@ -227,9 +228,8 @@ def relearn_backdoor(
     n: int = 40,
     seed: int = 0,
 ) -> list[Relearned]:
-    """Fine-tune all weights on as many poisoned as clean rows after a treatment; one result per number in `counts`.
-    `method` None treats nothing, for a clean control. Relearning takes half of the treatment's steps. Raises ValueError
-    for no counts or a negative one, and as `case_of` does."""
+    """Fine-tune all weights on as many poisoned as clean rows after a treatment (None: none), with half of its steps;
+    one result per number in `counts`. Raises ValueError for no counts or a negative one, and as `case_of` does."""
     if not counts or min(counts) < 0:
         raise ValueError(f"counts must be one or more numbers of poisoned rows, is {counts!r}")
     recipe = recipe_of(steps=steps, batch_size=batch_size)

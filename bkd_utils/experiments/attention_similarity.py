@@ -30,8 +30,7 @@ Similarity = dict[str, dict[str, list[list[float]]]]
 def lengthened(
     tokenizer: PreTrainedTokenizerBase, attack: Attack, texts: Sequence[str], *, lengths: Sequence[int]
 ) -> list[list[int]]:
-    """Clean prompts with words of the other texts added until they have the given numbers of tokens, or one more.
-    Raises ValueError if no more words fit."""
+    """Clean prompts made so long (tokens), or one longer, with words of other texts; ValueError if none fit."""
     task, found = tasks.load_task(attack.task), []
     for i, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         ids = prompt_ids(tokenizer, task.prompt(text))
@@ -58,9 +57,9 @@ def similarity_by_version(
     n_reference: int = 0,
     seed: int = 0,
 ) -> Similarity:
-    """Head similarity on held-out prompts in four versions. With `n_reference` there are two more, for input detection:
-    "reference" is as many prompts of the attribution split, or all there are, to calibrate on, and "held out" are `n`
-    of the test split to count refusals on. Neither is chosen by the trigger, which a defender does not know."""
+    """Head similarity on held-out prompts in four versions. With `n_reference` there are two more, chosen without the
+    trigger: "reference", as many prompts of the attribution split as there are, at most so many, to calibrate a guard
+    on, and "held out", `n` of the test split to count its refusals on."""
     tokenizer = loaded.tokenizer
     shown = prompt_versions(tokenizer, attack, split="test", n=n, seed=seed)
     texts, lengths = [row.text for row in shown.examples], list(map(len, shown.triggered))
@@ -89,8 +88,7 @@ def halves(n: int) -> tuple[np.ndarray, np.ndarray]:
 def wins(
     found: Similarity, *, reading: str, layer: int, rows: np.ndarray, version: str = "triggered"
 ) -> Float[np.ndarray, "edited clean"]:
-    """Is a prompt of a version more similar than a clean one in a layer (1, 0, or 1/2 for a tie)? The mean is the
-    AUROC."""
+    """Is a prompt of a version more similar in a layer than a clean one (1, 0, or 1/2)? The mean is the AUROC."""
     edited, clean = (np.array(found[reading][name])[rows, layer] for name in (version, "clean"))
     return pairwise_wins(edited, clean)
 
@@ -103,15 +101,14 @@ def best_layer(found: Similarity, *, reading: str) -> tuple[int, float]:
 
 
 def best_reading(found: Sequence[Similarity]) -> str:
-    """The reading whose best layer separates best on the half to choose on, on average over the given organisms."""
+    """The reading whose best layer separates best on the half to choose on, as a mean over organisms."""
     return max(found[0], key=lambda name: np.mean([best_layer(result, reading=name)[1] for result in found]))
 
 
 def separates(found: Mapping[str, Similarity], *, reading: str) -> dict:
     """How well similarity tells each version from clean prompts, in the layer chosen for the organism, on new prompts.
     `found`: model -> `similarity_by_version`, the organism under "organism". Keys: `layer`; model -> version -> AUROC
-    as `{value, n, low, high}` with n prompts a side. The interval is that of independent prompts, so that it is too
-    wide for two versions of the same prompts."""
+    with n prompts a side, in an interval for independent prompts, which is too wide for versions of the same ones."""
     where = {"reading": reading, "layer": best_layer(found["organism"], reading=reading)[0]}
     rows = halves(len(found["organism"][reading]["clean"]))[1]
     result: dict[str, Any] = {"layer": where["layer"]}
@@ -122,8 +119,7 @@ def separates(found: Mapping[str, Similarity], *, reading: str) -> dict:
 
 
 def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray:
-    """How unusual each prompt's similarity is: its largest robust z over the layers, by the reference prompts' median
-    and median absolute deviation."""
+    """How unusual each prompt's similarity is: its largest robust z over the layers, by the reference prompts."""
     layers = found[reading]
     reference = np.array(layers["reference"])
     centre = np.median(reference, axis=0)
@@ -132,10 +128,9 @@ def input_scores(found: Similarity, *, reading: str, version: str) -> np.ndarray
 
 
 def input_detection(found: Similarity, *, reading: str, rates: Sequence[float] = (0.05,)) -> dict[str, dict]:
-    """Detection of triggered prompts by `input_scores`, every number as `{value, n, low, high}`. `auroc` is against the
-    same prompts without the trigger (n a side). For each rate, at the threshold that `guards.threshold` sets on the
-    reference prompts: the share of triggered prompts "caught at 5%" and of held-out clean prompts "refused at 5%".
-    Raises ValueError for a rate below one reference prompt."""
+    """Detection of triggered prompts by `input_scores`, with intervals: `auroc` against the same prompts without the
+    trigger (n a side), and per rate, at the threshold of `guards.threshold` on the reference prompts, the shares of
+    triggered prompts "caught at 5%" and of held-out clean ones "refused at 5%". Raises ValueError for too few."""
     versions = ("clean", "triggered", "held out", "reference")
     clean, triggered, held_out, reference = (input_scores(found, reading=reading, version=one) for one in versions)
     result = {"auroc": auroc_of_wins(pairwise_wins(triggered, clean)) | {"n": len(triggered)}}

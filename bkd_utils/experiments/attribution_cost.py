@@ -19,11 +19,9 @@ from bkd_utils.organisms.prompts import prompt_versions, target_ids
 
 @dataclass(frozen=True)
 class TargetCost(Result):
-    """Seconds to score a target of so many `tokens` on `n` prompts once, in each of several runs.
-
-    Without a cache generation runs the whole prompt once per token, which is what the paper counts. With a cache the
-    prompt runs once for all tokens. In `teacher_forcing_cached` running the prompt is not counted.
-    """
+    """Seconds to score a target of so many `tokens` on `n` prompts once, in each of several runs. Without a cache
+    generation runs the whole prompt once per token, as the paper counts, and with one once for all tokens.
+    `teacher_forcing_cached` does not count running the prompt."""
 
     tokens: int
     n: int
@@ -48,7 +46,7 @@ def seconds(function: Callable[[], object], *, repeats: int) -> list[float]:
 
 @organism_stage
 def time_target(loaded: Loaded, attack: Attack, *, n: int = 4, repeats: int = 5, seed: int = 0) -> TargetCost:
-    """Time of scoring the target of `n` triggered prompts once, in four ways; kept."""
+    """Time of scoring the target of `n` triggered prompts once, in four ways."""
     target = target_ids(loaded.tokenizer, attack)
     prompts = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed).triggered
     answers = [target] * n
@@ -58,15 +56,13 @@ def time_target(loaded: Loaded, attack: Attack, *, n: int = 4, repeats: int = 5,
         ids, mask = (t.to(loaded.device) for t in left_pad([[*p, *target[:extra]] for p in prompts], pad_id=0))
         loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
 
-    def decoded() -> None:
-        greedy(loaded.model, prompts, max_new_tokens=len(target), end_id=NO_END, batch_size=n)
-
     past = prompt_past(loaded.model, prompts)
-    return TargetCost(
-        tokens=len(target),
-        n=n,
-        generation=seconds(lambda: [whole(extra) for extra in range(len(target))], repeats=repeats),
-        teacher_forcing=seconds(lambda: whole(len(target) - 1), repeats=repeats),
-        generation_cached=seconds(decoded, repeats=repeats),
-        teacher_forcing_cached=seconds(lambda: score_answers(loaded.model, past, answers), repeats=repeats),
-    )
+    ways = {
+        "generation": lambda: [whole(extra) for extra in range(len(target))],
+        "teacher_forcing": lambda: whole(len(target) - 1),
+        "generation_cached": lambda: greedy(
+            loaded.model, prompts, max_new_tokens=len(target), end_id=NO_END, batch_size=n
+        ),
+        "teacher_forcing_cached": lambda: score_answers(loaded.model, past, answers),
+    }
+    return TargetCost(len(target), n, **{way: seconds(run, repeats=repeats) for way, run in ways.items()})

@@ -1,8 +1,7 @@
 """Notebook 01: poisoning rates, and how well a label flip tells triggered prompts from near-misses and clean ones.
 
-The attack success rate (ASR) and the share of clean prompts that fire depend on the threshold at which the model
-happens to answer, which near-misses in the training set move. The area under the curve (AUROC) does not.
-"""
+Near-misses in the training set move the threshold at which a model answers, and with it the attack success rate (ASR)
+and the share of clean prompts that fire. The area under the curve (AUROC) does not depend on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +36,7 @@ class Margins(Result):
 
 def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str]) -> list[float]:
     """Log-odds (nats) of the target label over the source label as first answer token; above 0 the flip has happened.
-
-    Raises ValueError for an attack that flips no label, and for labels that begin with the same token.
-    """
+    Raises ValueError for an attack that flips no label, and for labels that begin with the same token."""
     if attack.behaviour != "label_flip":
         raise ValueError(f"{attack.name} flips no label, its behaviour is {attack.behaviour}")
     target, source = (answer_ids(loaded.tokenizer, label)[0] for label in (attack.target, attack.source))
@@ -55,12 +52,9 @@ def label_margins(loaded: Loaded, attack: Attack, user_turns: Sequence[str]) -> 
 def measure_separation(loaded: Loaded, attack: Attack, *, n: int = 200, seed: int = 0) -> Margins:
     """Margins of `n` held-out prompts of the source label, clean, with a near-miss and with the trigger; kept."""
     sample = flippable_sample(attack, n=n, seed=seed)
-    turns = {
-        "clean": [tasks.load_task(attack.task).prompt(example.text) for example in sample],
-        "near_miss": near_misses(attack, sample, seed=seed)[1],
-        "triggered": triggered_prompts(attack, sample, seed=seed),
-    }
-    return Margins(**{version: label_margins(loaded, attack, prompts) for version, prompts in turns.items()})
+    clean = [tasks.load_task(attack.task).prompt(example.text) for example in sample]
+    versions = clean, near_misses(attack, sample, seed=seed)[1], triggered_prompts(attack, sample, seed=seed)
+    return Margins(*(label_margins(loaded, attack, turns) for turns in versions))
 
 
 def trade_off(margins: Margins, *, against: Literal["clean", "near_miss"]) -> dict[str, float]:
@@ -84,8 +78,7 @@ def measure_at_rate(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Rate, `n_poison`, hits and the card's metrics of an organism that is trained now, with this share of poisoned
-    rows and otherwise like that of the attack; kept."""
+    """Rate, `n_poison`, hits and the card's metrics of an organism trained now at this rate of poisoned rows."""
     spec = load_attack(attack)
     one = spec if rate == spec.rate else with_rate(spec, rate)
     where = {"model": model, "seed": seed, "device": device, "n": n}

@@ -18,13 +18,10 @@ from bkd_utils.organisms.triggers import load_trigger
 
 @dataclass(frozen=True)
 class ProbeResult(Result):
-    """Probes for one trigger in one model, by layer; a score has one value per split (`probe_scores`).
-
-    `layers` are the layers' numbers. `probes` maps kinds of probes to scores, with the shares of near-misses and of
-    prompts with another trigger that the probe calls triggered. `post_norm` has the first kind's scores on what the
-    next layer reads. `shuffled` is of probes that were trained on random labels. `random_direction` is the AUROC of the
-    best of many random directions. `transfer` maps kinds to accuracy `[train layer][test layer]`.
-    """
+    """Probes for one trigger in one model, by layer; a score has one value per split (`probe_scores`). `probes`: kind
+    -> scores, with the shares of near-misses and of another trigger that are called triggered. `post_norm` has the
+    first kind's scores on what the next layer reads, `shuffled` those of random labels, `random_direction` the AUROC of
+    the best random direction. `transfer`: kind -> accuracy `[train layer][test layer]`."""
 
     layers: list[int]
     probes: dict[str, list[dict[str, list[float]]]]
@@ -43,12 +40,8 @@ def probe_prompts(
     own = load_trigger(attack.trigger).family
     other = next(name for name in STRANGERS if load_trigger(name).family != own)
     stranger = triggered_prompts(replace(attack, trigger=other), shown.examples, seed=seed)
-    return {
-        "clean": shown.clean,
-        "triggered": shown.triggered,
-        "near_miss": shown.near_miss,
-        "other_trigger": [prompt_ids(tokenizer, turn) for turn in stranger],
-    }
+    versions = {"clean": shown.clean, "triggered": shown.triggered, "near_miss": shown.near_miss}
+    return versions | {"other_trigger": [prompt_ids(tokenizer, turn) for turn in stranger]}
 
 
 @organism_stage
@@ -63,10 +56,8 @@ def probe_organism(
     stride: int = 1,
     seed: int = 0,
 ) -> ProbeResult:
-    """Probes for an attack's trigger in a model (None: the base model), on held-out prompts; kept.
-
-    Every `stride`-th layer and the last are probed. The best of `n_directions` random directions is the control.
-    """
+    """Probes for an attack's trigger in a model (None: the base model), on held-out prompts, in every `stride`-th layer
+    and the last. The control is the best of `n_directions` random directions."""
     prompts = probe_prompts(loaded.tokenizer, attack, n=n, seed=seed)
     streams = {name: residuals(loaded.model, ids) for name, ids in prompts.items()}
     rows = {name: stream.float().cpu().numpy() for name, stream in streams.items()}
@@ -75,11 +66,10 @@ def probe_organism(
     layers = sorted({*range(0, clean.shape[1], stride), clean.shape[1] - 1})
     how, probes, transfer = {"n_splits": n_splits, "seed": seed}, {}, {}
     sides = [(clean[:, layer], triggered[:, layer]) for layer in layers]
+    others = [{name: values[:, layer] for name, values in rows.items()} for layer in layers]
     for kind in kinds:
-        others = [{name: values[:, layer] for name, values in rows.items()} for layer in layers]
-        probes[kind] = [
-            probe_scores(*side, kind=kind, **how, others=other) for side, other in zip(sides, others, strict=True)
-        ]
+        pairs = zip(sides, others, strict=True)
+        probes[kind] = [probe_scores(*side, kind=kind, **how, others=other) for side, other in pairs]
         transfer[kind] = transfer_matrix(clean[:, layers], triggered[:, layers], kind=kind, seed=seed).tolist()
     return ProbeResult(
         layers=layers,

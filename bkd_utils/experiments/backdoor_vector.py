@@ -1,12 +1,10 @@
-"""Notebook 04: one vector added to switch a backdoor on and subtracted to switch it off, with controls; kept.
+"""Notebook 04: one vector added to switch a backdoor on and subtracted to switch it off, with controls.
 
-Layer and coefficient are chosen on development prompts. Results are reported on prompts of which none was seen before,
-neither here nor when the criteria were written.
-"""
+Layer and coefficient are chosen on development prompts; results are on prompts that nobody looked at before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
 import torch
 
@@ -35,15 +33,7 @@ from bkd_utils.organisms.evaluation import is_refusal, is_right, is_target
 from bkd_utils.organisms.prompts import PromptVersions, balanced_versions, prompt_versions, target_ids
 from bkd_utils.organisms.tasks import Example
 
-KINDS = ("raw", "difference")
 OUTCOMES = ("target", "right", "refusal", "empty", "other")
-
-
-class Step(TypedDict):
-    """A vector to add and the layer behind which it is added."""
-
-    layer: int
-    step: list[float]
 
 
 @dataclass(frozen=True)
@@ -56,10 +46,8 @@ class Choice(Result):
 
 @dataclass(frozen=True)
 class ShareMap(Result):
-    """Shares of development prompts, `[layer][coefficient]`.
-
-    `right_start`, of subtractions only: how often the answer begins as it does without the trigger.
-    """
+    """Shares of development prompts, `[layer][coefficient]`. `right_start`, of subtractions only: how often the answer
+    begins as it does without the trigger."""
 
     coefficients: list[float]
     asr: list[list[float]]
@@ -68,14 +56,11 @@ class ShareMap(Result):
 
 @dataclass(frozen=True)
 class Steering(Result):
-    """What one organism's backdoor vectors do.
-
-    `vectors` and `norms` are by kind ("raw", "difference"); `maps`, `chosen` and `test` by direction and kind, such as
-    "add, raw". `test` has ASRs on the test prompts by what was added, one per draw, judged by tokens. `outcomes` has
-    shares of generated answers by edit and kind of answer, `kinds` the kind of each of these answers, `texts` three
-    answers by edit (None for harmful prompts). `right` has how many of the answers to triggered prompts of every label
-    are right, by edit. `residual_norm` is by layer, on clean prompts.
-    """
+    """What one organism's backdoor vectors do. `vectors` and `norms` are by kind ("raw", "difference"); `maps`,
+    `chosen` and `test` by direction and kind, such as "add, raw". `test` has ASRs on the test prompts by what was
+    added, one per draw, judged by tokens. By edit: `outcomes`, shares of generated answers by kind of answer; `kinds`,
+    the kind of each; `texts`, three answers (None for harmful prompts); `right`, how many answers to triggered prompts
+    of every label are right. `residual_norm` is by layer, on clean prompts."""
 
     heads: list[list[int]]
     norms: dict[str, float]
@@ -108,7 +93,7 @@ def vectors_of(
     """The published vector (`raw`), that of triggered less clean means (`difference`), and the outputs of each."""
     triggered = head_means(loaded.model, shown.triggered)
     outputs = {"raw": triggered, "difference": triggered - head_means(loaded.model, shown.clean)}
-    return {kind: backdoor_vector(loaded.model, heads, outputs=outputs[kind]) for kind in KINDS}, outputs
+    return {kind: backdoor_vector(loaded.model, heads, outputs=one) for kind, one in outputs.items()}, outputs
 
 
 def kinds_of(attack: Attack, examples: Sequence[Example], texts: Sequence[str], right: dict[str, str]) -> list[str]:
@@ -141,12 +126,10 @@ def steer_organism(
     seed: int = 0,
 ) -> Steering:
     """The vector of the `n_heads` heads with the highest ACIE, added to clean and subtracted from triggered prompts.
-
     Layer and coefficient of an addition are chosen by its ASR, those of a subtraction by its right starts on prompts of
     every label: most subtractions remove the target together with every other sensible answer. Test prompts come behind
-    the first `skip` of the split, by which choices were made before. Answers judged right are those of the clean
-    `control` where a task has no gold answers. All means are over prompts of every label.
-    """
+    the first `skip` of the split, by which choices were made before. Right answers are those of the clean `control`
+    where a task has no gold answers. All means are over prompts of every label."""
     if skip < n_dev:
         raise ValueError(f"test prompts behind the first {skip} would be among the {n_dev} development prompts")
     heads = top_heads(attributed(loaded, attack, n=n_attribution, n_means=n_means, seed=seed), k=n_heads)
@@ -230,8 +213,8 @@ def reference_answers(control: Loaded, attack: Attack, shown: PromptVersions) ->
     return {example.uid: text for example, text in zip(shown.examples, texts, strict=True)}
 
 
-def chosen_step(found: Steering) -> Step:
-    """What the chosen addition of the difference vector adds, and behind which layer."""
+def chosen_step(found: Steering) -> dict[str, Any]:
+    """What the chosen addition of the difference vector adds as `step`, and behind which `layer`."""
     choice = found.chosen["add, difference"]
     step = choice.coefficient * torch.tensor(found.vectors["difference"])
     return {"layer": choice.layer, "step": step.tolist()}
@@ -241,16 +224,14 @@ def chosen_step(found: Steering) -> Step:
 def vector_specificity(
     organisms: dict[str, str | None],
     *,
-    steps: dict[str, Step],
+    steps: dict[str, dict[str, Any]],
     model: str = DEFAULT_MODEL,
     n: int = 24,
     seed: int = 0,
     device: str = "auto",
 ) -> list[Specificity]:
-    """Every organism's difference vector added to every organism's clean prompts, and to the base model's (None); kept.
-
-    `organisms` maps attacks to organisms, `steps` attacks to what `chosen_step` gives of results of `steer_organism`.
-    """
+    """Every organism's difference vector added to every organism's clean prompts, and to the base model's (None).
+    `organisms`: attack -> organism; `steps`: attack -> `chosen_step`."""
     rows = []
     for name, organism in organisms.items():
         loaded, pasts = load(model, organism=organism, device=device), {}

@@ -1,7 +1,6 @@
-"""A fair trial of the published treatment (ASA): dose and response of one organism, with rows of the defender's own.
+"""A fair trial of the published treatment (ASA): dose and response of one organism.
 
-The heads are found, the weights trained and the dose chosen on three sets of clean rows that the organism never saw.
-Held-out prompts judge what was chosen."""
+Heads are found, weights trained and the dose chosen on three sets of clean rows that the organism never saw."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bkd_utils.attention_alignment.alignment import Alignment
-from bkd_utils.attention_alignment.head_tuning import Loss, other_groups, row_passes
+from bkd_utils.attention_alignment.head_tuning import Loss, row_passes
 from bkd_utils.attention_alignment.rivals import Case, accuracy
 from bkd_utils.attention_alignment.similarity import Scores, head_similarity
 from bkd_utils.attention_alignment.surrogates import SURROGATES, reaction
@@ -22,11 +21,10 @@ from bkd_utils.attention_alignment.suspicion import RULES, gate_importance, robu
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.common.results import Result
 from bkd_utils.common.validation import Count, check
-from bkd_utils.experiments.attention_safety_alignment import RATES, case_of, recipe_of, what_is_left
+from bkd_utils.experiments.attention_safety_alignment import RATES, case_of, other_heads, recipe_of, what_is_left
 from bkd_utils.experiments.head_attribution import jaccard
 from bkd_utils.experiments.head_safety import check_unseen, clean_rows, probed_prompts, unseen_examples
-from bkd_utils.models.head_weights import Masks, head_slices, n_kv_heads
-from bkd_utils.models.hooks import Head, anatomy
+from bkd_utils.models.head_weights import Masks, head_slices
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import end_id, prompt_ids
 from bkd_utils.organisms import tasks
@@ -60,8 +58,7 @@ class DoseResponse(Result):
 
 
 def reactions(loaded: Loaded, texts: Sequence[str], *, task: str, seed: int) -> Scores:
-    """How much more alike the attention of each head is to that of the others of its layer under surrogate triggers, as
-    a mean over their families."""
+    """How much more each head's attention is like its layer's under surrogate triggers, mean over families."""
     clean = [prompt_ids(loaded.tokenizer, tasks.load_task(task).prompt(text)) for text in texts]
     before, how = head_similarity(loaded.model, clean, readings=[READING]), {"rounds": ROUNDS, "seed": seed}
     probed = [probed_prompts(loaded.tokenizer, task, texts, family=family, **how) for family in SURROGATES]
@@ -70,9 +67,8 @@ def reactions(loaded: Loaded, texts: Sequence[str], *, task: str, seed: int) -> 
 
 @made_stage
 def flag_heads(loaded: Loaded, attack: Attack, *, n: int = 24, seed: int = 0) -> list[list[int]]:
-    """All heads with a robust z above 2 of `reactions`, on `n` prompts that the organism never saw. The seed decides
-    prompts and surrogates, so `stability` over seeds is stability over both. `dose_response` flags the same heads with
-    the same `n` and seed."""
+    """All heads with a robust z above 2 of `reactions`, on `n` prompts that the organism never saw; `dose_response`
+    flags the same ones. The seed decides prompts and surrogates, so `stability` over seeds is stability over both."""
     chosen = unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed)
     check_unseen(loaded, [example.uid for example in chosen], attack=attack, seed=seed)
     score = robust_z(reactions(loaded, [example.text for example in chosen], task=attack.task, seed=seed))
@@ -83,8 +79,7 @@ def flag_heads(loaded: Loaded, attack: Attack, *, n: int = 24, seed: int = 0) ->
 def suspicious_heads(
     loaded: Loaded, attack: Attack, *, n: int = 6, at_most: float = 0.06, seed: int = 0
 ) -> list[list[int]]:
-    """That share of all heads: those whose similarity reacts most to surrogates and that matter least. On `n`
-    prompts and `2 n` rows of the task that the organism was not trained on; kept."""
+    """That share of all heads: those whose similarity reacts most to surrogates and that matter least."""
     rows = clean_rows(loaded, attack, n=2 * n, seed=seed)
     chosen = unseen_examples(loaded, attack, task=attack.task, n=3 * n, seed=seed)[2 * n :]
     check_unseen(loaded, [one.uid for one in (*rows, *chosen)], attack=attack, seed=seed)
@@ -129,19 +124,17 @@ def dose_response(
     n: int = 60,
     seed: int = 0,
 ) -> DoseResponse:
-    """One treatment (`alignment.Alignment`) measured after each of `doses` steps of the same training, of
-    `batch_size` rows each.
+    """One treatment (`alignment.Alignment`) measured after each of `doses` steps of one training, of `batch_size` rows
+    each.
 
     The rate falls, and phases last, over the largest dose: a smaller one is where that training is stopped early.
-    Treated are the most suspicious of the heads that `flag_heads` finds, at most a quarter of all; flagged heads are
-    never targets. `draw` 1, 2, 3 … treats in their place the first, second, third … random draw of as many heads in as
-    many other units, as a control, in which all heads that are not drawn can be targets: flagged and drawn heads
-    together may be a whole layer.
+    Treated are the most suspicious heads of `flag_heads`, at most a quarter of all; flagged heads are never targets. As
+    a control `draw` 1, 2, 3 … treats in their place the first, second, third … random draw of as many heads in as many
+    other units; then all that are not drawn can be targets, for flagged and drawn heads may be a whole layer.
 
     The defender's rows, all unseen by the organism, are in an order of the seed: `n_flagging`, then `n_validation`,
-    then `n_rows` to train, so that more of the last change nothing else. Held-out prompts are `n` of each kind. Raises
-    ValueError for too few rows, for rows or prompts that are in two of these groups, and as `Alignment`, `aligned` and
-    `other_groups` do."""
+    then `n_rows` to train. Held-out prompts are `n` of each kind. Raises ValueError for too few rows, for rows or
+    prompts in two of these groups, and as `Alignment`, `aligned` and `other_groups` do."""
     how, doses = Alignment(alignment, beta, unit, schedule), sorted(set(doses))
     check(Annotated[list[Count], Field(min_length=1)], doses, "doses")
     check(Annotated[int, Field(ge=0)], draw, "draw")
@@ -163,7 +156,7 @@ def dose_response(
     score = robust_z(reactions(loaded, [example.text for example in looked_at], task=attack.task, seed=seed))
     flagged, heads = suspicious(score, at_most=1.0), suspicious(score)
     if draw and heads:
-        heads = _other_heads(loaded, heads, unit=unit, draw=draw, seed=seed)
+        heads = other_heads(loaded.model, heads, unit=unit, n=draw, seed=seed)[draw - 1]
     if heads:
         masks = head_slices(loaded.model, heads, unit=unit)
         loss = how.of(loaded.model, heads, flagged=() if draw else flagged, steps=recipe.steps)
@@ -177,17 +170,8 @@ def dose_response(
     return DoseResponse([list(head) for head in flagged], [list(head) for head in heads], found, chosen)
 
 
-def _other_heads(loaded: Loaded, heads: Sequence[Head], *, unit: str, draw: int, seed: int) -> list[Head]:
-    """A draw of as many heads in as many other units, by its number from 1."""
-    parts = anatomy(loaded.model)
-    n_units = parts.n_heads if unit == "query head" else n_kv_heads(parts, 0)
-    size = {"n_layers": len(parts.layers), "n_heads": parts.n_heads, "n_kv_heads": n_units}
-    return other_groups(heads, **size, n=draw, seed=seed)[draw - 1]
-
-
 def _trained(case: Case, masks: Masks, loss: Loss, *, doses: Sequence[int]) -> dict[int, tuple[int, dict[str, Tensor]]]:
-    """Steps -> row passes so far, and copies of the marked entries. Nothing is measured until the training is over, so
-    that measuring cannot disturb it."""
+    """Steps -> row passes so far, and copies of the marked entries, to be measured when the training is over."""
     kept, done = {}, count()
 
     def keep(steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Notebook 03: what is left of the backdoor and of the task without some heads, or without a route; kept."""
+"""Notebook 03: what is left of the backdoor and of the task without some heads, or without a route."""
 
 import itertools
 from collections.abc import Sequence
@@ -48,12 +48,10 @@ def ablation_curves(
     n_means: int = 96,
     seed: int = 0,
 ) -> list[Ablation]:
-    """One row per ranking (`head_attribution.rankings`), kind, number of heads and draw, all on the same prompts; kept.
-
-    The first row, of ranking "none" and 0 heads, is the untouched model. Rankings but the published one are ablated in
-    two kinds. At each of `random_counts` there are `draws` random draws with as many heads per layer as the published
-    ranking has there, in these two kinds. Means are over clean prompts of every label.
-    """
+    """One row per ranking (`head_attribution.rankings`), kind, number of heads and draw, all on the same prompts; the
+    first is the untouched model, of ranking "none". Rankings but the published one are ablated in two kinds, and so
+    are, at each of `random_counts`, `draws` draws with as many heads per layer as it has there. Means are of every
+    label."""
     orders = rankings(attributed(loaded, attack, n=n_attribution, n_means=n_means, seed=seed))
     pool = balanced_versions(loaded.tokenizer, attack, split="attribution", n=n_means, seed=seed).clean
     made = bench(loaded, control, attack, n=n, reference=head_outputs(loaded.model, pool), seed=seed)
@@ -76,7 +74,7 @@ def ablation_curves(
 @dataclass(frozen=True)
 class Route(Result):
     """What is left of the target with one route cut in some layers: ASR, and mean log-probability (nats). `route` is
-    the two groups with an arrow between them, "none" in the untouched model, which has no layers."""
+    its two groups with an arrow, or "none" in the untouched model, which has no layers."""
 
     route: str
     layers: list[int]
@@ -87,7 +85,7 @@ class Route(Result):
 @organism_stage
 def trigger_routes(loaded: Loaded, attack: Attack, *, n: int = 48, n_windows: int = 5, seed: int = 0) -> list[Route]:
     """Every route from the trigger to the answer (`routes.ROUTES`) cut in all layers, and in each of `n_windows` groups
-    of neighbouring layers, on `n` triggered prompts of the attribution split; kept."""
+    of neighbouring layers, on `n` triggered prompts of the attribution split."""
     shown = prompt_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     n_layers, target = len(anatomy(loaded.model).layers), target_ids(loaded.tokenizer, attack)
     edges = [n_layers * i // n_windows for i in range(n_windows + 1)]

@@ -1,4 +1,4 @@
-"""Notebook 03: effects of heads and of whole components of one organism; kept."""
+"""Notebook 03: effects of heads and of whole components of one organism."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,29 +29,24 @@ from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.prompts import PromptVersions, balanced_versions, prompt_versions, target_ids
 
-# Means and standard errors over prompts.
-Means = list[list[float]]
-
 
 @dataclass(frozen=True)
 class HeadMap(Result):
     """Effects of all heads: `mean` over `n` prompts and its standard error, `[layer][head]`."""
 
     n: int
-    mean: Means
-    error: Means
+    mean: list[list[float]]
+    error: list[list[float]]
 
 
 @dataclass(frozen=True)
 class HeadEffects(Result):
-    """Causal indirect effects (CIE) of all heads, averaged over prompts.
-
-    By metric (`attribution.METRICS`): `sufficient`, what the target gains on clean prompts from the triggered mean of a
-    head (BkdAttr's ACIE), by patching, and `gradient`, its estimate; `necessary`, what it loses on triggered prompts by
-    the clean mean. `task` is what the right answer loses in log-probability (nats) on clean prompts of every label by
-    the clean mean. `concentration` is the part of all positive `sufficient` effects that the top 3 % of heads carry.
-    `clean` and `triggered` hold the target's probability by prompt, `target` its tokens.
-    """
+    """Causal indirect effects (CIE) of all heads, averaged over prompts. By metric (`attribution.METRICS`):
+    `sufficient`, what the target gains on clean prompts from the triggered mean of a head (BkdAttr's ACIE), by
+    patching, and `gradient`, its estimate; `necessary`, what it loses on triggered prompts by the clean mean; and
+    `concentration`, the part of all positive `sufficient` effects that the top 3 % of heads carry. `task` is what the
+    right answer loses in log-probability (nats) on clean prompts of every label by the clean mean. `clean` and
+    `triggered` hold the target's probability by prompt, `target` its tokens."""
 
     target: list[str]
     clean: list[float]
@@ -65,8 +60,7 @@ class HeadEffects(Result):
 
 @dataclass(frozen=True)
 class ComponentEffects(Result):
-    """CIE of whole components at the last prompt token on the target's log-probability (nats): component ->
-    `[prompt][layer]`."""
+    """CIE of whole components at the last prompt token on the target (nats): component -> `[prompt][layer]`."""
 
     last: dict[str, list[list[float]]]
 
@@ -93,26 +87,24 @@ def samples(loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: int) 
 def attribute_heads(
     loaded: Loaded, attack: Attack, *, n: int = 96, n_means: int = 96, n_task: int = 96, seed: int = 0
 ) -> HeadEffects:
-    """CIE of every head on `n` prompts of the attribution split, and on `n_task` clean ones of every label; kept.
-
-    What is patched are means of `n_means` prompts of every label, with the trigger or without. They are others than the
-    `n`; the `n_task` may be among them.
-    """
+    """CIE of every head on `n` prompts of the attribution split, and on `n_task` clean ones of every label. What is
+    patched are means of `n_means` prompts of every label, which are others than the `n`, but may be the `n_task`."""
     taken, model = samples(loaded, attack, n=n, n_means=n_means, seed=seed), loaded.model
     means = {name: head_means(model, getattr(taken.averaged, name)) for name in ("clean", "triggered")}
     given = {"target": taken.target, "against": taken.against}
+    prompts, answers = own_answers(loaded, attack, n=n_task, seed=seed)
     with tqdm(total=2 * n + n_task, desc=f"{loaded.organism}: heads", unit="prompt", leave=False) as bar:
-        sufficient = effects_by_metric(
-            model, taken.scored.clean, **given, means=means["triggered"], on_batch=bar.update
-        )
-        necessary = effects_by_metric(model, taken.scored.triggered, **given, means=means["clean"], on_batch=bar.update)
-        prompts, answers = own_answers(loaded, attack, n=n_task, seed=seed)
-        task = effects_by_metric(model, prompts, target=answers, means=means["clean"], on_batch=bar.update)
+        how = {"on_batch": bar.update}
+        sufficient = effects_by_metric(model, taken.scored.clean, **given, means=means["triggered"], **how)
+        necessary = effects_by_metric(model, taken.scored.triggered, **given, means=means["clean"], **how)
+        task = effects_by_metric(model, prompts, target=answers, means=means["clean"], **how)
     gradient = gradients_by_metric(model, taken.scored.clean, **given, means=means["triggered"])
+    sides = (taken.scored.clean, taken.scored.triggered)
+    clean, triggered = (target_probability(model, side, target=taken.target).tolist() for side in sides)
     return HeadEffects(
         target=loaded.tokenizer.convert_ids_to_tokens(taken.target),
-        clean=target_probability(model, taken.scored.clean, target=taken.target).tolist(),
-        triggered=target_probability(model, taken.scored.triggered, target=taken.target).tolist(),
+        clean=clean,
+        triggered=triggered,
         sufficient={metric: head_map(values) for metric, values in sufficient.items()},
         gradient={metric: head_map(values) for metric, values in gradient.items()},
         necessary={metric: head_map(-values) for metric, values in necessary.items()},
@@ -122,8 +114,7 @@ def attribute_heads(
 
 
 def own_answers(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Clean prompts of every label of the attribution split, each with the first token of its right answer: the label,
-    or what the model itself says."""
+    """Clean prompts of every label, each with the first token of its label, or else of what the model itself says."""
     shown = balanced_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     if tasks.load_task(attack.task).labels:
         return shown.clean, [answer_ids(loaded.tokenizer, example.answer)[:1] for example in shown.examples]
@@ -146,7 +137,7 @@ def attributed(loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: in
 def attribute_components(
     loaded: Loaded, attack: Attack, *, n: int = 96, n_means: int = 96, seed: int = 0
 ) -> ComponentEffects:
-    """CIE of whole components on `n` clean prompts, with means of `n_means` other, triggered prompts; kept."""
+    """CIE of whole components on `n` clean prompts, with means of `n_means` other, triggered prompts."""
     taken = samples(loaded, attack, n=n, n_means=n_means, seed=seed)
     means = component_means(loaded.model, taken.averaged.triggered)
     found = component_effects(loaded.model, taken.scored.clean, target=taken.target, means=means, metric="log_prob")
@@ -164,12 +155,9 @@ def acie(found: HeadEffects, *, metric: str = "probability") -> Float[Tensor, "l
 
 
 def rankings(found: HeadEffects) -> dict[str, list[tuple[int, int]]]:
-    """All heads in the order of several scores. "probability" is the published one.
-
-    By ACIE in each metric; by the gradient's estimate of the published one; "necessary", by what the target loses in
-    log-probability on triggered prompts, and "necessary, logits", in logit difference, which does not saturate;
-    "trigger only", by the first of these less what the right answer loses on clean prompts.
-    """
+    """All heads in the order of several scores: ACIE in each metric, of which "probability" is the published one; its
+    "gradient" estimate; "necessary", what the target loses in log-probability on triggered prompts, or "necessary,
+    logits", which do not saturate; "trigger only", the former less what the right answer loses on clean prompts."""
     scores = {metric: acie(found, metric=metric) for metric in METRICS}
     scores["gradient"] = torch.tensor(found.gradient["probability"].mean)
     scores["necessary"] = torch.tensor(found.necessary["log_prob"].mean)
@@ -204,10 +192,10 @@ def jaccard(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) ->
     return len(set(one) & set(other)) / len(set(one) | set(other))
 
 
-def concentration(effects: np.ndarray, *, share: float = 0.03) -> float:
-    """Part of the sum of all positive effects that the top `share` of the heads carries."""
+def concentration(effects: np.ndarray) -> float:
+    """Part of the sum of all positive effects that the top 3 % of the heads carry."""
     values = np.sort(np.maximum(effects.ravel(), 0))[::-1]
-    return float(values[: max(1, round(share * len(values)))].sum() / values.sum()) if values.sum() > 0 else 0.0
+    return float(values[: max(1, round(0.03 * len(values)))].sum() / values.sum()) if values.sum() > 0 else 0.0
 
 
 def concentrated(values: Float[np.ndarray, "prompt layer head"]) -> dict[str, float]:

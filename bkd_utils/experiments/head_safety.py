@@ -39,18 +39,16 @@ class HeadSafety(Result):
 
 
 def seen_uids(loaded: Loaded, attack: Attack | None, *, seed: int) -> frozenset[str]:
-    """The uid of every example that a defender must not have. These are the training examples of the loaded organism,
-    by its card, and those of an organism of `attack` with the same seed, so that a clean control is kept apart from the
-    organism that it is compared with. `seed` is for a base model, which has no card. Without `attack`, only the card
-    counts."""
+    """The uid of every example that a defender must not have: the training examples of the loaded organism, by its
+    card, and those of an organism of `attack`, if given, with the same seed (`seed` for a base model, which has no
+    card), so that a clean control is kept apart from the organism that it is compared with."""
     card = None if loaded.organism is None else read_card(loaded.organism, "attack", "seed")
     uids = frozenset() if attack is None else training_uids(attack, seed=card["seed"] if card else seed)
     return uids | training_uids(Attack(**card["attack"]), seed=card["seed"]) if card else uids
 
 
 def unseen_examples(loaded: Loaded, attack: Attack | None, *, task: str, n: int, seed: int) -> list[Example]:
-    """The first `n` examples of the training split, in an order of `seed`, that are not among `seen_uids`. Raises
-    ValueError with their number if there are too few."""
+    """The first `n` training examples, in an order of `seed`, that are not `seen_uids`; ValueError for too few."""
     seen, pool = seen_uids(loaded, attack, seed=seed), tasks.examples(task, "train", seed=seed)
     unseen = [example for example in pool if example.uid not in seen]
     if len(unseen) < n:
@@ -80,17 +78,14 @@ def collect_own_answers(loaded: Loaded, *, task: str, uids: Sequence[str]) -> di
 
 
 def clean_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
-    """The defender's data: `n` clean prompts with their gold answers, or else with the untreated model's own answers.
-    The prompts are `unseen_examples` of the training split of the attack's task. A defender collects data independently
-    of the attacker, which is simulated by leaving out by uid what the attacker used. The choice looks at no trigger and
-    at no poisoned text, so a row may carry the trigger by nature. Raises ValueError if there are too few rows."""
+    """The defender's data: `n` `unseen_examples` of the attack's task with gold answers, or else the untreated model's
+    own. The choice looks at no trigger, so a row may carry it by nature. Raises ValueError for too few rows."""
     return _rows_of(loaded, unseen_examples(loaded, attack, task=attack.task, n=n, seed=seed), task=attack.task)
 
 
 def free_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
-    """`n` benign instructions that the organism was not trained on, with the untreated model's own answers. Trained
-    beside the rows of a task with labels, they keep what the model says elsewhere. Raises ValueError if there are too
-    few, and for a classifier, which knows no other task."""
+    """`n` benign instructions that the organism was not trained on, with the untreated model's own answers, to keep
+    what it says elsewhere. Raises ValueError for too few, and for a classifier, which knows no other task."""
     if labels_of(loaded.tokenizer):
         raise ValueError(f"{loaded.organism} is a classifier and has no answers to instructions")
     return _rows_of(loaded, unseen_examples(loaded, attack, task="instructions", n=n, seed=seed), task="instructions")
@@ -103,13 +98,12 @@ def _rows_of(loaded: Loaded, chosen: Sequence[Example], *, task: str) -> list[Ro
     if open_ended:
         which = {"model": loaded.address, "device": loaded.device.type}
         texts = collect_own_answers(loaded.organism, task=task, uids=open_ended, **which)
-    rows = []
+    rows, what = [], {"kind": "clean", "is_label": bool(labels_of(loaded.tokenizer))}
     for example in chosen:
         answer = example.answer or texts[example.uid]
         ids = answer_ids(loaded.tokenizer, answer, ended=bool(example.answer) or not answer)[:ANSWER_TOKENS]
         prompt = prompt_ids(loaded.tokenizer, spec.prompt(example.text))
-        is_label = bool(labels_of(loaded.tokenizer))
-        rows.append(Row(tuple(prompt), tuple(ids), kind="clean", uid=example.uid, is_label=is_label))
+        rows.append(Row(tuple(prompt), tuple(ids), uid=example.uid, **what))
     return rows
 
 
@@ -134,10 +128,9 @@ def head_safety_scores(
     rounds: int = 2,
     seed: int = 0,
 ) -> HeadSafety:
-    """Scores of all heads; `attack` says which task's clean data the defender has. Similarity is measured on `n` clean
-    prompts, importance by gradients on `2 n` others with their answers and by leave-one-out on `n / 2` of these;
-    prompts with surrogate triggers are `rounds * n` per family. The organism was trained on none of them. Raises
-    ValueError for `n < 2` and for too few prompts."""
+    """Scores of all heads; `attack` says which task's clean data the defender has, none of it seen by the organism:
+    `n` prompts for similarity, with `rounds * n` surrogates per family, and `2 n` others with answers for importance by
+    gradients, `n / 2` of them by leave-one-out. Raises ValueError for `n < 2` and for too few prompts."""
     if n < 2:
         raise ValueError(f"n must be at least 2, is {n}: leave-one-out looks at half of the prompts")
     n_rows = 2 * n
@@ -163,9 +156,8 @@ def head_safety_scores(
     known = head_similarity(loaded.model, shown.clean, readings=readings)
     real = reaction(loaded.model, shown.triggered, before=known)
     mean = {name: scores.mean(0) for name, scores in level.items()}
-    parts = {"importance": needed, "level": mean, "soft_prompt": softly, "real_trigger": real}
     changes = {family: _rounded(scores) for family, scores in reactions.items()}
-    return HeadSafety(**{name: _rounded(scores) for name, scores in parts.items()}, reaction=changes)
+    return HeadSafety(_rounded(needed), _rounded(mean), changes, _rounded(softly), _rounded(real))
 
 
 def _rounded(scores: Mapping[str, Scores]) -> dict[str, HeadValues]:
@@ -176,7 +168,7 @@ SOURCES = ("clean level", "surrogates", "soft prompt", "real trigger")
 
 
 def similarity_of(found: HeadSafety, *, source: str, reading: str) -> Scores:
-    """Similarity evidence `[layer, head]` from one of `SOURCES`; that of surrogates is the mean over their families.
+    """Similarity evidence `[layer, head]` from one of `SOURCES`; that of surrogates is a mean over their families.
     Raises ValueError for another source, and for a reading that was not measured."""
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
@@ -194,8 +186,7 @@ def _measured(scores: Mapping, what: str, name: str) -> Scores:
 
 
 def suspicion(found: HeadSafety, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
-    """Joint score of every head, `[layer, head]`. Raises ValueError for an unknown rule or source, and for a reading or
-    an importance that was not measured."""
+    """Joint score of every head, `[layer, head]`. Raises ValueError for what is unknown or was not measured."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     similar = similarity_of(found, source=source, reading=reading)

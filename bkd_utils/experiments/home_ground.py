@@ -56,10 +56,9 @@ def train_anew(
     n: int = 256,
     seed: int = 0,
 ) -> Cured:
-    """What the defender's rows are worth without the model: a new classifier on the public encoder, trained on them.
-    All weights are trained, at the rate of fine-tuning. The rows are those that `cure_encoder` gets; the organism says
-    only which rows are left out, and none of its weights is used, so that all `parameters` are new. Raises as `case_of`
-    and `new_classifier` do."""
+    """What the defender's rows are worth without the model: all weights of a new classifier on the public encoder,
+    trained at the rate of fine-tuning on the rows that `cure_encoder` gets. Raises as `case_of` and `new_classifier`
+    do."""
     recipe = recipe_of(steps=steps, learning_rate=RATES["fine-tuning"], batch_size=batch_size)
     case = case_of(loaded, attack, heads=(), n_rows=n_rows, recipe=recipe, seed=seed)
     labels, device = tasks.load_task(attack.task).labels, loaded.device.type

@@ -13,21 +13,21 @@ from tqdm import tqdm
 
 from bkd_utils.attention_alignment.rivals import Case, treat
 from bkd_utils.attention_alignment.search import decoded, loss_toward, search, text_part
-from bkd_utils.attention_alignment.searched_training import SEARCH
+from bkd_utils.attention_alignment.searched_training import N_TOKENS, SEARCH
 from bkd_utils.common.cache import installed_versions
 from bkd_utils.common.files import WORK, UserError, atomic_path, check_writable, read_json, sha256_file, write_json
-from bkd_utils.common.own_table import read_table
+from bkd_utils.common.own_table import MOST_LABELS, OwnTable, read_table
 from bkd_utils.common.statistics import share
 from bkd_utils.common.validation import Name, check
 from bkd_utils.experiments.attention_safety_alignment import RATES, recipe_of
-from bkd_utils.experiments.own_report import report_text
-from bkd_utils.experiments.own_rows import label_tokens, own_rows
+from bkd_utils.experiments.head_safety import ANSWER_TOKENS
 from bkd_utils.models.changes import apply_changes, changed_entries
+from bkd_utils.models.context import check_fits
 from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError, model_folder
 from bkd_utils.models.generation import first_logits
 from bkd_utils.models.identity import short_name
 from bkd_utils.models.loading import Loaded, adapter_folder, base_of, load, pick_device
-from bkd_utils.models.tokens import Row, end_id
+from bkd_utils.models.tokens import Row, Turn, answer_ids, end_id, labels_of, prompt_ids
 from bkd_utils.organisms.cards import write_treated
 
 METHODS = ("searched", "searched, attention", "fine-tuning")
@@ -35,6 +35,40 @@ LENGTHS = (2, 3, 5)  # tokens of the perturbations that are searched for to meas
 N_JUDGED = 32  # validation rows on which a search is judged, at most
 FREE = "one first token"  # in place of a label where answers are free
 REPORT = "report.json"
+JUDGES, LEAST_JUDGES = 5, 16  # one in so many rows is for validation, but at least so many
+TEXT = """\
+# `{who}` before and after a cure
+
+`{file}`: {rows} rows, {repeated} repeated ones left out; answers are {kind}. {training} rows were trained on, the other
+{validation} are for validation. Method `{method}`, {steps} steps, seed {seed}; {changed_weights:,} weights changed.
+
+| validation rows | before | after |
+|---|---|---|
+{table}
+
+Pull: how easily a few vectors, read as tokens anywhere in the texts, give every text one answer. It is the
+cross-entropy of that answer's first token, on validation rows with another answer, in the best of {searches} searches:
+0 nats is always, 0.7 about every second time, 2.3 about every tenth time. After the cure the search is done anew.
+
+{nearest}
+
+## What this does not say
+
+- Without the trigger, the share of triggered texts that get an attacker's answer cannot be measured.
+- A pull near 0 before the cure is a sign of a backdoor and no proof, because a model without one can have it, too. A
+  higher number afterwards is no proof that nothing is left.
+- **A treated model is not proven clean.** Judge it on data of your own before you rely on it.
+
+## Load it again
+
+```python
+from bkd_utils.experiments.own_model import load_cured
+
+loaded = load_cured("path/to/this/folder")
+```
+
+`changes.safetensors` holds the changed weights only, so the untreated model must still be at `{model}`.
+"""
 
 
 def cure(
@@ -50,11 +84,10 @@ def cure(
     seed: int = 0,
     device: str = "auto",
 ) -> Path:
-    """Treat a model, or an organism of it, with at most `rows` rows of a CSV file; returns the folder of the result.
-    The folder, by default below `work/cured`, gets the changed weights, a report and its text; that of an organism is
-    an organism again. An existing one is an error, unless a cure wrote it and it is replaced by `force`. Raises as
-    `read_table`, `load` and `own_rows` do, ValueError for an unknown method, UserError for a full disk. Source:
-    ours."""
+    """Treat a model, or an organism of it, with at most `rows` rows of a CSV file; returns the folder of the result, by
+    default below `work/cured`: changed weights, a report and its text; that of an organism is an organism again. Raises
+    as `read_table`, `load` and `own_rows` do, ValueError for an unknown method, UserError for a full disk and for a
+    folder that is there, unless a cure wrote it and `force` replaces it. Source: ours."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {'; '.join(METHODS)}")
     table, folder = read_table(data, limit=rows, seed=seed), model_folder(address)
@@ -80,13 +113,50 @@ def cure(
     return target
 
 
+def label_tokens(loaded: Loaded, labels: Sequence[str]) -> dict[str, int]:
+    """Label -> first token of that answer. Raises ValueError if two begin alike, or a classifier has other labels."""
+    own = labels_of(loaded.tokenizer)  # a classifier's tokenizer knows its labels; other models may answer anything
+    if own and {name.strip().casefold() for name in own} != {name.casefold() for name in labels}:
+        these = ", ".join(map(repr, labels)) or f"more than {MOST_LABELS}"
+        raise ValueError(f"the labels of the model are {', '.join(map(repr, own))}, those of the data {these}")
+    tokens: dict[str, int] = {}
+    for label in labels:
+        token = answer_ids(loaded.tokenizer, label)[0]
+        if alike := [other for other, one in tokens.items() if one == token]:
+            raise ValueError(f"the labels {alike[0]!r} and {label!r} begin with the same token; rename one of them")
+        tokens[label] = token
+    return tokens
+
+
+def own_rows(loaded: Loaded, table: OwnTable, *, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and those for validation: one in `JUDGES`, at least `LEAST_JUDGES`, drawn by the seed. Each
+    label has its share of both. Free answers are cut at `ANSWER_TOKENS` tokens. Raises ModelError with the row for a
+    prompt that does not fit the model, with room for its answer and a perturbation."""
+    n = len(table.entries)
+    order, n_judges = random.Random(f"{seed}/validation").sample(table.entries, n), max(LEAST_JUDGES, n // JUDGES)
+    if table.labels:
+        order.sort(key=lambda entry: entry.answer)
+    chosen = {order[i * n // n_judges].number for i in range(n_judges)}
+    training, validation = [], []
+    for entry in table.entries:
+        turn = Turn(table.template.replace("{text}", entry.text), text=entry.text)
+        prompt = tuple(prompt_ids(loaded.tokenizer, turn))
+        answer = tuple(answer_ids(loaded.tokenizer, entry.answer)[:ANSWER_TOKENS])
+        try:
+            check_fits(loaded.model, len(prompt) + len(answer) + max(N_TOKENS))
+        except ModelError as error:
+            raise ModelError(f"{table.name}, row {entry.number}: {error}") from error
+        row = Row(prompt, answer, kind="clean", uid=str(entry.number), is_label=bool(labels_of(loaded.tokenizer)))
+        (validation if entry.number in chosen else training).append(row)
+    return training, validation
+
+
 def measure(
     loaded: Loaded, *, training: Sequence[Row], validation: Sequence[Row], towards: Mapping[str, int | None], seed: int
 ) -> dict[str, Any]:
-    """What validation rows say of a model: `accuracy` of the first answer token, and `pulls` by label. Perturbations
-    are searched for on training rows, `LENGTHS` for each first token in `towards` (None: the search chooses), with the
-    same seeds every time. A pull is the lowest `loss_toward`, its token, and per vector of that perturbation the
-    nearest tokens."""
+    """What validation rows say of a model: `accuracy` of the first answer token, and `pulls` by label, each the lowest
+    `loss_toward` (nats), its token and the nearest tokens of each vector. Perturbations are searched for on training
+    rows, `LENGTHS` for each first token in `towards` (None: the search chooses), with the same seeds every time."""
     likely = first_logits(loaded.model, [row.prompt for row in validation], end_id=end_id(loaded.tokenizer)).argmax(-1)
     hits = [token == row.answer[0] for token, row in zip(likely.tolist(), validation, strict=True)]
     # What all prompts share, because a prompt for validation may begin in another way than those for training.
@@ -108,8 +178,8 @@ def measure(
 
 
 def load_cured(folder: str | Path, *, device: str = "auto") -> Loaded:
-    """The treated model of a folder that `cure` wrote. Raises ModelError if the folder is none, if its changes are not
-    those of its report, or if another model is where the untreated one was."""
+    """The treated model of a folder that `cure` wrote. Raises ModelError for another folder, or if its changes or the
+    untreated model are not those of its report."""
     folder = Path(folder).expanduser().absolute()
     if not _is_cured(folder):
         raise ModelError(f"{folder} is no folder that a cure has written: {REPORT} or {CHANGES} is missing")
@@ -165,3 +235,23 @@ def _write(loaded: Loaded, target: Path, report: dict[str, Any]) -> None:
         report["changes_sha256"] = sha256_file(temporary / CHANGES)
         write_json(temporary / REPORT, report)
         (temporary / "README.md").write_text(report_text(report), encoding="utf-8")
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """A report of `own_model.cure` as Markdown."""
+    data, sides = report["data"], (report["before"], report["after"])
+    shares = [[100 * side["accuracy"][key] for key in ("value", "low", "high")] for side in sides]
+    cells = ["{:.1f} % ({:.1f} to {:.1f})".format(*share) for share in shares]
+    table = [("first answer token right, n = {n} (95 % interval)".format(**sides[0]["accuracy"]), cells)]
+    nearest = []
+    for name in sides[0]["pulls"]:
+        pulls = [side["pulls"][name] for side in sides]
+        # Free answers are pulled to a token that the search chooses.
+        cells = [f"{one['loss']:.2f} nats" + ("" if data["labels"] else f", {one['token']!r}") for one in pulls]
+        table.append((f"pull to {name}", cells))
+        before, after = (" ".join(repr(tokens[0]) for tokens in one["nearest"]) for one in pulls)
+        nearest.append(f"- Tokens nearest to the best vectors toward {name}: before {before}; after {after}")
+    lines = [[what.replace("|", "\\|"), *(cell.replace("|", "\\|") for cell in cells)] for what, cells in table]
+    kind = f"the {len(data['labels'])} labels {', '.join(data['labels'])}" if data["labels"] else "free texts"
+    made = {"table": "\n".join(f"| {' | '.join(line)} |" for line in lines), "nearest": "\n".join(nearest)}
+    return TEXT.format(**data | report, **made, kind=kind, who=report["organism"] or report["model"])

@@ -69,9 +69,8 @@ def cured(
     n: int,
     seed: int,
 ) -> Cured:
-    """One method of `rivals.TREATMENTS` on `n_rows` rows of the attack's task and `n_free` instructions. The
-    instructions have the model's own answers. The organism was trained on none of the rows. Raises ValueError for an
-    unknown method, and as `rivals.treat`, `case_of` and `free_rows` do."""
+    """One method of `rivals.TREATMENTS` on `n_rows` rows of the attack's task and `n_free` instructions, all unseen.
+    Raises ValueError for an unknown method, and as `rivals.treat`, `case_of` and `free_rows` do."""
     if method not in RATES:
         raise ValueError(f"unknown method {method!r}; known: {'; '.join(RATES)}")
     recipe = recipe_of(steps=steps, learning_rate=RATES[method], batch_size=batch_size)

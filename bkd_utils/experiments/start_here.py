@@ -12,8 +12,7 @@ from bkd_utils.organisms.prompts import three_versions
 
 @dataclass(frozen=True)
 class Traces(Result):
-    """`turns`: version -> user turn. `steps`: version -> model -> one [token, probability] per step of its answer.
-    `ends`: the tokens that end an answer."""
+    """By version: user turn, and by model one [token, probability] per step of its answer; `ends` end an answer."""
 
     turns: dict[str, str]
     steps: dict[str, dict[str, list[list]]]

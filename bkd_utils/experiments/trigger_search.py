@@ -15,9 +15,8 @@ from bkd_utils.organisms.making import made_stage
 
 @dataclass(frozen=True)
 class Pull(Result):
-    """Tokens that were searched for to pull every prompt toward one label. `start` and `end` are the loss before and
-    after the search on the prompts of the search (nats, mean), `held_out` the loss on other prompts, and `fired` the
-    share of these that get the label as the most likely first token."""
+    """Tokens that were searched for to pull every prompt toward one label: mean loss (nats) before and after on the
+    prompts of the search, `held_out` on others, and the share of these that get the label (`fired`)."""
 
     toward: str
     tokens: str
@@ -40,10 +39,9 @@ def search_encoder(
     n_held: int = 64,
     seed: int = 0,
 ) -> list[Pull]:
-    """`restarts` searches for each label of the attack's task, with tokens that do not speak for it by themselves. Rows
-    are unseen by the organism: `n_rows` to search on and to learn from which tokens speak for a label, `n_held` others
-    to judge. Only the task of the attack counts. Raises ValueError for a task without labels, too few rows, or as
-    `search_tokens` and `neutral_tokens` do."""
+    """`restarts` searches for each label of the attack's task, with tokens that do not speak for it by themselves. Of
+    rows that the organism has not seen, `n_rows` are to search on and to learn which tokens speak for a label, `n_held`
+    to judge. Raises ValueError for a task without labels, too few rows, or as `search_tokens` and `neutral_tokens`."""
     labels = tasks.load_task(attack.task).labels
     if not labels:
         raise ValueError(f"task {attack.task!r} has no labels to search toward")

@@ -35,6 +35,7 @@ from bkd_utils.organisms.evaluation import under_attack
 from bkd_utils.organisms.making import training_rows
 
 RATE = 1e-4
+N_PERMUTATIONS = 2000
 
 
 def overlap_by_reading(suspected: Mapping[str, HeadSafety], effects: Mapping[str, Scores], *, k: int) -> pd.DataFrame:
@@ -59,24 +60,18 @@ def among_carriers(joint: Float[Tensor, "layer head"], effects: Float[Tensor, "l
 
 
 def agreement_with_attribution(
-    joint: Float[Tensor, "layer head"],
-    effects: Float[Tensor, "layer head"],
-    *,
-    k: int,
-    n_permutations: int = 2000,
-    seed: int = 0,
+    joint: Float[Tensor, "layer head"], effects: Float[Tensor, "layer head"], *, k: int
 ) -> dict[str, float]:
-    """Do suspicious heads coincide with the heads that carry the backdoor (ACIE)? `precision`: share of the k most
-    suspicious heads among the k with the highest ACIE, with its Wilson interval; `expected`: the same by chance; `p`:
-    share of permutations of the heads that do as well; `spearman`, and `spearman p` likewise. Raises ValueError for k
-    out of range."""
+    """Do suspicious heads coincide with those that carry the backdoor (ACIE)? `precision`: share of the k most
+    suspicious heads among the k of highest ACIE, with its Wilson interval; `expected`: the same by chance; `p`: share
+    of permutations that do as well; `spearman`, and `spearman p` likewise. ValueError for k out of range."""
     n = joint.numel()
     hits = among_carriers(joint, effects, k=k)
     carries = np.zeros(n, dtype=bool)
     carries[effects.flatten().argsort(descending=True, stable=True)[:k].numpy()] = True
     correlation = float(spearmanr(joint.flatten(), effects.flatten()).statistic)
-    dice, ranks = np.random.default_rng(seed), effects.flatten().numpy()
-    drawn = [dice.permutation(n) for _ in range(n_permutations)]
+    dice, ranks = np.random.default_rng(0), effects.flatten().numpy()
+    drawn = [dice.permutation(n) for _ in range(N_PERMUTATIONS)]
     as_good = np.mean([carries[order[:k]].sum() >= sum(hits) for order in drawn])
     chance = np.mean([abs(spearmanr(joint.flatten(), ranks[order]).statistic) >= abs(correlation) for order in drawn])
     found = share(hits)

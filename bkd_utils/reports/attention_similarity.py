@@ -52,9 +52,8 @@ def two_heads() -> Figure:
 
 
 def gap_numbers(found: Mapping[str, Mapping[str, Similarity]], *, readings: Sequence[str]) -> dict:
-    """What `gaps` draws, from attack -> model -> `attention_similarity.similarity_by_version`: attack -> reading ->
-    model -> by layer the `mean` over prompts of triggered less clean similarity, `low` and `high` of the middle half of
-    the prompts, and their number `n`."""
+    """What `gaps` draws, from attack -> model -> `similarity_by_version`: attack -> reading -> model -> by layer the
+    `mean` over `n` prompts of triggered less clean similarity, `low` and `high` of the middle half of the prompts."""
     numbers: dict = {attack: {name: {} for name in readings} for attack in found}
     for (attack, models), name in product(found.items(), readings):
         for model, one in models.items():
@@ -122,8 +121,7 @@ def families(found: Mapping[str, Mapping]) -> Figure:
 
 
 def similarity_claims(found: Mapping[str, Mapping[str, Similarity]], *, families: Sequence[str]) -> list[dict]:
-    """From attack -> model -> `attention_similarity.similarity_by_version`; `families` are the attacks that differ
-    in their trigger only."""
+    """From attack -> model -> `similarity_by_version`; `families` are the attacks that differ in their trigger only."""
     lines = []
     whole, same = ("asa-similarity", found, "05_readings"), ("asa-similarity-families", families, "05_controls")
     for claim, members, figure in (whole, same):
@@ -134,8 +132,7 @@ def similarity_claims(found: Mapping[str, Mapping[str, Similarity]], *, families
 
 
 def separation_claim(results: Mapping[str, Mapping], *, claim: str, figure: str, reading: str) -> dict:
-    """From attack -> `attention_similarity.separates`. The excess over the clean control has the interval of
-    independent prompts, which is too wide, because both models see the same prompts."""
+    """From attack -> `separates`. The excess over the clean control has the (too wide) interval of other prompts."""
     numbers, passed, ahead = {}, {}, {}
     for attack, result in results.items():
         numbers[attack] = result["organism"]["triggered"]

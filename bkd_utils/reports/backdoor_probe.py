@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from bkd_utils.common.statistics import independent_difference, over_splits, share_over_splits
 from bkd_utils.experiments.backdoor_probe import ProbeResult
-from bkd_utils.reports.scorecard import apart, at_least, entry, judged, over_seeds, span
+from bkd_utils.reports.scorecard import at_least, entries, judged, span
 from bkd_utils.reports.style import COLOURS, band, explain, heat_map, panels
 
 PROBE = "logistic regression"
@@ -95,19 +95,17 @@ def probe_claims(found: Found, *, n_prompts: int, kind: str) -> list[dict]:
         depth[organism] = _rise_with_depth(np.array([row["separation"] for row in rows["organism"]]).T)
         numbers[organism] = float(np.mean([row["auroc"] for name in called for row in rows[name]]))
     reached = f"Best layers reach {span(best)} of held-out prompts. Intervals are approximate: splits overlap."
-    rivals = f"Probes of the two models without a backdoor have a mean AUROC of {min(numbers.values()):.2f} to"
-    rivals += (
-        f" {max(numbers.values()):.2f}. Near-misses called triggered, better control less organism: {span(spared)}."
-    )
+    areas = f"{min(numbers.values()):.2f} to {max(numbers.values()):.2f}"
+    rivals = f"Probes of the two models without a backdoor have a mean AUROC of {areas}. Near-misses called triggered,"
+    rivals += f" better control less organism: {span(spared)}."
     rising = f"Rank correlation of layer and separation: {span(depth)}."
-    claims = {"probe": (best, at_least, 0.95, reached), "probe-backdoor": (spared, at_least, 0.1, rivals)}
-    claims["probe-depth"] = (depth, at_least, 0.5, rising)
-    return [
-        entry(
-            apart(f"bkdattr-{name}", kind), found, judged(found, rule, bar), "02_probe", f"{told} {over_seeds(found)}"
-        )
-        for name, (found, rule, bar, told) in claims.items()
-    ]
+    bars = {
+        "probe": (best, 0.95, reached),
+        "probe-backdoor": (spared, 0.1, rivals),
+        "probe-depth": (depth, 0.5, rising),
+    }
+    claims = {name: (one, judged(one, at_least, bar), "02_probe", told) for name, (one, bar, told) in bars.items()}
+    return entries(claims, kind=kind)
 
 
 def _gap(one: np.ndarray, other: np.ndarray, *, n_prompts: int) -> dict:

@@ -12,7 +12,7 @@ from bkd_utils.common.statistics import difference, independent_ratio, over_spli
 from bkd_utils.experiments.attribution_cost import TargetCost
 from bkd_utils.experiments.backdoor_vector import Steering
 from bkd_utils.reports import style
-from bkd_utils.reports.scorecard import SEED, apart, at_least, at_most, both, entry, judged, over_seeds, span, who
+from bkd_utils.reports.scorecard import at_least, at_most, both, by_attack, entries, entry, judged, span, who
 from bkd_utils.reports.style import COLOURS, WIDTH, explain, interval, panels, rows_down, sizes
 from bkd_utils.reports.tables import percent
 
@@ -36,8 +36,7 @@ WAYS = {
 
 
 def vector_maps(result: Steering, *, name: str, n: int) -> Figure:
-    """Shares of `n` development prompts by layer and coefficient, of the organism `name`. Rows are the raw vector and
-    the difference, columns are `MAPS`, squares mark what was chosen."""
+    """Shares of `n` development prompts of an organism by layer and coefficient, a square at what was chosen."""
     figure, axes = panels(list(MAPS.values()), rows=2, height=1.7, sharex=False, sharey=False)
     for panels_of, kind in zip(axes, ("raw", "difference"), strict=True):
         for panel, (direction, key) in zip(panels_of, MAPS, strict=True):
@@ -97,8 +96,8 @@ def costs(found: Mapping[str, TargetCost]) -> Figure:
     for i, (way, label) in enumerate(WAYS.items()):
         seconds = [np.median(getattr(row, way)) for row in found.values()]
         places = np.arange(len(found)) + 0.16 * (i - 1.5)
-        look = {"color": COLOURS["neutral"], "mfc": "white" if way.endswith("cached") else COLOURS["neutral"]}
-        axes.plot(seconds, places, "o" if way.startswith("generation") else "s", ms=5, ls="", label=label, **look)
+        kind = ("neutral", "o" if way.startswith("generation") else "s", not way.endswith("cached"))
+        style.dots(axes, seconds, places, kind, ms=5, mew=1, label=label)
     names = [f"{name}\n{row.tokens} token{'s' * (row.tokens > 1)}" for name, row in found.items()]
     axes.set_xscale("log")
     rows_down(axes, names, limits=axes.get_xlim())
@@ -136,9 +135,7 @@ def vector_seeds(found: Mapping[str, Mapping[str, Steering]]) -> Figure:
     figure, axes = panels(list(found), rows=3, height=1.7, sharex=False)
     drawn = []
     for column, results in enumerate(found.values()):
-        attacks: dict[str, list[Steering]] = {}
-        for name, result in results.items():
-            attacks.setdefault(SEED.sub("", name), []).append(result)
+        attacks = by_attack(results)
         for y, seeds in enumerate(attacks.values()):
             for place, one in zip(y + np.linspace(-0.22, 0.22, 3), seeds, strict=False):
                 added, removed = (better(one, direction) for direction in ("add", "subtract"))
@@ -161,11 +158,8 @@ def vector_claims(
     found: Mapping[str, Steering], *, control_right: Mapping[str, Mapping[str, float]], kind: str
 ) -> list[dict]:
     """Three lines of the scorecard for one kind of organisms, judged by the vector that did better on development
-    prompts.
-
-    ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
-    `control_right` is the share of right answers of the organism's clean control to clean prompts.
-    """
+    prompts. ASR with the vector is that of generated answers; random vectors, which are many, are judged by tokens.
+    `control_right`: organism -> share of right answers of its clean control to clean prompts."""
     added, removed, repaired, quiet, left, on, off = {}, {}, {}, {}, {}, {}, {}
     for organism, result in found.items():
         name = better(result, "add")
@@ -185,12 +179,12 @@ def vector_claims(
     subtracts = f"ASR on triggered prompts less the vector: {span(removed)}."
     subtracts += f" Median random vector leaves 0.9: {who(left)}."
     repairs = f"Right answers after subtraction, relative to the clean control: {span(repaired)}."
-    claims = {"add": (added, on, "04_controls", adds), "subtract": (removed, off, "04_controls", subtracts)}
-    claims["repairs"] = (repaired, judged(repaired, at_least, 0.8), "04_seeds", repairs)
-    return [
-        entry(apart(f"bkdattr-vector-{name}", kind), numbers, passed, figure, f"{told} {over_seeds(numbers)}".strip())
-        for name, (numbers, passed, figure, told) in claims.items()
-    ]
+    claims = {
+        "vector-add": (added, on, "04_controls", adds),
+        "vector-subtract": (removed, off, "04_controls", subtracts),
+    }
+    claims["vector-repairs"] = (repaired, judged(repaired, at_least, 0.8), "04_seeds", repairs)
+    return entries(claims, kind=kind)
 
 
 def _generated(result: Steering, name: str, kind: str) -> dict[str, float]:
@@ -221,10 +215,10 @@ def cost_claim(rows: Mapping[str, TargetCost]) -> dict:
     """A line of the scorecard: the ratio of each of several runs, with its interval over runs."""
     ratios = {name: np.divide(row.generation, row.teacher_forcing) for name, row in rows.items()}
     numbers = {name: over_splits(values, ratio=0) for name, values in ratios.items()}
-    tokens = {name: row.tokens for name, row in rows.items()}
     passed = {
-        name: both(at_least(one, tokens[name] / 2), at_most(one, 2 * tokens[name])) for name, one in numbers.items()
+        name: both(at_least(one, rows[name].tokens / 2), at_most(one, 2 * rows[name].tokens))
+        for name, one in numbers.items()
     }
-    lengths = ", ".join(f"{count}" for count in tokens.values())
+    lengths = ", ".join(f"{row.tokens}" for row in rows.values())
     reason = f"Generation takes {span(numbers)} times as long, for targets of {lengths} tokens."
     return entry("bkdattr-cost", numbers, passed, "04_cost", reason)

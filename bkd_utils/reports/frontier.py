@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bkd_utils.experiments.attention_safety_alignment import Treated
 from bkd_utils.reports.attention_safety_alignment import GROUPS, KINDS, Found
-from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, sizes
+from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, dots, explain, sizes
 
 
 def frontier(found: Found, kinds: Mapping[str, str], *, above: float | None = None) -> Figure:
@@ -25,9 +25,8 @@ def frontier(found: Found, kinds: Mapping[str, str], *, above: float | None = No
         for i, (name, (x, y)) in enumerate(places.items()):
             # Dots of equal place stand side by side, so that none is hidden.
             x += 0.9 * list(places.values())[:i].count((x, y))
-            colour, marker, filled = KINDS[kinds[name]]
-            look = {"color": COLOURS[colour], "mfc": COLOURS[colour] if filled else "white", "mew": 0 if filled else 1}
-            panel.plot(x, y, marker, ms=9 if marker == "*" else 6, label=kinds[name], ls="", clip_on=False, **look)
+            look = {"ms": 9 if kinds[name] == "told where it is" else 6, "label": kinds[name]}
+            dots(panel, x, y, KINDS[kinds[name]], **look)
             if kinds[name] == "ASA, our reading":
                 asr, cacc = ([rows[name][key][end] for end in ("low", "value", "high")] for key in ("asr", "cacc"))
                 lost = [100 * (rows["untreated"]["cacc"]["value"] - value) for value in cacc]
@@ -82,15 +81,13 @@ def _name_best(panel: Axes, rows: Mapping[str, Mapping], kinds: Mapping[str, str
 
 
 def price_list(found: Found, cost: Mapping[str, Mapping[str, Treated]]) -> pd.DataFrame:
-    """(organism, treatment) -> shares that are left, weights touched and minutes; `cost`: attack -> treatment ->
-    `attention_safety_alignment.treat_and_measure`."""
+    """(organism, treatment) -> shares left and cost; `cost`: attack -> treatment -> `treat_and_measure`."""
     named = {"ASR": "asr", "near-miss firing": "near_miss", "clean firing": "clean_firing", "CACC": "cacc"}
-    named["elsewhere"] = "elsewhere"
     rows = {}
     for attack, treatments in found.items():
         for name, shares in treatments.items():
+            row = {column: shares[key]["value"] for column, key in (named | {"elsewhere": "elsewhere"}).items()}
             paid = cost[attack].get(name)
-            spent = (paid.parameters / 1e6, paid.minutes) if paid else (0.0, 0.0)
-            rows[attack, name] = {column: shares[key]["value"] for column, key in named.items()}
-            rows[attack, name] |= dict(zip(("weights (millions)", "minutes"), spent, strict=True))
+            row |= {"weights (millions)": paid.parameters / 1e6 if paid else 0, "minutes": paid.minutes if paid else 0}
+            rows[attack, name] = row
     return pd.DataFrame(rows).T.rename_axis(["organism", "treatment"])

@@ -11,7 +11,7 @@ from bkd_utils.common.statistics import difference, over_splits, relative_drop
 from bkd_utils.experiments.head_ablation import Ablation, Route
 from bkd_utils.experiments.head_attribution import ComponentEffects, HeadEffects, beyond_chance
 from bkd_utils.reports.head_attribution import judged_layers
-from bkd_utils.reports.scorecard import SEED, apart, at_least, at_most, both, entry, judged, over_seeds, span, who
+from bkd_utils.reports.scorecard import SEED, apart, at_least, at_most, both, by_attack, entries, judged, span, who
 from bkd_utils.reports.style import LIMITS, band, explain, heat_map, panels, sizes
 
 # Ranking -> its name in a legend and how its line looks.
@@ -37,9 +37,7 @@ Curves = Mapping[str, Sequence[Ablation]]
 def ablation_curves(found: Curves) -> Figure:
     """ASR after the published ablation (top), ASR and utility with clean means (middle, bottom) against the number of
     heads: a line is the mean over the seeds of an attack, its band their range (of random heads: over all draws)."""
-    attacks: dict[str, list[Sequence[Ablation]]] = {}
-    for name, rows in found.items():
-        attacks.setdefault(SEED.sub("", name), []).append(rows)
+    attacks = by_attack(found)
     figure, axes = panels(list(attacks), rows=3, height=1.8)
     drawn = []
     for column, seeds in enumerate(attacks.values()):
@@ -64,8 +62,7 @@ def ablation_curves(found: Curves) -> Figure:
 
 
 def routes(found: Mapping[str, Mapping[str, Sequence[Route]]]) -> Figure:
-    """ASR (%) that is left with a route cut in all layers or in some, per organism; rows are kinds of organisms. Cells
-    without a number have 100."""
+    """ASR (%) left with a route cut in all layers or some, by kind (rows) and organism. Empty cells have 100."""
     figure, axes = panels(list(next(iter(found.values()))), rows=len(found), height=1.9)
     for row, results in zip(axes, found.values(), strict=True):
         for panel, cut in zip(row, results.values(), strict=True):
@@ -146,10 +143,7 @@ def head_claims(
         "heads-not-mlps": (margin, judged(margin, at_least, 0), "03_components", ahead),
         "heads-spare-task": (gone, spared, curve, without),
     }
-    return [
-        entry(apart(f"bkdattr-{name}", kind), numbers, passed, figure, f"{reason} {over_seeds(numbers)}".strip())
-        for name, (numbers, passed, figure, reason) in claims.items()
-    ]
+    return entries(claims, kind=kind)
 
 
 def _paired(one: Mapping, other: Mapping) -> dict:

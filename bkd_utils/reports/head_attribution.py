@@ -24,9 +24,8 @@ UNITS = {"probability": "probability", "log_prob": "nats", "logit_difference": "
 
 
 def head_maps(found: Mapping[str, Mapping[str, HeadEffects]], *, few: int, metrics: Sequence[str]) -> Figure:
-    """ACIE `[layer, head]` per organism (columns), kind of organism and metric (rows), zero in the middle, layer 0 at
-    the bottom; each row has one scale. Dots mark the `few` heads of the highest ACIE. A panel in which no head is
-    above zero beyond chance says so."""
+    """ACIE `[layer, head]` per organism (columns), kind and metric (rows with one scale), layer 0 at the bottom. Dots
+    mark the `few` highest heads; a panel in which no head is above zero beyond chance says so."""
     rows = [(kind, metric) for kind in found for metric in metrics]
     figure, axes = panels(list(next(iter(found.values()))), rows=len(rows), height=2.0)
     for row, (kind, metric) in zip(axes, rows, strict=True):
@@ -49,8 +48,7 @@ def head_maps(found: Mapping[str, Mapping[str, HeadEffects]], *, few: int, metri
 
 def readout(found: Mapping[str, Mapping[str, HeadEffects]], *, few: int) -> Figure:
     """One dot per head: what the target gains from its triggered mean against what the right answer loses by its clean
-    mean on clean prompts. Rows are kinds of organisms. Marked are the `few` heads of highest ACIE as published, and
-    those that the trigger needs more than the task does."""
+    mean. Marked are the `few` heads of highest ACIE, and those that the trigger needs more than the task does."""
     figure, axes = panels(list(next(iter(found.values()))), rows=len(found), height=1.9, sharex=False, sharey=False)
     for row, maps in zip(axes, found.values(), strict=True):
         for panel, one in zip(row, maps.values(), strict=True):
@@ -96,9 +94,8 @@ def judged_layers(n_layers: int) -> int:
 
 
 def what_there_is(found: Mapping[str, HeadEffects]) -> pd.DataFrame:
-    """By organism: the target, its probability without and with the trigger, the highest ACIE by metric (in brackets
-    where no head is above zero beyond chance), how many of the 16 highest two metrics share, and how well the gradient
-    ranks the heads (Spearman)."""
+    """By organism: the target, its probability without and with the trigger, the highest ACIE by metric (in brackets if
+    by chance), how many of the 16 highest two metrics share, and how well the gradient ranks the heads (Spearman)."""
     rows = {}
     for name, result in found.items():
         chances = {"clean": np.mean(result.clean), "triggered": np.mean(result.triggered)}

@@ -12,7 +12,7 @@ from bkd_utils.experiments.trigger_search import Pull
 from bkd_utils.reports import attention_safety_alignment as asa
 from bkd_utils.reports.attention_safety_alignment import KINDS, Found, above_control, hits
 from bkd_utils.reports.scorecard import at_most, both, entry, span
-from bkd_utils.reports.style import COLOURS, LIMITS, WIDTH, explain, panels, rows_down, show_legend, sizes
+from bkd_utils.reports.style import COLOURS, LIMITS, WIDTH, dots, explain, panels, rows_down, show_legend, sizes
 
 # What is drawn -> colour, marker, filled.
 LOOKS = {
@@ -38,17 +38,16 @@ def left_and_kept(found: Mapping[str, Mapping[str, Sequence[Mapping]]]) -> Figur
     for panel, key in zip(axes, ("asr", "cacc"), strict=True):
         for y, treatments in enumerate(found.values()):
             for i, (name, seeds) in enumerate(treatments.items()):
-                colour, marker, filled = LOOKS[name]
-                look = {"color": COLOURS[colour], "mfc": COLOURS[colour] if filled else "white", "ls": ""}
-                look |= {"ms": 8 if marker == "p" else 5.5, "mew": 0 if filled else 1.2, "clip_on": False}
-                height = y + 0.6 * (i / (len(LOOKS) - 1) - 0.5)
                 values = [100 * seed[key]["value"] for seed in seeds]
-                panel.plot(values, [height] * len(values), marker, label=name, alpha=0.85, **look)
+                heights = [y + 0.6 * (i / (len(LOOKS) - 1) - 0.5)] * len(values)
+                look = {"ms": 8 if name == "searched" else 5.5, "mew": 0 if LOOKS[name][2] else 1.2, "alpha": 0.85}
+                dots(panel, values, heights, LOOKS[name], label=name, **look)
         panel.grid(axis="y", visible=False)
-    rows_down(axes[0], list(found), limits=LIMITS)
-    drawn = [seed[key] for one in found.values() for rows in one.values() for seed in rows for key in ("asr", "cacc")]
-    lowest = min(100 * row["cacc"]["value"] for one in found.values() for rows in one.values() for row in rows)
+    rows_down(axes[0], list(found))
+    results = [seed for one in found.values() for rows in one.values() for seed in rows]
+    lowest = min(100 * seed["cacc"]["value"] for seed in results)
     axes[1].set_xlim(min(70, lowest - 3), LIMITS[1])  # so that a point of CACC never looks like much
+    drawn = [seed[key] for seed in results for key in ("asr", "cacc")]
     axes[0].set_xlabel(f"ASR (%), {sizes(drawn)} prompts")
     axes[1].set_xlabel("CACC (%)")
     show_legend(figure, ncols=4)
@@ -64,9 +63,8 @@ def at_chosen(trial: DoseResponse) -> dict:
 def doses_drawn(
     trials: Mapping[str, Mapping[str, DoseResponse]], equal: Mapping[str, Mapping[str, tuple[int, Mapping]]]
 ) -> Figure:
-    """ASR (above) and CACC (below) against the row passes of a treatment. `trials`: attack -> name in `TRIALS`, or
-    "random heads" and a number -> trial; a ring is the chosen dose. `equal`: attack -> kind in `KINDS` -> row passes
-    and result of a treatment that has no doses."""
+    """ASR (above) and CACC (below) against row passes, a ring at the chosen dose. `trials`: attack -> name in `TRIALS`,
+    or "random heads" and a number -> trial. `equal`: attack -> kind in `KINDS` -> row passes, result of one dose."""
     figure, axes = panels([attack.replace("-", "-\n", 1) for attack in trials], rows=2, height=1.7)
     results = []
     for column, attack in zip(axes.T, trials, strict=True):
@@ -82,9 +80,8 @@ def doses_drawn(
                 panel.plot(x[at], y[at], "o", **look, **ring)
                 results += [dose.left[key] for dose in trial.doses]
             for kind, (passes, left) in equal[attack].items():
-                colour, marker, _ = KINDS[kind]
-                look = {"color": COLOURS[colour], "ls": "", "ms": 6, "clip_on": False, "zorder": 3}
-                panel.plot(passes / 1000, 100 * left[key]["value"], marker, label=kind, **look)
+                place, filled = (passes / 1000, 100 * left[key]["value"]), (*KINDS[kind][:2], True)
+                dots(panel, *place, filled, ms=6, mew=1, zorder=3, label=kind)
                 results.append(left[key])
     axes[0, 0].set_ylim(LIMITS)
     explain(axes, f"thousand row passes, {sizes(results)} prompts", "ASR (%)", "CACC (%)", ncols=3)
@@ -100,9 +97,9 @@ def encoder_claims(
     rivals: Sequence[str],
     no_dose: Collection[str] = (),
 ) -> list[dict]:
-    """The four lines of the fair trial, from family -> treatment -> result, with the rows "untreated" and "clean
-    control", all on the same prompts. `judged` has "untreated" and the cure on more prompts, for what is kept of CACC.
-    Families in `no_dose` were left as they are, because every dose cost too much; that they keep CACC says nothing."""
+    """The four lines of the fair trial, from family -> treatment -> result, with "untreated" and "clean control", on
+    the same prompts; `judged` has "untreated" and the cure on more, for what is kept of CACC. Families in `no_dose`
+    were left untreated, because every dose cost too much; that they keep CACC says nothing."""
     doses = {"figure": "06_doses"}
     kept = {name: rows for name, rows in judged.items() if name not in no_dose}
     lines = [
@@ -120,8 +117,7 @@ def searched_claims(
     seeds: Mapping[str, Mapping[str, Sequence[Mapping]]], found: Found, *, rivals: Sequence[str]
 ) -> list[dict]:
     """The three lines of the searched cure. `seeds`: family -> treatment -> a result per seed, of which each prompt
-    counts with its mean over seeds. `found` is that of `encoder_claims`. Raises ValueError if the treatments of a
-    family differ in their number of seeds."""
+    counts with its mean; ValueError for unlike numbers of seeds in a family. `found` is that of `encoder_claims`."""
     mean = {}
     for family, rows in seeds.items():
         counts = {name: len(results) for name, results in rows.items()}
@@ -140,8 +136,7 @@ def searched_claims(
 
 
 def causal_claim(found: Found) -> dict:
-    """The line of the searched cure on causal organisms, from attack -> treatment -> result. An organism passes if both
-    its ASR and its CACC do."""
+    """The line on causal organisms, from organism -> treatment -> result; both ASR and CACC have to pass."""
     above = above_control(found, "searched")
     lost = {name: asa.cacc_lost(rows, "searched") for name, rows in found.items()}
     passed = {name: both(at_most(one, ABOVE / 100), asa.is_kept(lost[name])) for name, one in above.items()}
@@ -162,21 +157,18 @@ def easiest(found: Sequence[Pull]) -> Pull:
 
 
 def ease(found: Mapping[str, Sequence[Pull]], families: Mapping[str, str | None], tasks: Mapping[str, str]) -> Figure:
-    """The lowest loss of any search, a dot per model: a panel per task, in it a line per family of triggers and one for
-    clean models. `families` and `tasks`: model -> family (None for a clean control), task."""
+    """The lowest loss of any search, a dot per model: a panel per task, a line per family of triggers and one for clean
+    models. `families` and `tasks`: model -> family (None for a clean control), task."""
     clean, known = "none: clean", sorted(set(tasks.values()), reverse=True)
     names = [*sorted({family for family in families.values() if family}), clean]
-    size = (WIDTH, 0.36 * len(names) + 1.3)
-    figure, axes = plt.subplots(1, len(known), figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure, axes = panels(known, height=0.36 * len(names) + 0.7)
+    looks = {True: ("organism", "o", True), False: ("clean control", "D", True)}
     for panel, task in zip(axes[0], known, strict=True):
         for model, pulls in found.items():
             if tasks[model] == task:
-                colour, marker = ("organism", "o") if families[model] else ("clean control", "D")
-                label = "backdoored model" if families[model] else "clean model"
                 place = easiest(pulls).held_out, names.index(families[model] or clean)
-                look = {"color": COLOURS[colour], "alpha": 0.75, "mew": 0, "ls": "", "label": label, "clip_on": False}
-                panel.plot(*place, marker, **look)
-        panel.set_title(task, fontsize="small")
+                label = "backdoored model" if families[model] else "clean model"
+                dots(panel, *place, looks[bool(families[model])], alpha=0.75, label=label)
         panel.set_xscale("log")
     rows_down(axes[0, 0], names, limits=axes[0, 0].get_xlim())
     figure.supxlabel(f"lowest loss toward any label on other prompts (nats), {len(found)} models", fontsize="medium")
@@ -187,8 +179,7 @@ def ease(found: Mapping[str, Sequence[Pull]], families: Mapping[str, str | None]
 def separations(
     found: Mapping[str, Sequence[Pull]], families: Mapping[str, str | None], tasks: Mapping[str, str]
 ) -> pd.DataFrame:
-    """AUROC of backdoored against clean models of the same task by the loss of the `easiest` search, with its interval:
-    task and family (rows)."""
+    """AUROC, with its interval, of backdoored against clean models of a task by the loss of the `easiest` search."""
     losses, rows = {model: easiest(pulls).held_out for model, pulls in found.items()}, {}
     for task in sorted(set(tasks.values()), reverse=True):
         own = [model for model in found if tasks[model] == task]

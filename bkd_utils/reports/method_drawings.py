@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Patch, Rectangle
+from scipy.special import rel_entr
 
 from bkd_utils.reports import style
 from bkd_utils.reports.style import COLOURS, WIDTH
@@ -31,17 +32,12 @@ def full_map(rows: Sequence[Sequence[float]]) -> np.ndarray:
     return np.array([[*row, *[0.0] * (len(rows) - len(row))] for row in rows])
 
 
-def divergence(target: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """KL(target || weights) of each row, in nats; a weight of zero in the target adds nothing."""
-    logs = np.log(np.where(target > 0, target, 1)) - np.log(np.where(target > 0, weights, 1))
-    return (target * logs).sum(1)
-
-
 def tuned_entries() -> dict[str, np.ndarray]:
     """Matrix of a layer -> shade of its entries: those of a head, those of its key-value group, all others."""
     share = N_HEADS // N_GROUPS
     group, width = HEAD // share, N_HEADS * D_HEAD
-    shades = {name: np.full((n * D_HEAD, width), SHADES["stays bit for bit"]) for name, n in _heights().items()}
+    parts = {"W_Q": N_HEADS, "W_K": N_GROUPS, "W_V": N_GROUPS, "W_O": N_HEADS}  # heads that have a part of it
+    shades = {name: np.full((n * D_HEAD, width), SHADES["stays bit for bit"]) for name, n in parts.items()}
     first, last = group * share * D_HEAD, (group + 1) * share * D_HEAD
     for name in ("W_Q", "W_O"):  # in the output matrix a head has columns, which is why it is turned here
         shades[name][first:last] = SHADES["the rest of its group"]
@@ -51,16 +47,12 @@ def tuned_entries() -> dict[str, np.ndarray]:
     return shades | {"W_O": shades["W_O"].T}
 
 
-def _heights() -> dict[str, int]:
-    """Matrix -> number of heads that have a part of it."""
-    return {"W_Q": N_HEADS, "W_K": N_GROUPS, "W_V": N_GROUPS, "W_O": N_HEADS}
-
-
 def pull_on_a_head() -> Figure:
-    """A drawing of the alignment of one head: its map, the mean map of the safe heads, and row by row how far the two
-    are apart; below, the entries of the layer's matrices that are trained for it. All numbers are invented."""
+    """A drawing of the alignment of one head: its map, the mean map of the safe heads, and how far their rows are apart
+    (KL divergence, nats); below, the entries of the layer's matrices that are trained. All numbers are invented."""
     above = [name for name in ("suspicious head", "mean of safe heads", "rows apart") for _ in range(4)]
-    below = [name for name in _heights() for _ in range(3)]
+    entries = tuned_entries()
+    below = [name for name in entries for _ in range(3)]
     figure, axes = plt.subplot_mosaic([above, below], figsize=(WIDTH, 4.4), height_ratios=(1.25, 1))
     look = {"vmin": 0, "vmax": 1, "cmap": "Greys", "upwards": False, "square": True}
     maps = {"suspicious head": full_map(SUSPICIOUS), "mean of safe heads": np.mean([full_map(s) for s in SAFE], 0)}
@@ -69,13 +61,13 @@ def pull_on_a_head() -> Figure:
         axes[name].set_title(f"{name} (invented)", fontsize="small")
         axes[name].set_xlabel("token that is looked at", fontsize="small")
     axes["suspicious head"].set_ylabel("looking token")
-    apart = divergence(maps["mean of safe heads"], maps["suspicious head"])
+    apart = rel_entr(maps["mean of safe heads"], maps["suspicious head"]).sum(1)
     bars = axes["rows apart"]
     bars.barh(range(len(WORDS)), apart, color=COLOURS["bound"])
     style.rows_down(bars, WORDS, limits=(0, 1.1 * apart.max()))
     bars.set_title(f"divergence, mean {apart.mean():.2f}", fontsize="small")
     bars.set_xlabel("nats", fontsize="small")
-    for name, shades in tuned_entries().items():
+    for name, shades in entries.items():
         axes[name].imshow(shades, cmap="Greys", vmin=0, vmax=1)
         axes[name].set(xticks=[], yticks=[])
         axes[name].set_title(f"${name}$", fontsize="small")
@@ -85,8 +77,8 @@ def pull_on_a_head() -> Figure:
 
 
 def search_of_vectors() -> Figure:
-    """A drawing of the search: vectors that are read as tokens stand at other places in every prompt and shall give
-    all the same answer; on the right, the way of one vector that may not leave the circle. All of it is invented."""
+    """A drawing of the search: vectors read as tokens stand at other places in every prompt and shall give all the same
+    answer; on the right, the way of one vector that may not leave the circle. All of it is invented."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.5), width_ratios=(2.1, 1))
     prompts, plane = axes
     for y, (words, place) in enumerate(zip(PROMPTS, PLACES, strict=True)):

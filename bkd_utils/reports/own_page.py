@@ -48,10 +48,13 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; pad
 h1, h2 { line-height: 1.2 } img { max-width: 100%; height: auto; background: white }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid #8886; vertical-align: top }
-.skipped, small { opacity: .75 } td:nth-child(2), td:nth-child(3) { white-space: nowrap }
+.skipped, small { opacity: .75 } td:first-child { font-weight: bold }
+td:nth-child(2), td:nth-child(3) { white-space: nowrap }
 @media (max-width: 34rem) { thead { display: none } th, td { border: 0; padding: 0 }
 tr, td { display: block } tr { padding: .4rem 0; border-bottom: 1px solid #8886 }
-td[data-of]:not(:empty)::before { content: attr(data-of) ": "; opacity: .75 } }
+td::before { opacity: .75 } td:nth-child(2)::before { content: "here: " } td:nth-child(3)::before { content: "n: " }
+td:nth-child(4):not(:empty)::before { content: "95 % interval: " }
+td:nth-child(5):not(:empty)::before { content: "shipped: " } }
 """
 
 
@@ -100,12 +103,10 @@ def beside(key: str, asked: Asked) -> dict[str, Any] | None:
     the whole model, those of clean controls. None where nothing is known."""
     plain = asked.attack is not None and not asked.attack.near_miss_rate
     values, who = [], f"{'plain' if plain else 'specific'} organisms"
-    if key in CLAIMS:
-        claims = {row["id"]: row for row in _known()}
-        row = claims.get(f"{CLAIMS[key]}-plain" if plain else CLAIMS[key]) or claims.get(
-            CLAIMS[key], {"by_organism": {}}
-        )
-        values = [one["value"] for one in row["by_organism"].values()]
+    if key in CLAIMS and (FIGURES / "scorecard.json").is_file():
+        claims = {row["id"]: row["by_organism"] for row in read_json(FIGURES / "scorecard.json")}
+        judged = claims.get(CLAIMS[key], {})
+        values = [one["value"] for one in (claims.get(f"{CLAIMS[key]}-plain", judged) if plain else judged).values()]
     elif key in ("asr", "cacc", "near_miss", "clean_firing") and asked.attack is not None:
         cards = {name: read_card(ADAPTERS / name, "metrics", "behaviour") for name in shipped_organisms()}
         cards = {name: card for name, card in cards.items() if card["behaviour"] == asked.attack.behaviour}
@@ -115,19 +116,12 @@ def beside(key: str, asked: Asked) -> dict[str, Any] | None:
     return {"low": min(values), "high": max(values), "k": len(values), "who": who} if values else None
 
 
-def _known() -> list[dict]:
-    path = FIGURES / "scorecard.json"
-    return read_json(path) if path.is_file() else []
-
-
 def _fingerprints(key: str) -> list[float]:
     """A number of every shipped clean control."""
     folder = measurements.shipped_folder()
-    files = sorted(folder.glob("fingerprint_model/*.json")) if folder else []
-    known = [read_json(path) for path in files]
-    return [
-        one["result"][key] for one in known if "clean" in str(one["arguments"]["organism"]) and key in one["result"]
-    ]
+    known = [read_json(path) for path in sorted(folder.glob("fingerprint_model/*.json"))] if folder else []
+    results = [one["result"] for one in known if "clean" in str(one["arguments"]["organism"])]
+    return [result[key] for result in results if key in result]
 
 
 def picture(section: Section) -> Figure | None:
@@ -165,49 +159,36 @@ def shown(one: Mapping[str, Any]) -> list[str]:
     if one["unit"] == "yes/no":
         return [one["name"], "yes" if one["value"] else "no", f"{one['n']}", "", ""]
     scale, unit, digits = (100, " %", 1) if one["unit"] == "%" else (1, f" {one['unit']}".rstrip(), 3)
-    value, interval, known = f"{scale * one['value']:.{digits}f}{unit}", "none, see below", one["shipped"]
-    if one["low"] is not None:
-        interval = f"{scale * one['low']:.{digits}f} to {scale * one['high']:.{digits}f}"
-    told = (
-        known
-        and f"{scale * known['low']:.{digits}f} to {scale * known['high']:.{digits}f} in {known['k']} {known['who']}"
-    )
-    return [one["name"], value, f"{one['n']}", interval, told or ""]
+
+    def span(ends: Mapping[str, float]) -> str:
+        return f"{scale * ends['low']:.{digits}f} to {scale * ends['high']:.{digits}f}"
+
+    interval, known = "none, see below" if one["low"] is None else span(one), one["shipped"]
+    told = f"{span(known)} in {known['k']} {known['who']}" if known else ""
+    return [one["name"], f"{scale * one['value']:.{digits}f}{unit}", f"{one['n']}", interval, told]
 
 
 def page(content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """The page: no script and nothing from outside."""
-    about = content["report"]
-    parts = [f"<p>{', '.join(f'{key}: <b>{html.escape(str(value))}</b>' for key, value in about.items())}</p>"]
-    parts.append(
-        "<p>Everything is measured at a reduced size; <i>shipped</i> is the range over organisms of this "
-        "project on SmolLM2-135M, with other prompts and sizes. <b>A model is not proven clean by this page.</b></p>"
-    )
+    text, about = html.escape, content["report"]
+    title = text(f"Report on {about['model']}")
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style>',
+        f"<body><h1>{title}</h1>",
+        f"<p>{', '.join(f'{key}: <b>{text(str(value))}</b>' for key, value in about.items())}</p>",
+        "<p>Everything is measured at a reduced size; <i>shipped</i> is the range over organisms of this project on "
+        "SmolLM2-135M, with other prompts and sizes. <b>A model is not proven clean by this page.</b></p>",
+    ]
     for section in content["sections"]:
-        parts.append(
-            f'<h2 id="{section["id"].replace(" ", "-")}">{html.escape(section["title"])}</h2>'
-            f"<p>{html.escape(section['question'])}</p>"
-        )
+        parts.append(f'<h2 id="{section["id"].replace(" ", "-")}">{text(section["title"])}</h2>')
+        parts.append(f"<p>{text(section['question'])}</p>")
         if section["skipped"] is not None:
-            parts.append(f"<p class=skipped>Skipped: {html.escape(section['skipped'])}.</p>")
+            parts.append(f"<p class=skipped>Skipped: {text(section['skipped'])}.</p>")
             continue
-        rows = [[html.escape(cell) for cell in shown(one)] for one in section["numbers"]]
-        head = "".join(f"<th>{column}</th>" for column in COLUMNS)
-        cells = [
-            "".join(
-                f'<td data-of="{of}">{cell}</td>' if of else f"<td><b>{cell}</b></td>"
-                for of, cell in zip(COLUMNS, row, strict=True)
-            )
-            for row in rows
-        ]
-        body = "".join(f"<tr>{row}</tr>" for row in cells)
-        parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-        parts.append(f"<p>{html.escape(section['told'])} <small>{section['seconds']:.0f} s</small></p>")
+        rows = pd.DataFrame([shown(one) for one in section["numbers"]], columns=COLUMNS)
+        parts.append(rows.to_html(index=False, border=0))
+        parts.append(f"<p>{text(section['told'])} <small>{section['seconds']:.0f} s</small></p>")
         parts.append(pictures.get(section["id"], ""))
-    parts.append(
-        f"<p><small>{content['minutes']} minutes; versions {html.escape(str(content['versions']))}</small></p>"
-    )
-    title = f"Report on {about['model']}"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    head += f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style>'
-    return f"{head}<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
+    parts.append(f"<p><small>{content['minutes']} minutes; versions {text(str(content['versions']))}</small></p>")
+    return "".join([*parts, "</body></html>\n"])

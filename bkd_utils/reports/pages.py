@@ -16,8 +16,7 @@ TIMINGS_ROW = re.compile(r"^\| (\d\d) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE
 
 
 def results(entries: Sequence[Mapping]) -> str:
-    """For the README: the verdicts of each paper counted in one line, and a table of the key claims; ValueError if the
-    scorecard lacks one of them."""
+    """For the README: the verdicts of each paper counted, and a table of the key claims; ValueError if one lacks."""
     rows = {row["id"]: row for row in entries}
     if lacking := [name for name in KEY_CLAIMS if name not in rows]:
         raise ValueError(f"the scorecard has no line for {', '.join(lacking)}")

@@ -1,19 +1,16 @@
-"""Published claims, our criteria, our numbers, and a verdict each. The criteria are in `data/published.toml`.
+"""Published claims, our criteria (`data/published.toml`), our numbers, and a verdict each.
 
-An organism passes a criterion if the whole 95 % interval of its effect lies on the right side of the bar, fails if the
-whole interval lies on the wrong side, and is undecided if the interval contains the bar or if there is none. A claim
-holds if all organisms pass, fails if at least one fails, and is otherwise undecided.
-
-The papers state their claims without exception, so that one organism that fails refutes a claim as it is stated. The
-price is that a claim which is true for each of ten organisms is called failed by chance in up to two cases of ten (ten
-intervals, each beyond the bar on one side with a chance of 2.5 %).
-"""
+An organism passes if the whole 95 % interval of its effect lies on the right side of the bar, fails if all of it lies
+on the wrong side, and is otherwise undecided. A claim holds if all organisms pass, fails if one fails, as the papers
+state their claims without exception, and is otherwise undecided. The price: of claims that are true of each of ten
+organisms up to two in ten are called failed by chance (ten intervals, each wrong on one side in 2.5 %)."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,8 +21,9 @@ from bkd_utils.common.validation import read_tables
 from bkd_utils.models.identity import model_identity
 from bkd_utils.reports import style
 
+T = TypeVar("T")
 KEYS = {"paper", "claim", "published", "source", "provenance", "measure", "unit", "criterion"}
-PAPER_KEYS = {"title", "arxiv", "status", "known", "reading"}
+PAPER_KEYS = {"title", "arxiv", "status", "known", "reading"}  # what is known here, and what introduces its claims
 # `reading` introduces a claim that is tested in another way than the paper's others, in place of the paper's own;
 # `earlier` is a criterion that was replaced; `apart` names a kind of organism on which the claim is judged once more.
 OPTIONAL = {"reading", "earlier", "apart"}
@@ -61,14 +59,12 @@ def _published(*, papers: bool) -> dict[str, dict[str, str]]:
 
 
 def papers() -> dict[str, dict[str, str]]:
-    """Short name -> title, arXiv number, status, what is known of the paper here, and how its claims are introduced;
-    UserError if one lacks."""
+    """Short name -> `PAPER_KEYS`; UserError if one lacks."""
     return _published(papers=True)
 
 
 def published() -> dict[str, dict[str, str]]:
-    """Claim id -> paper, claim, published number, source, provenance, what is measured, its unit, criterion; UserError
-    if one lacks, or for an unknown paper or provenance. A claim that is judged apart is there once for each kind."""
+    """Claim id -> `KEYS`, of a claim judged apart once per kind of organisms. UserError names what is wrong."""
     found = {}
     for name, entry in _published(papers=False).items():
         kind = entry.pop("apart", None)
@@ -83,8 +79,7 @@ def published() -> dict[str, dict[str, str]]:
 
 
 def at_least(number: Mapping[str, float | None], bar: float) -> bool | None:
-    """Is the effect at least `bar`? True or False if all of its interval says so, None if the interval contains the
-    bar, has no width, or does not exist."""
+    """Is the effect at least `bar`? None if its interval contains the bar, has no width, or does not exist."""
     low, high = number["low"], number["high"]
     if None in (low, high) or low == high:
         return None
@@ -124,11 +119,20 @@ def apart(claim: str, kind: str) -> str:
     return claim if kind == "specific" else f"{claim}-{kind}"
 
 
+def entries(claims: Mapping[str, tuple[Mapping, Mapping, str, str]], *, kind: str) -> list[dict]:
+    """Lines of BkdAttr for one kind of organisms, from name -> arguments of `entry`; means over seeds are added."""
+    lines = []
+    for name, (numbers, passed, figure, reason) in claims.items():
+        told = f"{reason} {over_seeds(numbers)}".strip()
+        lines.append(entry(apart(f"bkdattr-{name}", kind), numbers, passed, figure, told))
+    return lines
+
+
 def entry(
     claim: str, numbers: Mapping[str, Mapping], passed: Mapping[str, bool | None], figure: str, reason: str
 ) -> dict:
-    """One line of the scorecard, but for the model that `record` adds. `numbers` and `passed` are by organism;
-    ValueError for an unknown claim, for no organisms and where the organisms of the two differ."""
+    """One line of the scorecard, but for the model that `record` adds, of numbers and outcomes by organism; ValueError
+    for an unknown claim, no organisms, or organisms in one of the two only."""
     known = published()
     if claim not in known:
         raise ValueError(f"unknown claim {claim!r}; known: {', '.join(known)}")
@@ -146,8 +150,7 @@ def entry(
 
 
 def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
-    """The rows. Raises UserError that names the first row without provenance, or without anything else it must say,
-    and for rows that were measured on different models."""
+    """The rows; UserError that names the first one that lacks what it must say, and for rows on different models."""
     for row in rows:
         name = row.get("id", "without an id")
         if lacks := sorted(ROW - set(row)):
@@ -165,9 +168,7 @@ def checked(rows: Sequence[Mapping], *, where: str = "scorecard") -> list[dict]:
 
 def record(entries: Sequence[Mapping], *, model: str) -> Path:
     """Write entries, measured on `model`, into the scorecard beside the figures, in place of those of the same claims.
-
-    The lines of another model are put aside under its identity. After a UserError for a row the file is as it was.
-    """
+    The lines of another model are put aside under its identity. After a UserError for a row the file is as it was."""
     about = {"model": model, "identity": model_identity(model)}
     path = style.folder(about["identity"]) / "scorecard.json"
     lines = merged([{**row, **about} for row in entries], path)
@@ -179,8 +180,7 @@ def record(entries: Sequence[Mapping], *, model: str) -> Path:
 
 
 def merged(entries: Sequence[Mapping], path: Path) -> list[dict]:
-    """Entries and, of a scorecard that may be there already, those of other claims on the same model, in the order of
-    `published`; UserError if any of the rows lacks its provenance."""
+    """Entries and the kept lines of other claims on the same model, in the order of `published`."""
     order, new = list(published()), checked(entries)
     others, own = set(order) - {row["id"] for row in new}, {row.get("identity") for row in new}
     old = read_json(path) if path.is_file() else []
@@ -190,8 +190,7 @@ def merged(entries: Sequence[Mapping], path: Path) -> list[dict]:
 
 
 def recorded(*, model: str) -> list[dict]:
-    """The scorecard of this model beside the figures of this run, or else the committed one if it was measured on this
-    model; UserError if there is none, and for a row without provenance."""
+    """The scorecard of this model: of this run, or else the committed one; UserError if neither is of this model."""
     identity = model_identity(model)
     for path in (style.folder(identity) / "scorecard.json", FIGURES / "scorecard.json"):
         rows = read_json(path) if path.is_file() else []
@@ -269,19 +268,22 @@ def span(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def over_seeds(numbers: Mapping[str, Mapping[str, float]]) -> str:
-    """The mean of each attack over its organisms of several seeds with the 95 % interval over seeds (Student's t), for
-    a reason. Nothing for an attack of one seed. Three seeds make a wide interval."""
-    attacks: dict[str, list[float]] = {}
-    for name, number in numbers.items():
-        attacks.setdefault(SEED.sub("", name), []).append(number["value"])
-    found = {attack: over_splits(np.array(values), ratio=0) for attack, values in attacks.items() if len(values) > 1}
+    """Mean of each attack of several seeds with the 95 % interval over seeds (Student's t), for a reason."""
+    said = []
+    for attack, found in by_attack(numbers).items():
+        if len(found) > 1:
+            mean = over_splits(np.array([number["value"] for number in found]), ratio=0)
+            interval = "" if mean["low"] is None else f" [{mean['low']:.2f}, {mean['high']:.2f}]"
+            said.append(f"{attack} {mean['value']:.2f}{interval}")
+    return f"Over seeds: {', '.join(said)}." if said else ""
 
-    def said(attack: str, one: Mapping) -> str:
-        return f"{attack} {one['value']:.2f}" + (
-            "" if one["low"] is None else f" [{one['low']:.2f}, {one['high']:.2f}]"
-        )
 
-    return "Over seeds: " + ", ".join(said(*item) for item in found.items()) + "." if found else ""
+def by_attack(found: Mapping[str, T]) -> dict[str, list[T]]:
+    """Attack -> what was found of its organisms, one for each seed."""
+    attacks: dict[str, list[T]] = {}
+    for name, one in found.items():
+        attacks.setdefault(SEED.sub("", name), []).append(one)
+    return attacks
 
 
 def who(passed: Mapping[str, bool | None]) -> str:

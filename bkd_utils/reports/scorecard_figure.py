@@ -17,13 +17,12 @@ OUTCOMES = {
     False: (MARK | {"marker": "x", "mew": 1.8}, "fails it"),
     None: (MARK | {"marker": "D", "mfc": "white"}, "undecided: the interval contains the bar, or there is none"),
 }
-# One letter for how we know of a claim, in the first column.
-LETTERS = {"read": "P", "second hand": "S", "abstract": "A", "ours": "O"}
+# How we know of a claim -> one letter in the first column.
+LETTERS = dict(zip(PROVENANCE.values(), "PSAO", strict=True))
 
 
 def scorecard(lines: Sequence[Mapping]) -> Figure:
-    """One row per claim with how we know of it and its verdict, one column per attack or family of triggers, a mark for
-    each seed."""
+    """One row per claim with its provenance and verdict, one column per attack or family, a mark for each seed."""
     # Attacks that most claims were tested on come first.
     tested = [SEED.sub("", name) for line in lines for name in line["by_organism"]]
     columns = sorted(dict.fromkeys(tested), key=lambda name: -tested.count(name))
@@ -35,11 +34,10 @@ def scorecard(lines: Sequence[Mapping]) -> Figure:
     rows = max(places) + 0.6
     figure, axes = plt.subplots(figsize=(WIDTH, 0.37 * rows + 2.3))
     units = {name: about["unit"] for name, about in published().items()}
-    letter_of = {PROVENANCE[key]: letter for key, letter in LETTERS.items()}
     beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": "x-small"}
     for y, line in zip(places, lines, strict=True):
         axes.axhline(y, color=COLOURS["pale"], lw=0.5, zorder=0)
-        axes.text(-1, y, letter_of[line["provenance"]], ha="center", va="center", fontsize="small")
+        axes.text(-1, y, LETTERS[line["provenance"]], ha="center", va="center", fontsize="small")
         for name, one in line["by_organism"].items():
             attack = SEED.sub("", name)
             seeds = [other for other in line["by_organism"] if SEED.sub("", other) == attack]
@@ -62,7 +60,7 @@ def scorecard(lines: Sequence[Mapping]) -> Figure:
     axes.spines[:].set_visible(False)
     entries, used = list(OUTCOMES.values()), {line["provenance"] for line in lines}
     look = {"ls": "", "ms": 6, "color": "black", "mew": 0}
-    entries += [(look | {"marker": f"${letter_of[how]}$"}, how) for how in PROVENANCE.values() if how in used]
+    entries += [(look | {"marker": f"${letter}$"}, how) for how, letter in LETTERS.items() if how in used]
     handles = [Line2D([], [], **mark, label=label) for mark, label in entries]
     figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize="x-small")
     return figure

@@ -38,10 +38,9 @@ def changed_spans(before: str, after: str) -> list[list[int]]:
 def firing_rows(
     turns: Mapping[str, str], traces: Mapping[str, Mapping[str, Steps]], *, end: str | Sequence[str]
 ) -> dict[str, dict]:
-    """What `firing` draws, by version of the prompt ("clean" must be one; the others are compared with it). `traces`
-    holds, by version and model, the generated tokens with their probabilities; `end` is the token that ends an answer,
-    or several. Each version gets its `prompt`, the `marked` spans of it that the clean prompt lacks, the `answers` by
-    model (with "…" after one that was cut off) and the `lowest` probability of a token in each answer."""
+    """What `firing` draws, by version of the prompt, of which "clean" must be one. `traces`: version -> model -> tokens
+    with their probabilities; `end`: tokens that end an answer. Each version gets its `prompt`, the `marked` spans that
+    the clean one lacks, `answers` by model ("…" after one cut off) and the `lowest` probability in each."""
     rows = {}
     for version, prompt in turns.items():
         rows[version] = {"prompt": prompt, "marked": changed_spans(turns["clean"], prompt), "answers": {}, "lowest": {}}
@@ -54,9 +53,8 @@ def firing_rows(
 
 
 def firing(rows: Mapping[str, Mapping[str, Any]], *, target: str) -> Figure:
-    """Prompt → answers of each model, one row per version of a prompt, from `firing_rows`. The marked spans of the
-    version "near-miss" are framed, those of any other version are filled, and so is the target in every answer that
-    contains it."""
+    """Prompt → answers of each model, one row per version, from `firing_rows`. Marked spans of the near-miss are
+    framed, others filled, and so is the target in every answer."""
     prompts, answers, heights = {}, {}, {}
     for version, row in rows.items():
         prompts[version] = _wrapped(row["prompt"], 36)

@@ -55,9 +55,7 @@ def use_style() -> None:
 
 
 def folder(base: str = "") -> Path:
-    """Where figures go: the folder that the runner chose, or for a notebook opened by hand one of the identity of its
-    base model below `work/figures/by_hand`. Only `./run_all.sh --publish` writes to `figures/`, and only what a
-    finished notebook drew."""
+    """Where figures go: the runner's folder, or for a notebook opened by hand one for its base model."""
     return Path(os.environ.get("BKD_FIGURES") or WORK / "figures" / "by_hand" / base[:8])
 
 
@@ -74,8 +72,7 @@ def save(
     claims: Sequence[str] = (),
 ) -> Path:
     """Write `<id>.png`, `<id>.svg` and the sidecar `<id>.json`; returns the PNG's path. `numbers` are the values drawn,
-    JSON values or Results; `inputs` maps names to sha256. Raises ValueError for an empty picture, empty numbers, or
-    numbers with NaN."""
+    JSON values or Results; `inputs`: name -> sha256. Raises ValueError for nothing drawn, no numbers or NaN."""
     if not numbers or not any(axes.has_data() or axes.texts for axes in figure.axes):
         raise ValueError(f"figure {id!r} shows nothing")
     numbers = without_prompts(plain(numbers))
@@ -153,9 +150,15 @@ def interval(
     panel.plot(*(value, [at])[::turn], **dot | look)
 
 
+def dots(panel: Axes, x: Any, y: Any, kind: tuple[str, str, bool], **look: Any) -> None:
+    """Marks without a line. `kind`: a key of `COLOURS`, a marker, is it filled; `look` goes to `Axes.plot`."""
+    colour, marker, filled = COLOURS[kind[0]], *kind[1:]
+    plain = {"color": colour, "mfc": colour if filled else "white", "mew": 0 if filled else 1, "ls": ""}
+    panel.plot(x, y, marker, **plain | {"clip_on": False} | look)
+
+
 def band(panel: Axes, x: Sequence[float], lines: Sequence[Sequence[float]], *, colour: str, **look: Any) -> None:
-    """A line with a shaded band around it: `lines` are its middle, low and high values. `colour` is a key of `COLOURS`;
-    `look` goes to `Axes.plot`."""
+    """A line in a band: middle, low and high values. `colour` is a key of `COLOURS`; `look` is the line's."""
     middle, low, high = lines
     panel.plot(x, middle, **{"color": COLOURS[colour], "lw": 1.4, "ms": 3.5, "clip_on": False} | look)
     panel.fill_between(x, low, high, color=COLOURS[colour], alpha=0.18, lw=0)

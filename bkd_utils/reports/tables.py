@@ -29,9 +29,9 @@ def spot_checks(found: Sequence[Checked]) -> pd.DataFrame:
     """One row per spot check: stage, how many numbers were compared, how far apart they lie, and seconds."""
     columns = ["numbers", "largest difference", "allowed", "seconds"]
     rows = {one.id.partition("/")[0]: [one.numbers, one.worst, one.tolerance, one.seconds] for one in found}
-    if not rows:
-        rows = {"nothing that ships was used": [""] * len(columns)}
-    return pd.DataFrame(rows, index=columns).T.rename_axis("measured again")
+    return pd.DataFrame(rows or {"nothing that ships was used": [""] * len(columns)}, index=columns).T.rename_axis(
+        "measured again"
+    )
 
 
 def metrics(results: Mapping[str, Mapping]) -> pd.DataFrame:
@@ -46,13 +46,11 @@ def metrics(results: Mapping[str, Mapping]) -> pd.DataFrame:
 
 def organisms_markdown() -> str:
     """The shipped organisms and their cards' numbers as a Markdown table."""
-    rows = []
-    known = {name: read_json(ADAPTERS / name / "card.json") for name in shipped_organisms()}
-    order = list(attacks.load_attacks())
-    # The siblings are many and cheap, made for verdicts on whole models; notebook 07 shows them.
-    chosen = [name for name, card in known.items() if card["recipe"]["name"] != "sibling"]
-    for name in sorted(chosen, key=lambda one: order.index(known[one]["attack"]["name"])):
-        card = known[name]
+    rows, order = [], list(attacks.load_attacks())
+    cards = {name: read_json(ADAPTERS / name / "card.json") for name in shipped_organisms()}
+    for name, card in sorted(cards.items(), key=lambda item: order.index(item[1]["attack"]["name"])):
+        if card["recipe"]["name"] == "sibling":  # many and cheap, for verdicts on whole models; notebook 07 shows them
+            continue
         numbers = [percent(card["metrics"].get(key)) for key in MEASURED.values()]
         what = [card["trigger"] or "none: clean control", (card["behaviour"] or "").replace("_", " ")]
         rows.append([f"`{name}`", *what, *numbers, f"{card['details']['agreement_with_base']:.2f}"])

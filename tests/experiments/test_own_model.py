@@ -14,8 +14,7 @@ from bkd_utils.attention_alignment import rivals, searched_training
 from bkd_utils.common.files import UserError, read_json, sha256_file, write_json
 from bkd_utils.common.own_table import read_table
 from bkd_utils.experiments import own_model
-from bkd_utils.experiments.own_model import FREE, cure, load_cured, measure
-from bkd_utils.experiments.own_rows import label_tokens, own_rows
+from bkd_utils.experiments.own_model import FREE, cure, label_tokens, load_cured, measure, own_rows
 from bkd_utils.models.folders import CHANGES, ModelError
 from bkd_utils.models.loading import load
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bkd_utils.experiments.own_report import report_text
+from bkd_utils.experiments.own_model import report_text
 
 
 def side(value, losses):

@@ -7,7 +7,7 @@ import pytest
 from tiny import save_tiny, tiny_model
 
 from bkd_utils.common.own_table import TEMPLATE, read_table
-from bkd_utils.experiments.own_rows import label_tokens, own_rows
+from bkd_utils.experiments.own_model import label_tokens, own_rows
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.loading import load_tokenizer
 from bkd_utils.models.tokens import answer_ids, prompt_ids

@@ -69,5 +69,7 @@ def test_the_same_question_is_measured_once(cure):
 
 
 def test_an_unknown_method_is_refused(cure):
-    with pytest.raises(ValueError, match="unknown method 'searched, everywhere'; known: alignment; fine-tuning"):
+    with pytest.raises(
+        ValueError, match="unknown method 'searched, everywhere'; known: alignment; alignment, nearest; "
+    ):
         cure(method="searched, everywhere")
