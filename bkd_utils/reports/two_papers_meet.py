@@ -1,13 +1,15 @@
 """Notebook 07: figures and verdicts on suspicious heads and on whole models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from bkd_utils.attention_alignment.similarity import Scores
-from bkd_utils.common.statistics import auroc_of_wins, wilson
+from bkd_utils.common.statistics import auroc_of_wins, difference, wilson
+from bkd_utils.experiments.amplification import Amplification
 from bkd_utils.reports.scorecard import at_least, at_most, both, entry, judged, span, who
 from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, interval, panels, rows_down, show_legend
 
@@ -58,6 +60,34 @@ def verdicts(found: Mapping[str, Mapping]) -> Figure:
     axes.set_xlabel(f"AUROC against {len(next(iter(rows.values()))[0])} clean controls")
     show_legend(figure, ncols=4, bars=INTERVAL)
     return figure
+
+
+def shown_by_amplification(
+    found: Mapping[tuple[str, str], Sequence[Amplification]],
+    control_of: Mapping[tuple[str, str], tuple[str, str]],
+    kind_of: Mapping[tuple[str, str], tuple[str, str]],
+) -> pd.DataFrame:
+    """(attack, kind, alpha) -> per cent of clean prompts that get the target, and of those that get the most common
+    answer, one number per organism and per control; in how many organisms the target is more frequent than in the
+    control. (organism, attack) -> `amplification.amplify_change`, its control's key, its attack and kind."""
+    rows: dict[tuple, dict[str, list]] = {}
+    for key, mine in found.items():
+        if key not in control_of:
+            continue
+        for one, other in zip(mine, found[control_of[key]], strict=True):
+            sides = [dict(enumerate(side.fired["by_prompt"])) for side in (one, other)]
+            row = rows.setdefault((*kind_of[key], one.alpha), {})
+            numbers = {"target": one.fired, "target, control": other.fired}
+            numbers |= {"same answer": one.same, "same answer, control": other.same}
+            for name, number in numbers.items():
+                row.setdefault(name, []).append(f"{100 * number['value']:.0f}")
+            row.setdefault("more than control", []).append(difference(*sides)["low"] > 0)
+    table = {
+        place: {name: ", ".join(values) for name, values in row.items() if name != "more than control"}
+        | {"more than control": f"{sum(row['more than control'])} of {len(row['more than control'])}"}
+        for place, row in rows.items()
+    }
+    return pd.DataFrame(table).T.rename_axis(["attack", "kind", "alpha"])
 
 
 def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:
