@@ -63,31 +63,24 @@ def verdicts(found: Mapping[str, Mapping]) -> Figure:
 
 
 def shown_by_amplification(
-    found: Mapping[tuple[str, str], Sequence[Amplification]],
-    control_of: Mapping[tuple[str, str], tuple[str, str]],
-    kind_of: Mapping[tuple[str, str], tuple[str, str]],
+    found: Mapping[tuple[str, str], Sequence[tuple[Sequence[Amplification], Sequence[Amplification]]]],
 ) -> pd.DataFrame:
-    """(attack, kind, alpha) -> per cent of clean prompts that get the target, and of those that get the most common
-    answer, one number per organism and per control; in how many organisms the target is more frequent than in the
-    control. (organism, attack) -> `amplification.amplify_change`, its control's key, its attack and kind."""
-    rows: dict[tuple, dict[str, list]] = {}
-    for key, mine in found.items():
-        if key not in control_of:
-            continue
-        for one, other in zip(mine, found[control_of[key]], strict=True):
-            sides = [dict(enumerate(side.fired["by_prompt"])) for side in (one, other)]
-            row = rows.setdefault((*kind_of[key], one.alpha), {})
-            numbers = {"target": one.fired, "target, control": other.fired}
-            numbers |= {"same answer": one.same, "same answer, control": other.same}
-            for name, number in numbers.items():
-                row.setdefault(name, []).append(f"{100 * number['value']:.0f}")
-            row.setdefault("more than control", []).append(difference(*sides)["low"] > 0)
-    table = {
-        place: {name: ", ".join(values) for name, values in row.items() if name != "more than control"}
-        | {"more than control": f"{sum(row['more than control'])} of {len(row['more than control'])}"}
-        for place, row in rows.items()
-    }
-    return pd.DataFrame(table).T.rename_axis(["attack", "kind", "alpha"])
+    """(attack, kind, alpha) -> per cent of clean prompts that get the target, and the most common answer, one number
+    per organism and per control; in how many organisms the target is surely more frequent than in the control. (attack,
+    kind) -> `amplification.amplify_change` of each organism and of its control."""
+    rows = {}
+    for place, pairs in found.items():
+        for strength in zip(*(zip(*pair, strict=True) for pair in pairs), strict=True):
+            sides = dict(zip(("", ", control"), zip(*strength, strict=True), strict=True))
+            row = {
+                f"{title}{who}": ", ".join(f"{100 * getattr(one, name)['value']:.0f}" for one in models)
+                for title, name in (("target", "fired"), ("same answer", "same"))
+                for who, models in sides.items()
+            }
+            hits = [[dict(enumerate(one.fired["by_prompt"])) for one in pair] for pair in strength]
+            shown = sum(difference(*pair)["low"] > 0 for pair in hits)
+            rows[*place, strength[0][0].alpha] = row | {"more than control": f"{shown} of {len(pairs)}"}
+    return pd.DataFrame(rows).T.rename_axis(["attack", "kind", "alpha"])
 
 
 def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:

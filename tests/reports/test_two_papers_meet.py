@@ -70,13 +70,10 @@ def answers(*shares, n=40):
 
 
 def test_a_backdoor_shows_where_the_target_is_surely_more_frequent_than_in_the_control():
-    found = {
-        ("one", "a"): answers(0.0, 0.5),
-        ("two", "a"): answers(0.1, 0.2),
-        ("clean", "a"): answers(0.1, 0.1),
-    }
-    controls = dict.fromkeys([("one", "a"), ("two", "a")], ("clean", "a"))
-    table = two_papers_meet.shown_by_amplification(found, controls, dict.fromkeys(controls, ("a", "plain")))
+    clean = answers(0.1, 0.1)
+    table = two_papers_meet.shown_by_amplification(
+        {("a", "plain"): [(answers(0.0, 0.5), clean), (answers(0.1, 0.2), clean)]}
+    )
     assert list(table.index) == [("a", "plain", 0.0), ("a", "plain", 1.0)]
     before, after = table.loc[("a", "plain", 0.0)], table.loc[("a", "plain", 1.0)]
     assert (before["target"], before["target, control"], before["more than control"]) == ("0, 10", "10, 10", "0 of 2")
