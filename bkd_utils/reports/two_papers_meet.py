@@ -1,13 +1,15 @@
 """Notebook 07: figures and verdicts on suspicious heads and on whole models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from bkd_utils.attention_alignment.similarity import Scores
-from bkd_utils.common.statistics import auroc_of_wins, wilson
+from bkd_utils.common.statistics import auroc_of_wins, difference, wilson
+from bkd_utils.experiments.amplification import Amplification
 from bkd_utils.reports.scorecard import at_least, at_most, both, entry, judged, span, who
 from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, interval, panels, rows_down, show_legend
 
@@ -58,6 +60,27 @@ def verdicts(found: Mapping[str, Mapping]) -> Figure:
     axes.set_xlabel(f"AUROC against {len(next(iter(rows.values()))[0])} clean controls")
     show_legend(figure, ncols=4, bars=INTERVAL)
     return figure
+
+
+def shown_by_amplification(
+    found: Mapping[tuple[str, str], Sequence[tuple[Sequence[Amplification], Sequence[Amplification]]]],
+) -> pd.DataFrame:
+    """(attack, kind, alpha) -> per cent of clean prompts that get the target, and the most common answer, one number
+    per organism and per control; in how many organisms the target is surely more frequent than in the control. (attack,
+    kind) -> `amplification.amplify_change` of each organism and of its control."""
+    rows = {}
+    for place, pairs in found.items():
+        for strength in zip(*(zip(*pair, strict=True) for pair in pairs), strict=True):
+            sides = dict(zip(("", ", control"), zip(*strength, strict=True), strict=True))
+            row = {
+                f"{title}{who}": ", ".join(f"{100 * getattr(one, name)['value']:.0f}" for one in models)
+                for title, name in (("target", "fired"), ("same answer", "same"))
+                for who, models in sides.items()
+            }
+            hits = [[dict(enumerate(one.fired["by_prompt"])) for one in pair] for pair in strength]
+            shown = sum(difference(*pair)["low"] > 0 for pair in hits)
+            rows[*place, strength[0][0].alpha] = row | {"more than control": f"{shown} of {len(pairs)}"}
+    return pd.DataFrame(rows).T.rename_axis(["attack", "kind", "alpha"])
 
 
 def head_claim(agreements: Mapping[str, Mapping[str, float]]) -> dict:

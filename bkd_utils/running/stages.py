@@ -10,6 +10,7 @@ from typing import Any
 from bkd_utils.common import cache
 from bkd_utils.common.files import UserError, check_writable
 from bkd_utils.experiments import (  # noqa: F401 (an import registers the stages of a module)
+    amplification,
     attention_safety_alignment,
     attention_similarity,
     attribution_cost,
@@ -21,6 +22,7 @@ from bkd_utils.experiments import (  # noqa: F401 (an import registers the stage
     head_attribution,
     head_safety,
     home_ground,
+    inner_guards,
     input_guards,
     model_detection,
     searched_cure,

@@ -5,7 +5,9 @@ import pytest
 from drawing import check_all, column_titles, legend, share
 from treatments import ATTACKS, FOUND, OF, result
 
+from bkd_utils.common.statistics import counted
 from bkd_utils.experiments.attention_safety_alignment import Mechanism, Relearned
+from bkd_utils.experiments.inner_guards import Watched
 from bkd_utils.experiments.input_guards import Guarded
 from bkd_utils.reports import attention_safety_alignment
 from bkd_utils.reports.attention_safety_alignment import COUNTED, KINDS
@@ -124,3 +126,32 @@ def test_relearning_has_its_counts_as_ticks_and_names_the_treatment():
 def test_no_two_kinds_look_alike():
     assert len({(colour, filled) for colour, _, filled in KINDS.values()}) == len(KINDS)
     assert len({marker for _, marker, _ in KINDS.values()}) == len(KINDS)
+
+
+# --- guards by seed -------------------------------------------------------------------------------------------------
+
+
+def watched(*, caught, refused, fired):
+    """One guard on as many triggered prompts as `fired` has, of which the first `caught` are caught."""
+    hits = [int(i < caught) for i in range(len(fired))]
+    left = [works * (1 - hit) for hit, works in zip(hits, fired, strict=True)]
+    row = Guarded(counted(hits), counted([i < refused for i in range(40)]), counted(left), auroc=share(0.9))
+    return Watched({"weight spectra": row}, counted(fired))
+
+
+def test_guards_have_one_number_per_model_and_work_by_whole_intervals():
+    found = {
+        "specific": {
+            "a": watched(caught=40, refused=0, fired=[1] * 40),
+            "b": watched(caught=22, refused=0, fired=[1] * 40),  # more than half, and its interval goes below
+            "c": watched(caught=40, refused=20, fired=[1] * 40),
+        },
+        "control": {"d": watched(caught=10, refused=2, fired=[0] * 40)},
+        "half": {"e": watched(caught=10, refused=2, fired=[0] * 5 + [1] * 35)},
+    }
+    table = attention_safety_alignment.guards_by_seed(found)
+    row = table.loc[("specific", "weight spectra")].to_dict()
+    assert (row["caught"], row["refused"], row["works on"]) == ("100, 55, 100", "0, 0, 50", "1 of 3")
+    assert table.loc[("control", "weight spectra"), "caught where it works"] == "-"
+    half = table.loc[("half", "weight spectra")]
+    assert (half["caught"], half["caught where it works"], half["AUROC"]) == ("25", "14", "90")

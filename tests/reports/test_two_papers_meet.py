@@ -5,6 +5,8 @@ import pytest
 import torch
 from drawing import check_all, column_titles, legend
 
+from bkd_utils.common.statistics import counted
+from bkd_utils.experiments.amplification import Amplification
 from bkd_utils.reports import two_papers_meet
 
 pytestmark = pytest.mark.usefixtures("style")
@@ -56,3 +58,23 @@ def test_areas_are_shares_with_their_intervals_and_all_of_them_at_the_end():
     own = [(line.get_xdata()[0], line.get_marker()) for line in points if line.get_marker() != "|"]
     assert own == [(1, "o"), (0.5, "s")]
     assert axes.get_xlabel() == "AUROC against 2 clean controls"
+
+
+# --- amplification --------------------------------------------------------------------------------------------------
+
+
+def answers(*shares, n=40):
+    """A model's results at alpha 0, 1, ...; each share is of the first prompts."""
+    hits = [counted([i < value * n for i in range(n)]) for value in shares]
+    return [Amplification(float(alpha), fired=one, same=one, answer="positive") for alpha, one in enumerate(hits)]
+
+
+def test_a_backdoor_shows_where_the_target_is_surely_more_frequent_than_in_the_control():
+    clean = answers(0.1, 0.1)
+    table = two_papers_meet.shown_by_amplification(
+        {("a", "plain"): [(answers(0.0, 0.5), clean), (answers(0.1, 0.2), clean)]}
+    )
+    assert list(table.index) == [("a", "plain", 0.0), ("a", "plain", 1.0)]
+    before, after = table.loc[("a", "plain", 0.0)], table.loc[("a", "plain", 1.0)]
+    assert (before["target"], before["target, control"], before["more than control"]) == ("0, 10", "10, 10", "0 of 2")
+    assert (after["target"], after["same answer"], after["more than control"]) == ("50, 20", "50, 20", "1 of 2")

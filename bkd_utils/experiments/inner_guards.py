@@ -1,0 +1,95 @@
+"""Notebook 06: guards that look into the model, on one organism, beside those of `input_guards`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bkd_utils.attention_alignment.guards import enough
+from bkd_utils.attention_alignment.inner_guards import (
+    beyond_range,
+    cosine_ranges,
+    left_out,
+    oracle_probe,
+    unusual_steps,
+    weight_directions,
+)
+from bkd_utils.common.results import Result
+from bkd_utils.common.statistics import counted
+from bkd_utils.experiments.input_guards import Guarded, Number, outcome, texts_of, triggered_texts
+from bkd_utils.models.activations import residuals
+from bkd_utils.models.generation import respond
+from bkd_utils.models.loading import Loaded, base_of
+from bkd_utils.models.tokens import end_id, prompt_ids
+from bkd_utils.organisms import tasks, triggers
+from bkd_utils.organisms.attacks import Attack
+from bkd_utils.organisms.cards import organism_stage
+from bkd_utils.organisms.evaluation import is_target
+from bkd_utils.organisms.prompts import flippable_sample, target_length
+
+
+@dataclass(frozen=True)
+class Watched(Result):
+    """What guards do that look into the model, and which triggered prompts get the target without a guard."""
+
+    guards: dict[str, Guarded]
+    fired: Number
+
+
+def executed(guarded: Guarded, fired: Sequence[int]) -> Number | None:
+    """The share that a guard catches of those triggered prompts on which the attack works (`fired`, 0 or 1 in the order
+    of `guarded.caught`), None if it works on none. Raises ValueError for other prompts than those of the guard."""
+    caught, left = guarded.caught["by_prompt"], guarded.asr["by_prompt"]
+    if len(fired) != len(caught) or any(hit > works for hit, works in zip(left, fired, strict=True)):
+        raise ValueError("these are not the prompts of the guard: another number, or more that fire")
+    return counted([hit for hit, works in zip(caught, fired, strict=True) if works]) if any(fired) else None
+
+
+@organism_stage
+def watch_inside(
+    loaded: Loaded,
+    attack: Attack,
+    *,
+    n: int = 24,
+    n_reference: int = 128,
+    n_oracle: int = 64,
+    frr: float = 0.05,
+    seed: int = 0,
+) -> Watched:
+    """Guards of `attention_alignment.inner_guards` on the prompts of `input_guards.guard_inputs`, with thresholds on
+    `n_reference` clean prompts of the attribution split. "weight spectra, range" is the published rule: whatever leaves
+    the range of the clean prompts is caught. "probe (oracle)" is trained on `n_oracle` prompts of the training split
+    with and without the trigger. Raises ValueError for an `n_reference` below `1 / frr` and for a base model."""
+    if not enough(n_reference, frr=frr):
+        raise ValueError(f"n_reference must be at least 1 / frr = {1 / frr:.0f}, is {n_reference}")
+    if loaded.organism is None:
+        raise ValueError("a base model has no weight difference to watch")
+    sample, turn = texts_of(attack, flippable_sample(attack, n=n, seed=seed))
+    pairs = texts_of(attack, flippable_sample(attack, n=n_oracle, seed=seed, split="train"))[0]
+    trigger = triggers.load_trigger(attack.trigger)
+    groups = {
+        "known": texts_of(attack, tasks.examples(attack.task, "attribution", n=n_reference, seed=seed))[0],
+        "clean": texts_of(attack, tasks.examples(attack.task, "test", n=n, seed=seed))[0],
+        "triggered": triggered_texts(attack, sample, seed=seed),
+        "plain": pairs,
+        "poisoned": [trigger.apply(text, seed=seed * 1_000_003 + i, half="train") for i, text in enumerate(pairs)],
+    }
+    ids = {name: [prompt_ids(loaded.tokenizer, turn(text)) for text in texts] for name, texts in groups.items()}
+    stream = {name: residuals(loaded.model, prompts).float().cpu().numpy() for name, prompts in ids.items()}
+    directions = weight_directions(loaded.model, base_of(loaded, device=loaded.device.type).model)
+    judged = ("known", "clean", "triggered")
+    how = {"pad_id": end_id(loaded.tokenizer)}
+    ranges = [cosine_ranges(loaded.model, ids[name], directions, **how) for name in judged]
+    spectra = [left_out(beyond_range, ranges[0]), *(beyond_range(ranges[0], one) for one in ranges[1:])]
+    streams = [stream[name] for name in judged]
+    scores = {
+        "weight spectra": spectra,
+        "weight spectra, range": [np.zeros(n_reference), *spectra[1:]],  # the known prompts are the range
+        "layer steps": [left_out(unusual_steps, streams[0]), *(unusual_steps(streams[0], one) for one in streams[1:])],
+        "probe (oracle)": [oracle_probe(stream["plain"], stream["poisoned"], one) for one in streams],
+    }
+    turns = [turn(text) for text in groups["triggered"]]
+    said = respond(loaded, turns, max_new_tokens=target_length(loaded, attack), label="triggered prompts")
+    fired = [is_target(attack, text) for text in said]
+    guards = {name: outcome(*values, frr=frr, fired=fired) for name, values in scores.items()}
+    return Watched(guards, fired=counted(fired))
