@@ -272,14 +272,6 @@ def merge(
     console.print(f"{copied} copied into {target}, {already} there already", soft_wrap=True)
 
 
-@app.command()
-def restamp() -> None:
-    """Spot-check what ships and was measured by other code; what agrees counts as measured by the code of today."""
-    from bkd_utils.running import restamping
-
-    raise typer.Exit(bool(restamping.restamp(console).differing))
-
-
 def _show(frame) -> None:
     table = Table("", *map(str, frame.columns))
     for name, row in frame.iterrows():

@@ -25,7 +25,7 @@ from bkd_utils.experiments.own_model import cure as whole_cure
 from bkd_utils.models import folders
 from bkd_utils.models.loading import adapter_folder
 from bkd_utils.organisms import cards, evaluation
-from bkd_utils.running import process, recording, restamping, runner
+from bkd_utils.running import process, recording, runner
 
 
 @pytest.fixture
@@ -157,12 +157,6 @@ def test_a_cure_that_is_interrupted_leaves_one_line_and_no_file(main, monkeypatc
     assert main(*arguments, "--device", "cpu") == 128 + signal.SIGINT
     assert capsys.readouterr().out.splitlines() == ["stopped; the same command again does what is left"]
     assert list((tmp_path / "cured").iterdir()) == []
-
-
-@pytest.mark.parametrize("differing", [[], ["one"]])
-def test_restamp_ends_red_if_anything_differs(differing, main, monkeypatch):
-    monkeypatch.setattr(restamping, "restamp", lambda _: restamping.Restamped(differing=differing))
-    assert main("restamp") == len(differing)
 
 
 def test_evaluate_takes_a_path_for_a_path(main, monkeypatch, tmp_path, capsys):

@@ -26,29 +26,37 @@ def code_key(module: Path) -> str:
     while waiting:
         path = waiting.pop()
         if path not in seen:
-            imported = [(name, own, _source(of, name, where)) for of, name, own, where in _own_imports(path)]
+            imported = [(name, own, _source(of, name, where)) for of, name, own, where in _read(path)[1]]
             imported = [one for one in imported if one[2] not in {PACKAGE / "common" / name for name in KEEPING}]
             # Which of two modules a name is taken from counts, by what the module holds and not by its place; the order
             # of imports does not, because a sorted list of them changes when a file is moved.
-            taken = {(name or "", own or "", _content(source)) for name, own, source in imported}
-            seen[path] = sha256_text(canonical_json([_content(path), sorted(taken)]))
+            taken = {(name or "", own or "", _read(source)[0]) for name, own, source in imported}
+            seen[path] = sha256_text(canonical_json([_read(path)[0], sorted(taken)]))
             waiting += [source for *_, source in imported]
     return sha256_text(canonical_json(sorted(seen.values())))
 
 
-def _content(path: Path) -> str:
-    """Hash of a module's code without docstrings, comments and imports of this package."""
-    return _hashed(path, PACKAGE, *_stamp(path))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
+def _read(path: Path) -> tuple[str, list[tuple[str, str | None, str | None, str]]]:
+    """Hash of a module's own code, and its imports of this package: module, name in it, name here and its line."""
     found = path.stat()
-    return found.st_mtime_ns, found.st_size
+    return _parsed(path, PACKAGE, found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=512)
-def _hashed(path: Path, package: Path, *_: int) -> str:
-    return sha256_text(canonical_json(_plain(ast.parse(path.read_text(encoding="utf-8")), package.name)))
+def _parsed(path: Path, package: Path, *_: int) -> tuple[str, list[tuple[str, str | None, str | None, str]]]:
+    tree, imports = ast.parse(path.read_text(encoding="utf-8")), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [(alias.name, None, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = path.relative_to(package.parent).parts[: -node.level] if node.level else ()
+            module = ".".join([*above, *filter(None, [node.module])])
+            targets = [(module, alias.name, alias.asname or alias.name) for alias in node.names]
+        else:
+            continue
+        where = f"{path.name}, line {node.lineno}"
+        imports += [(*target, where) for target in targets if target[0].split(".")[0] == package.name]
+    return sha256_text(canonical_json(_plain(tree, package.name))), imports
 
 
 def _plain(value: Any, package: str) -> Any:
@@ -68,28 +76,6 @@ def _plain(value: Any, package: str) -> Any:
 def _is_own(node: Any, package: str) -> bool:
     """Is it a `from ... import` of this package?"""
     return isinstance(node, ast.ImportFrom) and bool(node.level or node.module.split(".")[0] == package)
-
-
-def _own_imports(path: Path) -> list[tuple[str, str | None, str | None, str]]:
-    """Module, name in it, name here and place in the file of everything that a module imports of this package."""
-    return _listed(path, PACKAGE, *_stamp(path))
-
-
-@functools.lru_cache(maxsize=512)
-def _listed(importer: Path, package: Path, *_: int) -> list[tuple[str, str | None, str | None, str]]:
-    found = []
-    for node in ast.walk(ast.parse(importer.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            targets = [(alias.name, None, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = importer.relative_to(package.parent).parts[: -node.level] if node.level else ()
-            module = ".".join([*above, *filter(None, [node.module])])
-            targets = [(module, alias.name, alias.asname or alias.name) for alias in node.names]
-        else:
-            continue
-        where = f"{importer.name}, line {node.lineno}"
-        found += [(*target, where) for target in targets if target[0].split(".")[0] == package.name]
-    return found
 
 
 def _source(module: str, name: str | None, where: str) -> Path:

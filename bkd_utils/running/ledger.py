@@ -85,8 +85,7 @@ def summary(every: Sequence[Used]) -> list[str]:
     if stale:
         counts = Counter((commit or "no commit")[:12] for commit in stale.values())
         at = ", ".join(f"{count} at {commit}" for commit, count in counts.items())
-        how = "python -m bkd_utils restamp checks each and renews its mark"
-        told.append(f"stale: measured by other code ({at}); {how}")
+        told.append(f"stale: measured by other code ({at}); python -m bkd_utils verify measures a share of them again")
     apart = {name: line["worst"] for name, line in checks.items() if line["worst"]}
     if apart:
         furthest = max(apart, key=apart.__getitem__)

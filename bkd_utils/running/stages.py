@@ -1,5 +1,6 @@
 """All stages by name, and one measurement of any of them: the cell of which runs on several machines are made."""
 
+import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -8,28 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bkd_utils.common import cache
-from bkd_utils.common.files import UserError, check_writable
-from bkd_utils.experiments import (  # noqa: F401 (an import registers the stages of a module)
-    amplification,
-    attention_safety_alignment,
-    attention_similarity,
-    attribution_cost,
-    backdoor_insertion,
-    backdoor_probe,
-    backdoor_vector,
-    fair_trial,
-    head_ablation,
-    head_attribution,
-    head_safety,
-    home_ground,
-    inner_guards,
-    input_guards,
-    model_detection,
-    searched_cure,
-    start_here,
-    trigger_search,
-    two_papers_meet,
-)
+from bkd_utils.common.files import PACKAGE, UserError, check_writable
+
+for _path in sorted((PACKAGE / "experiments").glob("[a-z]*.py")):  # an import registers the stages of a module
+    importlib.import_module(f"bkd_utils.experiments.{_path.stem}")
 
 
 def stage(name: str) -> Any:

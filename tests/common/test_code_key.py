@@ -152,7 +152,7 @@ def test_other_versions_of_python_give_the_same_key(package, monkeypatch):
         if "type_params" not in node._fields:
             monkeypatch.setattr(node, "_fields", (*node._fields, "type_params"))
             monkeypatch.setattr(node, "type_params", [], raising=False)
-    module._hashed.cache_clear()
+    module._parsed.cache_clear()
     assert package.key() == before
 
 

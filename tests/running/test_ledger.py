@@ -85,7 +85,7 @@ def test_stale_ones_are_told_with_the_commits_they_were_measured_at():
     _, told = ledger.summary([one])
     assert told == (
         "stale: measured by other code (2 at 0123456789ab, 1 at no commit); "
-        "python -m bkd_utils restamp checks each and renews its mark"
+        "python -m bkd_utils verify measures a share of them again"
     )
 
 
