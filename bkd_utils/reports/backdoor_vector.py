@@ -97,7 +97,7 @@ def costs(found: Mapping[str, TargetCost]) -> Figure:
         seconds = [np.median(getattr(row, way)) for row in found.values()]
         places = np.arange(len(found)) + 0.16 * (i - 1.5)
         kind = ("neutral", "o" if way.startswith("generation") else "s", not way.endswith("cached"))
-        style.dots(axes, seconds, places, kind, ms=5, mew=1, label=label)
+        style.dots(axes, seconds, places, kind, ms=5, mew=1, clip_on=True, label=label)
     names = [f"{name}\n{row.tokens} token{'s' * (row.tokens > 1)}" for name, row in found.items()]
     axes.set_xscale("log")
     rows_down(axes, names, limits=axes.get_xlim())

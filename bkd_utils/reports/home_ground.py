@@ -161,7 +161,8 @@ def ease(found: Mapping[str, Sequence[Pull]], families: Mapping[str, str | None]
     models. `families` and `tasks`: model -> family (None for a clean control), task."""
     clean, known = "none: clean", sorted(set(tasks.values()), reverse=True)
     names = [*sorted({family for family in families.values() if family}), clean]
-    figure, axes = panels(known, height=0.36 * len(names) + 0.7)
+    size = (WIDTH, 0.36 * len(names) + 1.3)
+    figure, axes = plt.subplots(1, len(known), figsize=size, sharex=True, sharey=True, squeeze=False)
     looks = {True: ("organism", "o", True), False: ("clean control", "D", True)}
     for panel, task in zip(axes[0], known, strict=True):
         for model, pulls in found.items():
@@ -169,6 +170,7 @@ def ease(found: Mapping[str, Sequence[Pull]], families: Mapping[str, str | None]
                 place = easiest(pulls).held_out, names.index(families[model] or clean)
                 label = "backdoored model" if families[model] else "clean model"
                 dots(panel, *place, looks[bool(families[model])], alpha=0.75, label=label)
+        panel.set_title(task, fontsize="small")
         panel.set_xscale("log")
     rows_down(axes[0, 0], names, limits=axes[0, 0].get_xlim())
     figure.supxlabel(f"lowest loss toward any label on other prompts (nats), {len(found)} models", fontsize="medium")
