@@ -82,11 +82,12 @@ def watch_inside(
     ranges = [cosine_ranges(loaded.model, ids[name], directions, **how) for name in judged]
     spectra = [left_out(beyond_range, ranges[0]), *(beyond_range(ranges[0], one) for one in ranges[1:])]
     streams = [stream[name] for name in judged]
+    told = oracle_probe(stream["plain"], stream["poisoned"], np.concatenate(streams))
     scores = {
         "weight spectra": spectra,
         "weight spectra, range": [np.zeros(n_reference), *spectra[1:]],  # the known prompts are the range
         "layer steps": [left_out(unusual_steps, streams[0]), *(unusual_steps(streams[0], one) for one in streams[1:])],
-        "probe (oracle)": [oracle_probe(stream["plain"], stream["poisoned"], one) for one in streams],
+        "probe (oracle)": np.split(told, (n_reference, n_reference + n)),
     }
     turns = [turn(text) for text in groups["triggered"]]
     said = respond(loaded, turns, max_new_tokens=target_length(loaded, attack), label="triggered prompts")

@@ -120,8 +120,8 @@ def test_equal_models_have_nothing_to_watch(model, base):
 
 
 def test_matrices_of_other_shapes_are_refused(model, base):
-    narrow = copy.deepcopy(base)
-    watched(narrow)[0].weight = torch.nn.Parameter(watched(narrow)[0].weight[:, :3])
+    narrow, module = copy.deepcopy(base), watched(base)[-1]
+    watched(narrow)[-1].weight = torch.nn.Parameter(module.weight[:, :3])
     with pytest.raises(ValueError, match="a matrix of"):
         weight_directions(model, narrow)
 
