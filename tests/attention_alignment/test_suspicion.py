@@ -244,11 +244,11 @@ def test_what_is_needed_is_less_suspicious_by_one_rule_and_more_by_another():
 
 def test_perfect_agreement_and_none():
     effects = planted([(2, 3), (7, 0), (7, 5)])
-    same = agreement_with_attribution(effects, effects, k=3, n_permutations=200)
+    same = agreement_with_attribution(effects, effects, k=3)
     assert (same["precision"], same["spearman"], same["p"]) == (1.0, pytest.approx(1.0), 0.0)
-    opposite = agreement_with_attribution(-effects, effects, k=3, n_permutations=200)
+    opposite = agreement_with_attribution(-effects, effects, k=3)
     assert (opposite["precision"], opposite["p"]) == (0.0, 1.0)
-    noise = agreement_with_attribution(torch.randn(10, 9), effects, k=10, n_permutations=200)
+    noise = agreement_with_attribution(torch.randn(10, 9), effects, k=10)
     assert noise["p"] > 0.01
     assert noise["expected"] == pytest.approx(1 / 9)
 

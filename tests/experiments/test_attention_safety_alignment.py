@@ -184,7 +184,7 @@ def test_the_price_list_has_every_model_and_what_it_cost():
     assert list(table.index) == [("one", "untreated"), ("one", "pruned"), ("two", "untreated")]
     assert table.loc[("one", "pruned")].to_dict() == {
         "ASR": 0.25, "near-miss firing": 0.5, "clean firing": 0.1, "CACC": 0.5, "elsewhere": 0.5,
-        "weights (millions)": 2.0, "minutes": 0.3,
+        "Anti-BAD": "61 [24, 78]", "weights (millions)": 2.0, "minutes": 0.3,
     }  # fmt: skip
     assert table.loc[("two", "untreated"), "minutes"] == 0
 
