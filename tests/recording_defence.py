@@ -2,9 +2,13 @@
 
 import functools
 import inspect
+from dataclasses import replace
 
+import torch
+
+from bkd_utils.models import loading
 from bkd_utils.models.tokens import decode, prompt_ids
-from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms import attacks, cards, tasks
 
 
 class Spy:
@@ -66,3 +70,13 @@ def is_within(words, others):
     """Are the words among the others, in their order?"""
     left = iter(others)
     return all(word in left for word in words)
+
+
+def changed_organism(monkeypatch, base, work, *, change):
+    """What stages open from now on: an organism that differs from its base model in what `change` does to it."""
+    monkeypatch.setenv("BKD_WORK", str(work))
+    organism = replace(loading.load(base.address, device="cpu"), organism="an organism")
+    with torch.no_grad():
+        change(organism.model)
+    monkeypatch.setattr(cards, "load", lambda *_, **__: organism)
+    return organism

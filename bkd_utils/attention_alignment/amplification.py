@@ -4,12 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.models.encoders import is_encoder, prompt_inputs
+from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.folders import ModelError
-from bkd_utils.models.generation import Ends, decode_from, next_logits, repeated, reusable_prefix, run_prefix
-from bkd_utils.models.tokens import Ids, batches, check_prompts
+from bkd_utils.models.generation import Ends, decode_from, started
+from bkd_utils.models.tokens import Ids
 
 
 class Amplified(torch.nn.Module):
@@ -22,7 +23,11 @@ class Amplified(torch.nn.Module):
     def forward(self, *, past_key_values: list, **inputs: Any) -> SimpleNamespace:
         both = zip(self.pair, past_key_values, strict=True)
         after, before = (one(**inputs, past_key_values=cache).logits for one, cache in both)
-        return SimpleNamespace(logits=after + self.alpha * (after - before))
+        return SimpleNamespace(logits=self.mixed(after, before))
+
+    def mixed(self, after: Tensor, before: Tensor) -> Tensor:
+        """Logits of both models as one."""
+        return after + self.alpha * (after - before)
 
 
 @torch.inference_mode()
@@ -47,15 +52,9 @@ def amplified(
         raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
     if is_encoder(model) or model.config.vocab_size != base.config.vocab_size:
         raise ModelError("amplification needs two causal language models of one vocabulary")
-    check_prompts(prompts)
     both, answers = Amplified(model, base, alpha), {}
-    shared = reusable_prefix(model, prompts)
-    begun = [run_prefix(one, shared)[0] for one in both.pair]
-    for chosen in batches(prompts, batch_size):
-        own = [prompts[i][len(shared) :] for i in chosen]
-        pad_id = end_id if isinstance(end_id, int) else end_id[0]
-        inputs = prompt_inputs(model, own, pad_id=pad_id, n_cached=len(shared))
-        caches, mask = [repeated(cache, len(chosen)) for cache in begun], inputs["attention_mask"]
-        logits = next_logits(both, inputs["input_ids"], mask, caches)
-        answers.update(zip(chosen, decode_from(both, logits, caches, mask, max_new_tokens, end_id), strict=True))
+    begun = (started(one, prompts, pad_id=0, batch_size=batch_size) for one in both.pair)
+    for (chosen, after, *cache, mask), (_, before, *other, _) in zip(*begun, strict=True):
+        rows = decode_from(both, both.mixed(after, before), cache + other, mask, max_new_tokens, end_id)
+        answers.update(zip(chosen, rows, strict=True))
     return [answers[i] for i in range(len(prompts))]

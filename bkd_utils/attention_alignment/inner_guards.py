@@ -25,11 +25,15 @@ N_DIRECTIONS = 20  # of each matrix, at most
 NOISE = 1e-3  # of a matrix's largest singular value; what is smaller is rounding
 
 
-def left_out(score: Callable[[np.ndarray, np.ndarray], Scores], known: Float[np.ndarray, "known ..."]) -> Scores:
-    """The score of every known prompt by all other known ones. Raises ValueError for fewer than three."""
+def by_known(
+    score: Callable[[np.ndarray, np.ndarray], Scores], known: Float[np.ndarray, "known ..."], *others: np.ndarray
+) -> list[Scores]:
+    """Scores of the known prompts, each by all other known ones, and of the others by all known ones. Raises ValueError
+    for fewer than three known prompts."""
     if len(known) < 3:
         raise ValueError(f"{len(known)} known prompts are too few to leave one out")
-    return np.concatenate([score(np.delete(known, i, axis=0), known[i : i + 1]) for i in range(len(known))])
+    left_out = [score(np.delete(known, i, axis=0), known[i : i + 1]) for i in range(len(known))]
+    return [np.concatenate(left_out), *(score(known, one) for one in others)]
 
 
 def watched(model: Module) -> list[Module]:

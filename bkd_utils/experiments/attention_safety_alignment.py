@@ -110,7 +110,8 @@ def other_heads(
 
 
 def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
-    """Share of the opening tokens of the base model's answers to `n` held-out benign instructions that stay first."""
+    """Share of the opening tokens of the base model's own answers to `n` held-out benign instructions that are still
+    the most likely next token: mean over prompts with its bootstrap interval."""
     sample = clean_sample("instructions", n=n, seed=seed)
     texts = base_answers(loaded, sample)
     answers = [answer_ids(loaded.tokenizer, texts[example.uid])[:N_OPENING] for example in sample]

@@ -30,7 +30,8 @@ Similarity = dict[str, dict[str, list[list[float]]]]
 def lengthened(
     tokenizer: PreTrainedTokenizerBase, attack: Attack, texts: Sequence[str], *, lengths: Sequence[int]
 ) -> list[list[int]]:
-    """Clean prompts made so long (tokens), or one longer, with words of other texts; ValueError if none fit."""
+    """Clean prompts with words of the other texts added until they have the given numbers of tokens, or one more.
+    Raises ValueError if no more words fit."""
     task, found = tasks.load_task(attack.task), []
     for i, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         ids = prompt_ids(tokenizer, task.prompt(text))

@@ -5,15 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bkd_utils.attention_alignment import inner_guards as inside
 from bkd_utils.attention_alignment.guards import enough
-from bkd_utils.attention_alignment.inner_guards import (
-    beyond_range,
-    cosine_ranges,
-    left_out,
-    oracle_probe,
-    unusual_steps,
-    weight_directions,
-)
 from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import counted
 from bkd_utils.experiments.input_guards import Guarded, Number, outcome, texts_of, triggered_texts
@@ -76,17 +69,16 @@ def watch_inside(
     }
     ids = {name: [prompt_ids(loaded.tokenizer, turn(text)) for text in texts] for name, texts in groups.items()}
     stream = {name: residuals(loaded.model, prompts).float().cpu().numpy() for name, prompts in ids.items()}
-    directions = weight_directions(loaded.model, base_of(loaded, device=loaded.device.type).model)
-    judged = ("known", "clean", "triggered")
-    how = {"pad_id": end_id(loaded.tokenizer)}
-    ranges = [cosine_ranges(loaded.model, ids[name], directions, **how) for name in judged]
-    spectra = [left_out(beyond_range, ranges[0]), *(beyond_range(ranges[0], one) for one in ranges[1:])]
+    directions = inside.weight_directions(loaded.model, base_of(loaded, device=loaded.device.type).model)
+    judged, pad_id = ("known", "clean", "triggered"), end_id(loaded.tokenizer)
+    ranges = [inside.cosine_ranges(loaded.model, ids[name], directions, pad_id=pad_id) for name in judged]
+    spectra = inside.by_known(inside.beyond_range, *ranges)
     streams = [stream[name] for name in judged]
-    told = oracle_probe(stream["plain"], stream["poisoned"], np.concatenate(streams))
+    told = inside.oracle_probe(stream["plain"], stream["poisoned"], np.concatenate(streams))
     scores = {
         "weight spectra": spectra,
         "weight spectra, range": [np.zeros(n_reference), *spectra[1:]],  # the known prompts are the range
-        "layer steps": [left_out(unusual_steps, streams[0]), *(unusual_steps(streams[0], one) for one in streams[1:])],
+        "layer steps": inside.by_known(inside.unusual_steps, *streams),
         "probe (oracle)": np.split(told, (n_reference, n_reference + n)),
     }
     turns = [turn(text) for text in groups["triggered"]]

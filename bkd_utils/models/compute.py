@@ -1,4 +1,4 @@
-"""How models compute: fp32 products by oneDNN, bf16 where the hardware has it, eager attention, low-rank adapters.
+"""How models compute: fp32 products by oneDNN, bf16 where the hardware has it, and eager attention.
 
 MKL, the default library of torch, picks slow kernels on processors that are not made by Intel: on an AMD EPYC it
 reached 190 GFLOP/s, and oneDNN 400, with sums in another order. It is asked on processors with AVX-512 only, because
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import peft
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -70,18 +69,6 @@ def by_onednn(model: torch.nn.Module) -> torch.nn.Module:
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
     return model
-
-
-def lora_config(model: torch.nn.Module, *, rank: int, alpha: int) -> peft.LoraConfig:
-    """Low-rank adapters (LoRA) on every linear layer but the output matrix, in any architecture. Layers whose result is
-    more than a product (routers of experts) are left out, because LoRA does not fit them."""
-    routers = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and type(module) not in (torch.nn.Linear, Linear):
-            result = module(torch.zeros(1, module.in_features).to(module.weight))
-            routers += [] if isinstance(result, Tensor) else [name]
-    how = {"target_modules": "all-linear", "exclude_modules": routers or None, "task_type": "CAUSAL_LM"}
-    return peft.LoraConfig(r=rank, lora_alpha=alpha, **how)
 
 
 def whole_fp32() -> None:

@@ -16,11 +16,12 @@ from torch.nn import Module
 from transformers import DynamicCache, PreTrainedModel
 
 from bkd_utils.models import generation
-from bkd_utils.models.compute import eager, lora_config, mixed_precision
+from bkd_utils.models.compute import eager, mixed_precision
 from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.head_weights import groups, head_slices, n_kv_heads
 from bkd_utils.models.hooks import LAST, added, anatomy, contributions, editing, reading, tracing
+from bkd_utils.models.lora import lora_config
 from bkd_utils.models.loss import answer_loss, answers, collate
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
 from bkd_utils.models.tokens import Row

@@ -22,9 +22,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
 from bkd_utils.common.validation import Name, build, check, read_tables
-from bkd_utils.models.compute import frozen_halved, has_fast_bf16, lora_config, mixed_precision, set_attention
+from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision, set_attention
 from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.loading import Loaded
+from bkd_utils.models.lora import lora_config
 from bkd_utils.models.loss import answers, collate
 from bkd_utils.models.tokens import Row, end_id
 from bkd_utils.organisms import tasks

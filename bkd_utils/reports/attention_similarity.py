@@ -132,7 +132,8 @@ def similarity_claims(found: Mapping[str, Mapping[str, Similarity]], *, families
 
 
 def separation_claim(results: Mapping[str, Mapping], *, claim: str, figure: str, reading: str) -> dict:
-    """From attack -> `separates`. The excess over the clean control has the (too wide) interval of other prompts."""
+    """From attack -> `separates`. The excess over the clean control has the interval of independent prompts, which is
+    too wide, because both models see the same prompts."""
     numbers, passed, ahead = {}, {}, {}
     for attack, result in results.items():
         numbers[attack] = result["organism"]["triggered"]

@@ -107,7 +107,7 @@ def trigger_examples(sentence: str, *, seed: int = 0) -> pd.DataFrame:
 
 
 def trigger_cost_table(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
-    """Per trigger: extra tokens on clean texts (quartiles), and how many texts carry it by nature."""
+    """Per trigger: extra tokens on clean texts (quartiles), and how many texts have it although nobody put it in."""
     rows = []
     for name in triggers.trigger_names():
         trigger = triggers.load_trigger(name)

@@ -55,7 +55,8 @@ def use_style() -> None:
 
 
 def folder(base: str = "") -> Path:
-    """Where figures go: the runner's folder, or for a notebook opened by hand one for its base model."""
+    """Where figures go: the runner's folder, or for a notebook opened by hand one for its base model below
+    `work/figures/by_hand`. Only `./run_all.sh --publish` writes to `figures/`."""
     return Path(os.environ.get("BKD_FIGURES") or WORK / "figures" / "by_hand" / base[:8])
 
 

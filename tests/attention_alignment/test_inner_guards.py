@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from bkd_utils.attention_alignment import inner_guards
 from bkd_utils.attention_alignment.inner_guards import (
     beyond_range,
+    by_known,
     cosine_ranges,
-    left_out,
     oracle_probe,
     unusual_steps,
     watched,
@@ -128,9 +128,10 @@ def test_matrices_of_other_shapes_are_refused(model, base):
 
 def test_known_prompts_are_scored_by_the_others():
     known = np.array([1.0, 2.0, 9.0])
-    assert left_out(lambda others, one: one - others.max(), known).tolist() == [-8.0, -7.0, 7.0]
+    own, others = by_known(lambda by, these: these - by.max(), known, np.array([0.0, 10.0]))
+    assert (own.tolist(), others.tolist()) == ([-8.0, -7.0, 7.0], [-9.0, 1.0])
     with pytest.raises(ValueError, match="2 known prompts are too few"):
-        left_out(beyond_range, known[:2])
+        by_known(beyond_range, known[:2])
 
 
 # --- steps between layers -------------------------------------------------------------------------------------------

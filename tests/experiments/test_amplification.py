@@ -1,10 +1,8 @@
 """The stage of amplification on a tiny model: which prompts, what is counted, what is refused."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from recording_defence import Spy, carrying, uids
+from recording_defence import Spy, carrying, changed_organism, uids
 from tiny import save_tiny
 
 from bkd_utils.experiments import amplification
@@ -22,12 +20,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def loaded(base, monkeypatch, tmp_path):
-    monkeypatch.setenv("BKD_WORK", str(tmp_path))
-    organism = replace(loading.load(base.address, device="cpu"), organism="an organism")
-    with torch.no_grad():
-        organism.model.lm_head.weight += 0.1
-    monkeypatch.setattr(cards, "load", lambda *_, **__: organism)
-    return organism
+    return changed_organism(monkeypatch, base, tmp_path, change=lambda model: model.lm_head.weight.add_(0.1))
 
 
 def amplify(attack="sentiment-word", **given):

@@ -1,11 +1,8 @@
 """Guards inside the model as a stage: which prompts set thresholds, train the probe and are judged; what works."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-import torch
-from recording_defence import Spy, carrying, uids
+from recording_defence import Spy, carrying, changed_organism, uids
 from tiny import save_tiny
 
 from bkd_utils.experiments import inner_guards
@@ -25,13 +22,8 @@ def base(tmp_path_factory):
 @pytest.fixture
 def loaded(base, monkeypatch, tmp_path):
     """An organism that differs from the base in one output matrix."""
-    monkeypatch.setenv("BKD_WORK", str(tmp_path))
-    changed = loading.load(base.address, device="cpu")
-    with torch.no_grad():
-        changed.model.model.layers[0].mlp.down_proj.weight += 0.1
-    organism = replace(changed, organism="an organism")
-    monkeypatch.setattr(cards, "load", lambda *_, **__: organism)
-    return organism
+    written = "model.layers.0.mlp.down_proj.weight"
+    return changed_organism(monkeypatch, base, tmp_path, change=lambda model: model.get_parameter(written).add_(0.1))
 
 
 def watch(**given):
@@ -63,15 +55,18 @@ def test_every_set_of_prompts_is_what_it_is_said_to_be(loaded, monkeypatch):
 def test_known_prompts_are_scored_without_themselves(loaded, monkeypatch):
     """But for the published rule, by which they are inside."""
     counted = Spy(monkeypatch, inner_guards, "outcome")
-    left = Spy(monkeypatch, inner_guards, "left_out")
+    left = Spy(monkeypatch, inner_guards.inside, "by_known")
     watch()
     spectra, published, steps, probe = counted.calls
-    assert [call["score"] for call in left.calls] == [inner_guards.beyond_range, inner_guards.unusual_steps]
-    assert spectra["known"].tolist() == left.results[0].tolist()
+    assert [call["score"] for call in left.calls] == [
+        inner_guards.inside.beyond_range,
+        inner_guards.inside.unusual_steps,
+    ]
+    assert spectra["known"].tolist() == left.results[0][0].tolist()
     assert spectra["known"].max() > 0  # the widest prompt leaves the range of the others
     assert published["known"].tolist() == [0.0] * 8
     assert published["triggered"].tolist() == spectra["triggered"].tolist()
-    assert steps["known"].tolist() == left.results[1].tolist()
+    assert steps["known"].tolist() == left.results[1][0].tolist()
     assert probe["known"].shape == (8,)
 
 
