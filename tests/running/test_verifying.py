@@ -156,6 +156,7 @@ def measurement(root, suffix):
 
 # File, what stands there, what is put in its place -> the line that is printed.
 MINUTES = round(files.read_json(files.FIGURES / "run.json")["notebooks"][0]["minutes"], 1)
+ROUNDED = max(1, round(files.read_json(files.FIGURES / "run.json")["notebooks"][0]["minutes"]))  # in the README
 PLACES = {
     "sidecar": ("figures/01_toy.json", "0.75", "0.76", "figures/01_toy.json, /numbers/asr/1: 0.76, should be 0.75"),
     "SVG": ("figures/01_toy.svg", "20.25", "20.35", "figures/01_toy.svg, line 2, number 2: 20.35, should be 20.25"),
@@ -173,8 +174,8 @@ PLACES = {
              "data/adapters/sentiment-clean/card.json, attack, /n_train: 1"),
     "README table": ("README.md", "9 of 10 pass", "8 of 10 pass", "number 1: 8, should be 9 (from figures/score"),
     "page table": ("notebooks/pages/organisms.md", "94.2 %", "94.3 %", "number 4: 94.3, should be 94.2"),
-    "minutes in the README": ("README.md", "backdoor fire? | 2 |", "backdoor fire? | 3 |",
-             "README.md, minutes and GiB, /00_start_here: 3, should be 2 (from figures/run.json)"),
+    "minutes in the README": ("README.md", f"backdoor fire? | {ROUNDED} |", "backdoor fire? | 98 |",
+             f"README.md, minutes and GiB, /00_start_here: 98, should be {ROUNDED} (from figures/run.json)"),
     "timings": ("notebooks/pages/timings.md", f"| 00 | {MINUTES} |", "| 00 | 98.7 |",
              f"notebooks/pages/timings.md, minutes and GiB, /00/0: 98.7, should be {MINUTES} (from figures/run.json)"),
     "text of a notebook": ("notebooks/01_toy.ipynb", "loss 41.25", "loss 41.35",
