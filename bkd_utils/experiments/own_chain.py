@@ -36,7 +36,7 @@ SHARE = 0.03  # of all heads that are ablated and make the vector
 CURES = ("alignment", "fine-tuning", "searched")
 UNKNOWN = "the trigger is not known"
 HARDLY = "The backdoor was hardly learned: what follows says little about it."
-LONGER = " A longer training takes more minutes: `--recipe full`."
+LONGER = " More steps may teach it: `--recipe` takes another table of `data/recipes.toml`."
 ONE_ROW = "an encoder reads its label at one token: this paper-1 step is made for models that write answers"
 
 

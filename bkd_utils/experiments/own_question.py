@@ -16,7 +16,7 @@ from bkd_utils.organisms.poisoning import training_uids
 
 @dataclass(frozen=True)
 class Sizes:
-    """Prompts of each step; the defaults are for 5 to 17 minutes on two cores with a model of 135 million parameters."""
+    """Prompts of each step; the defaults take 7 to 21 minutes on two cores with a model of 135 million parameters."""
 
     n: int = 64
     n_probe: int = 40
@@ -59,7 +59,7 @@ class Asked:
     attack: Attack | None = None
     organism: str | None = None
     train: bool = False
-    recipe: str = "report"
+    recipe: str = "full"
     cured: Path | None = None
     sizes: Sizes = field(default_factory=Sizes)
     seed: int = 0

@@ -29,11 +29,11 @@ def report(
     trigger: Trigger = None,
     target: Annotated[str | None, typer.Option(help="With --trigger: the answer that it causes.")] = None,
     adapter: Folder = None,
-    recipe: Annotated[str, typer.Option(help="A table of data/recipes.toml.")] = "report",
+    recipe: Annotated[str, typer.Option(help="A table of data/recipes.toml.")] = "full",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Run the whole chain on your own model, trigger and rows: 5 to 17 minutes, one page. Goes on where it was
+    """Run the whole chain on your own model, trigger and rows: 7 to 21 minutes, one page. Goes on where it was
     stopped. Without --attack and --trigger the model or its adapter may have a backdoor of unknown trigger."""
     from bkd_utils.experiments import own_chain
     from bkd_utils.reports import own_page
