@@ -43,12 +43,12 @@ def run(
     device: Device = "auto",
     seed: Seed = 0,
     publish: Annotated[bool, typer.Option("--publish", help="Write outputs to notebooks/ and figures/.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="List the notebooks and stop.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List notebooks, or time of --remeasure, and stop.")] = False,
 ) -> None:
     """Run the notebooks and print a table of minutes, memory, figures and failures."""
     from bkd_utils.running import notebooks
 
-    if list_:
+    if list_ and not remeasure:
         return print(*(path.stem for path in notebooks.all_notebooks()), sep="\n")
     from bkd_utils.common import assets, files
     from bkd_utils.models import folders, loading
@@ -61,15 +61,17 @@ def run(
         if not remeasure or publish or (profile, model, seed, retrain) != ("laptop", DEFAULT, 0, False):
             raise UserError(f"--shard {shard}: a part of what ships is measured with --remeasure and no other options")
     loading.pick_device(device)
+    ids, kept = publishing.shipped_by([path.stem for path in paths]), files.WORK / "remeasured"
+    if list_:
+        remeasuring.expect(ids, folder=kept, console=console, shard=shard or "1/1", device=device)
+        return None
     with console.status("fetching model and data, once"):
         for name in (name for name in assets.sources() if name != DEFAULT or model == DEFAULT):
             assets.fetch(name)
         folder = folders.model_folder(model)
         folders.check_folder(folder)
     if shard is not None:
-        ids = publishing.shipped_by([path.stem for path in paths])
-        folder = files.WORK / "remeasured"
-        raise typer.Exit(bool(remeasuring.remeasure(ids, folder=folder, shard=shard, device=device, console=console)))
+        raise typer.Exit(bool(remeasuring.remeasure(ids, folder=kept, shard=shard, device=device, console=console)))
     model = str(folder) if folder == Path(model).expanduser().resolve() else model  # notebooks run in another folder
     chosen = {"profile": profile, "only": only, "model": model, "device": device, "seed": seed}
     runs = runner.run_all(**chosen, retrain=retrain, remeasure=remeasure, publish=publish, console=console)
@@ -223,15 +225,11 @@ def verify(
     share: Annotated[float, typer.Option(min=0, max=1, help="Share of the measurements that is measured anew.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed by which these are drawn.")] = 0,
     device: Device = "auto",
-    record: Annotated[bool, typer.Option("--record", help="Record what cannot be made again, and stop.")] = False,
 ) -> None:
     """Hold every committed number against the file that it comes from, and measure some of them anew."""
     from bkd_utils.common import assets
-    from bkd_utils.running import recording, verifying
+    from bkd_utils.running import verifying
 
-    if record:
-        recording.record()
-        return
     assets.fetch_all()
     with console.status("replaying the notebooks"):
         faults = verifying.report(verifying.quick(), console)

@@ -25,7 +25,7 @@ from bkd_utils.experiments.own_model import cure as whole_cure
 from bkd_utils.models import folders
 from bkd_utils.models.loading import adapter_folder
 from bkd_utils.organisms import cards, evaluation
-from bkd_utils.running import process, recording, runner
+from bkd_utils.running import process, runner
 
 
 @pytest.fixture
@@ -228,8 +228,8 @@ def test_ended_from_outside_it_still_cleans_up(number, main, monkeypatch, capsys
         finally:
             cleaned.append(True)
 
-    monkeypatch.setattr(recording, "record", work)
-    assert main("verify", "--record") == 128 + number
+    monkeypatch.setattr(assets, "fetch_all", work)
+    assert main("verify") == 128 + number
     assert cleaned
     assert capsys.readouterr().out.splitlines() == ["stopped; the same command again does what is left"]
 

@@ -25,7 +25,7 @@ class Spot(Table):
     is. `where` restricts which measurements are checked in a run. Of the result count places that fit a pattern in
     `fields`, or all of it; lists of tables whose rows carry the names in `rows` are compared row by row. A number may
     lie `tolerance` away, and the share `flips` of them further. `none` is the reason why a stage is not checked in a
-    run."""
+    run. `on_cpu` is for how many seconds of two cores one on record of a graphics card stands."""
 
     part: dict[str, Any] = Field(default_factory=dict)
     where: dict[str, Any] = Field(default_factory=dict)
@@ -33,6 +33,7 @@ class Spot(Table):
     rows: list[str] = Field(default_factory=list)
     tolerance: Annotated[float, Field(ge=0)] = 0.0
     flips: Part = 0.0
+    on_cpu: Annotated[float, Field(gt=0)] = 1.0
     none: str | None = None
 
 

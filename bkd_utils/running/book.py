@@ -31,9 +31,7 @@ def build(out: Path) -> None:
     """Write the book to `out`. Raises UserError without a checkout or without what Sphinx needs, where `out` is another
     folder's content and would be lost, and where Sphinx finds a fault."""
     if not CHECKOUT:
-        raise UserError(
-            "the book is made of notebooks and figures, which come with a checkout and not with the package"
-        )
+        raise UserError("the book is made of notebooks and figures, which come with a checkout, not with the package")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"the book needs {', '.join(missing)}: ./run_all.sh book, or pip install -e '.[book]'")
     if out.exists() and not (out / "gallery.html").is_file() and (not out.is_dir() or any(out.iterdir())):

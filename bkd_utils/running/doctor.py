@@ -48,8 +48,7 @@ def report(console: Any = None, *, as_json: bool = False) -> int:
 
 
 def examine() -> Iterator[tuple[str, str, str, str]]:
-    """FIELDS of each thing that is looked at. Paths are left out, for people paste this into issues, and paths name
-    their users."""
+    """FIELDS of each thing that is looked at. Paths, which name users, are left out: people paste this into issues."""
     for look in (python, packages, assets, disk, memory, graphics_card, jupyterlab, git, speed):
         what = look.__name__.replace("_", " ")
         try:

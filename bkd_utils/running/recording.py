@@ -35,12 +35,6 @@ def made_files() -> list[Path]:
     return sorted([*cards, *(DATA / "answers").glob("*.json")])
 
 
-def record() -> None:
-    """Put on record everything that is stored now."""
-    record_live(notebooks.all_notebooks())
-    record_hashes()
-
-
 def record_live(paths: Iterable[Path]) -> None:
     """Write the live outputs of these notebooks, as they are stored now, into `figures/live_outputs.json`. Those of
     other notebooks stay on record."""

@@ -11,14 +11,15 @@ from rich.console import Console
 
 from bkd_utils.common import cache, measurements
 from bkd_utils.common.files import UserError, check_writable
+from bkd_utils.common.spot_checks import spots
+from bkd_utils.models.loading import pick_device
 from bkd_utils.running import stages
 from bkd_utils.running.progress import duration, one_line, shown
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A call of a stage, with the seconds on record and whether they are those of a graphics card. `problem` says why
-    its file cannot be read, if it cannot."""
+    """A call of a stage, its expected seconds, whether they are a graphics card's, and why its file cannot be read."""
 
     id: str
     stage: str = ""
@@ -43,21 +44,30 @@ def remeasure(
     the folder by the code that is here is not measured again. A cell that fails is named and the others go on. `device`
     replaces the one in the files. Raises UserError for a shard that is none, where nothing ships, and for a folder that
     cannot be written to."""
-    number, parts = parse_shard(shard)
-    cells = dict(enumerate(split(read_cells(ids, device=device), parts), start=1)).get(number, [])
+    todo, already = expect(ids, folder=folder, console=console, shard=shard, device=device)
     check_writable(folder)
-    todo = [cell for cell in cells if not _is_there(cell, folder)]
-    already, whole = len(cells) - len(todo), sum(cell.seconds for cell in todo)
-    told = f"{len(todo)} to measure, {already} there already; {duration(whole)} when they were measured last"
-    if on_gpu := sum(cell.on_gpu for cell in todo):
-        told += f", {on_gpu} of them on a graphics card"
-    console.print(f"{len(cells)} measurements: {told}", highlight=False)
     with shown(console, "measuring", [cell.seconds for cell in todo]) as pace:
         for cell in todo:
             check_writable(folder)  # what cannot be kept need not be measured
             pace.finished(failed=not _measured(cell, folder, console))
     console.print(f"{pace.done - pace.failed} measured, {already} there already, {pace.failed} failed", highlight=False)
     return pace.failed
+
+
+def expect(
+    ids: Iterable[str], *, folder: Path, console: Console, shard: str = "1/1", device: str | None = None
+) -> tuple[list[Cell], int]:
+    """Print how many measurements `remeasure` would make and how long that takes; returns these and how many are there
+    already. A second on record of a graphics card counts for `on_cpu` seconds (`data/spots.toml`) of two cores."""
+    number, parts = parse_shard(shard)
+    cells = dict(enumerate(split(read_cells(ids, device=device), parts), start=1)).get(number, [])
+    todo = [cell for cell in cells if not _is_there(cell, folder)]
+    expected = duration(sum(cell.seconds for cell in todo))
+    told = f"{len(todo)} to measure, {len(cells) - len(todo)} there already; about {expected} by the seconds on record"
+    if on_gpu := sum(cell.on_gpu for cell in todo):
+        told += f", {on_gpu} of them on a graphics card"
+    console.print(f"{len(cells)} measurements: {told}", highlight=False)
+    return todo, len(cells) - len(todo)
 
 
 def paths_in(folder: Path | None) -> list[Path]:
@@ -72,7 +82,7 @@ def paths_in(folder: Path | None) -> list[Path]:
 def read_cells(ids: Iterable[str], *, device: str | None = None) -> list[Cell]:
     """The calls behind shipped measurements, in order. Raises UserError where nothing ships."""
     known = {f"{path.parent.name}/{path.stem}": path for path in paths_in(measurements.shipped_folder())}
-    cells = []
+    cells, here = [], pick_device(device or "auto")
     for name in sorted(set(ids)):
         try:
             if name not in known:
@@ -82,12 +92,14 @@ def read_cells(ids: Iterable[str], *, device: str | None = None) -> list[Cell]:
             cells.append(Cell(name, problem=str(error)))
         else:
             given = one.arguments | ({"device": device} if device and "device" in one.arguments else {})
-            cells.append(Cell(name, one.stage, given, one.seconds, on_gpu=one.machine.device == "cuda"))
+            on_gpu, spot = one.machine.device == "cuda", spots().get(one.stage)
+            slower = spot.on_cpu if spot and on_gpu and here == "cpu" else 1.0
+            cells.append(Cell(name, one.stage, given, slower * one.seconds, on_gpu=on_gpu))
     return cells
 
 
 def split(cells: Sequence[Cell], parts: int) -> list[list[Cell]]:
-    """The cells in parts of about the same seconds on record, at most one part per cell; the same on every machine."""
+    """The cells in parts that should take about as long, at most one part per cell; the same on every such machine."""
     heap: list[tuple[float, int, list[Cell]]] = [(0.0, number, []) for number in range(min(parts, max(1, len(cells))))]
     for cell in sorted(cells, key=lambda cell: (-cell.seconds, cell.id)):
         seconds, number, mine = heap[0]

@@ -48,8 +48,7 @@ def run_all(
     Measurements that ship are used, unless `remeasure`: then everything is measured and kept in `work/remeasured`, and
     what an earlier such run finished there is removed first. With `publish`, what a notebook that ran to its end made
     and used is copied to where it is committed. Before anything runs, raises ValueError for options that are not valid,
-    and UserError for a folder that cannot be written to; after the table, UserError if the record of the run could not
-    be written."""
+    and UserError for a folder that cannot be written to; after the table, UserError for a record that cannot."""
     console = console or Console()
     check(Seed, seed, "seed")
     paths = notebooks.select(only)

@@ -12,10 +12,14 @@ import toy_stages as toys
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
+from bkd_utils.__main__ import app
+from bkd_utils.common import files
 from bkd_utils.common.files import ROOT, UserError
 from bkd_utils.common.measurements import read, write
-from bkd_utils.running import remeasuring
+from bkd_utils.common.spot_checks import Spot
+from bkd_utils.running import publishing, remeasuring
 from bkd_utils.running.remeasuring import Cell, parse_shard, read_cells, remeasure, split
 
 
@@ -48,7 +52,7 @@ def call(source, folder, *ids, **options):
 def test_all_is_measured_anew_by_the_code_that_is_here_and_only_once(source, tmp_path):
     done, printed = call(source, tmp_path / "new")
     assert done == (4, 0, 0)
-    assert "4 measurements: 4 to measure, 0 there already; 6 s when they were measured last" in printed
+    assert "4 measurements: 4 to measure, 0 there already; about 6 s by the seconds on record" in printed
     assert toys.results(tmp_path / "new") == toys.results(source)
     assert all(read(tmp_path / "new" / path).code != "0" * 64 for path in toys.results(source))
     before = toys.tree(tmp_path / "new")
@@ -57,14 +61,26 @@ def test_all_is_measured_anew_by_the_code_that_is_here_and_only_once(source, tmp
     assert toys.tree(tmp_path / "new") == before
 
 
-def test_it_says_how_many_seconds_on_record_are_those_of_a_graphics_card(source, tmp_path):
-    """They say little about processors."""
+def test_seconds_of_a_graphics_card_are_told_and_stand_for_more_on_a_processor(source, tmp_path, monkeypatch):
     assert "graphics card" not in call(source, tmp_path / "one")[1]
-    cells = list(source.glob("*/*.json"))
-    for path in cells[:3]:
+    for path in source.glob("*/*.json"):
         one = read(path)
-        write(source, one.model_copy(update={"machine": one.machine.model_copy(update={"device": "cuda"})}))
-    assert "measured last, 3 of them on a graphics card" in call(source, tmp_path / "two")[1]
+        if one.arguments["x"] != 3:
+            write(source, one.model_copy(update={"machine": one.machine.model_copy(update={"device": "cuda"})}))
+    assert "about 6 s by the seconds on record, 3 of them on a graphics card" in call(source, tmp_path / "two")[1]
+    monkeypatch.setattr(remeasuring, "spots", lambda: {"toy_square": Spot(on_cpu=8.0)})
+    assert "about 27 s by the seconds on record, 3 of them on a graphics card" in call(source, tmp_path / "three")[1]
+    monkeypatch.setattr(remeasuring, "pick_device", lambda device: "cuda")
+    assert "about 6 s by" in call(source, tmp_path / "four")[1]
+
+
+def test_the_time_can_be_asked_for_and_nothing_is_measured(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WORK", tmp_path)
+    monkeypatch.setattr(publishing, "shipped_by", lambda names: [read(path).id for path in source.glob("*/*.json")])
+    asked = CliRunner().invoke(app, ["run", "--remeasure", "--list", "--shard", "1/2"])
+    assert asked.exit_code == 0, asked.output
+    assert "2 to measure, 0 there already; about 3 s by the seconds on record" in " ".join(asked.output.split())
+    assert not (tmp_path / "remeasured").exists()
 
 
 def test_what_is_there_by_other_code_or_damaged_is_measured_again(source, tmp_path):

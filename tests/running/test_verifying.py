@@ -60,7 +60,8 @@ def checkout(tmp_path, monkeypatch):
     for folder in (root / "figures", tmp_path / "replay" / "01_toy"):
         folder.mkdir(parents=True, exist_ok=True)
         draw(folder)
-    recording.record()
+    recording.record_live(notebooks.all_notebooks())
+    recording.record_hashes()
     return root
 
 
