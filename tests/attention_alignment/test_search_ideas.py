@@ -136,7 +136,8 @@ def test_vectors_inside_keep_to_a_share_of_the_stream():
     pulled = [torch.tensor([row.prompt]) for row in ROWS if row.answer[0] == 6]
     stream = [model(ids, output_hidden_states=True).hidden_states[1][0, -3:] for ids in pulled]
     bound = 0.5 * torch.cat(stream).norm(dim=-1).median()
-    torch.testing.assert_close(found.vectors.norm(dim=-1), bound.expand(3), rtol=1e-4, atol=0)
+    # The stream is read in bf16 where the machine has it.
+    torch.testing.assert_close(found.vectors.norm(dim=-1), bound.expand(3), rtol=1e-2, atol=0)
 
 
 def test_vectors_inside_need_a_known_layer_and_room():

@@ -128,4 +128,4 @@ def test_the_readme_says_what_the_sweep_shows():
     rows = read_json(architectures.RESULTS)["architectures"].values()
     whole = sum(all(one["state"] == "ok" for name, one in row.items() if name != "bridge") for row in rows)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"Of {len(rows)} tiny models of all kinds, [{whole} can do everything](" in text
+    assert f"Of {len(rows)} tiny models, [{whole} can do everything](" in text

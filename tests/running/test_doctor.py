@@ -311,15 +311,15 @@ def test_minutes_are_scaled_by_the_speed_of_products(rate):
 
 def test_the_command_that_fits_this_machine(rate, card):
     commands = {}
-    for factor, gib in ((0.1, 0), (1, 0), (0.1, 8), (1, 8), (1, 80)):
+    for factor, gib in ((0.02, 0), (1, 0), (0.02, 8), (1, 8), (1, 80)):
         rate(factor)
         card(gib)
         status, _, commands[factor, gib] = doctor.speed()
-        assert status == ("warn" if (factor, gib) == (0.1, 0) else "ok")
+        assert status == ("warn" if (factor, gib) == (0.02, 0) else "ok")
     assert commands == {
-        (0.1, 0): "Run ./run_all.sh --profile smoke, or look again when no other program is busy.",
+        (0.02, 0): "Run ./run_all.sh --profile smoke, or look again when no other program is busy.",
         (1, 0): "Run ./run_all.sh.",
-        (0.1, 8): "Run ./run_all.sh --device cuda.",
+        (0.02, 8): "Run ./run_all.sh --device cuda.",
         (1, 8): "Run ./run_all.sh --device cuda.",
         (1, 80): "Run ./run_all.sh --profile paper --device cuda.",
     }
