@@ -12,14 +12,13 @@ from rich.console import Console
 from bkd_utils.common import cache, measurements
 from bkd_utils.common.files import UserError, check_writable
 from bkd_utils.common.spot_checks import spots
-from bkd_utils.models.loading import pick_device
 from bkd_utils.running import stages
 from bkd_utils.running.progress import duration, one_line, shown
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A call of a stage, its expected seconds, whether they are a graphics card's, and why its file cannot be read."""
+    """A call of a stage, its expected seconds on two cores, whether a card made it, and why its file cannot be read."""
 
     id: str
     stage: str = ""
@@ -62,12 +61,12 @@ def expect(
     number, parts = parse_shard(shard)
     cells = dict(enumerate(split(read_cells(ids, device=device), parts), start=1)).get(number, [])
     todo = [cell for cell in cells if not _is_there(cell, folder)]
-    expected = duration(sum(cell.seconds for cell in todo))
-    told = f"{len(todo)} to measure, {len(cells) - len(todo)} there already; about {expected} by the seconds on record"
+    already, expected = len(cells) - len(todo), duration(sum(cell.seconds for cell in todo))
+    told = f"{len(todo)} to measure, {already} there already; about {expected} on two cores by the record"
     if on_gpu := sum(cell.on_gpu for cell in todo):
         told += f", {on_gpu} of them on a graphics card"
     console.print(f"{len(cells)} measurements: {told}", highlight=False)
-    return todo, len(cells) - len(todo)
+    return todo, already
 
 
 def paths_in(folder: Path | None) -> list[Path]:
@@ -82,7 +81,7 @@ def paths_in(folder: Path | None) -> list[Path]:
 def read_cells(ids: Iterable[str], *, device: str | None = None) -> list[Cell]:
     """The calls behind shipped measurements, in order. Raises UserError where nothing ships."""
     known = {f"{path.parent.name}/{path.stem}": path for path in paths_in(measurements.shipped_folder())}
-    cells, here = [], pick_device(device or "auto")
+    cells = []
     for name in sorted(set(ids)):
         try:
             if name not in known:
@@ -93,13 +92,13 @@ def read_cells(ids: Iterable[str], *, device: str | None = None) -> list[Cell]:
         else:
             given = one.arguments | ({"device": device} if device and "device" in one.arguments else {})
             on_gpu, spot = one.machine.device == "cuda", spots().get(one.stage)
-            slower = spot.on_cpu if spot and on_gpu and here == "cpu" else 1.0
+            slower = spot.on_cpu if spot and on_gpu else 1.0
             cells.append(Cell(name, one.stage, given, slower * one.seconds, on_gpu=on_gpu))
     return cells
 
 
 def split(cells: Sequence[Cell], parts: int) -> list[list[Cell]]:
-    """The cells in parts that should take about as long, at most one part per cell; the same on every such machine."""
+    """The cells in parts that should take about as long, at most one part per cell; the same on every machine."""
     heap: list[tuple[float, int, list[Cell]]] = [(0.0, number, []) for number in range(min(parts, max(1, len(cells))))]
     for cell in sorted(cells, key=lambda cell: (-cell.seconds, cell.id)):
         seconds, number, mine = heap[0]
