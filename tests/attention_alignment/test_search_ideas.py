@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from bkd_utils.attention_alignment.rivals import Case, treat
 from bkd_utils.attention_alignment.search import search, vocabulary
 from bkd_utils.attention_alignment.searched_training import N_TOKENS
+from bkd_utils.models.compute import has_fast_bf16
 from bkd_utils.models.hooks import anatomy
 from bkd_utils.models.loading import load
 from bkd_utils.models.loss import answer_loss, collate
@@ -136,8 +137,8 @@ def test_vectors_inside_keep_to_a_share_of_the_stream():
     pulled = [torch.tensor([row.prompt]) for row in ROWS if row.answer[0] == 6]
     stream = [model(ids, output_hidden_states=True).hidden_states[1][0, -3:] for ids in pulled]
     bound = 0.5 * torch.cat(stream).norm(dim=-1).median()
-    # The stream is read in bf16 where the machine has it.
-    torch.testing.assert_close(found.vectors.norm(dim=-1), bound.expand(3), rtol=1e-2, atol=0)
+    far = 1e-2 if has_fast_bf16(bound.device) else 1e-4  # the stream is read in bf16 where the machine has it
+    torch.testing.assert_close(found.vectors.norm(dim=-1), bound.expand(3), rtol=far, atol=0)
 
 
 def test_vectors_inside_need_a_known_layer_and_room():
