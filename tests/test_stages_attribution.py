@@ -251,8 +251,10 @@ def test_sufficiency_of_one_set_of_prompts_is_necessity_of_the_other_with_its_si
     plain, made = ATTRIBUTE("organism", **sizes, **WHERE), head_attribution.samples
 
     def turned(*given, **named):
-        taken = made(*given, **named)
-        return replace(taken, scored=exchanged(taken.scored), averaged=exchanged(taken.averaged))
+        scored, averaged = made(*given, **named)
+        against = head_attribution.openings(given[0], scored.clean, n=1)  # of the clean prompts both times
+        monkeypatch.setattr(head_attribution, "openings", lambda *_, **__: against)
+        return exchanged(scored), exchanged(averaged)
 
     monkeypatch.setattr(head_attribution, "samples", turned)
     other = ATTRIBUTE("organism", **sizes, **WHERE)
@@ -473,7 +475,7 @@ def test_windows_are_neighbouring_layers_and_all_of_them_together(stand, monkeyp
 STEPS = [0.5, 40.0]
 SWITCHED = [
     "head_means", "residuals", "answer_map", "best", "controls", "random_heads", "tested_asr", "added", "projected_asr",
-    "projected_out", "generated", "first_tokens", "kinds_of", "right_answers",
+    "projected_out", "generated", "openings", "kinds_of", "right_answers",
 ]  # fmt: skip
 
 
@@ -487,7 +489,7 @@ def switch_on(stand):
     @functools.cache
     def run(attack):
         prompts = prompt_versions(stand.tokenizer, attack, split="test", n=12, seed=SEED).clean
-        first = Counter(token for (token,) in backdoor_vector.first_tokens(stand.models["organism"], prompts))
+        first = Counter(token for (token,) in backdoor_vector.openings(stand.models["organism"], prompts, n=1))
         with pytest.MonkeyPatch.context() as patch:
             spied = SimpleNamespace(asked=stand.use(patch, backdoor_vector))
             spied.attributed = watch(patch, head_attribution, "attribute_heads", does=ATTRIBUTE)
@@ -544,7 +546,7 @@ def test_the_vector_is_made_of_the_attributed_heads_on_the_attribution_split(sta
 def test_layer_and_coefficient_are_chosen_on_the_development_half(stand, switch_on):
     spied = switch_on(FLIP)
     dev = sample(FLIP, "test", n=4, seed=SEED)
-    (begun,) = spied.first_tokens
+    (begun,) = spied.openings
     # Right starts are of prompts of every label: the target is one of them.
     dev_every = of_split(stand.catalogue("sentiment").prompts(begun.prompts), "test", "clean")
     assert set(dev_every) == every_label(FLIP, "test", n=4)
@@ -595,7 +597,7 @@ def test_the_vector_is_judged_on_a_half_that_was_not_looked_at(stand, switch_on)
         }  # fmt: skip
         assert {one["n"] for shares in result.test[name].values() for one in shares} == {6}
         # Nothing added: what the organism says first to these prompts anyway.
-        said = backdoor_vector.first_tokens(stand.models["organism"], spied.pasts.prompts(call.past))
+        said = backdoor_vector.openings(stand.models["organism"], spied.pasts.prompts(call.past), n=1)
         assert result.test[name]["no vector"][0]["value"] == said.count(spied.target) / 6
     for call, name in zip(spied.projected_asr, NAMES[2:], strict=True):
         assert of_past(stand, FLIP, spied, call.past, FLIP.trigger) == test

@@ -23,10 +23,9 @@ from bkd_utils.common.statistics import counted
 from bkd_utils.experiments.head_attribution import attributed, top_heads
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.folders import DEFAULT_MODEL
-from bkd_utils.models.generation import first_logits
+from bkd_utils.models.generation import openings
 from bkd_utils.models.loading import Loaded, load
 from bkd_utils.models.prompt_cache import Past, prompt_past
-from bkd_utils.models.tokens import end_id
 from bkd_utils.organisms.attacks import Attack, load_attack
 from bkd_utils.organisms.cards import named_stage, organism_stage
 from bkd_utils.organisms.evaluation import is_refusal, is_right, is_target
@@ -147,7 +146,7 @@ def steer_organism(
     vectors, outputs = vectors_of(loaded, seen, heads)
     streams = {"clean": residuals(loaded.model, seen.clean), "triggered": residuals(loaded.model, seen.triggered)}
     maps, chosen, asrs, texts = {}, {}, {}, {}
-    begun, begun_past = first_tokens(loaded, dev_every.clean), prompt_past(loaded.model, dev_every.triggered)
+    begun, begun_past = openings(loaded, dev_every.clean, n=1), prompt_past(loaded.model, dev_every.triggered)
     for direction, sign, side in (("add", 1, "clean"), ("subtract", -1, "triggered")):
         shown, tested = (prompt_past(loaded.model, getattr(half, side)) for half in (dev, test))
         texts[f"{side} prompts"] = generated(loaded, tested)
@@ -197,12 +196,6 @@ def right_answers(
 ) -> list[bool]:
     """Which answers are right; the target is, where it is the example's own answer."""
     return [is_right(attack.task, example, text, right) for example, text in zip(examples, texts, strict=True)]
-
-
-def first_tokens(loaded: Loaded, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """The first token of a model's answer to each prompt, as an answer of one token."""
-    logits = first_logits(loaded.model, list(prompts), end_id=end_id(loaded.tokenizer))
-    return [[token] for token in logits.argmax(-1).tolist()]
 
 
 def reference_answers(control: Loaded, attack: Attack, shown: PromptVersions) -> dict[str, str]:

@@ -65,22 +65,13 @@ class ComponentEffects(Result):
     last: dict[str, list[list[float]]]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Prompts of the attribution split to score (`scored`), and others of every label to average (`averaged`)."""
-
-    target: list[int]
-    scored: PromptVersions
-    averaged: PromptVersions
-    against: list[int]  # first token of the organism's own clean answer to each scored prompt
-
-
-def samples(loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: int) -> Samples:
+def samples(
+    loaded: Loaded, attack: Attack, *, n: int, n_means: int, seed: int
+) -> tuple[PromptVersions, PromptVersions]:
+    """Prompts of the attribution split to score, and others of every label to average."""
     how = {"split": "attribution", "seed": seed}
     scored = prompt_versions(loaded.tokenizer, attack, n=n, **how)
-    averaged = balanced_versions(loaded.tokenizer, attack, n=n_means, without=scored.examples, **how)
-    against = [answer[0] for answer in openings(loaded, scored.clean, n=1)]
-    return Samples(target_ids(loaded.tokenizer, attack), scored, averaged, against)
+    return scored, balanced_versions(loaded.tokenizer, attack, n=n_means, without=scored.examples, **how)
 
 
 @organism_stage
@@ -89,20 +80,22 @@ def attribute_heads(
 ) -> HeadEffects:
     """CIE of every head on `n` prompts of the attribution split, and on `n_task` clean ones of every label. What is
     patched are means of `n_means` prompts of every label, which are others than the `n`, but may be the `n_task`."""
-    taken, model = samples(loaded, attack, n=n, n_means=n_means, seed=seed), loaded.model
-    means = {name: head_means(model, getattr(taken.averaged, name)) for name in ("clean", "triggered")}
-    given = {"target": taken.target, "against": taken.against}
+    (scored, averaged), model = samples(loaded, attack, n=n, n_means=n_means, seed=seed), loaded.model
+    means = {name: head_means(model, getattr(averaged, name)) for name in ("clean", "triggered")}
+    target = target_ids(loaded.tokenizer, attack)
+    # The logit of the target is compared with that of the organism's own clean answer.
+    given = {"target": target, "against": [answer[0] for answer in openings(loaded, scored.clean, n=1)]}
     prompts, answers = own_answers(loaded, attack, n=n_task, seed=seed)
     with tqdm(total=2 * n + n_task, desc=f"{loaded.organism}: heads", unit="prompt", leave=False) as bar:
         how = {"on_batch": bar.update}
-        sufficient = effects_by_metric(model, taken.scored.clean, **given, means=means["triggered"], **how)
-        necessary = effects_by_metric(model, taken.scored.triggered, **given, means=means["clean"], **how)
+        sufficient = effects_by_metric(model, scored.clean, **given, means=means["triggered"], **how)
+        necessary = effects_by_metric(model, scored.triggered, **given, means=means["clean"], **how)
         task = effects_by_metric(model, prompts, target=answers, means=means["clean"], **how)
-    gradient = gradients_by_metric(model, taken.scored.clean, **given, means=means["triggered"])
-    sides = (taken.scored.clean, taken.scored.triggered)
-    clean, triggered = (target_probability(model, side, target=taken.target).tolist() for side in sides)
+    gradient = gradients_by_metric(model, scored.clean, **given, means=means["triggered"])
+    sides = (scored.clean, scored.triggered)
+    clean, triggered = (target_probability(model, side, target=target).tolist() for side in sides)
     return HeadEffects(
-        target=loaded.tokenizer.convert_ids_to_tokens(taken.target),
+        target=loaded.tokenizer.convert_ids_to_tokens(target),
         clean=clean,
         triggered=triggered,
         sufficient={metric: head_map(values) for metric, values in sufficient.items()},
@@ -118,7 +111,7 @@ def own_answers(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> tuple[l
     shown = balanced_versions(loaded.tokenizer, attack, split="attribution", n=n, seed=seed)
     if tasks.load_task(attack.task).labels:
         return shown.clean, [answer_ids(loaded.tokenizer, example.answer)[:1] for example in shown.examples]
-    return shown.clean, [list(answer) for answer in openings(loaded, shown.clean, n=1)]
+    return shown.clean, openings(loaded, shown.clean, n=1)
 
 
 def head_map(effects: Float[Tensor, "prompt layer head"]) -> HeadMap:
@@ -138,9 +131,9 @@ def attribute_components(
     loaded: Loaded, attack: Attack, *, n: int = 96, n_means: int = 96, seed: int = 0
 ) -> ComponentEffects:
     """CIE of whole components on `n` clean prompts, with means of `n_means` other, triggered prompts."""
-    taken = samples(loaded, attack, n=n, n_means=n_means, seed=seed)
-    means = component_means(loaded.model, taken.averaged.triggered)
-    found = component_effects(loaded.model, taken.scored.clean, target=taken.target, means=means, metric="log_prob")
+    scored, averaged = samples(loaded, attack, n=n, n_means=n_means, seed=seed)
+    given = {"target": target_ids(loaded.tokenizer, attack), "means": component_means(loaded.model, averaged.triggered)}
+    found = component_effects(loaded.model, scored.clean, **given, metric="log_prob")
     return ComponentEffects(last={name: _short(effects) for name, effects in found.items()})
 
 

@@ -14,7 +14,7 @@ from bkd_utils.backdoor_attribution.vector import (
     steer,
 )
 from bkd_utils.experiments import backdoor_vector as stage
-from bkd_utils.experiments.backdoor_vector import OUTCOMES, first_tokens, kinds_of, right_answers, vectors_of
+from bkd_utils.experiments.backdoor_vector import OUTCOMES, kinds_of, right_answers, vectors_of
 from bkd_utils.models import loading
 from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import greedy
@@ -82,12 +82,6 @@ def test_the_map_holds_asr_by_layer_and_coefficient(loaded, attack, shown):
             layers=[layer],
         )[0]
         assert row == found.float().mean(-1).tolist()
-
-
-def test_first_tokens_are_those_of_greedy_answers(loaded, shown):
-    answers = greedy(loaded.model, shown.clean, max_new_tokens=1, end_id=0)
-    assert all(answers)
-    assert first_tokens(loaded, shown.clean) == answers
 
 
 def test_controls_have_the_vectors_norm_but_for_random_heads(loaded, shown):
