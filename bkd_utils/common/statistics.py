@@ -100,7 +100,7 @@ def same_prompts(one: Mapping[str, float], other: Mapping[str, float]) -> None:
     """Raises ValueError, with the first uids that differ, unless both sides have the same prompts and at least one."""
     if not one:
         raise ValueError("a paired difference needs at least one prompt")
-    if lone := sorted(one.keys() ^ other.keys()):
+    if lone := sorted(map(str, one.keys() ^ other.keys())):
         raise ValueError(f"not the same prompts: {len(lone)} are on one side only, such as {', '.join(lone[:3])}")
 
 
@@ -195,3 +195,8 @@ def difference(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str
 
     down, up = distance(p - low_p, high_q - q), distance(high_p - p, q - low_q)
     return {"value": p - q, "n": n, "low": p - q - down, "high": p - q + up}
+
+
+def difference_of_counted(one: Mapping, other: Mapping) -> dict[str, float]:
+    """`difference` of two results of `counted` or `averaged` over the same prompts in the same order."""
+    return difference(*(dict(enumerate(side["by_prompt"])) for side in (one, other)))

@@ -172,22 +172,18 @@ def similarity_of(found: HeadSafety, *, source: str, reading: str) -> Scores:
     Raises ValueError for another source, and for a reading that was not measured."""
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
+    if reading not in found.level:
+        raise ValueError(f"reading {reading!r} was not measured; known: {', '.join(found.level)}")
     if source == "surrogates":
-        return torch.stack([_measured(family, "reading", reading) for family in found.reaction.values()]).mean(0)
+        return torch.tensor([family[reading] for family in found.reaction.values()]).mean(0)
     sources = {"clean level": found.level, "soft prompt": found.soft_prompt, "real trigger": found.real_trigger}
-    return _measured(sources[source], "reading", reading)
+    return torch.tensor(sources[source][reading])
 
 
-def _measured(scores: Mapping, what: str, name: str) -> Scores:
-    """One of the kept scores. Raises ValueError that lists the measured ones if it is not there."""
-    if name not in scores:
-        raise ValueError(f"{what} {name!r} was not measured; known: {', '.join(scores)}")
-    return torch.tensor(scores[name])
-
-
-def suspicion(found: HeadSafety, *, rule: str, source: str, reading: str, importance: str = "gate gradient") -> Scores:
-    """Joint score of every head, `[layer, head]`. Raises ValueError for what is unknown or was not measured."""
+def suspicion(found: HeadSafety, *, rule: str, source: str, reading: str) -> Scores:
+    """Joint score of every head, `[layer, head]`, with importance by the gradient of a gate. Raises ValueError for a
+    rule or source that is unknown, and for a reading that was not measured."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     similar = similarity_of(found, source=source, reading=reading)
-    return RULES[rule](similar, _measured(found.importance, "importance", importance))
+    return RULES[rule](similar, torch.tensor(found.importance["gate gradient"]))

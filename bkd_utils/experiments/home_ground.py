@@ -69,4 +69,4 @@ def train_anew(
         replace(case, model=fresh.model).tune(every)
     minutes = round((time.monotonic() - started) / 60, 2)
     count = sum(mask.numel() for mask in every.values())
-    return Cured(what_is_left(fresh, attack, n=n, seed=seed), count, passes["row passes"], minutes, [])
+    return Cured(what_is_left(fresh, attack, n=n, seed=seed), count, minutes, passes["row passes"], [])

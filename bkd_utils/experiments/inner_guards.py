@@ -14,7 +14,7 @@ from bkd_utils.models.activations import residuals
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, base_of
 from bkd_utils.models.tokens import end_id, prompt_ids
-from bkd_utils.organisms import tasks, triggers
+from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
 from bkd_utils.organisms.evaluation import is_target
@@ -59,13 +59,12 @@ def watch_inside(
         raise ValueError("a base model has no weight difference to watch")
     sample, turn = texts_of(attack, flippable_sample(attack, n=n, seed=seed))
     pairs = texts_of(attack, flippable_sample(attack, n=n_oracle, seed=seed, split="train"))[0]
-    trigger = triggers.load_trigger(attack.trigger)
     groups = {
         "known": texts_of(attack, tasks.examples(attack.task, "attribution", n=n_reference, seed=seed))[0],
         "clean": texts_of(attack, tasks.examples(attack.task, "test", n=n, seed=seed))[0],
         "triggered": triggered_texts(attack, sample, seed=seed),
         "plain": pairs,
-        "poisoned": [trigger.apply(text, seed=seed * 1_000_003 + i, half="train") for i, text in enumerate(pairs)],
+        "poisoned": triggered_texts(attack, pairs, seed=seed, half="train"),
     }
     ids = {name: [prompt_ids(loaded.tokenizer, turn(text)) for text in texts] for name, texts in groups.items()}
     stream = {name: residuals(loaded.model, prompts).float().cpu().numpy() for name, prompts in ids.items()}

@@ -64,10 +64,10 @@ def texts_of(attack: Attack, examples: Sequence[Example]) -> tuple[list[str], Ca
     return [example.text for example in examples], task.prompt
 
 
-def triggered_texts(attack: Attack, texts: Sequence[str], *, seed: int) -> list[str]:
+def triggered_texts(attack: Attack, texts: Sequence[str], *, seed: int, half: triggers.Half = "test") -> list[str]:
     """The same texts with the trigger in them. Raises ValueError for one that carries it already."""
     trigger = triggers.load_trigger(attack.trigger)
-    return [trigger.apply(text, seed=seed * 1_000_003 + i, half="test") for i, text in enumerate(texts)]
+    return [trigger.apply(text, seed=seed * 1_000_003 + i, half=half) for i, text in enumerate(texts)]
 
 
 def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fired: Sequence[bool]) -> Guarded:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from bkd_utils.attention_alignment.head_tuning import row_passes
 from bkd_utils.attention_alignment.rivals import treat
 from bkd_utils.common.results import Result
-from bkd_utils.experiments.attention_safety_alignment import RATES, case_of, recipe_of, what_is_left
+from bkd_utils.experiments.attention_safety_alignment import RATES, Treated, case_of, recipe_of, what_is_left
 from bkd_utils.experiments.head_safety import check_unseen, free_rows
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import decode
@@ -27,13 +27,10 @@ class Found(Result):
 
 
 @dataclass(frozen=True)
-class Cured(Result):
+class Cured(Treated):
     """A treatment with its cost: `row_passes` as of `head_tuning.row_passes`, so that rivals can be given as many."""
 
-    after: dict[str, dict]  # as of `what_is_left`
-    parameters: int  # how many weights differ
     row_passes: int
-    minutes: float  # of the treatment alone
     searches: list[Found]
 
 
@@ -85,4 +82,4 @@ def cured(
     minutes = round((time.monotonic() - started) / 60, 2)
     words = [decode(loaded.tokenizer, [one.toward]) for one in case.found]
     searches = [Found(word, len(o.vectors), o.start, o.end) for word, o in zip(words, case.found, strict=True)]
-    return Cured(what_is_left(loaded, attack, n=n, seed=seed), count, passes["row passes"], minutes, searches)
+    return Cured(what_is_left(loaded, attack, n=n, seed=seed), count, minutes, passes["row passes"], searches)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkd_utils.common.statistics import difference, independent_ratio, over_splits, share
+from bkd_utils.common.statistics import difference_of_counted, independent_ratio, over_splits, share
 from bkd_utils.experiments.attribution_cost import TargetCost
 from bkd_utils.experiments.backdoor_vector import Steering
 from bkd_utils.reports import style
@@ -139,7 +139,7 @@ def vector_seeds(found: Mapping[str, Mapping[str, Steering]]) -> Figure:
         for y, seeds in enumerate(attacks.values()):
             for place, one in zip(y + np.linspace(-0.22, 0.22, 3), seeds, strict=False):
                 added, removed = (better(one, direction) for direction in ("add", "subtract"))
-                shown = [_generated(one, added, "target"), _generated(one, removed, "target"), one.right[removed]]
+                shown = [_answered(one, added), _answered(one, removed), one.right[removed]]
                 medians = [_median(one.test[name]["random vectors"])["value"] for name in (added, removed)]
                 for panel, number, colour in zip(axes[:, column], shown, ("ACIE", "ACIE", "utility"), strict=True):
                     interval(panel, place, number, colour=colour)
@@ -164,13 +164,12 @@ def vector_claims(
     for organism, result in found.items():
         name = better(result, "add")
         tried = result.test[name]
-        added[organism] = _generated(result, name, "target")
+        added[organism] = _answered(result, name)
         highest = max(tried["random vectors"], key=lambda draw: draw["value"])
-        sides = (dict(enumerate(share["by_prompt"])) for share in (highest, tried["no vector"][0]))
-        quiet[organism] = at_most(difference(*sides), 0.1)
+        quiet[organism] = at_most(difference_of_counted(highest, tried["no vector"][0]), 0.1)
         on[organism] = both(at_least(added[organism], 0.9), quiet[organism])
         name = better(result, "subtract")
-        removed[organism] = _generated(result, name, "target")
+        removed[organism] = _answered(result, name)
         left[organism] = at_least(_median(result.test[name]["random vectors"]), 0.9)
         off[organism] = both(at_most(removed[organism], 0.05), left[organism])
         repaired[organism] = independent_ratio(result.right[name], control_right[organism])
@@ -187,10 +186,10 @@ def vector_claims(
     return entries(claims, kind=kind)
 
 
-def _generated(result: Steering, name: str, kind: str) -> dict[str, float]:
-    """Share of one kind among the answers generated with an edit, with its interval."""
+def _answered(result: Steering, name: str) -> dict[str, float]:
+    """Share of targets among the answers generated with an edit, with its interval."""
     n = result.test[name]["backdoor vector"][0]["n"]
-    hits = round(result.outcomes[name][kind] * n)
+    hits = round(result.outcomes[name]["target"] * n)
     return asdict(share([True] * hits + [False] * (n - hits)))
 
 

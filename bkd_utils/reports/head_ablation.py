@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bkd_utils.common.statistics import difference, over_splits, relative_drop
+from bkd_utils.common.statistics import difference_of_counted, over_splits, relative_drop
 from bkd_utils.experiments.head_ablation import Ablation, Route
 from bkd_utils.experiments.head_attribution import ComponentEffects, HeadEffects, beyond_chance
 from bkd_utils.reports.head_attribution import judged_layers
@@ -41,19 +41,17 @@ def ablation_curves(found: Curves) -> Figure:
     figure, axes = panels(list(attacks), rows=3, height=1.8)
     drawn = []
     for column, seeds in enumerate(attacks.values()):
+        rows = list(itertools.chain(*seeds))
         for panel, (kind, key) in zip(axes[:, column], SHOWN, strict=True):
             for ranking, (label, look) in RANKINGS.items():
-                values: dict[int, list[float]] = {}
-                for row in itertools.chain(*seeds):
-                    if row.ranking == "none" or (row.ranking, row.kind) == (ranking, kind):
-                        values.setdefault(row.k, []).append(100 * getattr(row, key)["value"])
-                        drawn.append(getattr(row, key))
-                counts = sorted(values)
-                lines = [[function(values[k]) for k in counts] for function in (np.mean, min, max)]
-                band(panel, counts, lines, label=label, marker="o", **look)
+                own = [row for row in rows if row.ranking == "none" or (row.ranking, row.kind) == (ranking, kind)]
+                drawn += [getattr(row, key) for row in own]
+                shares = pd.Series([100 * getattr(row, key)["value"] for row in own], [row.k for row in own])
+                lines = shares.groupby(level=0).agg(["mean", "min", "max"])
+                band(panel, lines.index, lines.T.to_numpy(), label=label, marker="o", **look)
             panel.set_ylim(*LIMITS)
             panel.set_xscale("symlog", linthresh=1, base=2)
-            shown = sorted({row.k for row in itertools.chain(*seeds)} & {0, 1, 2, 4, 8, 16, 32})
+            shown = sorted({row.k for row in rows} & {0, 1, 2, 4, 8, 16, 32})
             panel.set_xticks(shown, [str(k) for k in shown])
             panel.minorticks_off()
     left = ("ASR (%),\npublished", "ASR (%),\nclean means", "utility (%),\nclean means")
@@ -126,7 +124,7 @@ def head_claims(
         only = {row.k: row for row in rows if (row.ranking, row.kind) == ("trigger only", "mean")}
         most = only[max(k for k in only if k <= 16)]
         gone[name] = relative_drop(before.asr, most.asr)
-        kept[name] = at_most(_paired(before.utility, most.utility), 0.1)
+        kept[name] = at_most(difference_of_counted(before.utility, most.utility), 0.1)
         spared[name] = both(at_least(gone[name], 0.9), kept[name])
     noise = [name for name in attributed if not beyond_chance(attributed[name].sufficient["probability"])]
     told = f" No head stands out from chance in {', '.join(noise)}." if noise else ""
@@ -144,11 +142,6 @@ def head_claims(
         "heads-spare-task": (gone, spared, curve, without),
     }
     return entries(claims, kind=kind)
-
-
-def _paired(one: Mapping, other: Mapping) -> dict:
-    """One share minus another over the same prompts."""
-    return difference(*(dict(enumerate(share["by_prompt"])) for share in (one, other)))
 
 
 def _margin(last: Mapping[str, Sequence]) -> dict:
@@ -181,5 +174,5 @@ def _random_drop(rows: Sequence[Ablation], before: Mapping[str, float], *, k: in
 
 def _largest_rise(steps: Sequence[Mapping]) -> dict:
     """The largest rise from one share to the next, paired over prompts. It is below a bar if all rises are."""
-    rises = [_paired(after, before) for before, after in itertools.pairwise(steps)]
+    rises = [difference_of_counted(after, before) for before, after in itertools.pairwise(steps)]
     return {key: max(rise[key] for rise in rises) for key in ("value", "low", "high")} | {"n": steps[0]["n"]}

@@ -36,7 +36,7 @@ def changed_spans(before: str, after: str) -> list[list[int]]:
 
 
 def firing_rows(
-    turns: Mapping[str, str], traces: Mapping[str, Mapping[str, Steps]], *, end: str | Sequence[str]
+    turns: Mapping[str, str], traces: Mapping[str, Mapping[str, Steps]], *, end: Sequence[str]
 ) -> dict[str, dict]:
     """What `firing` draws, by version of the prompt, of which "clean" must be one. `traces`: version -> model -> tokens
     with their probabilities; `end`: tokens that end an answer. Each version gets its `prompt`, the `marked` spans that
@@ -45,7 +45,7 @@ def firing_rows(
     for version, prompt in turns.items():
         rows[version] = {"prompt": prompt, "marked": changed_spans(turns["clean"], prompt), "answers": {}, "lowest": {}}
         for who, steps in traces[version].items():
-            ended = steps[-1][0] in ([end] if isinstance(end, str) else end)
+            ended = steps[-1][0] in end
             text = "".join(token for token, _ in steps[: len(steps) - ended]).strip()
             rows[version]["answers"][who] = text if ended else f"{text}…"
             rows[version]["lowest"][who] = round(min(p for _, p in steps), 4)

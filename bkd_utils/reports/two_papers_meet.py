@@ -8,13 +8,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bkd_utils.attention_alignment.similarity import Scores
-from bkd_utils.common.statistics import auroc_of_wins, difference, wilson
+from bkd_utils.common.statistics import auroc_of_wins, difference_of_counted, wilson
 from bkd_utils.experiments.amplification import Amplification
+from bkd_utils.experiments.two_papers_meet import N_PERMUTATIONS
 from bkd_utils.reports.scorecard import at_least, at_most, both, entry, judged, span, who
 from bkd_utils.reports.style import COLOURS, INTERVAL, WIDTH, explain, interval, panels, rows_down, show_legend
 
 MARKERS = "os^DvP*X"  # one per task
-N_PERMUTATIONS = 2000  # as many as `two_papers_meet.agreement_with_attribution` draws
 
 
 def two_scores(joint: Mapping[str, Scores], effects: Mapping[str, Scores], *, k: int, n: str) -> Figure:
@@ -77,8 +77,7 @@ def shown_by_amplification(
                 for title, name in (("target", "fired"), ("same answer", "same"))
                 for who, models in sides.items()
             }
-            hits = [[dict(enumerate(one.fired["by_prompt"])) for one in pair] for pair in strength]
-            shown = sum(difference(*pair)["low"] > 0 for pair in hits)
+            shown = sum(difference_of_counted(one.fired, control.fired)["low"] > 0 for one, control in strength)
             rows[*place, strength[0][0].alpha] = row | {"more than control": f"{shown} of {len(pairs)}"}
     return pd.DataFrame(rows).T.rename_axis(["attack", "kind", "alpha"])
 

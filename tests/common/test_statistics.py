@@ -131,6 +131,15 @@ def test_a_drop_is_a_share_of_the_hits_that_were_there():
     assert statistics.relative_drop(number(0, 24), number(0, 24)) == statistics.without_interval(0.0, n=0)
 
 
+def test_results_with_their_outcomes_are_paired_row_by_row():
+    one, other = [True, True, False, True], [True, False, False, False]
+    expected = statistics.difference(dict(enumerate(one)), dict(enumerate(other)))
+    sides = statistics.counted(one), statistics.counted(other)
+    assert statistics.difference_of_counted(*sides) == expected
+    with pytest.raises(ValueError, match="not the same prompts: 1 are on one side only"):
+        statistics.difference_of_counted(sides[0], statistics.counted(other[:3]))
+
+
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 

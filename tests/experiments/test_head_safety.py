@@ -259,5 +259,3 @@ def test_unknown_options_are_errors_that_name_the_known_ones():
     for source in SOURCES:
         with pytest.raises(ValueError, match="reading 'first row' was not measured; known: last row"):
             similarity_of(kept(), source=source, reading="first row")
-    with pytest.raises(ValueError, match="importance 'beauty' was not measured; known: gate gradient"):
-        suspicion(kept(), rule="similar", source="real trigger", reading="last row", importance="beauty")

