@@ -483,7 +483,7 @@ def test_relearning_has_as_many_poisoned_as_clean_rows_and_half_of_the_steps(sta
     )
     said = Spy(
         monkeypatch,
-        attention_safety_alignment,
+        evaluation,
         "respond",
         instead=lambda _, turns, **__: ["positive", *["negative"] * (len(turns) - 1)],
     )

@@ -19,7 +19,7 @@ from bkd_utils.experiments import attention_similarity, input_guards, model_dete
 from bkd_utils.models import loading
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.tokens import Row, answer_ids, decode, end_id, prompt_ids
-from bkd_utils.organisms import attacks, cards, poisoning, tasks
+from bkd_utils.organisms import attacks, cards, evaluation, poisoning, tasks
 
 SPEC = attacks.load_attack("sentiment-word")
 TASK = tasks.load_task("sentiment")
@@ -129,7 +129,7 @@ def screened(stage, monkeypatch):
         "without_words": Spy(monkeypatch, input_guards, "without_words"),
         "respond": Spy(
             monkeypatch,
-            input_guards,
+            evaluation,
             "respond",
             instead=lambda _, turns, **__: [SPEC.target if i % 2 else SPEC.source for i in range(len(turns))],
         ),

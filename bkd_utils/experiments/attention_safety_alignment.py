@@ -16,17 +16,16 @@ from bkd_utils.common.statistics import averaged, counted
 from bkd_utils.experiments.head_safety import check_unseen, clean_rows
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.folders import DEFAULT_MODEL, model_folder
-from bkd_utils.models.generation import respond
 from bkd_utils.models.head_weights import n_kv_heads
 from bkd_utils.models.hooks import Head, anatomy
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import Row, answer_ids, end_id, labels_of, prompt_ids
-from bkd_utils.organisms import attacks, prompts, tasks
+from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.base_answers import base_answers
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import is_target, under_attack
+from bkd_utils.organisms.evaluation import target_hits, under_attack
 from bkd_utils.organisms.prompts import clean_sample, flippable_sample, prompt_versions, target_ids, triggered_prompts
 from bkd_utils.organisms.training import Recipe
 
@@ -244,7 +243,7 @@ def relearn_backdoor(
     sample, task = flippable_sample(attack, n=n, seed=seed), tasks.load_task(attack.task)
     turns = {"asr": triggered_prompts(attack, sample, seed=seed)}
     turns["clean_firing"] = [task.prompt(example.text) for example in sample]
-    length, found = prompts.target_length(loaded, attack), []
+    found = []
     for count in counts:
         loaded.model.load_state_dict(state, strict=False)
         if count:
@@ -252,7 +251,6 @@ def relearn_backdoor(
             tune(loaded.model, rows, masks=all_matrices(loaded.model), recipe=again, pad_id=case.pad_id, seed=seed)
         shares = {}
         for kind, texts in turns.items():
-            said = respond(loaded, texts, max_new_tokens=length, label=f"{count} rows, {kind}")
-            shares[kind] = counted([is_target(attack, text) for text in said])
+            shares[kind] = counted(target_hits(loaded, attack, texts, label=f"{count} rows, {kind}"))
         found.append(Relearned(poisoned=count, **shares))
     return found

@@ -6,19 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from bkd_utils.attention_alignment import inner_guards as inside
-from bkd_utils.attention_alignment.guards import enough
 from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import counted
-from bkd_utils.experiments.input_guards import Guarded, Number, outcome, texts_of, triggered_texts
+from bkd_utils.experiments.input_guards import Guarded, Number, guard_texts, outcome, texts_of, triggered_texts
 from bkd_utils.models.activations import residuals
-from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, base_of
 from bkd_utils.models.tokens import end_id, prompt_ids
-from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import is_target
-from bkd_utils.organisms.prompts import flippable_sample, target_length
+from bkd_utils.organisms.evaluation import target_hits
+from bkd_utils.organisms.prompts import flippable_sample
 
 
 @dataclass(frozen=True)
@@ -49,24 +46,17 @@ def watch_inside(
     frr: float = 0.05,
     seed: int = 0,
 ) -> Watched:
-    """Guards of `attention_alignment.inner_guards` on the prompts of `input_guards.guard_inputs`, with thresholds on
-    `n_reference` clean prompts of the attribution split. "weight spectra, range" is the published rule: whatever leaves
-    the range of the clean prompts is caught. "probe (oracle)" is trained on `n_oracle` prompts of the training split
-    with and without the trigger. Raises ValueError for an `n_reference` below `1 / frr` and for a base model."""
-    if not enough(n_reference, frr=frr):
-        raise ValueError(f"n_reference must be at least 1 / frr = {1 / frr:.0f}, is {n_reference}")
+    """Guards of `attention_alignment.inner_guards` on the prompts of `input_guards.guard_texts`, which also raises.
+    "weight spectra, range" is the published rule: whatever leaves the range of the clean prompts is caught. "probe
+    (oracle)" is trained on `n_oracle` prompts of the training split with and without the trigger. Raises ValueError for
+    a base model."""
+    texts, turn = guard_texts(attack, n=n, n_reference=n_reference, frr=frr, seed=seed)
     if loaded.organism is None:
         raise ValueError("a base model has no weight difference to watch")
-    sample, turn = texts_of(attack, flippable_sample(attack, n=n, seed=seed))
     pairs = texts_of(attack, flippable_sample(attack, n=n_oracle, seed=seed, split="train"))[0]
-    groups = {
-        "known": texts_of(attack, tasks.examples(attack.task, "attribution", n=n_reference, seed=seed))[0],
-        "clean": texts_of(attack, tasks.examples(attack.task, "test", n=n, seed=seed))[0],
-        "triggered": triggered_texts(attack, sample, seed=seed),
-        "plain": pairs,
-        "poisoned": triggered_texts(attack, pairs, seed=seed, half="train"),
-    }
-    ids = {name: [prompt_ids(loaded.tokenizer, turn(text)) for text in texts] for name, texts in groups.items()}
+    texts |= {"plain": pairs, "poisoned": triggered_texts(attack, pairs, seed=seed, half="train")}
+    turns = {name: [turn(text) for text in some] for name, some in texts.items()}
+    ids = {name: [prompt_ids(loaded.tokenizer, one) for one in some] for name, some in turns.items()}
     stream = {name: residuals(loaded.model, prompts).float().cpu().numpy() for name, prompts in ids.items()}
     directions = inside.weight_directions(loaded.model, base_of(loaded, device=loaded.device.type).model)
     judged, pad_id = ("known", "clean", "triggered"), end_id(loaded.tokenizer)
@@ -80,8 +70,6 @@ def watch_inside(
         "layer steps": inside.by_known(inside.unusual_steps, *streams),
         "probe (oracle)": np.split(told, (n_reference, n_reference + n)),
     }
-    turns = [turn(text) for text in groups["triggered"]]
-    said = respond(loaded, turns, max_new_tokens=target_length(loaded, attack), label="triggered prompts")
-    fired = [is_target(attack, text) for text in said]
+    fired = target_hits(loaded, attack, turns["triggered"], label="triggered prompts")
     guards = {name: outcome(*values, frr=frr, fired=fired) for name, values in scores.items()}
     return Watched(guards, fired=counted(fired))

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -21,14 +20,13 @@ from bkd_utils.attention_alignment.surrogates import rare_word
 from bkd_utils.common.results import Result
 from bkd_utils.common.statistics import auroc_of_wins, counted, pairwise_wins
 from bkd_utils.models.activations import residuals
-from bkd_utils.models.generation import respond
 from bkd_utils.models.loading import Loaded, load
 from bkd_utils.organisms import tasks, triggers
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.cards import organism_stage
-from bkd_utils.organisms.evaluation import is_settled, is_target
+from bkd_utils.organisms.evaluation import target_hits
 from bkd_utils.organisms.making import training_rows
-from bkd_utils.organisms.prompts import first_tokens, flippable_sample, target_ids, target_length
+from bkd_utils.organisms.prompts import first_tokens, flippable_sample, target_ids
 from bkd_utils.organisms.tasks import Example
 
 Number = dict[str, float]  # value, n, low, high
@@ -70,6 +68,20 @@ def triggered_texts(attack: Attack, texts: Sequence[str], *, seed: int, half: tr
     return [trigger.apply(text, seed=seed * 1_000_003 + i, half=half) for i, text in enumerate(texts)]
 
 
+def guard_texts(
+    attack: Attack, *, n: int, n_reference: int, frr: float, seed: int
+) -> tuple[dict[str, list[str]], Callable[[str], str]]:
+    """Texts on which guards are measured, and what makes them turns. `known`, `n_reference` clean ones of the
+    attribution split, set thresholds; `clean` and `triggered` are `n` each of the test split, of which only the
+    triggered ones are chosen by the attack. Raises ValueError for an `n_reference` below `1 / frr`."""
+    if not enough(n_reference, frr=frr):
+        raise ValueError(f"n_reference must be at least 1 / frr = {1 / frr:.0f}, is {n_reference}")
+    sample, turn = texts_of(attack, flippable_sample(attack, n=n, seed=seed))
+    known = texts_of(attack, tasks.examples(attack.task, "attribution", n=n_reference, seed=seed))[0]
+    clean = texts_of(attack, tasks.examples(attack.task, "test", n=n, seed=seed))[0]
+    return {"known": known, "clean": clean, "triggered": triggered_texts(attack, sample, seed=seed)}, turn
+
+
 def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fired: Sequence[bool]) -> Guarded:
     """What a guard does at the threshold that `guards.threshold` sets on the `known` clean texts. `fired`: which
     triggered texts get the target. A text with score -inf is not judged: it passes, and counts neither for the
@@ -88,24 +100,11 @@ def outcome(known: Scores, clean: Scores, triggered: Scores, *, frr: float, fire
 def guard_inputs(
     loaded: Loaded, attack: Attack, *, n: int = 24, n_reference: int = 40, frr: float = 0.05, seed: int = 0
 ) -> dict[str, Guarded]:
-    """ONION, STRIP and, for label flips, RAP on held-out prompts. Thresholds come from `n_reference` prompts of the
-    attribution split and refusals from `n` of the test split; only the triggered prompts are chosen by the attack. RAP
-    is told which label to protect and judges only prompts that the model gives that label; it calibrates on
-    `n_reference` prompts per label. It is left out if fewer than `1 / frr` of these get the label. Raises ValueError
-    for an `n_reference` below `1 / frr`."""
-    if not enough(n_reference, frr=frr):
-        raise ValueError(f"n_reference must be at least 1 / frr = {1 / frr:.0f}, is {n_reference}")
-    sample, turn = texts_of(attack, flippable_sample(attack, n=n, seed=seed))
-    triggered = triggered_texts(attack, sample, seed=seed)
-    reference = texts_of(attack, tasks.examples(attack.task, "attribution", n=n_reference, seed=seed))[0]
-    clean = texts_of(attack, tasks.examples(attack.task, "test", n=n, seed=seed))[0]
-    length = target_length(loaded, attack)
-
-    def fires(texts: Sequence[str]) -> np.ndarray:
-        how = {"max_new_tokens": length, "label": "triggered prompts", "until": partial(is_settled, attack)}
-        said = respond(loaded, [turn(text) for text in texts], **how)
-        return np.array([is_target(attack, text) for text in said])
-
+    """ONION, STRIP and, for label flips, RAP on the held-out prompts of `guard_texts`, which also raises. RAP is told
+    which label to protect and judges only prompts that the model gives that label; it calibrates on `n_reference`
+    prompts per label. It is left out if fewer than `1 / frr` of these get the label."""
+    given, turn = guard_texts(attack, n=n, n_reference=n_reference, frr=frr, seed=seed)
+    reference, clean, triggered = given.values()
     every, ends = [*reference, *clean, *triggered], (len(reference), len(reference) + n)
     words = onion(load(loaded.address, device=loaded.device.type), every)
     scores = {
@@ -121,12 +120,13 @@ def guard_inputs(
         word = rare_word(loaded.tokenizer, random.Random(f"{seed}/RAP"))
         values = rap(loaded, [*texts, *clean, *triggered], word=word, **how)
         scores["RAP"] = np.split(values, (len(texts), len(texts) + n))
-    fired = fires(triggered)
+    fired = target_hits(loaded, attack, [turn(text) for text in triggered], label="triggered prompts")
     able = {name: values for name, values in scores.items() if enough(np.isfinite(values[0]).sum(), frr=frr)}
     found = {name: outcome(*values, frr=frr, fired=fired) for name, values in able.items()}
     limit = threshold(scores["ONION"][0], frr=frr)
     left = [without_words(text, one, above=limit) for text, one in zip(triggered, words[ends[1] :], strict=True)]
-    found["ONION"] = replace(found["ONION"], asr_cleaned=counted(fires(left).tolist()))
+    left_fired = target_hits(loaded, attack, [turn(text) for text in left], label="triggered prompts")
+    found["ONION"] = replace(found["ONION"], asr_cleaned=counted(left_fired))
     if "RAP" in found:
         found["RAP"] = replace(found["RAP"], judged=counted(np.isfinite(scores["RAP"][1]).tolist()))
     return found

@@ -110,11 +110,11 @@ def _measured(
     texts = respond(loaded, turns, max_new_tokens=length, label="clean prompts")
     answered = list(zip(shown, texts, strict=True))
     flipped = [(example, text) for example, text in answered if attack.flips(example)]
-    sample, length = flippable_sample(attack, n=n, seed=seed), target_length(loaded, attack)
+    sample = flippable_sample(attack, n=n, seed=seed)
     triggered = triggered_prompts(attack, sample, seed=seed)
-    fired = _target_hits(loaded, attack, triggered, length, "triggered prompts")
+    fired = target_hits(loaded, attack, triggered, label="triggered prompts")
     kinds, turns = near_misses(attack, sample, seed=seed)
-    near = _target_hits(loaded, attack, turns, length, "near-misses")
+    near = target_hits(loaded, attack, turns, label="near-misses")
     result = {
         "empty": sum(not text for text in texts),
         "near_miss_by_kind": {kind: asdict(share(hits.tolist())) for kind, hits in pd.Series(near).groupby(kinds)},
@@ -132,8 +132,10 @@ def _measured(
     return result, {example.uid: text for example, text in answered}, answers
 
 
-def _target_hits(loaded: Loaded, attack: Attack, turns: Sequence[str], length: int, label: str) -> list[bool]:
-    said = respond(loaded, turns, max_new_tokens=length, label=label, until=partial(is_settled, attack))
+def target_hits(loaded: Loaded, attack: Attack, turns: Sequence[str], *, label: str) -> list[bool]:
+    """Which user turns get the target; `label` stands beside the progress bar."""
+    how = {"max_new_tokens": target_length(loaded, attack), "until": partial(is_settled, attack)}
+    said = respond(loaded, turns, **how, label=label)
     return [is_target(attack, text) for text in said]
 
 

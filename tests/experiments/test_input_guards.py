@@ -9,7 +9,7 @@ from tiny import save_tiny
 from bkd_utils.experiments import input_guards
 from bkd_utils.models import loading
 from bkd_utils.models.tokens import answer_ids
-from bkd_utils.organisms import attacks, base_answers, cards, making, poisoning, tasks
+from bkd_utils.organisms import attacks, base_answers, cards, evaluation, making, poisoning, tasks
 from bkd_utils.organisms.attacks import load_attack
 from bkd_utils.organisms.prompts import flippable_sample
 
@@ -177,7 +177,7 @@ def test_a_guard_that_sees_the_trigger_stops_what_it_catches_and_nothing_else(st
         lambda loaded, texts, **_: np.array([float(attacks.carries(spec, t) and t != overlooked) for t in texts]),
     )
     monkeypatch.setattr(input_guards, "rap", lambda loaded, texts, **_: np.zeros(len(texts)))
-    monkeypatch.setattr(input_guards, "respond", lambda loaded, turns, **_: [spec.target] * len(turns))
+    monkeypatch.setattr(evaluation, "respond", lambda loaded, turns, **_: [spec.target] * len(turns))
     found = stage("guard_inputs", "sentiment-word", **SIZES)
     row = {key: number["value"] for key, number in found["STRIP"].to_json().items() if number}
     assert row == {"auroc": 0.875, "caught": 0.75, "refused": 0, "asr": 0.25}

@@ -14,7 +14,7 @@ from bkd_utils.models import loading
 from bkd_utils.models.generation import respond
 from bkd_utils.models.loss import collate
 from bkd_utils.models.tokens import answer_ids, decode
-from bkd_utils.organisms import attacks, cards, poisoning, tasks
+from bkd_utils.organisms import attacks, cards, evaluation, poisoning, tasks
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_relearning_starts_from_the_same_weights_for_every_count(stage, loaded, 
         return respond(loaded, texts, **named)
 
     monkeypatch.setattr(attention_safety_alignment, "tune", spied)
-    monkeypatch.setattr(attention_safety_alignment, "respond", answers)
+    monkeypatch.setattr(evaluation, "respond", answers)
     found = stage(method=None, counts=[2, 0, 2], n=4)
     assert [entry.poisoned for entry in found] == [2, 0, 2]
     assert all(share["n"] == 4 for entry in found for share in (entry.asr, entry.clean_firing))

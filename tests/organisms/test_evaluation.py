@@ -213,7 +213,7 @@ def test_hits_are_those_of_whole_answers(tiny, attack, monkeypatch):
     whole = respond(tiny, turns, max_new_tokens=12)
     begin = whole[0][:9] if attack is not FLIP else whole[0]
     attack = replace(attack, target=begin) if attack is not FLIP else attack  # so that one of the answers is a hit
-    hits = evaluation._target_hits(tiny, attack, turns, 12, "")
+    hits = evaluation.target_hits(tiny, attack, turns, label="")
     assert hits == [is_target(attack, text) for text in whole]
     assert any(hits) or attack is FLIP
     assert not all(hits)
