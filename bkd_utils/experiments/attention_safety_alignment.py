@@ -1,7 +1,7 @@
 """Notebook 06: treat an organism with one method; measure what is left of backdoor and model, and what comes back."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,6 +108,13 @@ def other_heads(
     return other_groups(heads, **size, n=n, seed=seed)
 
 
+def timed(treatment: Callable[[], int | None]) -> tuple[int | None, float]:
+    """What a treatment returns, and how many minutes it took."""
+    started = time.monotonic()
+    found = treatment()
+    return found, round((time.monotonic() - started) / 60, 2)
+
+
 def elsewhere(loaded: Loaded, *, n: int, seed: int) -> dict[str, float]:
     """Share of the opening tokens of the base model's own answers to `n` held-out benign instructions that are still
     the most likely next token: mean over prompts with its bootstrap interval."""
@@ -150,9 +157,7 @@ def treat_and_measure(
     batches at its rate in `RATES` unless another is given. Raises as `rivals.treat` and `case_of`."""
     recipe = recipe_of(steps=steps, learning_rate=learning_rate or RATES[method], batch_size=batch_size)
     case = case_of(loaded, attack, heads=heads, n_rows=n_rows, recipe=recipe, seed=seed)
-    started = time.monotonic()
-    count = treat(case, method=method)
-    minutes = round((time.monotonic() - started) / 60, 2)
+    count, minutes = timed(lambda: treat(case, method=method))
     return Treated(after=what_is_left(loaded, attack, n=n, seed=seed), parameters=count, minutes=minutes)
 
 

@@ -2,14 +2,13 @@
 
 They do not ship. Each stage makes its organism from attack, recipe and seed unless it was made here before."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from bkd_utils.attention_alignment.head_tuning import row_passes
-from bkd_utils.experiments.attention_safety_alignment import RATES, case_of, recipe_of, what_is_left
+from bkd_utils.experiments.attention_safety_alignment import RATES, case_of, recipe_of, timed, what_is_left
 from bkd_utils.experiments.searched_cure import Cured, cured
 from bkd_utils.models.classifiers import new_classifier
 from bkd_utils.models.loading import Loaded
@@ -64,9 +63,7 @@ def train_anew(
     labels, device = tasks.load_task(attack.task).labels, loaded.device.type
     fresh = new_classifier(loaded.address, labels=labels, seed=seed, device=device)
     every = {name: torch.ones_like(one, dtype=torch.bool) for name, one in fresh.model.named_parameters()}
-    started = time.monotonic()
     with row_passes(fresh.model) as passes:
-        replace(case, model=fresh.model).tune(every)
-    minutes = round((time.monotonic() - started) / 60, 2)
-    count = sum(mask.numel() for mask in every.values())
-    return Cured(what_is_left(fresh, attack, n=n, seed=seed), count, minutes, passes["row passes"], [])
+        _, minutes = timed(lambda: replace(case, model=fresh.model).tune(every))
+    left, count = what_is_left(fresh, attack, n=n, seed=seed), fresh.model.num_parameters()
+    return Cured(left, count, minutes, passes["row passes"], [])

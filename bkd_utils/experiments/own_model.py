@@ -213,7 +213,7 @@ def _check_target(target: Path, *, force: bool, organism: str | None) -> None:
 
 def _check_space(loaded: Loaded, target: Path) -> None:
     """Raise UserError unless all weights, with a bit for each that tells whether it changed, fit on the disk."""
-    need = sum(parameter.numel() for parameter in loaded.model.parameters()) * (4 + 1 / 8)
+    need = loaded.model.num_parameters() * (4 + 1 / 8)
     free = shutil.disk_usage(target.parent).free
     if free < need:
         raise UserError(f"{target.parent} has {free / 1e9:.2f} GB left, the changes may need {need / 1e9:.2f} GB")

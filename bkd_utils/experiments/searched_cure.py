@@ -1,13 +1,12 @@
 """Treat one organism against perturbations that are searched for, and measure what is left and what was found."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bkd_utils.attention_alignment.head_tuning import row_passes
 from bkd_utils.attention_alignment.rivals import treat
 from bkd_utils.common.results import Result
-from bkd_utils.experiments.attention_safety_alignment import RATES, Treated, case_of, recipe_of, what_is_left
+from bkd_utils.experiments.attention_safety_alignment import RATES, Treated, case_of, recipe_of, timed, what_is_left
 from bkd_utils.experiments.head_safety import check_unseen, free_rows
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import decode
@@ -76,10 +75,8 @@ def cured(
         free = free_rows(loaded, attack, n=n_free, seed=seed)
         check_unseen(loaded, [row.uid for row in free], attack=attack, seed=seed)
         case = replace(case, rows=[*case.rows, *free])
-    started = time.monotonic()
     with row_passes(loaded.model) as passes:
-        count = treat(case, method=method)
-    minutes = round((time.monotonic() - started) / 60, 2)
+        count, minutes = timed(lambda: treat(case, method=method))
     words = [decode(loaded.tokenizer, [one.toward]) for one in case.found]
     searches = [Found(word, len(o.vectors), o.start, o.end) for word, o in zip(words, case.found, strict=True)]
     return Cured(what_is_left(loaded, attack, n=n, seed=seed), count, minutes, passes["row passes"], searches)
