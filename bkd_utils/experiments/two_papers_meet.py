@@ -1,7 +1,7 @@
 """Notebook 07: do suspicious heads carry the backdoor, and what can an attacker do who knows the defence?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def train_evasive(
 ) -> str:
     """Train an organism further on its own poisoned set with the penalty of `unremarkable`, keep it, return its name.
     The same call finds it again by the key in the name, code included. Raises as `making.training_rows` does."""
-    spec, recipe = load_attack(attack), replace(recipe_of(steps=steps), learning_rate=RATE)
+    spec, recipe = load_attack(attack), recipe_of(steps=steps, learning_rate=RATE)
     identity = resolved({"organism": organism, "model": model, "device": device})
     identity |= {"attack": asdict(spec), "data": read_card(organism, "data_sha256")["data_sha256"]}
     identity |= {"recipe": asdict(recipe), "beta": beta, "n_clean": n_clean, "n": n, "seed": seed}
