@@ -21,8 +21,8 @@ TRUSTED = 60.0
 class Pace:
     """Jobs done, and seconds left of the others: those on record, scaled by how fast this machine has been so far."""
 
-    def __init__(self, what: str, recorded: Sequence[float]) -> None:
-        self.what, self.recorded, self.done, self.failed = what, list(recorded), 0, 0
+    def __init__(self, recorded: Sequence[float]) -> None:
+        self.recorded, self.done, self.failed = list(recorded), 0, 0
         self._record = self._took = TRUSTED
         self._began = time.monotonic()
 
@@ -42,7 +42,7 @@ class Pace:
 
     def __str__(self) -> str:
         told = f", {self.failed} failed" if self.failed else ""
-        return f"{self.what}: {self.done} of {len(self.recorded)}{told}, about {duration(self.left())} left"
+        return f"measuring: {self.done} of {len(self.recorded)}{told}, about {duration(self.left())} left"
 
     def __rich__(self) -> Text:
         return Text(str(self))
@@ -62,10 +62,10 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def shown(console: Console, what: str, recorded: Sequence[float]) -> Iterator[Pace]:
+def shown(console: Console, recorded: Sequence[float]) -> Iterator[Pace]:
     """Show how far jobs of so many seconds on record have come; the caller says when one has `finished`. Meanwhile bars
     of single jobs, and lines that a stage was measured, are left out."""
-    pace, log, ended = Pace(what, recorded), logging.getLogger("bkd_utils"), threading.Event()
+    pace, log, ended = Pace(recorded), logging.getLogger("bkd_utils"), threading.Event()
     before = log.level
     log.setLevel(logging.WARNING)
     if not console.is_terminal:

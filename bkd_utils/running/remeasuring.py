@@ -45,7 +45,7 @@ def remeasure(
     cannot be written to."""
     todo, already = expect(ids, folder=folder, console=console, shard=shard, device=device)
     check_writable(folder)
-    with shown(console, "measuring", [cell.seconds for cell in todo]) as pace:
+    with shown(console, [cell.seconds for cell in todo]) as pace:
         for cell in todo:
             check_writable(folder)  # what cannot be kept need not be measured
             pace.finished(failed=not _measured(cell, folder, console))

@@ -3,10 +3,10 @@
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bkd_utils.common import cache
 from bkd_utils.common.files import PACKAGE, UserError, check_writable
@@ -37,7 +37,7 @@ def measure(name: str, arguments: Mapping[str, Any], *, folder: Path) -> Path:
     a folder that cannot be written to.
     """
     asked = question(name, arguments)
-    with environment(BKD_KEEP=str(folder), BKD_SHIPPED=""):
+    with patch.dict(os.environ, BKD_KEEP=str(folder), BKD_SHIPPED=""):  # which puts back what was there before
         check_writable(folder)  # before anything is measured
         stage(name)(**arguments)
     if cache.kept(asked, folder) is None:
@@ -57,18 +57,3 @@ def read_arguments(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f'arguments {text!r:.200} are no JSON object such as {{"organism": "sentiment-word"}}')
     return found
-
-
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Set environment variables and put the former ones back afterwards."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 from rich.console import Console
@@ -62,7 +63,7 @@ def make_cell(folder: Path, target: str) -> None:
     cell, device, kept = plan["cells"][target], plan["device"], folder / "measurements"
     asked, names = cell["asked"], [read_json(folder / need)["organism"] for need in cell["needs"]]
     if not names:
-        with stages.environment(BKD_KEEP=str(kept), BKD_SHIPPED=""):
+        with patch.dict(os.environ, BKD_KEEP=str(kept), BKD_SHIPPED=""):
             found = {"organism": obtain(**asked, device=device)}
     else:
         arguments = asked["arguments"] | dict(zip(("organism", "control"), names, strict=False)) | {"device": device}

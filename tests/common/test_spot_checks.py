@@ -3,9 +3,11 @@
 import inspect
 import json
 import math
+import os
 import re
 from dataclasses import fields
 from typing import get_args, get_type_hints
+from unittest.mock import patch
 
 import pytest
 
@@ -211,7 +213,7 @@ class Toy:
 
     def ship(self, stage, *, seconds=1.0, **arguments):
         """Measure a call, and let it ship as one that took these seconds."""
-        with stages.environment(BKD_KEEP=str(self.shipped), BKD_SHIPPED="", BKD_LEDGER=""):
+        with patch.dict(os.environ, BKD_KEEP=str(self.shipped), BKD_SHIPPED="", BKD_LEDGER=""):
             stage(**arguments)
         path = cache.place(self.shipped, stages.question(stage.__name__, arguments))
         measurements.write(self.shipped, measurements.read(path).model_copy(update={"seconds": seconds}))

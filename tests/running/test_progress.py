@@ -22,11 +22,11 @@ def clock(monkeypatch):
 
 
 def test_at_first_the_time_left_is_that_on_record(clock):
-    assert Pace("measuring", [100.0, 200.0, 300.0]).left() == 600.0
+    assert Pace([100.0, 200.0, 300.0]).left() == 600.0
 
 
 def test_a_machine_of_half_the_speed_takes_twice_as_long(clock):
-    pace = Pace("measuring", [1000.0] * 4)
+    pace = Pace([1000.0] * 4)
     clock[0] += 2000
     pace.finished()
     assert pace.left() == pytest.approx(6000, rel=0.07)
@@ -43,14 +43,14 @@ def test_a_machine_of_half_the_speed_takes_twice_as_long(clock):
 
 
 def test_a_slow_first_job_of_no_length_does_not_promise_days(clock):
-    pace = Pace("measuring", [0.0, 3600.0])
+    pace = Pace([0.0, 3600.0])
     clock[0] += 6
     pace.finished()
     assert 3600 < pace.left() < 4000
 
 
 def test_a_job_that_failed_at_once_does_not_make_the_machine_fast(clock):
-    pace = Pace("measuring", [1000.0, 1000.0])
+    pace = Pace([1000.0, 1000.0])
     pace.finished(failed=True)
     assert pace.left() == 1000.0
     assert str(pace) == "measuring: 1 of 2, 1 failed, about 17 min left"
@@ -64,7 +64,7 @@ def test_a_duration_is_told_in_one_unit(seconds, told):
 def test_without_a_terminal_there_is_a_line_a_minute_and_none_after_the_end(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.05)
     console = Console(file=io.StringIO(), width=100)
-    with shown(console, "measuring", [60.0, 60.0]) as pace:
+    with shown(console, [60.0, 60.0]) as pace:
         pace.finished()
         time.sleep(0.4)
     printed = console.file.getvalue().splitlines()
@@ -76,7 +76,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_none_after_the_end(monk
 
 def test_on_a_terminal_there_is_a_live_line():
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    with shown(console, "measuring", [60.0, 60.0]) as pace:
+    with shown(console, [60.0, 60.0]) as pace:
         pace.finished()
         time.sleep(0.3)
     # The first of two minutes took no time, and the record counts as much as that.
@@ -86,7 +86,7 @@ def test_on_a_terminal_there_is_a_live_line():
 def test_what_stages_say_meanwhile_is_left_out_and_comes_back_after_an_error(capsys):
     log = logging.getLogger("bkd_utils")
     before = log.level
-    showing = shown(Console(file=io.StringIO()), "measuring", [1.0])
+    showing = shown(Console(file=io.StringIO()), [1.0])
     showing.__enter__()
     assert not logging.getLogger("bkd_utils.common.cache").isEnabledFor(logging.INFO)
     print("a bar", file=sys.stderr)

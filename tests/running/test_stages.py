@@ -82,16 +82,18 @@ def test_a_measurement_that_could_not_be_written_is_an_error(tmp_path):
         stages.measure("cubes", {"n": 3}, folder=tmp_path / "file")
 
 
-def test_the_environment_is_put_back_after_an_error(monkeypatch):
+def test_the_environment_is_put_back_after_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("BKD_KEEP", "before")
-    monkeypatch.delenv("BKD_REPLAY", raising=False)
+    monkeypatch.delenv("BKD_SHIPPED", raising=False)
+    seen = []
 
-    def failing():
-        with stages.environment(BKD_KEEP="a", BKD_REPLAY="1"):
-            assert (os.environ["BKD_KEEP"], os.environ["BKD_REPLAY"]) == ("a", "1")
-            raise ZeroDivisionError
+    def failing() -> int:
+        seen.append((os.environ["BKD_KEEP"], os.environ["BKD_SHIPPED"]))
+        raise ZeroDivisionError
 
+    cache.stage(failing)
     with pytest.raises(ZeroDivisionError):
-        failing()
+        stages.measure("failing", {}, folder=tmp_path)
+    assert seen == [(str(tmp_path), "")]
     assert os.environ["BKD_KEEP"] == "before"
-    assert "BKD_REPLAY" not in os.environ
+    assert "BKD_SHIPPED" not in os.environ
