@@ -115,10 +115,9 @@ def read(path: Path) -> Measurement:
     one that is no measurement, that has been changed since it was written, that bears another name than its content
     says, or whose arrays are missing, cut off or others."""
     given = read_json(path)
-    check(Measurement, given, str(path))
-    if given["arrays"]:
-        given["result"] = _put_back(given["result"], _arrays(path.with_suffix(".safetensors"), given["arrays"]), path)
-    one = Measurement.model_construct(**given | {"machine": Machine(**given["machine"])})
+    one = check(Measurement, given, str(path))
+    if one.arrays:
+        one.result = _put_back(one.result, _arrays(path.with_suffix(".safetensors"), one.arrays), path)
     try:
         found, name, seal = digest(one.result), (one.stage, one.key), sealed(given)["seal"]
     except ValueError as error:  # NaN, which JSON files of Python may hold

@@ -64,9 +64,7 @@ class Checked:
 def spots() -> dict[str, Spot]:
     """Stage -> how it is checked. Raises ValueError that names table, key and value for one that is not right."""
     tables = read_tables(DATA / "spots.toml")
-    for name, table in tables.items():
-        check_kind(Spot, table, f"spots.toml, [{name}]")
-    return {name: Spot(**table) for name, table in tables.items()}
+    return {name: check_kind(Spot, table, f"spots.toml, [{name}]") for name, table in tables.items()}
 
 
 def check(one: Measurement) -> Checked:

@@ -51,10 +51,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
 
 
-def check(kind: Any, value: Any, where: str) -> None:
-    """Raise ValueError unless the value is of a kind: a type with its limits, a Table, or a dataclass by its fields."""
+def check(kind: Any, value: Any, where: str) -> Any:
+    """Raise ValueError unless the value is of a kind: a type with its limits, a Table, or a dataclass by its fields.
+    Returns the value; where the kind is a Table, the Table that is made of it."""
     try:
-        _adapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{where}: {'; '.join(map(_told, error.errors()[:3]))}") from None
 
@@ -112,9 +113,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def read_tables(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of a TOML file by name. Raises ValueError for a name that is none, and for a value outside of them."""
-    tables = read_toml(path)
-    check(dict[Name, dict[str, Any]], tables, path.name)
-    return tables
+    return check(dict[Name, dict[str, Any]], read_toml(path), path.name)
 
 
 def while_unchanged(*tables: str) -> Callable[[Callable[..., T]], Callable[..., T]]:

@@ -88,8 +88,7 @@ def read_profile(name: str, *, path: Path = DATA / "grid.toml") -> Profile:
     tables = read_tables(path)
     if name not in tables:
         raise UserError(f"unknown profile {name!r} of {path.name}; known: {', '.join(tables)}")
-    check(Profile, tables[name], f"{path.name}, [{name}]")
-    profile = Profile.model_validate(tables[name])
+    profile = check(Profile, tables[name], f"{path.name}, [{name}]")
     try:
         for attack in profile.attacks:
             load_recipe(profile.recipe, task=load_attack(attack).task)
