@@ -58,7 +58,8 @@ def run(
     notebooks.profile_parameters(profile, paths)  # bad options are reported before anything is fetched
     if shard is not None:
         remeasuring.parse_shard(shard)
-        if not remeasure or publish or (profile, model, seed, retrain) != ("laptop", DEFAULT, 0, False):
+        given = {"model": model, "seed": seed, "retrain": retrain}
+        if not remeasure or publish or not runner.is_published(profile, given):
             raise UserError(f"--shard {shard}: a part of what ships is measured with --remeasure and no other options")
     loading.pick_device(device)
     ids, kept = publishing.shipped_by([path.stem for path in paths]), files.WORK / "remeasured"

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import papermill
+from ipykernel.kernelspec import write_kernel_spec
 
 from bkd_utils.common.files import ROOT
 
@@ -16,11 +17,7 @@ from bkd_utils.common.files import ROOT
 def main(source: str, target: str, parameters: str) -> None:
     # The kernel is this interpreter, whatever kernel is registered on the machine under the notebook's kernel name.
     with tempfile.TemporaryDirectory() as jupyter:
-        spec = Path(jupyter) / "kernels" / "bkd"
-        spec.mkdir(parents=True)
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        kernel = {"argv": command, "display_name": "bkd", "language": "python"}
-        (spec / "kernel.json").write_text(json.dumps(kernel), encoding="utf-8")
+        write_kernel_spec(Path(jupyter) / "kernels" / "bkd")
         # The user's Jupyter and IPython settings are not used, and the home folder need not be writable.
         os.environ["JUPYTER_PATH"] = jupyter
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):

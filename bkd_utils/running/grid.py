@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field
 from rich.table import Table as Shown
@@ -22,6 +22,7 @@ from bkd_utils.organisms.cards import shipped_name
 from bkd_utils.organisms.training import load_recipe
 from bkd_utils.running import stages
 
+T = TypeVar("T")
 # What a cell is about. All other arguments of a stage are sizes, which a profile may set.
 ABOUT = ("organism", "attack", "control", "task", "model", "seed", "device")
 CORES = 2  # on which seconds are estimated, and were measured for what ships
@@ -34,7 +35,7 @@ def _each_once(given: list) -> list:
 
 
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
-Names = Annotated[list[Name], Field(min_length=1), AfterValidator(_each_once)]
+Each = Annotated[list[T], Field(min_length=1), AfterValidator(_each_once)]
 
 
 class Organisms(Table):
@@ -49,15 +50,15 @@ class Stage(Table):
 
     seconds: Seconds
     sizes: dict[str, Any] = Field(default_factory=dict)
-    attacks: Names | None = None
+    attacks: Each[Name] | None = None
 
 
 class Profile(Table):
     """A table of `data/grid.toml`. `threads`, `memory_gib` and `minutes` are those that one cell is given."""
 
-    models: Annotated[list[Text], Field(min_length=1), AfterValidator(_each_once)]
-    attacks: Names
-    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_each_once)]
+    models: Each[Text]
+    attacks: Each[Name]
+    seeds: Each[Seed]
     recipe: Name
     threads: Count
     memory_gib: Count

@@ -41,7 +41,8 @@ def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
         if f"{path.parent.name}/{path.stem}" not in needed:
             measurements.remove(path)
     write_json(MEASUREMENTS / "index.json", dict(sorted(index.items())))
-    write_readme(MEASUREMENTS)
+    with atomic_path(MEASUREMENTS / README) as temporary:
+        temporary.write_text(readme(MEASUREMENTS), encoding="utf-8")
 
 
 def index_of(folder: Path) -> dict[str, list[str]]:
@@ -54,11 +55,6 @@ def shipped_by(names: Sequence[str]) -> list[str]:
     """Ids of the shipped measurements that these notebooks use."""
     index = index_of(MEASUREMENTS)
     return sorted({one for name in names for one in index.get(name, [])})
-
-
-def write_readme(folder: Path) -> None:
-    with atomic_path(folder / README) as temporary:
-        temporary.write_text(readme(folder), encoding="utf-8")
 
 
 def readme(folder: Path) -> str:

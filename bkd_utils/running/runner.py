@@ -2,7 +2,7 @@
 
 import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -53,7 +53,7 @@ def run_all(
     check(Seed, seed, "seed")
     paths = notebooks.select(only)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}
-    if publish and not _is_published(profile, common):
+    if publish and not is_published(profile, common):
         committed = "the laptop profile, default model and seed, shipped organisms"
         raise NotebookError(f"--publish is for {committed}: that is what is committed")
     table, limit = notebooks.profile_parameters(profile, paths)
@@ -63,11 +63,11 @@ def run_all(
     places = (publishing.MEASUREMENTS, FIGURES, files.NOTEBOOKS) if publish else ()
     files.check_writable(WORK, figures, executed, ledgers, kept, *places)
     environment = {"BKD_FIGURES": str(figures.resolve()), "PYTHONUNBUFFERED": "1", "BKD_KEEP": str(kept.resolve())}
-    environment |= {"BKD_SHIPPED": ""} if remeasure else {}
     if remeasure:
+        environment["BKD_SHIPPED"] = ""
         ledger.forget_finished(kept, [ledgers / f"{path.stem}.jsonl" for path in paths], others=only is not None)
         ids = publishing.shipped_by([path.stem for path in paths])
-        if ids and _is_published(profile, common):  # with a time left, which notebooks cannot tell
+        if ids and is_published(profile, common):  # with a time left, which notebooks cannot tell
             remeasuring.remeasure(ids, folder=kept, console=console)
     started, runs, used = time.strftime("%Y-%m-%dT%H:%M:%S"), [], {}
     for path in paths:
@@ -109,8 +109,8 @@ def run_all(
     return runs
 
 
-def _is_published(profile: str, options: dict[str, Any]) -> bool:
-    """Is this the run whose results are committed?"""
+def is_published(profile: str, options: Mapping[str, Any]) -> bool:
+    """Is this the run whose results are committed, by its profile and its `model`, `seed` and `retrain`?"""
     return (profile, options["model"], options["seed"], options["retrain"]) == ("laptop", DEFAULT_MODEL, 0, False)
 
 

@@ -75,7 +75,7 @@ def measured(folder):
     one = measurements.Measurement(**asked, **made, machine=machine, result=result)
     measurements.write(folder, one)
     write_json(folder / "index.json", {"01_toy": [one.id]})
-    publishing.write_readme(folder)
+    (folder / publishing.README).write_text(publishing.readme(folder), encoding="utf-8")
 
 
 def picture(value):
