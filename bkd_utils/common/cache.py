@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 from bkd_utils.common import measurements
 from bkd_utils.common.code_key import code_key
 from bkd_utils.common.files import WORK, UserError, canonical_json, sha256_text
-from bkd_utils.common.measurements import Measurement, digest, machine_of, path_of
+from bkd_utils.common.measurements import Measurement, digest, machine_of
 from bkd_utils.common.results import plain, restored
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -55,8 +55,9 @@ def stage(function: Callable[P, R], *, resolved: Resolved | None = None) -> Call
             if os.environ.get("BKD_REPLAY"):
                 raise UserError(f"no measurement of {name} ships for {canonical_json(asked['arguments'])}")
             one, how = _measured(asked, function, *args, **kwargs), "measured here"
-        if not _inside.get():
-            _note(one, how)
+        if not _inside.get():  # for spot checks in this process, and for the ledger
+            used.append({"stage": one.stage, "how": how})
+            note({"id": one.id, "how": how, "commit": one.commit, "seconds": one.seconds})
         return restored(kind, one.result)
 
     run.resolved = resolved or (lambda _: {})
@@ -105,7 +106,8 @@ def kept_folder() -> Path:
 
 def place(folder: Path, asked: dict[str, Any]) -> Path:
     """Where a folder holds the answer to a question."""
-    return path_of(folder, asked["stage"], measurements.key(asked["stage"], asked["arguments"], asked["inputs"]))
+    key = measurements.key(asked["stage"], asked["arguments"], asked["inputs"])
+    return folder / asked["stage"] / f"{key}.json"
 
 
 def is_of_this_code(one: Measurement, asked: dict[str, Any]) -> bool:
@@ -167,12 +169,6 @@ def _measured(asked: dict[str, Any], function: Callable, *args: Any, **kwargs: A
         log.warning("%s could not be kept: %s", one.id, error.strerror or error)
     log.info("%s: measured in %.1f s", one.stage, one.seconds)
     return one
-
-
-def _note(one: Measurement, how: str) -> None:
-    """Write down where a result came from: for spot checks in this process, and in the ledger."""
-    used.append({"stage": one.stage, "how": how})
-    note({"id": one.id, "how": how, "commit": one.commit, "seconds": one.seconds})
 
 
 def note(line: dict[str, Any]) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from symtable import symtable
 from typing import Any
 
-from bkd_utils.common.files import canonical_json, sha256_text
+from bkd_utils.common.files import PACKAGE, canonical_json, sha256_text
 
-PACKAGE = Path(__file__).resolve().parents[1]
 # They keep results and compute none, so that a better way of keeping makes nothing stale.
 KEEPING = ("cache.py", "code_key.py", "measurements.py")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

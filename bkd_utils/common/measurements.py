@@ -71,10 +71,6 @@ def key(stage: str, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> 
     return sha256_text(canonical_json([stage, asked, inputs]))[:20]
 
 
-def path_of(folder: Path, stage: str, key: str) -> Path:
-    return folder / stage / f"{key}.json"
-
-
 def digest(result: Any) -> str:
     return sha256_text(canonical_json(result))
 
@@ -91,7 +87,7 @@ def write(folder: Path, one: Measurement) -> Path:
     as its only key."""
     if digest(one.result) != one.digest:
         raise ValueError(f"{one.id}: the digest {one.digest[:12]} is that of another result")
-    path = path_of(folder, one.stage, one.key)
+    path = folder / f"{one.id}.json"
     arrays: dict[str, np.ndarray] = {}
     given = one.model_dump() | {"result": _taken_out(one.result, arrays, ""), "arrays": None}
     beside = path.with_suffix(".safetensors")

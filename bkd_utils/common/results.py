@@ -18,11 +18,10 @@ class Result:
         """The result that `to_json` was made of. Raises ValueError that names missing or unknown fields."""
         if not isinstance(value, Mapping):
             raise ValueError(f"{cls.__name__} is made of a dictionary, not of {type(value).__name__}")
-        names = {field.name for field in fields(cls)}
-        problems = {"missing": names - value.keys(), "unknown": value.keys() - names}
+        kinds = get_type_hints(cls)
+        problems = {"missing": kinds.keys() - value.keys(), "unknown": value.keys() - kinds.keys()}
         if told := "; ".join(f"{kind}: {', '.join(sorted(wrong))}" for kind, wrong in problems.items() if wrong):
             raise ValueError(f"{cls.__name__} has other fields ({told})")
-        kinds = get_type_hints(cls)
         return cls(**{name: restored(kinds[name], inside) for name, inside in value.items()})
 
 

@@ -4,6 +4,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -119,11 +120,9 @@ def _check_stage(name: str, given: Stage, attacks: list[str]) -> None:
 def expand(profile: Profile, *, model: str | None = None) -> list[Cell]:
     """All cells of a profile, organisms first; `model` takes the place of its models."""
     record, cells = _on_record(shipped_folder()), {}
-    for address in [model] if model else profile.models:
-        for attack in profile.attacks:
-            for seed in profile.seeds:
-                for cell in _of_one(profile, address, attack, seed, record):
-                    cells[cell.target] = cell  # a control may be one of the attacks as well
+    for address, attack, seed in product([model] if model else profile.models, profile.attacks, profile.seeds):
+        # A control may be one of the attacks as well.
+        cells |= {cell.target: cell for cell in _of_one(profile, address, attack, seed, record)}
     return sorted(cells.values(), key=lambda cell: len(cell.needs) > 0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bkd_utils.common import measurements
 from bkd_utils.common.files import UserError, check_writable, sweep
-from bkd_utils.common.measurements import Measurement, path_of
+from bkd_utils.common.measurements import Measurement
 from bkd_utils.common.spot_checks import leaves
 from bkd_utils.running.remeasuring import paths_in
 
@@ -21,7 +21,7 @@ def merge(folders: Sequence[Path], *, into: Path) -> tuple[int, int]:
     for path in [path for folder in folders for path in paths_in(folder)]:
         one = measurements.read(path)
         _check_equal(chosen.setdefault(one.id, path), one, path)
-    there = {path: path_of(into, path.parent.name, path.stem) for path in chosen.values()}
+    there = {path: into / path.parent.name / path.name for path in chosen.values()}
     for path, target in there.items():
         if target.is_file():
             _check_equal(path, measurements.read(target), target)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
@@ -78,11 +79,10 @@ async def replay(paths: Sequence[Path], *, folder: Path, parameters: Mapping[str
     return sorted(done, key=lambda one: one.path)
 
 
-def _manager(connection: Path) -> Any:
+def _manager(connection: Path) -> AsyncKernelManager:
     """A manager of one kernel, which is this interpreter, whatever kernel is registered under the notebook's name."""
-    manager = NotebookClient(nbformat.v4.new_notebook()).create_kernel_manager()
+    manager = AsyncKernelManager(connection_file=str(connection))  # the home folder need not be writable
     manager.kernel_spec_manager.kernel_dirs = []
-    manager.connection_file = str(connection)  # not in the home folder, which need not be writable
     return manager
 
 

@@ -35,7 +35,7 @@ def measure_again(*, share: float, seed: int, device: str, console: Console) -> 
     drawn = [measurements.read(path) for path in sample(there, share=share, seed=seed)]
     if failed := remeasure([one.id for one in drawn], folder=folder, device=device, console=console):
         raise UserError(f"{failed} of {len(drawn)} measurements could not be made anew")
-    paths = [measurements.path_of(folder, one.stage, one.key) for one in drawn]
+    paths = [folder / f"{one.id}.json" for one in drawn]
     if other := [one.id for one, path in zip(drawn, paths, strict=True) if not path.is_file()]:
         raise UserError(f"{other[0]}: other models, attacks or tables are here than those it was measured on")
     return list(zip(drawn, map(measurements.read, paths), strict=True))
