@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from bkd_utils.common.files import ASSETS, DATA, UserError, atomic_path, read_json, sha256_file, sweep, write_json
-from bkd_utils.common.validation import Name, Text, build, check, read_tables
+from bkd_utils.common.validation import Name, Sha256, Text, build, check, read_tables
 
 RECEIPT = "asset.json"
 log = logging.getLogger(__name__)
@@ -32,9 +32,6 @@ def _apart(members: dict[str, str]) -> dict[str, str]:
     if len({Path(path).name for path in members} - {"", "..", RECEIPT}) < len(members):
         raise ValueError("members are unpacked under their base names, which must be names, and different ones")
     return members
-
-
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from safetensors.numpy import load_file, save
 
 from bkd_utils.common import files
 from bkd_utils.common.files import atomic_path, canonical_json, read_json, sha256_file, sha256_text, write_json
-from bkd_utils.common.validation import Name, Table, check
+from bkd_utils.common.validation import Name, Sha256, Table, check
 
 LARGE = 64  # arrays of fewer numbers stay in the JSON, where they can be read
 MARK = "$array"
-Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Machine(Table):
@@ -46,14 +45,14 @@ class Measurement(Table):
     stage: Name
     arguments: dict[str, Any]
     inputs: dict[str, Any]
-    code: Hash
+    code: Sha256
     commit: str | None
     libraries: dict[str, str]
     machine: Machine
     seconds: float
-    digest: Hash
-    arrays: Hash | None
-    seal: Hash
+    digest: Sha256
+    arrays: Sha256 | None
+    seal: Sha256
     result: Any
 
     @property
@@ -221,5 +220,5 @@ def commit() -> str | None:
 
 def shipped_folder() -> Path | None:
     """Where shipped measurements are read: BKD_SHIPPED, or `data/measurements`; None where BKD_SHIPPED is empty."""
-    named = os.environ.get("BKD_SHIPPED")
-    return (Path(named).expanduser() if named else None) if named is not None else files.DATA / "measurements"
+    named = os.environ.get("BKD_SHIPPED", str(files.DATA / "measurements"))
+    return Path(named).expanduser() if named else None

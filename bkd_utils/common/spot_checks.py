@@ -17,8 +17,6 @@ from bkd_utils.common.measurements import Measurement
 from bkd_utils.common.validation import Table, read_tables, while_unchanged
 from bkd_utils.common.validation import check as check_kind
 
-Part = Annotated[float, Field(ge=0, le=1)]
-
 
 class Spot(Table):
     """How one stage is checked. `part` replaces arguments, so that less is measured; without it the whole measurement
@@ -32,7 +30,7 @@ class Spot(Table):
     fields: list[str] = Field(default_factory=list)
     rows: list[str] = Field(default_factory=list)
     tolerance: Annotated[float, Field(ge=0)] = 0.0
-    flips: Part = 0.0
+    flips: Annotated[float, Field(ge=0, le=1)] = 0.0
     on_cpu: Annotated[float, Field(gt=0)] = 1.0
     none: str | None = None
 

@@ -49,6 +49,7 @@ Text = Annotated[str, AfterValidator(_text)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def check(kind: Any, value: Any, where: str) -> Any:

@@ -109,8 +109,6 @@ def _alike(value: Any, default: Any) -> bool:
         return False
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
         return not default or all(any(_alike(item, one) for one in default) for item in value)
-    if isinstance(default, dict) and isinstance(value, dict):
-        return True
     return default is None or type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
