@@ -23,17 +23,17 @@ class NotebookError(ValueError):
     """A notebook or parameter that must not be run; the message names the notebook and the fault."""
 
 
-def all_notebooks() -> list[Path]:
+def all_notebooks(*, folder: Path = NOTEBOOKS) -> list[Path]:
     """The numbered notebooks in order."""
-    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
 
 
-def select(only: str | None) -> list[Path]:
+def select(only: str | None, *, folder: Path = NOTEBOOKS) -> list[Path]:
     """Notebooks by comma-separated numbers (`01,03`) or names; by default all but those `ON_REQUEST`. Raises
     NotebookError for one that does not exist."""
-    known = all_notebooks()
+    known = all_notebooks(folder=folder)
     if not known:
-        raise NotebookError(f"there are no notebooks in {NOTEBOOKS}; they come with a checkout, not with the package")
+        raise NotebookError(f"there are no notebooks in {folder}; they come with a checkout, not with the package")
     if only is None:
         return [path for path in known if path.stem not in ON_REQUEST]
     words = {word.strip() for word in only.split(",") if word.strip()} or {only}

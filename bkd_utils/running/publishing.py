@@ -59,6 +59,8 @@ def shipped_by(names: Sequence[str]) -> list[str]:
 
 def readme(folder: Path) -> str:
     """The text beside the measurements: what is in a file, and a table of stages."""
+    from bkd_utils.reports.tables import markdown  # only here: it imports pandas, and kernels of a replay need not wait
+
     uses, rows = index_of(folder), []
     for stage, group in itertools.groupby(measurements.paths(folder), key=lambda path: path.parent):
         paths = list(group)
@@ -66,9 +68,9 @@ def readme(folder: Path) -> str:
         where = ", ".join(name[:2] for name, used in uses.items() if ids & set(used))
         minutes = sum(read_json(path)["seconds"] for path in paths) / 60
         size = sum(path.stat().st_size for kind in ("json", "safetensors") for path in stage.glob(f"*.{kind}"))
-        rows.append(f"| `{stage.name}` | {where} | {len(paths)} | {minutes:.1f} | {size / 1000:.0f} |")
+        rows.append([f"`{stage.name}`", where, str(len(paths)), f"{minutes:.1f}", f"{size / 1000:.0f}"])
     fields = [f"- `{name}`: {told}" for name, told in FIELDS.items()]
-    parts = ["# Measurements", *INTRODUCTION, "\n".join(fields), "## Stages", "\n".join([*HEAD, *rows])]
+    parts = ["# Measurements", *INTRODUCTION, "\n".join(fields), "## Stages", markdown(COLUMNS, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -87,4 +89,4 @@ FIELDS = {
     "result": "what came out, by prompt where there are prompts",
     "arrays, digest, seal": "hashes of the file of arrays, of the result, and of all other fields",
 }
-HEAD = ("| stage | notebooks | files | minutes | kB |", "|---|---|---|---|---|")
+COLUMNS = ("stage", "notebooks", "files", "minutes", "kB")

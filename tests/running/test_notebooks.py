@@ -83,24 +83,22 @@ def test_a_file_that_is_no_notebook_is_named(tmp_path):
         notebooks.read(tmp_path / "n.ipynb")
 
 
-def test_selection_by_number_and_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+def test_selection_by_number_and_name(tmp_path):
     for name in ("00_a", "01_b", "03_c", "08_your_own_model"):
         write(tmp_path / f"{name}.ipynb")
-    assert [path.stem for path in notebooks.select("03,01_b")] == ["01_b", "03_c"]
-    assert [path.stem for path in notebooks.select(None)] == ["00_a", "01_b", "03_c"]
-    assert [path.stem for path in notebooks.select("08")] == ["08_your_own_model"]
+    assert [path.stem for path in notebooks.select("03,01_b", folder=tmp_path)] == ["01_b", "03_c"]
+    assert [path.stem for path in notebooks.select(None, folder=tmp_path)] == ["00_a", "01_b", "03_c"]
+    assert [path.stem for path in notebooks.select("08", folder=tmp_path)] == ["08_your_own_model"]
     for bad in ("42", "1", ","):
         with pytest.raises(NotebookError):
-            notebooks.select(bad)
+            notebooks.select(bad, folder=tmp_path)
 
 
-def test_without_notebooks_a_selection_is_an_error_and_the_list_is_empty(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "none")
-    assert notebooks.all_notebooks() == []
+def test_without_notebooks_a_selection_is_an_error_and_the_list_is_empty(tmp_path):
+    assert notebooks.all_notebooks(folder=tmp_path / "none") == []
     for only in (None, "01"):
         with pytest.raises(NotebookError, match=r"no notebooks in .*none"):
-            notebooks.select(only)
+            notebooks.select(only, folder=tmp_path / "none")
 
 
 def test_publishing_drops_what_changes_from_run_to_run(tmp_path):
