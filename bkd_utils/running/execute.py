@@ -1,4 +1,4 @@
-"""Execute one notebook with papermill in this process: `python -m bkd_utils.running.execute IN OUT PARAMETERS.json`.
+"""Execute one notebook with papermill in this process: `python -m bkd_utils.running.execute IN OUT PARAMETERS-AS-JSON`.
 
 The runner starts this as a child, so that a time limit or Ctrl-C can end kernel and papermill together."""
 
@@ -23,8 +23,8 @@ def main(source: str, target: str, parameters: str) -> None:
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
             os.environ[name] = str(Path(jupyter) / name.lower())
         os.environ["BKD_STATIC"] = "1"  # nobody moves sliders here, see `reports.live`
-        given = json.loads(Path(parameters).read_text(encoding="utf-8"))
         where = {"kernel_name": "bkd", "language": "python", "cwd": str(ROOT), "store_widget_state": False}
+        given = json.loads(parameters)
         papermill.execute_notebook(source, target, given, **where, progress_bar=False, autosave_cell_every=0)
 
 

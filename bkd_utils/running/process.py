@@ -49,10 +49,9 @@ def run_notebook(
     token, started = secrets.token_hex(8), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bkd-run-") as scratch:
-        source, target, given = (Path(scratch) / name for name in ("in.ipynb", "out.ipynb", "parameters.json"))
+        source, target = Path(scratch) / "in.ipynb", Path(scratch) / "out.ipynb"
         nbformat.write(notebooks.with_sentinel(notebooks.read(path), token), source)
-        given.write_text(json.dumps(parameters), encoding="utf-8")
-        command = [sys.executable, "-m", "bkd_utils.running.execute", str(source), str(target), str(given)]
+        command = [sys.executable, "-m", "bkd_utils.running.execute", str(source), str(target), json.dumps(parameters)]
         code, errors = _supervise(command, environment, target, limit, on_cell)
         minutes = (time.monotonic() - started) / 60
         reason, peak = _verdict(target, token, code, errors, limit=limit)
