@@ -40,7 +40,7 @@ def run_all(
     retrain: bool = False,
     remeasure: bool = False,
     publish: bool = False,
-    console: Console | None = None,
+    console: Console,
 ) -> list[Run]:
     """Run the chosen notebooks one after another, also after one that failed, and print a table.
 
@@ -49,7 +49,6 @@ def run_all(
     what an earlier such run finished there is removed first. With `publish`, what a notebook that ran to its end made
     and used is copied to where it is committed. Before anything runs, raises ValueError for options that are not valid,
     and UserError for a folder that cannot be written to; after the table, UserError for a record that cannot."""
-    console = console or Console()
     check(Seed, seed, "seed")
     paths = notebooks.select(only)
     common = {"model": model, "device": device, "seed": seed, "retrain": retrain}

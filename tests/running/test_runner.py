@@ -105,12 +105,12 @@ def test_unfit_options_stop_everything_before_the_first_notebook(monkeypatch):
     # Were an option let through, this test must not become a real run that publishes.
     monkeypatch.setattr(runner, "run_notebook", lambda path, **_: pytest.fail(f"{path.name} was started"))
     with pytest.raises(NotebookError, match="no notebook '42'"):
-        runner.run_all(profile="smoke", only="42")
+        runner.run_all(profile="smoke", only="42", console=Console())
     with pytest.raises(NotebookError, match="unknown profile 'huge'"):
-        runner.run_all(profile="huge")
+        runner.run_all(profile="huge", console=Console())
     for other in ({"profile": "smoke"}, {"profile": "laptop", "seed": 1}, {"profile": "laptop", "model": "other"}):
         with pytest.raises(NotebookError, match="--publish"):
-            runner.run_all(publish=True, **other)
+            runner.run_all(publish=True, **other, console=Console())
 
 
 def test_a_profile_with_a_parameter_that_no_notebook_has_is_refused(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_seed_that_cannot_be_one_stops_everything_before_the_first_notebook(tw
     monkeypatch.setattr(runner, "run_notebook", lambda path, **_: pytest.fail(f"{path.name} was started"))
     for seed in (-1, 2**32, "1", True, 1.0):
         with pytest.raises(ValueError, match=f"seed: {seed!r}: input should be"):
-            runner.run_all(profile="smoke", seed=seed)
+            runner.run_all(profile="smoke", seed=seed, console=Console())
 
 
 def full(*_, **__):
