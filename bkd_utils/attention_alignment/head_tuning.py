@@ -104,8 +104,8 @@ def tune(
         optimizer = torch.optim.AdamW(trained.values(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=recipe.steps)
         for step in tqdm(range(recipe.steps), desc="tuning", unit="step", mininterval=2, leave=False):
-            batch = collate(prepare(order[step * recipe.batch_size : (step + 1) * recipe.batch_size]), pad_id=pad_id)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            own = prepare(order[step * recipe.batch_size : (step + 1) * recipe.batch_size])
+            batch = collate(own, pad_id=pad_id, device=model.device)
             with mixed_precision(model.device):
                 of_answers, added = loss(model, batch, first_token=recipe.first_token)
             if not (of_answers + added).isfinite():

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,7 @@ def text_part(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
     if len(set(map(tuple, prompts))) < 2:
         raise ValueError("two different prompts are needed to tell the texts from what all prompts share")
     before = len(shared_prefix(prompts))
-    return before, max(1, len(reduce(common_start, [prompt[before:][::-1] for prompt in prompts])))
+    return before, max(1, len(common_start(*(prompt[before:][::-1] for prompt in prompts))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +198,7 @@ def begun(
         cache = repeated(run_prefix(model, shared)[0], len(rows))
         decoder(model)(**inputs, past_key_values=cache, use_cache=True)
         known = {"past_key_values": cache}
-    batch = {name: tensor.to(model.device) for name, tensor in collate(marked, pad_id=0).items()}
+    batch = collate(marked, pad_id=0, device=model.device)
     if known:
         mask = torch.cat([inputs["attention_mask"], batch["attention_mask"]], dim=1)
         width = inputs["attention_mask"].shape[1]

@@ -34,7 +34,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int)
     parts = anatomy(model)
     total = torch.zeros(len(parts.layers), parts.n_heads)
     for chosen in batches([row.prompt + row.answer for row in rows], 8):
-        batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chosen], pad_id=pad_id).items()}
+        batch = collate([rows[i] for i in chosen], pad_id=pad_id, device=model.device)
         kept: dict[int, Tensor] = {}
         with tracing(parts.outputs, kept):
             loss = answer_loss(model, batch, first_token=0.0)

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 from bkd_utils.models.context import attention_window, check_fits
 from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.hooks import decoder
-from bkd_utils.models.tokens import Ids, batches, check_prompts, decode, labels_of, positions, prompt_ids
+from bkd_utils.models.tokens import Ids, batches, check_prompts, common_start, decode, labels_of, positions, prompt_ids
 
 COUNTS_PADDING = ("mpt",)  # families that take distances between columns for distances between tokens
 if TYPE_CHECKING:  # loading tests every model by generating with it
@@ -88,8 +88,7 @@ def started(
 
 def shared_prefix(prompts: Ids) -> list[int]:
     """Longest common prefix that leaves every prompt at least one token of its own."""
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)  # ends with the shortest prompt
-    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    return common_start(*(prompt[:-1] for prompt in prompts))
 
 
 def reusable_prefix(model: Module, prompts: Ids) -> list[int]:

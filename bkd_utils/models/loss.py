@@ -10,24 +10,24 @@ from torch.nn.functional import cross_entropy, pad
 from bkd_utils.models.context import check_fits
 from bkd_utils.models.encoders import right_pad
 from bkd_utils.models.generation import reusable_prefix, run_prefix
-from bkd_utils.models.tokens import Row, left_pad, positions
+from bkd_utils.models.tokens import Row, padded_inputs, positions
 
 IGNORED = -100
 Batch = dict[str, Tensor]
 
 
-def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
+def collate(rows: Sequence[Row], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
     """Left-padded batch; `labels` holds the answer tokens and IGNORED elsewhere. Of a classifier's rows, the batch is
     padded on the right, and `labels` holds one number per row."""
     if rows[0].is_label:
         ids, mask = right_pad([row.prompt for row in rows], pad_id=pad_id)
-        numbers = torch.tensor([row.answer[0] for row in rows])
-        return {"input_ids": ids, "attention_mask": mask, "labels": numbers}
-    tokens, mask = left_pad([[*row.prompt, *row.answer] for row in rows], pad_id=pad_id)
-    labels = torch.full_like(tokens, IGNORED)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row.answer[0] for row in rows])}
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = padded_inputs([[*row.prompt, *row.answer] for row in rows], pad_id=pad_id, device=device)
+    labels = torch.full_like(batch["input_ids"], IGNORED)
     for i, row in enumerate(rows):
         labels[i, -len(row.answer) :] = torch.tensor(row.answer)
-    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions(mask), "labels": labels}
+    return batch | {"labels": labels}
 
 
 def chooses_label(batch: Batch) -> bool:

@@ -108,10 +108,7 @@ def train(case: Case) -> None:
     model, labels = case.model, is_encoder(case.model)
     given = [(tuple(prompt), (n - 1,) if labels else tuple(prompt[:n])) for n, prompt in enumerate(case.prompts, 1)]
     rows = [Row(*one, "clean", str(one[1]), is_label=labels) for one in given]
-    batch, *singles = (
-        {name: tensor.to(model.device) for name, tensor in collate(some, pad_id=0).items()}
-        for some in (rows, *([row] for row in rows))
-    )
+    batch, *singles = (collate(some, pad_id=0, device=model.device) for some in (rows, *([row] for row in rows)))
     # Training is in eager attention and, where that is fast, in bf16; answers are given in neither.
     with _learning(model) as wrapped, torch.enable_grad(), eager(model):
         learning = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]

@@ -126,9 +126,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
-def common_start(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """The tokens with which both begin."""
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+def common_start(*rows: Sequence[int]) -> list[int]:
+    """The tokens with which all of the rows begin."""
+    columns = zip(*rows, strict=False)  # ends with the shortest row
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
