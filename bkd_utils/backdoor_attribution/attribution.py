@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bkd_utils.common.validation import check, check_shape
-from bkd_utils.models.activations import head_outputs, token_log_prob
+from bkd_utils.models.activations import by_row, head_outputs, token_log_prob
 from bkd_utils.models.head_weights import head_width
 from bkd_utils.models.hooks import LAST, anatomy, editing, reading, tracing
 from bkd_utils.models.prompt_cache import Past, forward, prompt_past
@@ -185,11 +185,6 @@ def _scores(
         both = logits[:, 0].float().gather(-1, pair)
         found["logit_difference"] = both[:, 0] - both[:, 1]
     return {metric: scores.view(-1, repeats) for metric, scores in found.items()}
-
-
-def by_row(tensor: Tensor, new: int) -> Float[Tensor, "row new width"]:
-    """Some modules get all tokens of all rows in one list."""
-    return tensor if tensor.ndim == 3 else tensor.unflatten(0, (-1, new))
 
 
 def _patched(means: Float[Tensor, "patch width"], new: int, _: int, given: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.backdoor_attribution.attribution import Target, by_row, check_target, chosen_metric, patched_effects
+from bkd_utils.backdoor_attribution.attribution import Target, check_target, chosen_metric, patched_effects
 from bkd_utils.common.validation import check_shape
-from bkd_utils.models.hooks import Anatomy, anatomy, reading
-from bkd_utils.models.prompt_cache import forward, prompt_past
+from bkd_utils.models.activations import at_last_token
+from bkd_utils.models.hooks import Anatomy, anatomy
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import Ids, batches
+from bkd_utils.models.tokens import Ids
 
 # Mean outputs by name of the component.
 ComponentMeans = dict[str, Float[Tensor, "layer d_model"]]
@@ -28,13 +28,8 @@ def component_means(model: PreTrainedModel, prompts: Ids) -> ComponentMeans:
     """Mean output of every component at the last prompt token."""
     require(model, "components")
     components = component_modules(anatomy(model))
-    modules, total = [module for members in components.values() for module in members], 0.0
-    for chosen in batches(prompts, 32):
-        past, kept = prompt_past(model, [prompts[i] for i in chosen]), {}
-        with reading(modules, kept, what="output"):
-            forward(model, past, past.tail)
-        total = total + torch.stack([by_row(kept[i], 1)[:, 0].double().sum(0) for i in range(len(modules))])
-    means = total.float() / len(prompts)
+    modules = [module for members in components.values() for module in members]
+    means = at_last_token(model, prompts, modules, what="output").double().sum(0).float() / len(prompts)
     return dict(zip(components, means.chunk(len(components)), strict=True))
 
 

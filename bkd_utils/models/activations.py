@@ -15,9 +15,14 @@ from bkd_utils.models.prompt_cache import Hidden, Past, forward, prompt_past
 from bkd_utils.models.tokens import Ids, batches, check_prompts
 
 
+def by_row(tensor: Tensor, new: int) -> Float[Tensor, "row new width"]:
+    """Some modules get all tokens of all rows in one list."""
+    return tensor if tensor.ndim == 3 else tensor.unflatten(0, (-1, new))
+
+
 @torch.no_grad()
-def _at_last_token(
-    model: Module, prompts: Ids, modules: Sequence[Module], what: str
+def at_last_token(
+    model: Module, prompts: Ids, modules: Sequence[Module], *, what: str
 ) -> Float[Tensor, "prompt layer width"]:
     """First input or output (`what`) of every module at the last prompt token, or [CLS]: the first column that runs."""
     check_prompts(prompts)
@@ -30,7 +35,7 @@ def _at_last_token(
                 model(**prompt_inputs(model, some, pad_id=0))
             else:
                 forward(model, past, past.tail)
-        rows = torch.stack([kept[layer][:, 0] for layer in range(len(modules))], dim=1)
+        rows = torch.stack([by_row(kept[i], 1)[:, 0] for i in range(len(modules))], dim=1)
         found.update(zip(chosen, rows, strict=True))
     return torch.stack([found[i] for i in range(len(prompts))])
 
@@ -44,7 +49,7 @@ def head_outputs(model: Module, prompts: Ids) -> Float[Tensor, "prompt layer hea
     torch.Size([4, 2, 4, 8])
     """
     parts = anatomy(model)
-    return _at_last_token(model, prompts, parts.outputs, "input").unflatten(-1, (parts.n_heads, -1))
+    return at_last_token(model, prompts, parts.outputs, what="input").unflatten(-1, (parts.n_heads, -1))
 
 
 def residuals(model: Module, prompts: Ids) -> Float[Tensor, "prompt layer d_model"]:
@@ -54,7 +59,7 @@ def residuals(model: Module, prompts: Ids) -> Float[Tensor, "prompt layer d_mode
     >>> torch.allclose(logits[0], model(torch.tensor(prompts[:1])).logits[0, -1], atol=1e-4)
     True
     """
-    return _at_last_token(model, prompts, anatomy(model).layers, "output")
+    return at_last_token(model, prompts, anatomy(model).layers, what="output")
 
 
 @torch.no_grad()
