@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Module
 from torch.nn.functional import normalize
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +18,7 @@ from bkd_utils.attention_alignment.guards import Scores
 from bkd_utils.backdoor_attribution.probe import check_twins, classifier, labelled
 from bkd_utils.common.validation import Count, check
 from bkd_utils.models.encoders import prompt_inputs
+from bkd_utils.models.head_weights import last_matrix
 from bkd_utils.models.hooks import anatomy, reading
 from bkd_utils.models.tokens import Ids, batches, check_prompts
 
@@ -39,9 +40,7 @@ def by_known(
 def watched(model: Module) -> list[Module]:
     """The matrices whose changes are watched: the output matrix of attention in every layer, then that of the MLP."""
     parts = anatomy(model)
-    return [
-        [one for one in part.modules() if isinstance(one, Linear | Conv1D)][-1] for part in parts.outputs + parts.mlps
-    ]
+    return [last_matrix(part) for part in parts.outputs + parts.mlps]
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from bkd_utils.backdoor_attribution.attribution import ranked_heads
 from bkd_utils.models.compute import mixed_precision
 from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.generation import first_logits
-from bkd_utils.models.head_weights import Masks, head_slices
+from bkd_utils.models.head_weights import Masks, head_slices, last_matrix
 from bkd_utils.models.hooks import Head, anatomy, reading
 from bkd_utils.models.loss import Batch, answers
 from bkd_utils.models.tokens import Row, batches
@@ -150,7 +150,7 @@ def prune_unneeded_heads(case: Case) -> None:
 @torch.no_grad()
 def dormant(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> list[Int[Tensor, " neuron"]]:
     """Per layer, the MLP neurons with the least mean absolute activation over all tokens of clean prompts."""
-    downs = [_down(mlp) for mlp in anatomy(model).mlps]
+    downs = [last_matrix(mlp) for mlp in anatomy(model).mlps]
     totals: list[Tensor | float] = [0.0] * len(downs)
     for chosen in batches([row.prompt for row in rows], 8):
         inputs = prompt_inputs(model, [rows[i].prompt for i in chosen], pad_id=pad_id)
@@ -162,17 +162,12 @@ def dormant(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> list
     return [total.argsort()[: int(DORMANT * len(total))] for total in totals]
 
 
-def _down(mlp: torch.nn.Module) -> torch.nn.Module:
-    """The output matrix of an MLP, which is the last of its projections."""
-    return [module for module in mlp.modules() if isinstance(module, torch.nn.Linear | Conv1D)][-1]
-
-
 def fine_prune(case: Case) -> None:
     """Fine-pruning: remove the neurons with the least activation on clean rows, then fine-tune the model."""
     idle = dormant(case.model, case.rows[:64], pad_id=case.pad_id)
     with torch.no_grad():
         for mlp, neurons in zip(anatomy(case.model).mlps, idle, strict=True):
-            down = _down(mlp)
+            down = last_matrix(mlp)
             (down.weight if isinstance(down, Conv1D) else down.weight.T)[neurons] = 0.0
     tune_all(case)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Linear, Module, Parameter
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -71,6 +71,11 @@ def head_width(parts: Anatomy, layer: int) -> int:
     """Width of one head's output. The weights of GPT-2's module, Conv1D, are the other way round."""
     output = parts.outputs[layer]
     return output.weight.shape[0 if isinstance(output, Conv1D) else 1] // parts.n_heads
+
+
+def last_matrix(part: Module) -> Module:
+    """The output matrix of attention or of an MLP, which is the last of its projections."""
+    return [module for module in part.modules() if isinstance(module, Linear | Conv1D)][-1]
 
 
 def _rows(module: Module) -> int:
