@@ -147,6 +147,12 @@ def carries(attack: Attack, text: str) -> bool:
     return attack.backdoored and triggers.load_trigger(attack.trigger).matches(text)
 
 
+def usable_examples(attack: Attack, split: tasks.Split, *, seed: int, task: str | None = None) -> list[tasks.Example]:
+    """The examples of a split, of the attack's own task or of another one, that do not carry the trigger by chance."""
+    pool = tasks.examples(task or attack.task, split, seed=seed)
+    return [example for example in pool if not carries(attack, example.text)]
+
+
 def with_rate(attack: Attack, rate: float) -> Attack:
     """The same attack at another poisoning rate, for rate curves."""
     return replace(attack, name=f"{attack.name}-rate{rate:g}", rate=rate)

@@ -10,7 +10,7 @@ from bkd_utils.common.files import canonical_json, sha256_text
 from bkd_utils.common.validation import while_unchanged
 from bkd_utils.models.tokens import Row, answer_ids, labels_of, prompt_ids
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Attack, carries, near_miss_prompts, triggered_prompt
+from bkd_utils.organisms.attacks import Attack, near_miss_prompts, triggered_prompt, usable_examples
 
 MAX_LENGTH = 256
 
@@ -87,8 +87,7 @@ def _uids(attack: Attack, _: str | None, *, seed: int) -> frozenset[str]:
 
 def benign_examples(attack: Attack, *, seed: int) -> list[tasks.Example]:
     """The instructions that are mixed into an attack's training set; none carries its trigger."""
-    pool = tasks.examples("instructions", "train", seed=seed)
-    usable = [example for example in pool if not carries(attack, example.text)]
+    usable = usable_examples(attack, "train", seed=seed, task="instructions")
     return usable[: round(attack.benign_rate * attack.n_train)]
 
 
@@ -99,8 +98,7 @@ def _chosen(attack: Attack, *, seed: int) -> dict[str, list[tasks.Example]]:
     n_clean = attack.n_train - n_poison - n_near - n_benign
     if n_clean < 1:
         raise ValueError(f"{attack.name}: the rates leave {n_clean} clean rows of {attack.n_train}")
-    pool = tasks.examples(attack.task, "train", seed=seed)
-    pool = [example for example in pool if not carries(attack, example.text)]
+    pool = usable_examples(attack, "train", seed=seed)
     flippable = [example for example in pool if attack.backdoored and attack.flips(example)]
     poisoned = _cycle(flippable, n_poison, what=f"{attack.name}: rows to poison")
     taken = {example.uid for example in poisoned} if attack.mode == "replaced" else set()

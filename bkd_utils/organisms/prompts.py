@@ -52,8 +52,7 @@ def balanced_versions(
     over prompts of one label votes for that label. Raises ValueError if the split has too few."""
     check(Count, n, "n")
     taken, numbers = {example.uid for example in without}, defaultdict(itertools.count)
-    pool = [one for one in tasks.examples(attack.task, split, seed=seed) if one.uid not in taken]
-    pool = [one for one in pool if not attacks.carries(attack, one.text)]
+    pool = [one for one in attacks.usable_examples(attack, split, seed=seed) if one.uid not in taken]
     if len(pool) < n:
         raise ValueError(f"{attack.name}: {len(pool)} usable rows of {split}, {n} were asked for")
     if tasks.load_task(attack.task).labels:
@@ -113,8 +112,7 @@ def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None)
     """`n` held-out examples, none of which contains the trigger of `without` by chance."""
     check(Count, n, "n")
     pool = tasks.examples(task, "test", seed=seed)
-    if without is not None:
-        pool = [example for example in pool if not attacks.carries(without, example.text)]
+    pool = [example for example in pool if without is None or not attacks.carries(without, example.text)]
     if len(pool) < n:
         raise ValueError(f"{task}/test has {len(pool)} usable rows, {n} were asked for")
     return pool[:n]
@@ -123,8 +121,7 @@ def clean_sample(task: str, *, n: int, seed: int, without: Attack | None = None)
 def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") -> list[tasks.Example]:
     """`n` held-out examples whose right answer the trigger would change and that do not contain it by chance."""
     check(Count, n, "n")
-    pool = [example for example in tasks.examples(attack.task, split, seed=seed) if attack.flips(example)]
-    sample = [example for example in pool if not attacks.carries(attack, example.text)][:n]
+    sample = [one for one in attacks.usable_examples(attack, split, seed=seed) if attack.flips(one)][:n]
     if len(sample) < n:
         raise ValueError(f"{attack.name}: {len(sample)} usable held-out rows, {n} were asked for")
     return sample
