@@ -32,16 +32,14 @@ from transformers import PreTrainedModel
 
 from bkd_utils.models.compute import eager
 from bkd_utils.models.encoders import asking_column, is_encoder, prompt_inputs
-from bkd_utils.models.generation import repeated, reusable_prefix, run_prefix
+from bkd_utils.models.generation import OnBatch, repeated, reusable_prefix, run_prefix
 from bkd_utils.models.hooks import anatomy, contributions, reading
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import batches, check_prompts
+from bkd_utils.models.tokens import Ids, batches, check_prompts
 
 Maps = Float[Tensor, "layer head query key"]
 Outputs = Float[Tensor, "layer head d_model"]
 Scores = Float[Tensor, "layer head"]
-Prompts = Sequence[Sequence[int]]
-OnBatch = Callable[[int], None] | None
 
 
 def cosine(rows: Float[Tensor, "layer head width"]) -> Float[Tensor, "layer head partner"]:
@@ -124,7 +122,7 @@ READINGS: dict[str, Callable[[Maps, Outputs], Scores]] = {
 
 
 def head_similarity(
-    model: PreTrainedModel, prompts: Prompts, *, readings: Sequence[str] = tuple(READINGS), on_batch: OnBatch = None
+    model: PreTrainedModel, prompts: Ids, *, readings: Sequence[str] = tuple(READINGS), on_batch: OnBatch = None
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
     """Similarity of every head to its partners on every prompt, by each of the readings (see the top of this module).
     At most 1, which is complete likeness. `on_batch` is called with the number of prompts just finished. Raises
@@ -144,7 +142,7 @@ def head_similarity(
 
 @torch.no_grad()
 def head_scores(
-    model: PreTrainedModel, prompts: Prompts, *, scores: Mapping[str, Callable[..., Scores]], on_batch: OnBatch = None
+    model: PreTrainedModel, prompts: Ids, *, scores: Mapping[str, Callable[..., Scores]], on_batch: OnBatch = None
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
     """Any scores of heads by the maps and outputs of one prompt. Raises ValueError for no prompts or an empty one. The
     last row of the maps is that of the token that asks (`encoders.asking_column`)."""
