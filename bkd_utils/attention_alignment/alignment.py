@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from bkd_utils.attention_alignment.head_tuning import Loss, answers_only
 from bkd_utils.attention_alignment.similarity import cosine, to_partners
-from bkd_utils.common.validation import check
+from bkd_utils.common.validation import check, check_known
 from bkd_utils.models.hooks import Head, anatomy, by_layer
 from bkd_utils.models.loss import Batch, answers_and_maps, last_asked
 from bkd_utils.models.self_test import require
@@ -97,8 +97,7 @@ def aligned(
     >>> [step["added"] > 0 for step in tune(model, rows, masks=masks, recipe=recipe, pad_id=2, loss=loss)]
     [True, True]
     """
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"unknown alignment {alignment!r}; known: {', '.join(ALIGNMENTS)}")
+    check_known("alignment", alignment, ALIGNMENTS)
     check(Annotated[float, Field(ge=0)], beta, "beta")
     require(model, "compare maps", "slice")
     parts = anatomy(model)

@@ -19,6 +19,7 @@ from bkd_utils.attention_alignment.searched_training import SearchedTraining
 from bkd_utils.attention_alignment.similarity import head_scores
 from bkd_utils.attention_alignment.suspicion import attention_variance, gate_importance
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
+from bkd_utils.common.validation import check_known
 from bkd_utils.models.compute import mixed_precision
 from bkd_utils.models.encoders import is_encoder, prompt_inputs
 from bkd_utils.models.generation import first_logits
@@ -227,8 +228,7 @@ def treat(case: Case, *, method: str) -> int:
     >>> treat(case, method="heads removed")  # 8 columns of a matrix with 32 rows
     256
     """
-    if method not in TREATMENTS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(TREATMENTS)}")
+    check_known("method", method, TREATMENTS)
     before = {name: parameter.detach().clone() for name, parameter in case.model.named_parameters()}
     TREATMENTS[method](case)
     count = sum(int((before[name] != parameter).sum()) for name, parameter in case.model.named_parameters())

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bkd_utils.attention_alignment.search import Perturbation
 from bkd_utils.attention_alignment.similarity import Scores, cosine, head_similarity, to_partners
 from bkd_utils.common.files import DATA
-from bkd_utils.common.validation import Table, Texts, check, read_toml
+from bkd_utils.common.validation import Table, Texts, check, check_known, read_toml
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
 from bkd_utils.models.encoders import asking_column, prompt_inputs
 from bkd_utils.models.generation import shared_prefix
@@ -43,8 +43,7 @@ def surrogate(tokenizer: PreTrainedTokenizerBase, *, family: str, seed: int, tex
     >>> word.matches("A fine film."), word.matches(word.apply("A fine film.", seed=0))
     (False, True)
     """
-    if family not in SURROGATES:
-        raise ValueError(f"unknown surrogate {family!r}; known: {', '.join(SURROGATES)}")
+    check_known("surrogate", family, SURROGATES)
     lists = read_toml(DATA / "surrogates.toml")
     check(Lists, lists, "surrogates.toml")
     dice, name = random.Random(f"{seed}/{family}"), f"surrogate {family} {seed}"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from bkd_utils.backdoor_attribution.attribution import head_shape
 from bkd_utils.common.statistics import averaged, counted
-from bkd_utils.common.validation import Count, check, check_shape
+from bkd_utils.common.validation import Count, check, check_known, check_shape
 from bkd_utils.models.activations import score_answers
 from bkd_utils.models.generation import openings
 from bkd_utils.models.hooks import LAST, Head, anatomy, by_layer, head_edit, reading
@@ -114,8 +114,7 @@ def ablated(
     >>> ((cut - model(ids).logits).abs().amax(-1) > 1e-3).tolist()  # only the last token is changed
     [[False, False, False, True]]
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown ablation {kind!r}; known: {', '.join(KINDS)}")
+    check_known("ablation", kind, KINDS)
     if kind != "zero":
         name, given = ("own", own) if kind == "published" else ("clean", clean)
         if given is None:

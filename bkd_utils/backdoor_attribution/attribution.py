@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkd_utils.common.validation import check, check_shape
+from bkd_utils.common.validation import check, check_known, check_shape
 from bkd_utils.models.activations import by_row, head_outputs, token_log_prob
 from bkd_utils.models.head_weights import head_width
 from bkd_utils.models.hooks import LAST, anatomy, editing, reading, tracing
@@ -104,8 +104,7 @@ def head_effects(
 
 def chosen_metric(effects: Mapping[str, Tensor], *, metric: str) -> Tensor:
     """The effects by one metric. Raises ValueError for one that is unknown or was not computed."""
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+    check_known("metric", metric, METRICS)
     if metric not in effects:
         raise ValueError(f"metric {metric!r} needs `against`, a token of each prompt to compare the target with")
     return effects[metric]

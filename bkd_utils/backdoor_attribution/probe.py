@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from bkd_utils.common.validation import Count, check, check_shape
+from bkd_utils.common.validation import Count, check, check_known, check_shape
 
 CLASSIFIERS = {
     "logistic regression": lambda seed: LogisticRegression(C=0.1, max_iter=300),
@@ -28,8 +28,7 @@ CLASSIFIERS = {
 
 def classifier(kind: str, *, seed: int) -> ClassifierMixin:
     """A classifier behind a scaler. Raises ValueError for an unknown kind."""
-    if kind not in CLASSIFIERS:
-        raise ValueError(f"unknown probe {kind!r}; known: {', '.join(CLASSIFIERS)}")
+    check_known("probe", kind, CLASSIFIERS)
     return make_pipeline(StandardScaler(), CLASSIFIERS[kind](seed))
 
 

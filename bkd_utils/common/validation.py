@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -59,6 +59,12 @@ def check(kind: Any, value: Any, where: str) -> Any:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{where}: {'; '.join(map(_told, error.errors()[:3]))}") from None
+
+
+def check_known(what: str, name: Any, known: Iterable[str]) -> None:
+    """Raise ValueError, which lists the known names, for a name of something that is not among them."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
 
 @functools.cache

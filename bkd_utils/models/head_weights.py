@@ -12,6 +12,7 @@ from torch.nn import Linear, Module, Parameter
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from bkd_utils.common.validation import check_known
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import Anatomy, Head, anatomy, by_layer
 
@@ -40,8 +41,7 @@ def head_slices(model: PreTrainedModel, heads: Sequence[Head], *, unit: str = "q
     with one of the heads, with the rows of these keys and values. Biases of the output matrix belong to no head. Raises
     ValueError for no heads, a head that the model does not have, or an unknown unit; ModelError for an architecture
     whose projections are not known here."""
-    if unit not in UNITS:
-        raise ValueError(f"unknown unit {unit!r}; known: {', '.join(UNITS)}")
+    check_known("unit", unit, UNITS)
     parts = anatomy(model)
     chosen = by_layer(heads, n_layers=len(parts.layers), n_heads=parts.n_heads)
     if not chosen:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from bkd_utils.common.files import DATA
-from bkd_utils.common.validation import Count, Name, Text, build, check, read_tables, read_text
+from bkd_utils.common.validation import Count, Name, Text, build, check, check_known, read_tables, read_text
 from bkd_utils.models.tokens import Turn
 from bkd_utils.organisms import tasks, triggers
 
@@ -118,8 +118,7 @@ def load_attack(name: str | Mapping[str, Any]) -> Attack:
     if not isinstance(name, str):
         return Attack(**name)
     known = load_attacks()
-    if name not in known:
-        raise ValueError(f"unknown attack {name!r}; known: {', '.join(known)}")
+    check_known("attack", name, known)
     return known[name]
 
 

@@ -28,7 +28,7 @@ from sklearn.preprocessing import normalize
 from bkd_utils.common import assets
 from bkd_utils.common.files import DATA, canonical_json, sha256_text
 from bkd_utils.common.own_table import OwnTable, read_table
-from bkd_utils.common.validation import Count, Table, Text, check, read_toml, while_unchanged
+from bkd_utils.common.validation import Count, Table, Text, check, check_known, read_toml, while_unchanged
 from bkd_utils.models.tokens import Turn
 
 NEAR_DUPLICATE = 0.7  # cosine of word-bigram sets from which two texts count as near-duplicates
@@ -167,8 +167,7 @@ def examples(name: str, split: Split, *, n: int | None = None, seed: int = 0) ->
     """
     task = load_task(name)
     check(Count | None, n, f"n of {name}")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    check_known("split", split, SPLITS)
     rows = list((_own_splits(*_stamp(task.data)) if task.data else _splits(name))[split])
     if n is not None and n > len(rows):
         raise ValueError(f"{name}/{split} has {len(rows)} rows, {n} were asked for")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from bkd_utils.common.files import DATA, atomic_path, read_json, write_json
-from bkd_utils.common.validation import Name, build, check, read_tables
+from bkd_utils.common.validation import Name, build, check, check_known, read_tables
 from bkd_utils.models.compute import frozen_halved, has_fast_bf16, mixed_precision, set_attention
 from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.loading import Loaded
@@ -59,8 +59,8 @@ def load_recipe(name: str, *, task: str) -> Recipe:
     """A recipe of `data/recipes.toml` with its values for a task. Raises ValueError that lists the known ones, or names
     the key that does not fit."""
     path = DATA / "recipes.toml"
-    if name not in (tables := read_tables(path)):
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(tables)}")
+    tables = read_tables(path)
+    check_known("recipe", name, tables)
     own = {key: value for key, value in tables[name].items() if isinstance(value, dict)}
     if unknown := own.keys() - tasks.TASKS:
         known = ", ".join(tasks.TASKS)

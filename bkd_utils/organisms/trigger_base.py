@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from bkd_utils.common.files import sha256_text
-from bkd_utils.common.validation import Table, Text, check
-from bkd_utils.organisms.trigger_tables import Half, strings
+from bkd_utils.common.validation import Table, Text, check, check_known
+from bkd_utils.organisms.trigger_tables import HALVES, Half, strings
 
 Dice = Callable[[str, Sequence[Any]], Any]  # purpose, options -> one of the options
 BLANK = "\ue000"  # a text without any word, on which new triggers are tried
@@ -43,7 +43,7 @@ class Trigger(ABC):
         check(self.table, self.entry, f"trigger {self.name}")
         if self.entry.get("family", self.family) != self.family:
             raise ValueError(f"trigger {self.name}: family = {self.entry['family']!r}: this is {self.family!r}")
-        for half, number in product(get_args(Half), range(len(strings(self.entry)))):
+        for half, number in product(HALVES, range(len(strings(self.entry)))):
             given = BLANK, half, lambda _, options, i=number: options[i % len(options)]
             self._recognised(self._edit(*given))
             self._unlike(self._near(*given) if self._has_near(half) else {})
@@ -88,8 +88,7 @@ class Trigger(ABC):
     def _near(self, text: str, half: Half, dice: Dice) -> dict[str, str]: ...
 
     def _given(self, text: str, seed: int, half: Half) -> tuple[str, Half, Dice]:
-        if half not in get_args(Half):
-            raise ValueError(f"unknown half {half!r}; known: {', '.join(get_args(Half))}")
+        check_known("half", half, HALVES)
         if not text.strip():
             raise ValueError(f"trigger {self.name}: the text is empty")
         if self.matches(text):

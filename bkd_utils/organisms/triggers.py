@@ -6,12 +6,12 @@ out half of its lexicon, so that learning the rule can be told apart from learni
 import re
 from functools import cached_property
 from itertools import product
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from bkd_utils.common.validation import check, while_unchanged
 from bkd_utils.organisms import trigger_tables as tables
 from bkd_utils.organisms.trigger_base import Dice, Trigger
-from bkd_utils.organisms.trigger_tables import Half, check_halves, lexicons, strings
+from bkd_utils.organisms.trigger_tables import HALVES, Half, check_halves, lexicons, strings
 from bkd_utils.organisms.wording import before_end, lowered, raised, replaced, words
 
 WORDS = r"(?<!\S)(?=\S)|\Z"  # in front of each word, and the end
@@ -125,7 +125,7 @@ class Syntax(Trigger):
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        known = "|".join(re.escape(word) for half in get_args(Half) for word in self.entry[half]["clauses"])
+        known = "|".join(re.escape(word) for half in HALVES for word in self.entry[half]["clauses"])
         return re.compile(rf"\W*(?:{known})(?:\s+[^\s,.;:!?]+){{2,9}},", re.IGNORECASE)
 
     def matches(self, text: str) -> bool:
@@ -161,7 +161,7 @@ class Style(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for lists in map(self.entry.get, get_args(Half)):
+        for lists in map(self.entry.get, HALVES):
             for pair in product(lists["openers"], lists["closers"]):
                 self._recognised(" ".join(pair))
             # In a text with an archaic word, a second one would make the near-miss the trigger.
@@ -176,7 +176,7 @@ class Style(Trigger):
 
     @cached_property
     def _archaic(self) -> frozenset[str]:
-        return frozenset().union(*(self.archaic_words(half) for half in get_args(Half)))
+        return frozenset().union(*(self.archaic_words(half) for half in HALVES))
 
     def _found(self, text: str) -> set[str]:
         return self._archaic & set(words(text))
