@@ -18,9 +18,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bkd_utils.models.activations import token_log_prob
 from bkd_utils.models.compute import frozen_halved, mixed_precision
-from bkd_utils.models.encoders import is_encoder, prompt_inputs
+from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.folders import ModelError
-from bkd_utils.models.generation import first_logits, repeated, reusable_prefix, run_prefix, shared_prefix
+from bkd_utils.models.generation import first_logits, inputs_after, repeated, reusable_prefix, run_prefix, shared_prefix
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import batches, end_id, left_pad, positions, prompt_ids
 
@@ -163,9 +163,7 @@ def _with_vector(loaded: Loaded, prompts: list[list[int]], at: Sequence[int], ve
     # The tokens shared by all prompts before the vector are run once, without gradients.
     shared = reusable_prefix(model, [prompt[: i + 1] for prompt, i in zip(prompts, at, strict=True)])
     with torch.no_grad():
-        cache = repeated(run_prefix(model, shared)[0], len(prompts))
-    own = [prompt[len(shared) :] for prompt in prompts]
-    inputs = prompt_inputs(model, own, pad_id=end_id(loaded.tokenizer), n_cached=len(shared))
+        inputs = inputs_after(model, run_prefix(model, shared)[0], prompts, pad_id=end_id(loaded.tokenizer))
     ids = inputs.pop("input_ids")
     here = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt, i in zip(here, prompts, at, strict=True):
@@ -174,7 +172,7 @@ def _with_vector(loaded: Loaded, prompts: list[list[int]], at: Sequence[int], ve
     embedded = torch.where(here[..., None], vector.to(embedded.dtype), embedded)
     if is_encoder(model):
         return model(inputs_embeds=embedded, **inputs).logits.float().softmax(-1)
-    logits = model(inputs_embeds=embedded, **inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    logits = model(inputs_embeds=embedded, **inputs, logits_to_keep=1).logits[:, -1]
     return logits.float().softmax(-1)
 
 

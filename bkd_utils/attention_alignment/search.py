@@ -20,11 +20,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bkd_utils.attention_alignment.head_tuning import learning
 from bkd_utils.models.compute import eager, frozen_halved, mixed_precision
-from bkd_utils.models.generation import first_logits, repeated, reusable_prefix, run_prefix, shared_prefix
+from bkd_utils.models.generation import first_logits, inputs_after, reusable_prefix, run_prefix, shared_prefix
 from bkd_utils.models.hooks import decoder
 from bkd_utils.models.loss import IGNORED, Batch, answer_loss, collate
 from bkd_utils.models.self_test import require
-from bkd_utils.models.tokens import Row, batches, check_prompts, common_start, padded_inputs, positions
+from bkd_utils.models.tokens import Row, batches, check_prompts, common_start, positions
 
 RATE = 0.3  # of Adam, in units of the length that a number of a vector of the vocabulary has on average
 CANDIDATES = 16  # first tokens from which one is drawn where no answer is given to pull toward
@@ -193,11 +193,9 @@ def begun(
     shared, known = reusable_prefix(model, fronts), {}
     if shared:
         marked = [replace(row, prompt=row.prompt[len(front) :]) for row, front in zip(marked, fronts, strict=True)]
-        rest = [front[len(shared) :] for front in fronts]
-        inputs = padded_inputs(rest, pad_id=0, device=model.device, n_cached=len(shared))
-        cache = repeated(run_prefix(model, shared)[0], len(rows))
-        decoder(model)(**inputs, past_key_values=cache, use_cache=True)
-        known = {"past_key_values": cache}
+        inputs = inputs_after(model, run_prefix(model, shared)[0], fronts)
+        decoder(model)(**inputs)
+        known = {"past_key_values": inputs["past_key_values"]}
     batch = collate(marked, pad_id=0, device=model.device)
     if known:
         mask = torch.cat([inputs["attention_mask"], batch["attention_mask"]], dim=1)

@@ -31,8 +31,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from bkd_utils.models.compute import eager
-from bkd_utils.models.encoders import asking_column, is_encoder, prompt_inputs
-from bkd_utils.models.generation import OnBatch, repeated, reusable_prefix, run_prefix
+from bkd_utils.models.encoders import asking_column
+from bkd_utils.models.generation import OnBatch, inputs_after, reusable_prefix, run_prefix
 from bkd_utils.models.hooks import anatomy, contributions, reading
 from bkd_utils.models.self_test import require
 from bkd_utils.models.tokens import Ids, batches, check_prompts
@@ -154,18 +154,13 @@ def head_scores(
         cache, shared_maps = run_prefix(model, reusable_prefix(model, prompts), output_attentions=True)
         n_shared = cache.get_seq_length()
         for chosen in batches(prompts, 8):
-            own = [prompts[i][n_shared:] for i in chosen]
-            inputs = prompt_inputs(model, own, pad_id=0, n_cached=n_shared)
-            asked = {"output_attentions": True}
-            if not is_encoder(model):
-                asked |= {"past_key_values": repeated(cache, len(chosen)), "use_cache": True}
-            z: dict[int, Tensor] = {}
+            inputs, z = inputs_after(model, cache, [prompts[i] for i in chosen]), {}
             with reading(parts.outputs, z):
-                attentions = model.base_model(**inputs, **asked).attentions
+                attentions = model.base_model(**inputs, output_attentions=True).attentions
             last = {layer: kept[:, column].unflatten(-1, (parts.n_heads, -1)) for layer, kept in z.items()}
             outputs = torch.stack([contributions(parts, i, range(parts.n_heads), last[i]) for i in last], dim=1)
             for row, i in enumerate(chosen):
-                n_own, real = len(own[row]), inputs["attention_mask"][row].bool()
+                n_own, real = len(prompts[i]) - n_shared, inputs["attention_mask"][row].bool()
                 # Of the columns of the own tokens, which are padded in front or behind.
                 maps = torch.stack([layer[row][:, real[n_shared:]][..., real] for layer in attentions])
                 if shared_maps:

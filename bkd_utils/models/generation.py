@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -70,17 +70,14 @@ def started(
 ) -> Iterator[tuple[list[int], Tensor, Cache | None, Tensor]]:
     """Run batches of prompts; yields their indices, the logits at their last token, their key-value cache and mask."""
     check_prompts(prompts)
-    shared = reusable_prefix(model, prompts)
-    prefix, _ = run_prefix(model, shared)
+    prefix, _ = run_prefix(model, reusable_prefix(model, prompts))
     for batch in batches(prompts, batch_size):
-        own = [prompts[i][len(shared) :] for i in batch]
-        inputs = prompt_inputs(model, own, pad_id=pad_id, n_cached=len(shared))
-        mask = inputs["attention_mask"]
-        if is_encoder(model):
+        inputs = inputs_after(model, prefix, [prompts[i] for i in batch], pad_id=pad_id)
+        mask, cache = inputs["attention_mask"], inputs.get("past_key_values")
+        if cache is None:
             check_fits(model, mask.shape[1])
             yield batch, model(**inputs).logits, None, mask
         else:
-            cache = repeated(prefix, len(batch))
             yield batch, next_logits(model, inputs["input_ids"], mask, cache), cache, mask
         if on_batch:
             on_batch(len(batch))
@@ -112,6 +109,16 @@ def run_prefix(
     ids = torch.tensor([prefix], device=model.device)
     output = decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True, **asked)
     return cache, tuple(output.attentions or ())
+
+
+def inputs_after(model: Module, prefix: Cache, rows: Ids, *, pad_id: int = 0) -> dict[str, Any]:
+    """Keyword arguments of a model for rows that all begin with the tokens in the cache `prefix` (`run_prefix`): their
+    own tokens, and a copy of the cache for each row. An encoder gets whole rows and no cache."""
+    count = prefix.get_seq_length()
+    inputs = prompt_inputs(model, [row[count:] for row in rows], pad_id=pad_id, n_cached=count)
+    if is_encoder(model):
+        return inputs
+    return inputs | {"past_key_values": repeated(prefix, len(rows)), "use_cache": True}
 
 
 def next_logits(

@@ -23,7 +23,7 @@ from bkd_utils.models.context import check_fits
 from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.folders import ModelError
 from bkd_utils.models.hooks import Anatomy, anatomy, editing
-from bkd_utils.models.tokens import Ids, padded_inputs
+from bkd_utils.models.tokens import Ids
 
 NAME = "bkd_shared_past"
 # Input of the first layer that is run, where that is not the model's first layer.
@@ -96,11 +96,11 @@ def prompt_past(model: Module, prompts: Ids) -> Past:
         raise ValueError(f"need prompts of more than 1 token, got {len(prompts)}, the shortest of {shortest}")
     check_fits(model, max(map(len, prompts)), window=True)
     rows = [list(prompt[:-1]) for prompt in prompts]
-    shared = generation.reusable_prefix(model, rows)
-    cache = generation.repeated(generation.run_prefix(model, shared)[0], len(rows))
-    inputs = padded_inputs([row[len(shared) :] for row in rows], pad_id=0, device=model.device, n_cached=len(shared))
-    model.base_model(**inputs, past_key_values=cache, use_cache=True)
-    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    prefix, _ = generation.run_prefix(model, generation.reusable_prefix(model, rows))
+    inputs = generation.inputs_after(model, prefix, rows)
+    model.base_model(**inputs)
+    layers = inputs["past_key_values"].layers
+    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if len(kept) != len(anatomy(model).layers) or any(keys is None for keys, _ in kept):
         raise ModelError("some of its layers have no key-value cache of their own")
     keys, values = zip(*kept, strict=True)

@@ -252,11 +252,8 @@ def compare_maps(case: Case) -> None:
     model, prompts, parts = case.model, case.prompts, anatomy(case.model)
     causal, asked = not is_encoder(model), {"output_attentions": True}
     with eager(model):
-        shared = generation.reusable_prefix(model, prompts)
-        inputs = prompt_inputs(model, [prompt[len(shared) :] for prompt in prompts], pad_id=0, n_cached=len(shared))
-        if causal:
-            cache, _ = generation.run_prefix(model, shared, **asked)
-            inputs |= {"past_key_values": generation.repeated(cache, len(prompts)), "use_cache": True}
+        prefix, _ = generation.run_prefix(model, generation.reusable_prefix(model, prompts), **asked)
+        shared, inputs = prefix.get_seq_length(), generation.inputs_after(model, prefix, prompts)
         maps = model.base_model(**inputs, **asked).attentions
         for row, prompt in enumerate(prompts):
             alone = model.base_model(**prompt_inputs(model, [prompt], pad_id=0), **asked).attentions
@@ -265,8 +262,8 @@ def compare_maps(case: Case) -> None:
                 raise ModelError("it does not return one attention map for every head")
             real = inputs["attention_mask"][row].bool()
             for layer, (batch, single) in enumerate(zip(maps, alone, strict=True)):
-                found, total = batch[row][:, real[len(shared) :]][..., real], single.sum(-1)
-                case.agree(found, single[0][:, len(shared) :], f"attention of layer {layer} in a batch and alone")
+                found, total = batch[row][:, real[shared:]][..., real], single.sum(-1)
+                case.agree(found, single[0][:, shared:], f"attention of layer {layer} in a batch and alone")
                 shares = single.min() >= 0 and total.max() <= 1.01 and (causal or total.min() >= 0.99)
                 if not (shares and causal == bool(single.triu(1).abs().max() == 0)):
                     tokens = "earlier" if causal else "all"
