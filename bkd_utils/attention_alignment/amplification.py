@@ -13,14 +13,13 @@ from bkd_utils.models.generation import Ends, decode_from, started
 from bkd_utils.models.tokens import Ids
 
 
-class Amplified(torch.nn.Module):
+class Amplified:
     """Both models as one whose logits are after + alpha * (after - before); its cache is a pair of caches."""
 
     def __init__(self, model: PreTrainedModel, base: PreTrainedModel, alpha: float) -> None:
-        super().__init__()
-        self.pair, self.alpha, self.config = torch.nn.ModuleList([model, base]), alpha, model.config
+        self.pair, self.alpha, self.config = (model, base), alpha, model.config
 
-    def forward(self, *, past_key_values: list, **inputs: Any) -> SimpleNamespace:
+    def __call__(self, *, past_key_values: list, **inputs: Any) -> SimpleNamespace:
         both = zip(self.pair, past_key_values, strict=True)
         after, before = (one(**inputs, past_key_values=cache).logits for one, cache in both)
         return SimpleNamespace(logits=self.mixed(after, before))

@@ -81,8 +81,8 @@ def cosine_ranges(
     check_prompts(prompts)
     found = np.empty((len(prompts), 2, sum(map(len, directions))))
     for chosen in batches(prompts, batch_size):
-        inputs, kept = prompt_inputs(model, [prompts[i] for i in chosen], pad_id=pad_id), {}
-        with reading(watched(model), kept, what="output"):
+        inputs = prompt_inputs(model, [prompts[i] for i in chosen], pad_id=pad_id)
+        with reading(watched(model), what="output") as kept:
             model.base_model(**inputs, use_cache=False)
         cosines = torch.cat([normalize(kept[i].float(), dim=-1) @ one.T for i, one in enumerate(directions)], dim=-1)
         padding = ~inputs["attention_mask"].bool()[..., None]

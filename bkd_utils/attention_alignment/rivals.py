@@ -155,8 +155,7 @@ def dormant(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int) -> list
     totals: list[Tensor | float] = [0.0] * len(downs)
     for chosen in batches([row.prompt for row in rows], 8):
         inputs = prompt_inputs(model, [rows[i].prompt for i in chosen], pad_id=pad_id)
-        kept: dict[int, Tensor] = {}
-        with reading(downs, kept):
+        with reading(downs) as kept:
             model.base_model(**inputs, use_cache=False)
         for layer in range(len(downs)):
             totals[layer] = totals[layer] + (kept[layer].abs() * inputs["attention_mask"][..., None]).sum((0, 1))

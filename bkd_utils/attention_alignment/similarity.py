@@ -154,8 +154,8 @@ def head_scores(
         cache, shared_maps = run_prefix(model, reusable_prefix(model, prompts), output_attentions=True)
         n_shared = cache.get_seq_length()
         for chosen in batches(prompts, 8):
-            inputs, z = inputs_after(model, cache, [prompts[i] for i in chosen]), {}
-            with reading(parts.outputs, z):
+            inputs = inputs_after(model, cache, [prompts[i] for i in chosen])
+            with reading(parts.outputs) as z:
                 attentions = model.base_model(**inputs, output_attentions=True).attentions
             last = {layer: kept[:, column].unflatten(-1, (parts.n_heads, -1)) for layer, kept in z.items()}
             outputs = torch.stack([contributions(parts, i, range(parts.n_heads), last[i]) for i in last], dim=1)

@@ -35,8 +35,7 @@ def gate_importance(model: PreTrainedModel, rows: Sequence[Row], *, pad_id: int)
     total = torch.zeros(len(parts.layers), parts.n_heads)
     for chosen in batches([row.prompt + row.answer for row in rows], 8):
         batch = collate([rows[i] for i in chosen], pad_id=pad_id, device=model.device)
-        kept: dict[int, Tensor] = {}
-        with tracing(parts.outputs, kept):
+        with tracing(parts.outputs) as kept:
             loss = answer_loss(model, batch, first_token=0.0)
             slopes = torch.autograd.grad(loss * len(chosen), [kept[layer] for layer in range(len(kept))])
         real = batch["attention_mask"].bool()[..., None]

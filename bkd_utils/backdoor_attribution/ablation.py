@@ -49,8 +49,8 @@ class Bench:
 
 
 def side(loaded: Loaded, prompts: list[list[int]], answers: list[list[int]]) -> Side:
-    parts, past, inputs, z = anatomy(loaded.model), prompt_past(loaded.model, prompts), {}, {}
-    with reading(parts.layers, inputs), reading(parts.outputs, z):
+    parts, past = anatomy(loaded.model), prompt_past(loaded.model, prompts)
+    with reading(parts.layers) as inputs, reading(parts.outputs) as z:
         score_answers(loaded.model, past, answers)
     own = torch.stack([z[layer][:, LAST.start] for layer in range(len(z))], dim=1)
     return Side(past, answers, own.unflatten(-1, (parts.n_heads, -1)), inputs)

@@ -151,9 +151,8 @@ def patched_effects(
     by that name and by metric."""
     effects: dict[str, dict[str, Tensor]] = {name: {} for name in patches}
     for chosen in batches(prompts, size):
-        inputs: dict[int, Tensor] = {}
         past, other = prompt_past(model, [prompts[i] for i in chosen]), None if against is None else against[chosen]
-        with reading(anatomy(model).layers, inputs):
+        with reading(anatomy(model).layers) as inputs:
             clean = _scores(model, past, answers[chosen], other)
         # All patches of a layer are in one batch, which starts at this layer and shares the prompts' past.
         for layer, stream in inputs.items():
@@ -220,9 +219,8 @@ def gradients_by_metric(
     check_shape("means", means, **head_shape(model))
     parts, effects = anatomy(model), {}
     for chosen in batches(prompts, 16):
-        kept: dict[int, Tensor] = {}
         past, other = prompt_past(model, [prompts[i] for i in chosen]), None if others is None else others[chosen]
-        with tracing(parts.outputs, kept):
+        with tracing(parts.outputs) as kept:
             scores, outputs = _scores(model, past, answers[chosen], other), list(kept.values())
             for metric, values in scores.items():
                 found = effects.setdefault(metric, torch.empty(len(prompts), *means.shape[:2]))

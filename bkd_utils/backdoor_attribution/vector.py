@@ -90,8 +90,8 @@ def steer(
     found = torch.zeros(len(layers), len(vectors), len(past), dtype=torch.bool)
     for start in range(0, len(past), batch_size):
         chosen = slice(start, start + batch_size)
-        part, targets, inputs = past.part(chosen), answers[chosen], {}
-        with reading(parts.layers, inputs):
+        part, targets = past.part(chosen), answers[chosen]
+        with reading(parts.layers) as inputs:
             score_answers(model, part, targets)
         for row, layer in enumerate(layers):
             alive = torch.arange(len(vectors))

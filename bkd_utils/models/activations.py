@@ -28,9 +28,9 @@ def at_last_token(
     check_prompts(prompts)
     found: dict[int, Tensor] = {}
     for chosen in batches(prompts, 32):
-        some, kept = [prompts[i] for i in chosen], {}
+        some = [prompts[i] for i in chosen]
         past = None if is_encoder(model) else prompt_past(model, some)
-        with reading(modules, kept, what=what):
+        with reading(modules, what=what) as kept:
             if past is None:
                 model(**prompt_inputs(model, some, pad_id=0))
             else:

@@ -49,15 +49,15 @@ def _attribute(case: EncoderCase) -> None:
 
 def _sum_before_norm(case: EncoderCase, vectors: Mapping[int, Tensor], *, at: slice) -> None:
     """The norm behind attention gets the stream, what attention writes, and the vectors at the tokens `at`."""
-    parts, stream, written, normed = anatomy(case.model), {}, {}, {}
+    parts = anatomy(case.model)
     norms = in_each(parts.layers, encoders.NORMS)
     if not norms:
         raise ModelError("its layers have no norm behind attention that is known here")
     with (
-        reading(parts.layers, stream),
-        reading(parts.writers, written, what="output"),  # before `added`, so without the vectors
+        reading(parts.layers) as stream,
+        reading(parts.writers, what="output") as written,  # before `added`, so without the vectors
         added(case.model, vectors, at=at),
-        reading(norms, normed),
+        reading(norms) as normed,
     ):
         case.answered()
     for layer in range(len(norms)):

@@ -127,25 +127,29 @@ def editing(
 
 
 @contextmanager
-def tracing(modules: Sequence[Module], kept: dict[int, Tensor]) -> Iterator[None]:
+def tracing(modules: Sequence[Module]) -> Iterator[dict[int, Tensor]]:
     """`reading` of inputs, with gradients. Weights are frozen, so the autograd graph starts at the first module."""
+    kept: dict[int, Tensor] = {}
 
     def follow(i: int, tensor: Tensor) -> Tensor:
         kept[i] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         return kept[i]
 
     with torch.enable_grad(), editing(modules, follow):
-        yield
+        yield kept
 
 
-def reading(modules: Sequence[Module], kept: dict[int, Tensor], *, what: str = "input") -> Context:
-    """While this lasts, `kept[i]` is the latest first input (or output) of every module i that ran."""
+@contextmanager
+def reading(modules: Sequence[Module], *, what: str = "input") -> Iterator[dict[int, Tensor]]:
+    """Gives a dictionary in which, while this lasts, i is the latest first input (or output) of module i, if it ran."""
+    kept: dict[int, Tensor] = {}
 
     def keep(i: int, tensor: Tensor) -> Tensor:
         kept[i] = tensor.clone()  # a copy, because some layers add to their parts' outputs in place
         return tensor
 
-    return editing(modules, keep, what=what)
+    with editing(modules, keep, what=what):
+        yield kept
 
 
 def head_edit(model: Module, heads: Sequence[Head], change: Callable[[int, Tensor], Tensor], *, at: slice) -> Context:

@@ -143,9 +143,9 @@ def _from(case: Case, layer: int, hidden: Tensor) -> Tensor:
 
 
 def attribute(case: Case) -> None:
-    parts, inputs, z, outputs = anatomy(case.model), {}, {}, {}
-    with reading(parts.layers, inputs), reading(parts.outputs, z), reading(parts.outputs, outputs, what="output"):
-        logits = case.answered(case.past)
+    parts, past = anatomy(case.model), case.past
+    with reading(parts.layers) as inputs, reading(parts.outputs) as z, reading(parts.outputs, what="output") as outputs:
+        logits = case.answered(past)
     for layer, module in enumerate(parts.outputs):
         own = z[layer].unflatten(-1, (parts.n_heads, -1))
         if parts.writers[layer] is module:
@@ -165,22 +165,20 @@ def attribute(case: Case) -> None:
     if middle in inputs:  # from there to the end, with nothing edited
         found = case.answered(case.past, layer=middle, hidden=inputs[middle])
         case.agree(found, logits, f"a pass from layer {middle} on and a whole pass")
-    kept: dict[int, Tensor] = {}
-    with tracing(parts.outputs, kept):
+    with tracing(parts.outputs) as kept:
         torch.autograd.grad(case.answered(case.past).sum(), list(kept.values()))
 
 
 def _stream(case: Case, vectors: Mapping[int, Tensor]) -> None:
     """In every layer, input, vector and what attention and feed-forward part write are the input of the next layer."""
     parts, past = anatomy(case.model), case.past
-    stream, read, attention, mlp, after = {}, {}, {}, {}, {}
     with (
-        reading(parts.layers, stream),
-        reading(parts.attentions, read),
-        reading(parts.writers, attention, what="output"),  # before `added`, so without the vectors
+        reading(parts.layers) as stream,
+        reading(parts.attentions) as read,
+        reading(parts.writers, what="output") as attention,  # before `added`, so without the vectors
         added(case.model, vectors, at=LAST),
-        reading(parts.mlp_writers, mlp, what="output"),
-        reading(parts.layers, after, what="output"),
+        reading(parts.mlp_writers, what="output") as mlp,
+        reading(parts.layers, what="output") as after,
     ):
         case.answered(past)
     for layer, norm in enumerate(parts.norms):
@@ -194,8 +192,7 @@ def _stream(case: Case, vectors: Mapping[int, Tensor]) -> None:
 
 
 def _steer(case: Case) -> None:
-    stream: dict[int, Tensor] = {}
-    with reading(anatomy(case.model).layers, stream):
+    with reading(anatomy(case.model).layers) as stream:
         case.answered(case.past)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(stream), stream[0].shape[-1], generator=generator).to(stream[0])
@@ -235,14 +232,15 @@ def own_weights(case: Case) -> None:
 def _turned(case: Case, layer: int, masks: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Head outputs of a layer, and keys and values where a model caches them, when the marked entries but those of the
     output matrix have the other sign."""
-    model, parts, kept = case.model, anatomy(case.model), {}
+    model, parts = case.model, anatomy(case.model)
     output = next(name for name, one in model.named_parameters() if one is parts.outputs[layer].weight)
     turned = {name: model.get_parameter(name) * (1 - 2 * mask.int()) for name, mask in masks.items() if name != output}
     inputs, cache = prompt_inputs(model, case.prompts[:1], pad_id=0), None
     if not is_encoder(model):
         cache = DynamicCache(config=model.config)
         inputs |= {"past_key_values": cache, "logits_to_keep": 1}
-    with reading([parts.outputs[layer]], kept), editing(parts.layers[layer + 1 : layer + 2], _stop), suppress(_Reached):
+    behind = parts.layers[layer + 1 : layer + 2]
+    with reading([parts.outputs[layer]]) as kept, editing(behind, _stop), suppress(_Reached):
         functional_call(model, turned, (), inputs)
     heads = kept[0].unflatten(-1, (parts.n_heads, -1))
     return (heads, cache.layers[layer].keys, cache.layers[layer].values) if cache else (heads,)

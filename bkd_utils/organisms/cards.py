@@ -111,15 +111,10 @@ def resolved(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _triggers(names: frozenset[str] | None) -> dict[str, str]:
     """Hashes of the tables of these triggers, or of all, so that whoever adds a trigger measures nothing again."""
-    known, hashed = lexicons()["triggers"], _trigger_tables()
-    found = {name: hashed[name] for name in known if names is None or name in names}
-    made = sorted(name for name in names or () if name and name not in known)
-    return found | {name: sha256_text(canonical_json(load_trigger(name).entry)) for name in made}
-
-
-@while_unchanged("lexicons.toml")
-def _trigger_tables() -> dict[str, str]:
-    return {name: sha256_text(canonical_json(table)) for name, table in lexicons()["triggers"].items()}
+    known = lexicons()["triggers"]
+    found = {name: table for name, table in known.items() if names is None or name in names}
+    found |= {name: load_trigger(name).entry for name in names or () if name and name not in known}
+    return {name: sha256_text(canonical_json(table)) for name, table in found.items()}
 
 
 @while_unchanged(*TABLES)

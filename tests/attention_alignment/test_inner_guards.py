@@ -74,9 +74,9 @@ def test_a_planted_difference_is_found_and_no_other(model, base):
 
 def test_the_input_that_uses_a_planted_difference_is_flagged_and_no_other(model, base):
     """The matrix gets a part that reacts to what one prompt gives it, and writes it in a direction of its own."""
-    last, kept = len(watched(base)) - 1, {}
+    last = len(watched(base)) - 1
     module = watched(model)[last]
-    with reading([watched(base)[last]], kept), torch.no_grad():
+    with reading([watched(base)[last]]) as kept, torch.no_grad():
         rows = []
         for prompt in PROMPTS:
             base.base_model(input_ids=torch.tensor([prompt]))
@@ -97,9 +97,9 @@ def test_cosines_are_those_of_every_real_token(model, base):
     for i, one in enumerate(watched(model)):
         add(one, torch.outer(unit(size(one)[0], i), unit(size(one)[1], 9 + i)))
     directions = weight_directions(model, base)
-    found, kept = cosine_ranges(model, PROMPTS, directions, pad_id=0, batch_size=2), {}
+    found = cosine_ranges(model, PROMPTS, directions, pad_id=0, batch_size=2)
     for prompt, (low, high) in zip(PROMPTS, found, strict=True):
-        with reading(watched(model), kept, what="output"), torch.no_grad():
+        with reading(watched(model), what="output") as kept, torch.no_grad():
             model.base_model(input_ids=torch.tensor([prompt]))
         for i, direction in enumerate(directions):
             told = torch.nn.functional.cosine_similarity(kept[i][0], direction, dim=-1)

@@ -260,8 +260,7 @@ class Hidden(Deeper):
 @torch.no_grad()
 def stream_behind(model: torch.nn.Module, layer: int, batch: Batch) -> Float[Tensor, "row pos d_model"]:
     """The residual stream behind a layer, without the tokens that all rows share."""
-    kept: dict[int, Tensor] = {}
-    with mixed_precision(model.device), reading([anatomy(model).layers[layer]], kept, what="output"):
+    with mixed_precision(model.device), reading([anatomy(model).layers[layer]], what="output") as kept:
         answers(model, batch, first_token=1.0)
     return kept[0].float()
 

@@ -51,9 +51,9 @@ def test_rows_of_one_prompt_share_its_past(model, prompts):
 
 
 def test_starting_at_a_layer_from_its_input_changes_nothing(model, prompts):
-    past, kept = prompt_past(model, prompts), {}
+    past = prompt_past(model, prompts)
     answer = torch.tensor([ANSWER] * len(prompts))
-    with torch.no_grad(), reading(anatomy(model).layers, kept):
+    with torch.no_grad(), reading(anatomy(model).layers) as kept:
         logits = forward(model, past, past.rows(answer))
     with torch.no_grad():
         again = forward(model, past, past.rows(answer), layer=1, hidden=kept[1])
@@ -77,9 +77,8 @@ def test_the_model_is_as_it_was_even_after_an_error(model, prompts):
 
 
 def test_the_output_map_reads_the_heads_side_by_side(model, prompts):
-    parts, kept = anatomy(model), {}
-    past = prompt_past(model, prompts)
-    with torch.no_grad(), reading(parts.outputs, kept):
+    parts, past = anatomy(model), prompt_past(model, prompts)
+    with torch.no_grad(), reading(parts.outputs) as kept:
         forward(model, past, past.tail)
     width = getattr(model.config, "head_dim", None) or model.config.hidden_size // 4
     assert all(kept[layer].shape == (len(prompts), 1, 4 * width) for layer in range(2))
