@@ -17,11 +17,11 @@ from bkd_utils.models.context import check_fits
 from bkd_utils.models.encoders import is_encoder
 from bkd_utils.models.folders import ModelError, named
 from bkd_utils.models.loading import Loaded, plain_copy
+from bkd_utils.models.self_checks import LIMITS
 from bkd_utils.models.self_test import capabilities
 from bkd_utils.models.tokens import check_tokenizer, end_id, left_pad, positions, prompt_ids
 
 PARITY = 1e-3  # fp32 with eager attention on both sides; the measured difference on the default model is 1e-4
-HALF = {torch.float16: 0.02, torch.bfloat16: 0.1}  # the limit as a share of the largest logit, where numbers are coarse
 SAMPLE = ("Name a colour.", "Is a tomato a fruit or a vegetable? Answer in one word.")
 
 
@@ -122,7 +122,7 @@ def validate(bridge: TransformerBridge, plain: torch.nn.Module, tokenizer: PreTr
     if not moved > 1e-6:  # `not >` and, below, `not <=` so that NaN fails too
         raise ModelError(f"silencing every head of layer {layer} changed no logit: hooks do not reach the model")
     largest = reference[real].abs().max().item()
-    limit = max(PARITY * max(1.0, largest / 10), HALF.get(reference.dtype, 0.0) * largest)
+    limit = max(PARITY, LIMITS[reference.dtype] * largest)
     for name, off in reversed(checks.items()):  # the narrower check first: its message says more
         if not off <= limit:
             raise ModelError(f"validation failed, {name}: off by {off:.3g}, limit {limit:.3g}")
