@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from bkd_utils.attention_alignment.guards import Scores
 from bkd_utils.backdoor_attribution.probe import check_twins, classifier, labelled
-from bkd_utils.common.validation import Count, check
 from bkd_utils.models.encoders import prompt_inputs
 from bkd_utils.models.head_weights import last_matrix
 from bkd_utils.models.hooks import anatomy, reading
@@ -44,15 +43,12 @@ def watched(model: Module) -> list[Module]:
 
 
 @torch.no_grad()
-def weight_directions(
-    model: Module, base: Module, *, k: int = N_DIRECTIONS
-) -> list[Float[Tensor, "direction d_model"]]:
-    """For each of `watched`, the top left singular vectors of its change since the base model, `k` at most.
+def weight_directions(model: Module, base: Module) -> list[Float[Tensor, "direction d_model"]]:
+    """For each of `watched`, the top left singular vectors of its change since the base model, N_DIRECTIONS at most.
 
-    Directions of unit length, the strongest first; none where a matrix has not changed, and fewer than `k` where the
-    change has a lower rank. Raises ValueError for `k` below 1, matrices of other shapes, and if nothing has changed.
-    Source: WeightWatch (arXiv 2508.00161)."""
-    check(Count, k, "k")
+    Directions of unit length, the strongest first; none where a matrix has not changed, and fewer where the change has
+    a lower rank. Raises ValueError for matrices of other shapes, and if nothing has changed. Source: WeightWatch (arXiv
+    2508.00161)."""
     found = []
     for after, before in zip(watched(model), watched(base), strict=True):
         if after.weight.shape != before.weight.shape:
@@ -61,7 +57,7 @@ def weight_directions(
         change = change.T if isinstance(after, Conv1D) else change
         values, vectors = torch.linalg.eigh(change @ change.T)  # of squared singular values, the smallest first
         strong = (values > values[-1] * NOISE**2) & (values > 0)
-        found.append(vectors[:, strong].flip(1)[:, :k].T.float())
+        found.append(vectors[:, strong].flip(1)[:, :N_DIRECTIONS].T.float())
     if not sum(map(len, found)):
         raise ValueError("no watched matrix differs from the base model's, so there is nothing to watch")
     return found

@@ -152,8 +152,8 @@ def test_pruned_stays_pruned_while_the_model_is_tuned(model, rows):
 
 def test_dormant_neurons_are_those_with_the_least_mean_activation(model, rows):
     found = dormant(model, rows, pad_id=0)
-    kept = []
-    handle = rivals._down(anatomy(model).mlps[1]).register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    kept, matrix = [], rivals.last_matrix(anatomy(model).mlps[1])
+    handle = matrix.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
     with torch.no_grad():
         for row in rows:  # one by one: no padding to get wrong
             model(torch.tensor([list(row.prompt)]))
