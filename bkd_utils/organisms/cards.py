@@ -134,6 +134,15 @@ def inputs(names: Iterable[str] = (), *, model: str) -> dict[str, str]:
 named_stage = functools.partial(stage, resolved=resolved)
 
 
+def stage_with(opened: Callable, options: Iterable[inspect.Parameter]) -> Callable:
+    """Keep a stage whose `**options` are these, and name them in its signature, in front of what has a default."""
+    *own, _ = inspect.signature(opened, follow_wrapped=False).parameters.values()
+    needed = [one for one in own if one.default is one.empty]
+    named = [option.replace(kind=option.KEYWORD_ONLY) for option in options]
+    opened.__signature__ = inspect.Signature([*needed, *named, *own[len(needed) :]])
+    return named_stage(opened)
+
+
 def organism_stage(function: Callable) -> Callable:
     """Keep a stage on a loaded organism, and let it be called by names. `function(loaded, attack, *, control, ...)`
     becomes `stage(organism, *, attack, control, ..., model, device)`, in which organism, attack and control are names.
@@ -149,13 +158,8 @@ def organism_stage(function: Callable) -> Callable:
             options["attack"] = load_attack(options["attack"])
         return function(loaded, **options)
 
-    parameter, key = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
-    options = [option.replace(kind=key) for name, option in own.items() if name not in ("loaded", "attack", "control")]
-    names = [parameter(name, key, annotation=str) for name in ("attack", "control") if name in own]
-    where = [parameter("model", key, default=DEFAULT_MODEL), parameter("device", key, default="auto")]
-    first = parameter("organism", parameter.POSITIONAL_OR_KEYWORD, annotation=str | None)
-    opened.__signature__ = inspect.Signature([first, *names, *options, *where])
-    return named_stage(opened)
+    _, *options = (one.replace(annotation=str) if one.name in ("attack", "control") else one for one in own.values())
+    return stage_with(opened, options)
 
 
 def summary(organism: str | Path) -> dict[str, str]:

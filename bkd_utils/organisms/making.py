@@ -149,9 +149,4 @@ def made_stage(function: Callable) -> Callable:
         folder = make(spec, model=model, **how, n=N_ON_CARD)
         return function(load(model, organism=folder.name, device=device), load_attack(attack), **options)
 
-    parameter, key = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
-    options = list(inspect.signature(function).parameters.values())[2:]
-    names = [parameter(name, key, annotation=str) for name in ("attack", "recipe", "organism_seed", "model")]
-    first = parameter("made", parameter.POSITIONAL_OR_KEYWORD, annotation=str)
-    opened.__signature__ = inspect.Signature([first, *names, *options, parameter("device", key, default="auto")])
-    return cards.named_stage(opened)
+    return cards.stage_with(opened, list(inspect.signature(function).parameters.values())[2:])
