@@ -190,19 +190,18 @@ def begun(
     missing where the rows share no beginning or it cannot be reused."""
     marked = [replace(row, answer=(found.toward,)) for row in found.into_rows(rows, seed=seed)]
     fronts = [list(row.prompt[: row.prompt.index(-1)]) for row in marked]
-    shared, known = reusable_prefix(model, fronts), {}
-    if shared:
-        marked = [replace(row, prompt=row.prompt[len(front) :]) for row, front in zip(marked, fronts, strict=True)]
-        inputs = inputs_after(model, run_prefix(model, shared)[0], fronts)
-        decoder(model)(**inputs)
-        known = {"past_key_values": inputs["past_key_values"]}
+    shared = reusable_prefix(model, fronts)
+    if not shared:
+        return collate(marked, pad_id=0, device=model.device), {}
+    inputs = inputs_after(model, run_prefix(model, shared)[0], fronts)
+    decoder(model)(**inputs)
+    marked = [replace(row, prompt=row.prompt[len(front) :]) for row, front in zip(marked, fronts, strict=True)]
     batch = collate(marked, pad_id=0, device=model.device)
-    if known:
-        mask = torch.cat([inputs["attention_mask"], batch["attention_mask"]], dim=1)
-        width = inputs["attention_mask"].shape[1]
-        batch |= {"attention_mask": mask, "position_ids": positions(mask)[:, width:]}
-        batch["labels"] = pad(batch["labels"], (width, 0), value=IGNORED)
-    return batch, known
+    width = inputs["attention_mask"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], batch["attention_mask"]], dim=1)
+    batch |= {"attention_mask": mask, "position_ids": positions(mask)[:, width:]}
+    batch["labels"] = pad(batch["labels"], (width, 0), value=IGNORED)
+    return batch, {"past_key_values": inputs["past_key_values"]}
 
 
 def _likely(model: PreTrainedModel, found: Perturbation, rows: Sequence[Row], dice: random.Random, seed: int) -> int:

@@ -141,7 +141,7 @@ def tracing(modules: Sequence[Module]) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def reading(modules: Sequence[Module], *, what: str = "input") -> Iterator[dict[int, Tensor]]:
-    """Gives a dictionary in which, while this lasts, i is the latest first input (or output) of module i, if it ran."""
+    """A dictionary that holds, while this lasts, the latest first input (or output) of each module i that ran, by i."""
     kept: dict[int, Tensor] = {}
 
     def keep(i: int, tensor: Tensor) -> Tensor:
