@@ -4,7 +4,7 @@ Every step is one or more kept stages, so that a second call goes on where the f
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from scipy.stats import t as student
 
 from bkd_utils.backdoor_attribution.attribution import ranked_heads
-from bkd_utils.common.files import UserError, read_json
+from bkd_utils.common.files import UserError
+from bkd_utils.common.results import plain
 from bkd_utils.common.statistics import interval, relative_drop, share, share_over_splits, without_interval
 from bkd_utils.experiments import attention_safety_alignment as safety
 from bkd_utils.experiments import backdoor_vector, head_ablation, head_attribution, own_model
@@ -22,9 +23,8 @@ from bkd_utils.experiments.backdoor_probe import probe_organism
 from bkd_utils.experiments.fair_trial import suspicious_heads
 from bkd_utils.experiments.model_detection import fingerprint_model
 from bkd_utils.experiments.own_question import Asked
-from bkd_utils.models import folders, identity
-from bkd_utils.models.folders import kind, model_folder
-from bkd_utils.models.loading import adapter_folder, load
+from bkd_utils.models.folders import check_folder, kind, model_folder
+from bkd_utils.models.loading import load, read_card
 from bkd_utils.models.self_test import capabilities
 from bkd_utils.organisms import tasks
 from bkd_utils.organisms.evaluation import measure_attacked, measure_organism
@@ -43,7 +43,8 @@ ONE_ROW = "an encoder reads its label at one token: this paper-1 step is made fo
 @dataclass(frozen=True)
 class Section:
     """One step: `numbers` as `{key, name, value, n, low, high, unit}`, without an interval where `low` is None; `told`
-    in words, or why it was `skipped`; `result` is what a figure is drawn of."""
+    in words, or why it was `skipped`; `result` is what a figure is drawn of; `later` is what the steps behind it start
+    from: `asked` with the organism and the sizes that there are, and what the model is `able` to do."""
 
     id: str
     numbers: list[dict[str, Any]]
@@ -51,12 +52,13 @@ class Section:
     skipped: str | None = None
     seconds: float = 0.0
     result: Any = None
+    later: dict[str, Any] = field(default_factory=dict)
 
 
-def chain(asked: Asked) -> Iterator[tuple[str, float, Callable[[], Section]]]:
+def chain(asked: Asked, *, able: dict[str, str] | None = None) -> Iterator[tuple[str, float, Callable[[], Section]]]:
     """The steps of a report in order: id, expected share of the work, and what measures it. A step that cannot be done
-    gives its reason. The first one prepares the others."""
-    found: dict[str, Any] = {"asked": asked}
+    gives its reason. The first one prepares the others; it loads no model if what it is `able` to do is known."""
+    found: dict[str, Any] = {"asked": asked} | ({} if able is None else {"able": able})
 
     def measured(id: str, function: Callable[[Asked, dict], Section], needs: tuple[str, ...]) -> Section:
         started = time.monotonic()
@@ -67,6 +69,7 @@ def chain(asked: Asked) -> Iterator[tuple[str, float, Callable[[], Section]]]:
             except (ValueError, UserError) as error:
                 section = Section(id, [], skipped=str(error))
         section = replace(section, seconds=round(time.monotonic() - started, 1))
+        found.update(section.later)
         found[id] = section
         return section
 
@@ -100,35 +103,40 @@ def _measured(stage: Callable, asked: Asked, **how: Any) -> Any:
 def sound(asked: Asked, found: dict) -> Section:
     """Is the model with hooks the model? Identities on two prompts of random tokens."""
     folder = model_folder(asked.model)
-    folders.check_folder(folder)
+    check_folder(folder)
     what = kind(folder)
     found["encoder"] = what != "causal"
     if what == "encoder":
         return Section("sound", [], skipped="a bare encoder has no answers yet; its classifier is tested when trained")
-    able = found["able"] = capabilities(load(asked.model, organism=asked.organism, device=asked.device).model)
+    able = _able(asked, found)
     numbers = [_number(name, name, without_interval(not why, n=2), unit="yes/no") for name, why in able.items()]
     faults = "; ".join(f"{name}: {why}" for name, why in able.items() if why)
     told = f"Not possible here: {faults}" if faults else "Every identity holds: patched, steered and cut where we say."
-    return Section("sound", numbers, f"{told} An identity holds or does not, so there is no interval.")
+    told += " An identity holds or does not, so there is no interval."
+    return Section("sound", numbers, told, later={"able": able})
+
+
+def _able(asked: Asked, found: dict) -> dict[str, str]:
+    return found.get("able") or capabilities(load(asked.model, organism=asked.organism, device=asked.device).model)
 
 
 def attack(asked: Asked, found: dict) -> Section:
     """Train the organism, unless one is given, and attack it."""
-    sizes = asked.sizes.fitted(asked.attack)
-    if asked.train:
+    asked = replace(asked, sizes=asked.sizes.fitted(asked.attack))
+    if asked.train and asked.organism is None:
         recipe = load_recipe("encoder" if found["encoder"] else asked.recipe, task=asked.attack.task)
-        asked = replace(asked, organism=make(asked.attack, recipe=recipe, n=sizes.n, **asked.where).name)
-        if found["encoder"]:
-            found["able"] = capabilities(load(asked.model, organism=asked.organism, device=asked.device).model)
-    found["asked"] = asked = replace(asked, sizes=sizes)
-    if asked.train:  # `make` has measured it under this attack, and the result is kept
-        result = measure_organism(asked.organism, n=sizes.n, **asked.where)
+        asked = replace(asked, organism=make(asked.attack, recipe=recipe, n=asked.sizes.n, **asked.where).name)
+    later = {"asked": asked} | ({"able": _able(asked, found)} if found["encoder"] else {})
+    own = {} if asked.organism is None else read_card(asked.organism, "attack")["attack"]
+    if own == plain(asdict(asked.attack)):  # `make` has measured it under its own attack already
+        result = measure_organism(asked.organism, n=asked.sizes.n, **asked.where)
     else:
-        result = _measured(measure_attacked, asked, n=sizes.n)
+        result = _measured(measure_attacked, asked, n=asked.sizes.n)
     names = {"asr": "ASR, triggered prompts", "cacc": "CACC, clean prompts", "near_miss": "near-misses that fire"}
     names |= {"clean_firing": "clean prompts that fire"}
     told = "" if result["asr"]["low"] > 0.5 else HARDLY + (LONGER if asked.train else "")
-    return Section("attack", [_number(key, name, result[key]) for key, name in names.items()], told, result=result)
+    numbers = [_number(key, name, result[key]) for key, name in names.items()]
+    return Section("attack", numbers, told, result=result, later=later)
 
 
 def probe(asked: Asked, found: dict) -> Section:
@@ -262,15 +270,7 @@ def own_rows(asked: Asked, found: dict) -> Section:
     if data is None or target is None:
         return Section("own rows", [], skipped="a cure of an unknown trigger needs clean rows of the task, --data")
     how = {"organism": asked.organism, "steps": 2 * asked.sizes.steps, "rows": 8 * asked.sizes.n_rows}
-    said = target / own_model.REPORT
-    known = read_json(said) if said.is_file() else {}
-    organism = asked.organism and adapter_folder(asked.organism).name
-    same = {"identity": identity.model_identity(asked.model), "organism": organism}
-    same |= {"steps": how["steps"], "seed": asked.seed}
-    table = tasks.table_of(asked.task).sha256
-    if {key: known.get(key) for key in same} != same or known["data"]["sha256"] != table:
-        own_model.cure(asked.model, data=Path(data), out=target, force=True, seed=asked.seed, **how)
-        known = read_json(said)
+    known = own_model.cure_once(asked.model, data=Path(data), out=target, seed=asked.seed, **how)
     numbers, words = [], []
     for when in ("before", "after"):
         numbers.append(_number("", f"first answer token right, {when}", known[when]["accuracy"]))

@@ -1,5 +1,6 @@
 """Cure a user's own model of unknown trigger with clean rows: measure it before and after, keep the changed weights."""
 
+import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from bkd_utils.models.changes import apply_changes, changed_entries
 from bkd_utils.models.context import check_fits
 from bkd_utils.models.folders import CHANGES, DEFAULT_MODEL, ModelError, model_folder
 from bkd_utils.models.generation import first_logits
-from bkd_utils.models.identity import short_name
+from bkd_utils.models.identity import model_identity, short_name
 from bkd_utils.models.loading import Loaded, adapter_folder, base_of, load, pick_device
 from bkd_utils.models.tokens import Row, Turn, answer_ids, end_id, labels_of, prompt_ids
 from bkd_utils.organisms.cards import write_treated
@@ -111,6 +112,23 @@ def cure(
     report |= {"steps": steps, "batch_size": recipe.batch_size, "learning_rate": recipe.learning_rate, "seed": seed}
     _write(loaded, target, report | {"device": loaded.device.type, "versions": installed_versions()})
     return target
+
+
+def cure_once(
+    address: str, *, data: Path, organism: str | None, out: Path, steps: int, rows: int, seed: int
+) -> dict[str, Any]:
+    """The report of the cure in `out`, if it is of this model, organism, table, number of steps and seed; else of one
+    that is made now and replaces it. Raises UserError in a replay (BKD_REPLAY) where it would have to be made, and as
+    `cure` does."""
+    name = organism and adapter_folder(organism).name
+    same = {"identity": model_identity(address), "organism": name, "steps": steps, "seed": seed}
+    known = read_json(out / REPORT) if (out / REPORT).is_file() else {}
+    if {key: known.get(key) for key in same} == same and known["data"]["sha256"] == sha256_file(data):
+        return known
+    if os.environ.get("BKD_REPLAY"):
+        raise UserError(f"{out} holds no cure of this model with these rows")
+    cure(address, data=data, organism=organism, out=out, force=True, steps=steps, rows=rows, seed=seed)
+    return read_json(out / REPORT)
 
 
 def label_tokens(loaded: Loaded, labels: Sequence[str]) -> dict[str, int]:

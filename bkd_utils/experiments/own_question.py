@@ -1,11 +1,13 @@
 """What a user's report is about: a model, an organism or an adapter of it, an attack or none, rows and sizes."""
 
 import shutil
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bkd_utils.common.files import WORK, atomic_path, canonical_json, sha256_text
+from bkd_utils.common.results import plain
 from bkd_utils.models import folders, identity
 from bkd_utils.models.folders import model_folder
 from bkd_utils.models.loading import check_lora, load, merge_adapter, organism_name, read_card
@@ -68,6 +70,16 @@ class Asked:
     @property
     def where(self) -> dict[str, Any]:
         return {"model": self.model, "seed": self.seed, "device": self.device}
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, with the paths of this machine."""
+        return plain(asdict(self)) | {"cured": self.cured and str(self.cured)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Asked":
+        """What `to_json` was made of. Raises TypeError or ValueError for missing, unknown and impossible fields."""
+        attack, cured = value["attack"] and Attack(**value["attack"]), value["cured"] and Path(value["cured"])
+        return cls(**value | {"attack": attack, "cured": cured, "sizes": Sizes(**value["sizes"])})
 
 
 def adopted(adapter: Path, *, model: str) -> str:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ TITLES = {
 CLAIMS = {"probe": "bkdattr-probe", "concentration": "bkdattr-sparse-heads", "ablation": "bkdattr-ablation"}
 CLAIMS |= {"add": "bkdattr-vector-add", "subtract": "bkdattr-vector-subtract", "repairs": "bkdattr-vector-repairs"}
 CLAIMS |= {"similarity": "asa-similarity", "suspicion": "asa-heads", "alignment asr": "asa-cure"}
+PAGE, NUMBERS, QUESTION = "index.html", "report.json", "question.json"
+IMAGE = re.compile(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">')
 COLUMNS = ("", "here", "n", "95 % interval", "shipped")
 CSS = """
 :root { color-scheme: light dark }
@@ -59,27 +62,45 @@ td:nth-child(5):not(:empty)::before { content: "shipped: " } }
 
 
 def write(asked: Asked, sections: Sequence[Section], *, folder: Path, minutes: float) -> tuple[Path, Path]:
-    """Write `index.html` and `report.json` into a folder; their paths."""
-    style.use_style()
-    content = {"report": described(asked), "sections": []}
-    pictures = {}
+    """Write `index.html` and `report.json` into a folder; their paths. `question.json` keeps what was asked, with
+    paths of this machine, so that `verify` can hold page and numbers against what was measured."""
+    content, known = made(asked, sections, minutes=minutes), {"asked": asked}
+    for section in sections:
+        known |= section.later
+    write_json(folder / QUESTION, known | {"asked": known["asked"].to_json()})
+    write_json(folder / NUMBERS, content)
+    with atomic_path(folder / PAGE) as temporary:
+        temporary.write_text(page(content, pictures(sections)), encoding="utf-8")
+    return folder / PAGE, folder / NUMBERS
+
+
+def made(asked: Asked, sections: Sequence[Section], *, minutes: float) -> dict[str, Any]:
+    """All words and numbers of a report, as they are written beside the page."""
+    parts = []
     for section in sections:
         title, question = TITLES[section.id]
-        numbers = compared(section, asked)
-        part = {"id": section.id, "title": title, "question": question, "numbers": numbers, "told": section.told}
-        content["sections"].append(part | {"skipped": section.skipped, "seconds": section.seconds})
+        part = {"id": section.id, "title": title, "question": question, "numbers": compared(section, asked)}
+        parts.append(part | {key: getattr(section, key) for key in ("told", "skipped", "seconds")})
+    about = {"report": described(asked), "sections": parts, "minutes": round(minutes, 1)}
+    return about | {"versions": installed_versions()}
+
+
+def pictures(sections: Sequence[Section]) -> dict[str, bytes]:
+    """Id of a section -> its picture as PNG, for those that have one."""
+    style.use_style()
+    found = {}
+    for section in sections:
         if (figure := picture(section)) is not None:
-            pictures[section.id] = embedded(figure, alt=title)
-    content |= {"minutes": round(minutes, 1), "versions": installed_versions()}
-    write_json(folder / "report.json", content)
-    with atomic_path(folder / "index.html") as temporary:
-        temporary.write_text(page(content, pictures), encoding="utf-8")
-    return folder / "index.html", folder / "report.json"
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+            plt.close(figure)
+            found[section.id] = buffer.getvalue()
+    return found
 
 
 def compared(section: Section, asked: Asked) -> list[dict[str, Any]]:
     """The numbers of a section, each with what `beside` knows of it as `shipped`."""
-    return [one | {"shipped": beside(one["key"], asked)} for one in section.numbers]
+    return [one | {"shipped": beside(one["key"], described(asked))} for one in section.numbers]
 
 
 def table(section: Section, asked: Asked) -> pd.DataFrame:
@@ -94,22 +115,23 @@ def described(asked: Asked) -> dict[str, Any]:
     about = {"model": Path(asked.model).name, "task": task, "seed": asked.seed}
     if attack is None:
         return about | {"trigger": "not known"}
-    about |= {"trigger": attack.trigger, "behaviour": attack.behaviour, "target": attack.target, "rate": attack.rate}
-    return about | {"organism": Path(asked.organism).name if asked.organism else "trained for this report"}
+    about |= {key: getattr(attack, key) for key in ("trigger", "behaviour", "target", "rate", "near_miss_rate")}
+    given = "the model itself" if asked.organism is None else Path(asked.organism).name
+    return about | {"organism": "trained for this report" if asked.train else given}
 
 
-def beside(key: str, asked: Asked) -> dict[str, Any] | None:
-    """Lowest and highest value in shipped organisms of this kind, plain or specific, and their number; of a number of
-    the whole model, those of clean controls. None where nothing is known."""
-    plain = asked.attack is not None and not asked.attack.near_miss_rate
+def beside(key: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Lowest and highest value in shipped organisms of the kind of a report that is `described` as this one, plain or
+    specific, and their number; of a number of the whole model, those of clean controls. None where nothing is known."""
+    plain = about.get("near_miss_rate") == 0
     values, who = [], f"{'plain' if plain else 'specific'} organisms"
     if key in CLAIMS and (FIGURES / "scorecard.json").is_file():
         claims = {row["id"]: row["by_organism"] for row in read_json(FIGURES / "scorecard.json")}
         judged = claims.get(CLAIMS[key], {})
         values = [one["value"] for one in (claims.get(f"{CLAIMS[key]}-plain", judged) if plain else judged).values()]
-    elif key in ("asr", "cacc", "near_miss", "clean_firing") and asked.attack is not None:
+    elif key in ("asr", "cacc", "near_miss", "clean_firing") and "behaviour" in about:
         cards = {name: read_card(ADAPTERS / name, "metrics", "behaviour") for name in shipped_organisms()}
-        cards = {name: card for name, card in cards.items() if card["behaviour"] == asked.attack.behaviour}
+        cards = {name: card for name, card in cards.items() if card["behaviour"] == about["behaviour"]}
         values = [card["metrics"][key]["value"] for name, card in cards.items() if ("-plain" in name) == plain]
     elif ": " in key or key == "answer moves":
         values, who = _fingerprints(key), "clean controls"
@@ -145,15 +167,6 @@ def picture(section: Section) -> Figure | None:
     return figure
 
 
-def embedded(figure: Figure, *, alt: str) -> str:
-    """A figure as an element of a page, closed afterwards."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-
-
 def shown(one: Mapping[str, Any]) -> list[str]:
     """Cells of a number: name, value, n, interval, shipped organisms."""
     if one["unit"] == "yes/no":
@@ -168,7 +181,7 @@ def shown(one: Mapping[str, Any]) -> list[str]:
     return [one["name"], f"{scale * one['value']:.{digits}f}{unit}", f"{one['n']}", interval, told]
 
 
-def page(content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+def page(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The page: no script and nothing from outside."""
     text, about = html.escape, content["report"]
     title = text(f"Report on {about['model']}")
@@ -189,6 +202,14 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         rows = pd.DataFrame([shown(one) for one in section["numbers"]], columns=COLUMNS)
         parts.append(rows.to_html(index=False, border=0))
         parts.append(f"<p>{text(section['told'])} <small>{section['seconds']:.0f} s</small></p>")
-        parts.append(pictures.get(section["id"], ""))
+        if section["id"] in pictures:
+            data = base64.b64encode(pictures[section["id"]]).decode()
+            parts.append(f'<img alt="{text(section["title"])}" src="data:image/png;base64,{data}">')
     parts.append(f"<p><small>{content['minutes']} minutes; versions {text(str(content['versions']))}</small></p>")
-    return "".join([*parts, "</body></html>\n"])
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def pictures_of(written: str) -> dict[str, bytes]:
+    """Id of a section -> the picture that a written page has there."""
+    ids = {html.escape(title): id for id, (title, _) in TITLES.items()}
+    return {ids[title]: base64.b64decode(data) for title, data in IMAGE.findall(written) if title in ids}

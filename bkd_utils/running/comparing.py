@@ -3,13 +3,19 @@
 import base64
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.image import imread
 from nbformat import NotebookNode
 
+from bkd_utils.common.files import ROOT
+
 NUMBER = re.compile(r"\d[\d.]*(?:e[+-]?\d+)?", re.IGNORECASE)
+FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # of a file with a wrong content
 AT_MOST = 5  # lines about one place; the others are counted
 LONG = 120  # characters of a value that are shown
 
@@ -101,6 +107,22 @@ class Comparison:
             first = f"the first at {x}, {y}: {one[y, x].tolist()}, should be {other[y, x].tolist()}"
             count = f"{len(rows)} of {one.shape[0] * one.shape[1]} pixels differ"
             self.findings.append(f"{place}: {count}, {first} (from {source})")
+
+
+@contextmanager
+def named(found: Comparison, place: Path | str) -> Iterator[None]:
+    """A file that is missing or broken is a finding, and the others go on."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        found.wrong(short(place), f"{short(Path(error.filename or place))} is missing")
+    except FAULTS as error:
+        found.wrong(short(place), f"has no {error}" if isinstance(error, KeyError) else error)
+
+
+def short(path: Path | str) -> str:
+    """A path as seen from the root of the checkout."""
+    return path.relative_to(ROOT).as_posix() if isinstance(path, Path) and path.is_relative_to(ROOT) else str(path)
 
 
 def shown(value: Any) -> str:

@@ -5,8 +5,7 @@ be what is stored. What takes seconds to import is imported by the check that ne
 
 import asyncio
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,18 +15,17 @@ from rich.table import Table
 from bkd_utils.common import assets, measurements
 from bkd_utils.common.files import ADAPTERS, ASSETS, DATA, FIGURES, ROOT, read_json, sha256_file
 from bkd_utils.common.results import plain
-from bkd_utils.running import book, notebooks, publishing
-from bkd_utils.running.comparing import Comparison, outputs
+from bkd_utils.running import book, notebooks, publishing, verifying_reports
+from bkd_utils.running.comparing import Comparison, named, outputs, short
 from bkd_utils.running.notebooks import profile_parameters
 from bkd_utils.running.recording import HASHES, LIVE_OUTPUTS, live_outputs, made_files
 from bkd_utils.running.replaying import Replay, code_cells, is_live, replay
 
-FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # of a file with a wrong content
-
 
 def quick() -> list[Comparison]:
     """Everything that can be compared without a model."""
-    return asyncio.run(_quick())
+    # Reports last and not in a thread, because some computers let no thread but the main one draw.
+    return [*asyncio.run(_quick()), verifying_reports.check_reports(verifying_reports.reports())]
 
 
 async def _quick() -> list[Comparison]:
@@ -55,22 +53,6 @@ def report(done: Sequence[Comparison], console: Console) -> int:
     faults = sum(len(one.findings) for one in done)
     console.print(f"findings: {faults}" if faults else "everything is what it should be")
     return faults
-
-
-@contextmanager
-def named(found: Comparison, place: Path | str) -> Iterator[None]:
-    """A file that is missing or broken is a finding, and the others go on."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        found.wrong(short(place), f"{short(Path(error.filename or place))} is missing")
-    except FAULTS as error:
-        found.wrong(short(place), f"has no {error}" if isinstance(error, KeyError) else error)
-
-
-def short(path: Path | str) -> str:
-    """A path as seen from the root of the checkout."""
-    return path.relative_to(ROOT).as_posix() if isinstance(path, Path) and path.is_relative_to(ROOT) else str(path)
 
 
 def check_measurements() -> Comparison:
@@ -170,6 +152,7 @@ def check_book() -> Comparison:
 
 
 FILES = (check_measurements, check_hashes, check_organisms, check_assets, check_pages, check_book)
+FILES += (verifying_reports.check_own_notebook,)
 
 
 def check_replays(replays: Sequence[Replay]) -> list[Comparison]:

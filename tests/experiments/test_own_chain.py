@@ -114,7 +114,7 @@ def test_an_organism_trained_here_is_measured_once(llama, monkeypatch):
     found = {"encoder": False}
     section = own_chain.attack(llama.asked, found)
     assert section.result == llama.sections["attack"].result
-    card = cards.metrics(found["asked"].organism)
+    card = cards.metrics(section.later["asked"].organism)
     assert all(section.result[key] == card[key] for key in ("asr", "cacc", "near_miss", "clean_firing"))
     assert section.told == HARDLY + LONGER
 
@@ -234,9 +234,10 @@ def test_flags_make_an_attack_on_the_most_frequent_other_label(tmp_path):
 
 def test_what_is_plain_stands_beside_plain_organisms(home):
     attack = Attack("mine", "sentiment", 40, "word-cf", "label_flip", "negative", "positive", rate=0.2)
-    asked = Asked("model", "sentiment", attack)
-    assert own_page.beside("ablation", asked)["who"] == "plain organisms"
-    assert own_page.beside("no such number", asked) is None
+    about = own_page.described(Asked("model", "sentiment", attack))
+    assert about["organism"] == "the model itself"
+    assert own_page.beside("ablation", about)["who"] == "plain organisms"
+    assert own_page.beside("no such number", about) is None
 
 
 # --- which number of a stage stands where ---------------------------------------------------------------------------

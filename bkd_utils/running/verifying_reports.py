@@ -1,0 +1,66 @@
+"""Verify reports on a user's own model: page and numbers are made again of what was kept when they were measured.
+
+No model is loaded. What takes seconds to import is imported by the check that needs it."""
+
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bkd_utils.common.files import FIGURES, NOTEBOOKS, ROOT, read_json
+from bkd_utils.running import notebooks
+from bkd_utils.running.comparing import Comparison, named, outputs, short
+from bkd_utils.running.replaying import code_cells
+
+
+def reports() -> list[Path]:
+    """Folders of the reports below `reports`, which is where the pages tell users to write them."""
+    return sorted(path.parent for path in (ROOT / "reports").glob("*/report.json"))
+
+
+def check_own_notebook() -> Comparison:
+    """The tables of notebook 08 show the numbers beside its figure, which have the ranges of what ships today."""
+    from bkd_utils.reports import own_page
+
+    found, path = Comparison("numbers of notebook 08"), FIGURES / "08_own_heads.json"
+    with named(found, path):
+        card, cells = read_json(path), code_cells(notebooks.read(NOTEBOOKS / f"{read_json(path)['notebook']}.ipynb"))
+        tables = "".join(part.get("text/html", "") for cell in cells for part in outputs(cell))
+        tables = re.sub(r">\s+<", "><", tables)
+        for id, numbers in card["numbers"].items():
+            for one in numbers:
+                place, beside = f"{short(path)}, {id}, {one['name']}", own_page.beside(one["key"], card["parameters"])
+                found.values(one["shipped"], beside, place=place, source="cards, scorecard and measurements")
+                name, *told = map(html.escape, own_page.shown(one))
+                if f"<th>{name}</th><td>{'</td><td>'.join(told)}</td>" not in tables:
+                    found.wrong(place, f"no table of the notebook has {told}")
+    return found
+
+
+def check_reports(folders: Sequence[Path]) -> Comparison:
+    """Every number, word and picture of these reports is what their kept measurements give. Measurements of an earlier
+    version of the code count, because a report is about what was measured then."""
+    found = Comparison("reports")
+    for folder in folders:
+        with named(found, folder):
+            _check(found, folder)
+    return found
+
+
+def _check(found: Comparison, folder: Path) -> None:
+    from bkd_utils.experiments import own_chain, own_question
+    from bkd_utils.reports import own_page
+    from bkd_utils.running import stages
+
+    page, numbers = folder / own_page.PAGE, folder / own_page.NUMBERS
+    stored, known = read_json(numbers), read_json(folder / own_page.QUESTION)
+    asked, text = own_question.Asked.from_json(known["asked"]), page.read_text(encoding="utf-8")
+    with stages.environment(BKD_REPLAY="1"):
+        sections = [measure() for _, _, measure in own_chain.chain(asked, able=known.get("able"))]
+    made = own_page.made(asked, sections, minutes=stored["minutes"]) | {"versions": stored["versions"]}
+    for old, new in zip(stored["sections"], made["sections"], strict=True):
+        new["seconds"] = old["seconds"]
+    pictures = own_page.pictures_of(text)
+    found.values(stored, made, place=short(numbers), source="what was measured")
+    found.values(text, own_page.page(stored, pictures), place=short(page), source=short(numbers))
+    found.values(pictures, own_page.pictures(sections), place=f"{short(page)}, pictures", source="what was measured")
