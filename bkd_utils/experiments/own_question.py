@@ -12,7 +12,7 @@ from bkd_utils.models import folders, identity
 from bkd_utils.models.folders import model_folder
 from bkd_utils.models.loading import check_lora, load, merge_adapter, organism_name, read_card
 from bkd_utils.organisms import tasks
-from bkd_utils.organisms.attacks import Attack, carries
+from bkd_utils.organisms.attacks import Attack, usable_examples
 from bkd_utils.organisms.poisoning import training_uids
 
 
@@ -36,8 +36,7 @@ class Sizes:
 
     def fitted(self, attack: Attack) -> "Sizes":
         """The same or smaller sizes, for which the attack's task has prompts. Raises ValueError for too few."""
-        seen, known = ([one for one in tasks.examples(attack.task, split) if not carries(attack, one.text)]
-                       for split in ("attribution", "test"))  # fmt: skip
+        seen, known = (usable_examples(attack, split, seed=0) for split in ("attribution", "test"))
         shown, flips = (sum(map(attack.flips, some)) for some in (seen, known))
         unseen = len(tasks.examples(attack.task, "train")) - len(training_uids(attack, seed=0))
         most = {"n": min(flips, len(known)), "n_probe": flips, "n_ablation": min(flips, len(known))}

@@ -1,9 +1,14 @@
 """Low-rank adapters (LoRA) on every linear layer of a model."""
 
+import warnings
+
 import peft
 import torch
 
 from bkd_utils.models.compute import Linear
+
+# peft 0.21 asks for it by the former name at every adapter, and nobody who trains here can change that.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def lora_config(model: torch.nn.Module, *, rank: int, alpha: int) -> peft.LoraConfig:
