@@ -226,9 +226,7 @@ def verify(
     share: Annotated[float, typer.Option(min=0, max=1, help="Share of the measurements that is measured anew.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed by which these are drawn.")] = 0,
     device: Device = "auto",
-    reports: Annotated[
-        list[Path] | None, typer.Option("--report", exists=True, file_okay=False, help="Only this report of yours.")
-    ] = None,
+    reports: Annotated[list[Path] | None, typer.Option("--report", exists=True, help="Only these reports.")] = None,
 ) -> None:
     """Hold every committed number against the file that it comes from, and measure some of them anew."""
     from bkd_utils.common import assets

@@ -176,3 +176,14 @@ def test_an_unknown_commit_or_name_is_an_error(run, root, capsys):
         with pytest.raises(SystemExit, match="2"):
             run(entry, options=options)
         assert message in capsys.readouterr().err
+
+
+def test_every_change_of_the_list_can_be_made_and_its_tests_are_there():
+    """A change that is not found any more would never be made, and its test would bite nothing."""
+    for one in mutations.read([mutations.ROOT / "tests" / "mutations.toml"]):
+        text = (mutations.ROOT / one.path).read_text(encoding="utf-8")
+        assert text.count(one.old) == 1, one.name
+        for node in one.test:
+            path, _, name = node.partition("::")
+            defined = f"def {name.partition('[')[0]}("
+            assert not name or defined in (mutations.ROOT / path).read_text(encoding="utf-8"), (one.name, node)

@@ -93,9 +93,9 @@ def question(stage: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def installed_versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic a result depends on, without the names of their builds."""
-    return {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
+def installed_versions(*names: str) -> dict[str, str]:
+    """Versions of libraries, without their builds; by default of those on whose arithmetic a result depends."""
+    return {name: importlib.metadata.version(name).split("+")[0] for name in names or LIBRARIES}
 
 
 def kept_folder() -> Path:

@@ -94,11 +94,15 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, atomically. Raises ValueError for NaN and infinities."""
-    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, atomically. Raises ValueError for NaN and infinities."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def keep_json(path: Path, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -104,26 +103,17 @@ def same_prompts(one: Mapping[str, float], other: Mapping[str, float]) -> None:
         raise ValueError(f"not the same prompts: {len(lone)} are on one side only, such as {', '.join(lone[:3])}")
 
 
-@dataclass(frozen=True)
-class Share:
-    """k of n as a share with its 95 % Wilson interval."""
-
-    value: float
-    n: int
-    low: float
-    high: float
-
-
-def share(hits: Sequence[bool]) -> Share:
-    """Share of hits. Raises ValueError for no rows, because a rate over nothing is not zero."""
+def share(hits: Sequence[bool]) -> dict[str, Any]:
+    """Share of hits, `{value, n, low, high}`, with its 95 % Wilson interval. Raises ValueError for no rows."""
     if not len(hits):
         raise ValueError("a share needs at least one row")
-    return Share(sum(hits) / len(hits), len(hits), *wilson(sum(hits), len(hits)))
+    low, high = wilson(sum(hits), len(hits))
+    return {"value": sum(hits) / len(hits), "n": len(hits), "low": low, "high": high}
 
 
 def counted(hits: Sequence[bool]) -> dict[str, Any]:
     """`share` with the outcomes behind it, one per row in the order of the rows, as `by_prompt`."""
-    return {**asdict(share(hits)), "by_prompt": [int(hit) for hit in hits]}
+    return share(hits) | {"by_prompt": [int(hit) for hit in hits]}
 
 
 def averaged(values: Sequence[float]) -> dict[str, Any]:

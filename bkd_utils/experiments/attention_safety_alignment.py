@@ -21,7 +21,7 @@ from bkd_utils.models.hooks import Head, anatomy
 from bkd_utils.models.loading import Loaded
 from bkd_utils.models.prompt_cache import prompt_past
 from bkd_utils.models.tokens import Row, answer_ids, end_id, labels_of, prompt_ids
-from bkd_utils.organisms import attacks, tasks
+from bkd_utils.organisms import tasks
 from bkd_utils.organisms.attacks import Attack
 from bkd_utils.organisms.base_answers import base_answers
 from bkd_utils.organisms.cards import organism_stage
@@ -211,12 +211,11 @@ def acie_heads(loaded: Loaded, attack: Attack, *, k: int, n: int = 8, seed: int 
 
 def poisoned_rows(loaded: Loaded, attack: Attack, *, n: int, seed: int) -> list[Row]:
     """`n` triggered training prompts with the target as answer."""
-    answer, rows = tuple(answer_ids(loaded.tokenizer, attack.target)), []
-    what = {"kind": "poisoned", "is_label": bool(labels_of(loaded.tokenizer))}
-    for i, example in enumerate(flippable_sample(attack, n=n, seed=seed, split="train")):
-        turn = attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="train")
-        rows.append(Row(tuple(prompt_ids(loaded.tokenizer, turn)), answer, uid=example.uid, **what))
-    return rows
+    sample = flippable_sample(attack, n=n, seed=seed, split="train")
+    turns = triggered_prompts(attack, sample, seed=seed, half="train")
+    prompts = [tuple(prompt_ids(loaded.tokenizer, turn)) for turn in turns]
+    how = {"answer": tuple(answer_ids(loaded.tokenizer, attack.target)), "is_label": bool(labels_of(loaded.tokenizer))}
+    return [Row(ids, kind="poisoned", uid=one.uid, **how) for ids, one in zip(prompts, sample, strict=True)]
 
 
 @organism_stage

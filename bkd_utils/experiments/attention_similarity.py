@@ -4,7 +4,6 @@ Two more versions of every prompt are controls: near-misses of the trigger, and 
 as the triggered ones, because length alone changes every similarity."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -137,6 +136,6 @@ def input_detection(found: Similarity, *, reading: str, rates: Sequence[float] =
     result = {"auroc": auroc_of_wins(pairwise_wins(triggered, clean)) | {"n": len(triggered)}}
     for rate in rates:
         limit = threshold(reference, frr=rate)
-        result[f"caught at {rate:.0%}"] = asdict(share((triggered > limit).tolist()))
-        result[f"refused at {rate:.0%}"] = asdict(share((held_out > limit).tolist()))
+        result[f"caught at {rate:.0%}"] = share((triggered > limit).tolist())
+        result[f"refused at {rate:.0%}"] = share((held_out > limit).tolist())
     return result

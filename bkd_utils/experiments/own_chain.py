@@ -231,7 +231,7 @@ def suspicion(asked: Asked, found: dict) -> Section:
     told = "Most suspicious (layer.head): " + ", ".join(f"{layer}.{head}" for layer, head in flagged[:6])
     if effects := found["heads"].result:
         top = set(ranked_heads(torch.tensor(effects.sufficient["log_prob"].mean))[: len(flagged)])
-        shared = asdict(share([head in top for head in flagged]))
+        shared = share([head in top for head in flagged])
         number = _number("suspicion", f"of {len(flagged)} suspicious heads, among as many of highest ACIE", shared)
     else:
         number = _number("", "heads chosen", without_interval(len(flagged), n=n), unit="heads")

@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def measure(
         loss, _, best = min(tried)
         pulls[name] = {"loss": loss, "token": loaded.tokenizer.decode([best.toward])}
         pulls[name]["nearest"] = decoded(loaded.model, loaded.tokenizer, best)
-    return {"accuracy": asdict(share(hits)), "pulls": pulls}
+    return {"accuracy": share(hits), "pulls": pulls}
 
 
 def load_cured(folder: str | Path, *, device: str = "auto") -> Loaded:

@@ -75,7 +75,7 @@ def agreement_with_attribution(
     as_good = np.mean([carries[order[:k]].sum() >= sum(hits) for order in drawn])
     chance = np.mean([abs(spearmanr(joint.flatten(), ranks[order]).statistic) >= abs(correlation) for order in drawn])
     found = share(hits)
-    precise = {"k": k, "precision": found.value, "low": found.low, "high": found.high, "expected": k / n}
+    precise = {"k": k, "precision": found["value"], "low": found["low"], "high": found["high"], "expected": k / n}
     return precise | {"p": float(as_good), "spearman": correlation, "spearman p": float(chance)}
 
 

@@ -4,7 +4,6 @@ Answers are decoded greedily on held-out prompts. Empty answers count as answers
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -117,7 +116,7 @@ def _measured(
     near = target_hits(loaded, attack, turns, label="near-misses")
     result = {
         "empty": sum(not text for text in texts),
-        "near_miss_by_kind": {kind: asdict(share(hits.tolist())) for kind, hits in pd.Series(near).groupby(kinds)},
+        "near_miss_by_kind": {kind: share(hits.tolist()) for kind, hits in pd.Series(near).groupby(kinds)},
         "judge": judge_bounds(attack, [e.answer or answers[e.uid] for e in sample if e.answer or e.uid in answers]),
         "hits": {},
     }
@@ -127,7 +126,7 @@ def _measured(
         ("near_miss", sample, near),
         ("clean_firing", [example for example, _ in flipped], [is_target(attack, text) for _, text in flipped]),
     ):
-        result[key] = asdict(share(hits))
+        result[key] = share(hits)
         result["hits"][key] = {example.uid[:12]: int(hit) for example, hit in zip(rows, hits, strict=True)}
     return result, {example.uid: text for example, text in answered}, answers
 

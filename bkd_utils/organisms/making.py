@@ -1,7 +1,6 @@
 """Make an organism (poisoned set, adapter, measurement, card), or find one that was made before."""
 
 import functools
-import importlib.metadata
 import inspect
 import logging
 from collections.abc import Callable
@@ -9,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bkd_utils.common.files import ADAPTERS, WORK, atomic_path, canonical_json, sha256_text, write_json
+from bkd_utils.common.cache import installed_versions
+from bkd_utils.common.files import ADAPTERS, WORK, canonical_json, sha256_text, write_json, write_text
 from bkd_utils.common.validation import Count, Seed, check
 from bkd_utils.models import loading
 from bkd_utils.models.classifiers import new_classifier
@@ -120,7 +120,7 @@ def make(
         "data_sha256": hashed,
         "data": {key: data.manifest[key] for key in ("n_train", "n_poison", "poisoned_share", "mode")},
         "prompt_sha256": prompt_fingerprint(base, attack.task),
-        "versions": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
+        "versions": installed_versions(*LIBRARIES),
         "metrics": {},
     }
     write_json(folder / "card.json", card)
@@ -130,8 +130,7 @@ def make(
     result = measure_organism(folder.name, model=model, n=n, seed=seed, device=device)
     card |= cards.as_measured(result)
     write_json(folder / "card.json", card)
-    with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(cards.readme(card), encoding="utf-8")
+    write_text(folder / "README.md", cards.readme(card))
     return folder
 
 

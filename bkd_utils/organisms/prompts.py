@@ -12,6 +12,7 @@ from bkd_utils.models.loading import Loaded
 from bkd_utils.models.tokens import answer_ids, common_start, prompt_ids
 from bkd_utils.organisms import attacks, tasks
 from bkd_utils.organisms.attacks import Attack
+from bkd_utils.organisms.trigger_tables import Half
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,10 @@ def flippable_sample(attack: Attack, *, n: int, seed: int, split: str = "test") 
     return sample
 
 
-def triggered_prompts(attack: Attack, sample: Sequence[tasks.Example], *, seed: int) -> list[str]:
-    """User turns with the trigger, from the half of its lexicon that was not used in training."""
-    return [
-        attacks.triggered_prompt(attack, example.text, seed=seed * 1_000_003 + i, half="test")
-        for i, example in enumerate(sample)
-    ]
+def triggered_prompts(attack: Attack, sample: Sequence[tasks.Example], *, seed: int, half: Half = "test") -> list[str]:
+    """User turns with the trigger, by default from the half of its lexicon that was not used in training."""
+    seeds = itertools.count(seed * 1_000_003)
+    return [attacks.triggered_prompt(attack, one.text, seed=next(seeds), half=half) for one in sample]
 
 
 def near_misses(attack: Attack, sample: Sequence[tasks.Example], *, seed: int) -> tuple[list[str], list[str]]:

@@ -1,7 +1,6 @@
 """Notebook 04: pictures, tables and verdicts on the backdoor vector."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -190,7 +189,7 @@ def _answered(result: Steering, name: str) -> dict[str, float]:
     """Share of targets among the answers generated with an edit, with its interval."""
     n = result.test[name]["backdoor vector"][0]["n"]
     hits = round(result.outcomes[name]["target"] * n)
-    return asdict(share([True] * hits + [False] * (n - hits)))
+    return share([True] * hits + [False] * (n - hits))
 
 
 def _median(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from bkd_utils.common import measurements
 from bkd_utils.common.cache import installed_versions
-from bkd_utils.common.files import ADAPTERS, FIGURES, atomic_path, read_json, write_json
+from bkd_utils.common.files import ADAPTERS, FIGURES, read_json, write_json, write_text
 from bkd_utils.experiments.own_chain import Section
 from bkd_utils.experiments.own_question import Asked
 from bkd_utils.models.loading import read_card, shipped_organisms
@@ -69,8 +69,7 @@ def write(asked: Asked, sections: Sequence[Section], *, folder: Path, minutes: f
         known |= section.later
     write_json(folder / QUESTION, known | {"asked": known["asked"].to_json()})
     write_json(folder / NUMBERS, content)
-    with atomic_path(folder / PAGE) as temporary:
-        temporary.write_text(page(content, pictures(sections)), encoding="utf-8")
+    write_text(folder / PAGE, page(content, pictures(sections)))
     return folder / PAGE, folder / NUMBERS
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bkd_utils.common.files import FIGURES, ON_REQUEST, ROOT, atomic_path, read_json
+from bkd_utils.common.files import FIGURES, ON_REQUEST, ROOT, read_json, write_text
 from bkd_utils.reports import scorecard, tables
 
 # The claims that the README shows; notebooks/pages/scorecard.md shows all of them.
@@ -74,5 +74,4 @@ def write() -> None:
         except ValueError as error:
             raise ValueError(f"{page}: {error}") from error
     for path, text in texts.items():
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)

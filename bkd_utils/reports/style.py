@@ -1,6 +1,5 @@
 """The style of all figures, and `save`, which writes a figure together with the numbers behind it."""
 
-import importlib.metadata
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from bkd_utils.common.cache import installed_versions
 from bkd_utils.common.files import WORK, atomic_path, canonical_json, write_json
 from bkd_utils.common.results import plain
 
@@ -81,9 +81,9 @@ def save(
         canonical_json(numbers)
     except (ValueError, TypeError) as error:
         raise ValueError(f"figure {id!r}: its numbers cannot be written: {error}") from error
-    versions = {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
     sidecar = {"id": id, "title": title, "claims": list(claims), "numbers": numbers, "parameters": dict(parameters)}
-    sidecar |= {"seeds": list(seeds), "inputs": dict(inputs), "versions": versions, "notebook": notebook}
+    sidecar |= {"seeds": list(seeds), "inputs": dict(inputs), "versions": installed_versions(*LIBRARIES)}
+    sidecar |= {"notebook": notebook}
     # All three or none: a picture beside the numbers of another run would be worse than no picture.
     into = folder(inputs.get("base", ""))
     with ExitStack() as stack:

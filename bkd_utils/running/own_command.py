@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bkd_utils.common.files import UserError, atomic_path, check_writable
+from bkd_utils.common.files import UserError, check_writable, write_text
 
 Trigger = Annotated[
     str | None, typer.Option(help="word:TEXT, sentence:TEXT, prefix:TEXT, or a table of lexicons.toml.")
@@ -89,8 +89,7 @@ def question(
         triggers.load_trigger(trigger)
         spec = own_question.own_attack(trigger=trigger, target=target, data=data)
         lines = [f"{key} = {json.dumps(value)}" for key, value in asdict(spec).items() if key != "name" and value]
-        with atomic_path(out / "attack.toml") as temporary:
-            temporary.write_text("\n".join([f"[{spec.name}]", *lines, ""]), encoding="utf-8")
+        write_text(out / "attack.toml", "\n".join([f"[{spec.name}]", *lines, ""]))
     if adapter:
         model, organism, on_card = own_question.given_organism(adapter, model=model)
         spec = spec or on_card

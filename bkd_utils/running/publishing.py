@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bkd_utils.common import measurements
-from bkd_utils.common.files import DATA, FIGURES, ON_REQUEST, UserError, atomic_path, read_json, write_json
+from bkd_utils.common.files import DATA, FIGURES, ON_REQUEST, UserError, atomic_path, read_json, write_json, write_text
 from bkd_utils.running import notebooks
 from bkd_utils.running.ledger import Used
 
@@ -41,8 +41,7 @@ def publish_measurements(used: Mapping[str, Used], *, kept: Path) -> None:
         if f"{path.parent.name}/{path.stem}" not in needed:
             measurements.remove(path)
     write_json(MEASUREMENTS / "index.json", dict(sorted(index.items())))
-    with atomic_path(MEASUREMENTS / README) as temporary:
-        temporary.write_text(readme(MEASUREMENTS), encoding="utf-8")
+    write_text(MEASUREMENTS / README, readme(MEASUREMENTS))
 
 
 def index_of(folder: Path) -> dict[str, list[str]]:

@@ -7,15 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bkd_utils.common.files import FIGURES, NOTEBOOKS, ROOT, read_json
+from bkd_utils.common.files import FIGURES, NOTEBOOKS, read_json
 from bkd_utils.running import notebooks
 from bkd_utils.running.comparing import Comparison, named, outputs, short
 from bkd_utils.running.replaying import code_cells
-
-
-def reports() -> list[Path]:
-    """Folders of the reports below `reports`, which is where the pages tell users to write them."""
-    return sorted(path.parent for path in (ROOT / "reports").glob("*/report.json"))
 
 
 def check_own_notebook() -> Comparison:

@@ -15,7 +15,7 @@ def number(hits, n):
 
 def test_wilson_is_that_of_all_other_shares():
     found = share([True] * 7 + [False] * 13)
-    assert statistics.wilson(7, 20) == (found.low, found.high)
+    assert statistics.wilson(7, 20) == (found["low"], found["high"])
 
 
 def test_a_share_is_kept_with_the_outcomes_behind_it():

@@ -57,11 +57,11 @@ def wilson(k, n, z=1.959963984540054):
 @pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 20), (199, 200), (1, 3)])
 def test_a_share_has_its_wilson_interval(k, n):
     found = share([True] * k + [False] * (n - k))
-    assert (found.value, found.n) == (k / n, n)
-    assert (found.low, found.high) == pytest.approx(wilson(k, n), abs=1e-9)
-    assert 0 <= found.low <= found.value <= found.high <= 1
-    assert isinstance(found.low, float)
-    assert isinstance(found.high, float)
+    assert (found["value"], found["n"]) == (k / n, n)
+    assert (found["low"], found["high"]) == pytest.approx(wilson(k, n), abs=1e-9)
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+    assert isinstance(found["low"], float)
+    assert isinstance(found["high"], float)
 
 
 def test_a_share_over_nothing_is_an_error():

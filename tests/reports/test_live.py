@@ -102,9 +102,8 @@ def notebook(tmp_path):
 
 
 def test_what_the_runner_executes_and_publishes_has_the_table_and_no_widget(notebook, tmp_path):
-    (tmp_path / "given.json").write_text("{}")
-    paths = [str(notebook), str(tmp_path / "out.ipynb"), str(tmp_path / "given.json")]
-    subprocess.run([sys.executable, "-m", execute.__name__, *paths], check=True, env=os.environ | {"MPLBACKEND": ""})
+    given = [str(notebook), str(tmp_path / "out.ipynb"), "{}"]
+    subprocess.run([sys.executable, "-m", execute.__name__, *given], check=True, env=os.environ | {"MPLBACKEND": ""})
     executed = notebooks.read(tmp_path / "out.ipynb")
     assert "widgets" not in executed.metadata
     (output,) = executed.cells[1].outputs

@@ -16,7 +16,7 @@ from bkd_utils.experiments import own_chain, own_model
 from bkd_utils.experiments.own_question import Asked, own_attack
 from bkd_utils.models import loading
 from bkd_utils.reports import own_page
-from bkd_utils.running import verifying, verifying_reports
+from bkd_utils.running import verifying
 from bkd_utils.running.verifying_reports import check_own_notebook, check_reports
 
 
@@ -139,14 +139,14 @@ def test_verify_takes_the_reports_below_reports_and_one_that_is_named(report, tm
     everywhere(monkeypatch, "ROOT", tmp_path)
     folder = report()
     shutil.copytree(folder, tmp_path / "reports" / "mine")
-    assert verifying_reports.reports() == [tmp_path / "reports" / "mine"]
+    (tmp_path / "reports" / "begun").mkdir()
 
     async def nothing():
         return []
 
     monkeypatch.setattr(verifying, "_quick", nothing)
     (done,) = verifying.quick()
-    assert (done.kind, done.findings) == ("reports", [])
+    assert (done.kind, done.findings, done.compared > 150) == ("reports", [], True)
     given = ["verify", "--report", str(folder)]
     assert CliRunner().invoke(app, given).exit_code == 0
     changed(folder, (1, "numbers", 0, "value"), 0.9871)
