@@ -3,9 +3,11 @@
 No model is loaded. What takes seconds to import is imported by the check that needs it."""
 
 import html
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 from bkd_utils.common.files import FIGURES, NOTEBOOKS, read_json
 from bkd_utils.running import notebooks
@@ -45,17 +47,17 @@ def check_reports(folders: Sequence[Path]) -> Comparison:
 def _check(found: Comparison, folder: Path) -> None:
     from bkd_utils.experiments import own_chain, own_question
     from bkd_utils.reports import own_page
-    from bkd_utils.running import stages
 
-    page, numbers = folder / own_page.PAGE, folder / own_page.NUMBERS
-    stored, known = read_json(numbers), read_json(folder / own_page.QUESTION)
-    asked, text = own_question.Asked.from_json(known["asked"]), page.read_text(encoding="utf-8")
-    with stages.environment(BKD_REPLAY="1"):
+    stored, known = read_json(folder / own_page.NUMBERS), read_json(folder / own_page.QUESTION)
+    asked, text = own_question.Asked.from_json(known["asked"]), (folder / own_page.PAGE).read_text(encoding="utf-8")
+    with patch.dict(os.environ, BKD_REPLAY="1"):
         sections = [measure() for _, _, measure in own_chain.chain(asked, able=known.get("able"))]
     made = own_page.made(asked, sections, minutes=stored["minutes"]) | {"versions": stored["versions"]}
     for old, new in zip(stored["sections"], made["sections"], strict=True):
         new["seconds"] = old["seconds"]
     pictures = own_page.pictures_of(text)
-    found.values(stored, made, place=short(numbers), source="what was measured")
-    found.values(text, own_page.page(stored, pictures), place=short(page), source=short(numbers))
-    found.values(pictures, own_page.pictures(sections), place=f"{short(page)}, pictures", source="what was measured")
+    found.values(stored, made, place=short(folder / own_page.NUMBERS), source="what was measured")
+    found.values(text, own_page.page(stored, pictures), place=short(folder / own_page.PAGE), source=own_page.NUMBERS)
+    found.values(
+        pictures, own_page.pictures(sections), place=f"pictures of {short(folder)}", source="what was measured"
+    )
