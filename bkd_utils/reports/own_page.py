@@ -43,7 +43,7 @@ CLAIMS = {"probe": "bkdattr-probe", "concentration": "bkdattr-sparse-heads", "ab
 CLAIMS |= {"add": "bkdattr-vector-add", "subtract": "bkdattr-vector-subtract", "repairs": "bkdattr-vector-repairs"}
 CLAIMS |= {"similarity": "asa-similarity", "suspicion": "asa-heads", "alignment asr": "asa-cure"}
 PAGE, NUMBERS, QUESTION = "index.html", "report.json", "question.json"
-IMAGE = re.compile(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">')
+IMAGE = re.compile(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">\n')
 COLUMNS = ("", "here", "n", "95 % interval", "shipped")
 CSS = """
 :root { color-scheme: light dark }
