@@ -255,6 +255,14 @@ def test_the_part_is_measured_here_and_not_taken_from_what_ships(toys):
     assert toys.toy(n=6)["level"] == toys.toy(n=6)["level"] == 0.5
 
 
+def test_what_a_check_measured_as_a_whole_does_not_stand_in_for_what_ships(toys):
+    """Otherwise the next notebook of a run would show other numbers, and `--publish` would replace what ships."""
+    one = toys.ship(toys.other)
+    toys.level = 0.75
+    assert spot_checks.check(one).now == "at 0.75"
+    assert toys.other() == {"text": "at 0.5"}
+
+
 def test_a_stage_that_is_not_checked_says_why(toys, table):
     one = toys.ship(toys.toy)
     table("[toy]\nnone = 'it takes a year'\n")
