@@ -1,6 +1,7 @@
 """The project as a whole: one set of pins, clean code, notebooks in shape, organisms that are what their cards say."""
 
 import ast
+import importlib
 import itertools
 import json
 import re
@@ -20,7 +21,7 @@ from typer.main import get_command
 
 from bkd_utils.__main__ import app
 from bkd_utils.common.assets import fetch
-from bkd_utils.common.files import ADAPTERS, DATA, NOTEBOOKS, ROOT, read_json, sha256_file
+from bkd_utils.common.files import ADAPTERS, DATA, NOTEBOOKS, PACKAGE, ROOT, read_json, sha256_file
 from bkd_utils.models.folders import DEFAULT_MODEL
 from bkd_utils.models.identity import model_identity
 from bkd_utils.models.loading import check_adapter
@@ -149,6 +150,25 @@ def test_a_notebook_uses_no_name_before_a_cell_has_bound_it(path, tmp_path):
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise"]
     ended = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@EACH_NOTEBOOK
+def test_a_notebook_uses_only_names_that_the_package_has(path):
+    """Cells that need a model are not run by the replay, so that a name which is gone would be met in a long run."""
+    modules, wrong = {}, []
+    for node in (node for cell in cells(path, "code") for node in ast.walk(ast.parse(cell.source))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("bkd_utils"):
+            package = importlib.import_module(node.module)
+            for alias in node.names:
+                if (PACKAGE / node.module.replace(".", "/").partition("/")[2] / f"{alias.name}.py").is_file():
+                    modules[alias.asname or alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
+                elif not hasattr(package, alias.name):
+                    wrong.append(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            module = modules[node.value.id]
+            wrong += [] if hasattr(module, node.attr) else [f"{module.__name__}.{node.attr}"]
+    assert len(modules) >= 2
+    assert wrong == []
 
 
 # What loads, runs or trains a model when a notebook calls it by this name; stages do so only if nothing is kept.
