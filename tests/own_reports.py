@@ -3,6 +3,10 @@
 import csv
 import itertools
 import logging
+from contextlib import contextmanager
+
+import pytest
+from patching import everywhere
 
 from bkd_utils.experiments.own_chain import chain
 from bkd_utils.experiments.own_question import Sizes
@@ -21,6 +25,15 @@ def write_table(path, *, n=240, header=("text", "label"), labels=("good", "bad")
     with path.open("w", newline="", encoding=options.get("encoding", "utf-8")) as handle:
         csv.writer(handle, delimiter=options.get("delimiter", ",")).writerows([header, *rows])
     return path
+
+
+@contextmanager
+def work_below(home):
+    """While this lasts, results and organisms are kept below a folder, and nothing else that is kept is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        everywhere(patch, "WORK", home / "work")
+        patch.setenv("BKD_WORK", str(home / "work"))
+        yield
 
 
 def run(asked):

@@ -78,7 +78,7 @@ def sweep(paths: Iterable[Path]) -> None:
     for path in paths:
         number = path.name.removesuffix(".part").rsplit(".", 1)[-1]
         if not (number.isdecimal() and pid_exists(int(number))):
-            with suppress(OSError):
+            with suppress(OSError):  # another process removes it too, or it is another user's; it is in nobody's way
                 _remove(path)
 
 

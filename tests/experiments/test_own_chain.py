@@ -11,8 +11,7 @@ import architecture_table
 import peft
 import pytest
 import torch
-from own_reports import SMALL, run, write_table
-from patching import everywhere
+from own_reports import SMALL, run, work_below, write_table
 from tiny import save_tiny_encoder, save_tiny_organism
 
 from bkd_utils.common import cache
@@ -36,9 +35,7 @@ KNOWN = [id for id in STEPS if id != "own rows"]
 def home(tmp_path_factory):
     """A folder with a table, and kept results of this module alone."""
     home = tmp_path_factory.mktemp("own")
-    with pytest.MonkeyPatch.context() as patch:
-        everywhere(patch, "WORK", home / "work")
-        patch.setenv("BKD_WORK", str(home / "work"))
+    with work_below(home):
         yield SimpleNamespace(path=home, data=write_table(home / "mine.csv"))
 
 

@@ -113,9 +113,8 @@ def test_what_the_runner_executes_and_publishes_has_the_table_and_no_widget(note
 
 
 def test_in_jupyterlab_a_moved_slider_changes_the_table(notebook):
-    # Without a browser or selenium, which are no part of the lock, the tests above move the same widgets.
     if lacks := browsing.missing():
-        pytest.skip(lacks)
+        pytest.skip(f"{lacks}. Neither is part of the lock; the tests above move the same widgets without a browser")
     with browsing.server(notebook.parent) as address, browsing.chromium(loggingPrefs={"browser": "ALL"}) as driver:
         browsing.run_all(driver, address, notebook.name, limit=120)
         layer, word = browsing.move_sliders(driver)

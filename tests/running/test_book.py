@@ -28,9 +28,10 @@ CLAIMS = [row["id"] for row in read_json(FIGURES / "scorecard.json")]
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """The folder of the book. The first process of the tests makes it, and the others wait for it."""
-    # The book needs packages that nothing else does, so that they are no part of the lock; .ci/run installs them first.
     if missing := [name for name in book.NEEDED if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"{', '.join(missing)} are not installed; ./run_all.sh book installs them")
+        # CI installs them first, so that no test of the book is left out there.
+        needed = f"{', '.join(missing)} are not installed; ./run_all.sh book installs them"
+        pytest.skip(f"{needed}. They are no part of the lock, because nothing but the book needs them")
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "popen-gw" in shared.name else shared
     with (shared / "book.lock").open("w") as lock:
@@ -402,9 +403,8 @@ LOOKS = [(width, theme) for width in (1280, 390) for theme in ("light", "dark")]
 @pytest.fixture(params=LOOKS, ids=lambda look: f"{look[0]}-{look[1]}")
 def browser(request, built):
     """A headless Chromium of one width and one theme, and the book."""
-    # A browser is no Python package. Without one, links, images and addresses are still read from the HTML above.
     if lacks := browsing.missing():
-        pytest.skip(lacks)
+        pytest.skip(f"{lacks}. A browser is no Python package; the tests above read the same pages as HTML without one")
     width, theme = request.param
     with browsing.chromium(width=width, loggingPrefs={"browser": "ALL", "performance": "ALL"}) as driver:
         scheme = {"features": [{"name": "prefers-color-scheme", "value": theme}]}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import architecture_table
 import pytest
-from own_reports import SMALL, run, write_table
+from own_reports import SMALL, run, work_below, write_table
 from patching import everywhere
 from typer.testing import CliRunner
 
@@ -24,9 +24,7 @@ from bkd_utils.running.verifying_reports import check_own_notebook, check_report
 def written(tmp_path_factory):
     """A work folder with two reports, one with an organism trained for it and one about a model of unknown trigger."""
     home = tmp_path_factory.mktemp("reports")
-    with pytest.MonkeyPatch.context() as patch:
-        everywhere(patch, "WORK", home / "work")
-        patch.setenv("BKD_WORK", str(home / "work"))
+    with work_below(home):
         data, model = write_table(home / "mine.csv"), architecture_table.folder("llama", home / "llama")
         attack = own_attack(trigger="word:cf", target="good", data=data)
         how = {"sizes": SMALL, "device": "cpu"}
