@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import logging
 from contextlib import contextmanager
 
 import pytest
@@ -38,5 +37,4 @@ def work_below(home):
 
 def run(asked):
     """All sections by id."""
-    logging.getLogger("bkd_utils").setLevel(logging.WARNING)
     return {id: measure() for id, _, measure in chain(asked)}

@@ -71,7 +71,8 @@ def test_rows_alone_ask_about_a_model_of_unknown_trigger(ask, tmp_path):
     assert (asked.attack, asked.train, asked.cured) == (None, False, tmp_path / "out" / "cured")
 
 
-def test_the_command_prints_its_steps_and_writes_a_page(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_its_steps_and_writes_a_page(tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", logger="bkd_utils")  # the command makes it quieter, and this puts it back for other tests
     data, model = write_table(tmp_path / "mine.csv"), save_tiny(tmp_path / "gpt2", "gpt2")
     asked = own_question.Asked(str(model), str(data), sizes=SMALL, device="cpu")
     monkeypatch.setattr(own_command, "question", lambda *_, **__: asked)
